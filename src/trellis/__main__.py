@@ -1,0 +1,5 @@
+"""`python -m trellis` is `trellis`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,97 @@
+"""Immutable folders named by id, written whole or not at all: a temporary folder, fsync, rename.
+
+It does not know what the folders hold.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_ID = re.compile(r"[0-9a-z][0-9a-z_-]{0,127}")
+
+
+class Blobs:
+    """Folders under one root. A folder that can be seen is complete, whatever was killed when."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, blob_id: str) -> Path:
+        """Where the folder of an id is or would be. Raises ValueError for what is not an id."""
+        if not _ID.fullmatch(blob_id):
+            raise ValueError(f"not a blob id: {blob_id[:80]!r}")
+        return self.root / blob_id
+
+    def __contains__(self, blob_id: str) -> bool:
+        return self.path(blob_id).is_dir()
+
+    @contextmanager
+    def writing(self, blob_id: str) -> Iterator[Path]:
+        """A temporary folder that becomes the blob when the block ends, and vanishes if it raises.
+
+        When two write the same id, the first to end wins: they hold the same content by definition.
+        """
+        target = self.path(blob_id)
+        self.root.mkdir(parents=True, exist_ok=True)
+        work = self.root / f".tmp-{os.getpid()}-{uuid.uuid4().hex}"
+        work.mkdir()
+        try:
+            yield work
+            for file in work.rglob("*"):
+                if file.is_file():
+                    _fsync(file)
+            _fsync(work)
+            try:
+                work.rename(target)
+            except OSError:
+                if not target.is_dir():
+                    raise
+            _fsync(self.root)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+    def discard(self, blob_id: str) -> None:
+        """Take a damaged folder out of sight, so that it can be made again. Nothing happens where there is none."""
+        path = self.path(blob_id)
+        aside = self.root / f".tmp-0-{uuid.uuid4().hex}"
+        try:
+            path.rename(aside)
+        except FileNotFoundError:
+            return
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def sweep(self) -> int:
+        """Remove what processes that have ended left half written. Returns how many folders went."""
+        swept = 0
+        for work in self.root.glob(".tmp-*"):
+            owner = work.name.split("-")[1]
+            if not (owner.isdigit() and _alive(int(owner))):
+                shutil.rmtree(work, ignore_errors=True)
+                swept += 1
+        return swept
+
+
+def _alive(pid: int) -> bool:
+    if pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,237 @@
+"""The command line, and the only place that builds: it reads settings, makes every part, and starts them."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+import threading
+import time
+import webbrowser
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from . import __version__
+from .errors import TrellisError
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from .studio.studio import Studio
+
+app = typer.Typer(
+    help="Trellis: grow models by hand. Without a command it starts the studio.",
+    no_args_is_help=False,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True, highlight=False)
+
+Host = Annotated[str | None, typer.Option(help=f"{Settings.model_fields['host'].description}")]
+Port = Annotated[int | None, typer.Option(help=f"{Settings.model_fields['port'].description}")]
+SaveDir = Annotated[Path | None, typer.Option(help=f"{Settings.model_fields['save_dir'].description}")]
+Reload = Annotated[bool, typer.Option("--reload", help="Start again when a source file changes (for developers).")]
+Open = Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"trellis {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def default(
+    context: typer.Context,
+    host: Host = None,
+    port: Port = None,
+    save_dir: SaveDir = None,
+    reload: Reload = False,
+    open: Open = True,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it and end.")
+    ] = False,
+) -> None:
+    """Start the studio, or run a command."""
+    if context.invoked_subcommand is None:
+        serve(host, port, save_dir, reload, open)
+
+
+@app.command()
+def serve(
+    host: Host = None, port: Port = None, save_dir: SaveDir = None, reload: Reload = False, open: Open = True
+) -> None:
+    """Start the studio and print its address."""
+    settings = _settings(host=host, port=port, save_dir=save_dir)
+    try:
+        settings.require_password_beyond_loopback()
+        if reload:
+            _serve_and_reload(sys.argv[1:])
+            return
+        _serve(settings, open)
+    except TrellisError as error:
+        _say(error)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def doctor(save_dir: SaveDir = None) -> None:
+    """Say what is installed, which devices there are, and what to do about what is missing."""
+    from .doctor import examine
+
+    findings = examine(_settings(save_dir=save_dir))
+    for finding in findings:
+        mark = "[green]ok [/green]" if finding.ok else "[red]no [/red]"
+        console.print(f"{mark} {finding.what}: {finding.found}", soft_wrap=True)
+        if not finding.ok:
+            console.print(f"    → {finding.next_step}", soft_wrap=True)
+    raise typer.Exit(0 if all(finding.ok or finding.optional for finding in findings) else 1)
+
+
+def main() -> None:
+    app()
+
+
+def _settings(**given: Any) -> Settings:
+    from pydantic import ValidationError
+
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        for finding in error.errors():
+            name = ".".join(str(part) for part in finding["loc"])
+            console.print(f"[red]{name}[/red]: {finding['msg']}, got “{finding['input']}”.")
+        raise typer.Exit(2) from None
+
+
+def _say(error: TrellisError) -> None:
+    console.print(f"[red]{error.message}[/red]\n{error.next_step}", soft_wrap=True)
+
+
+def _serve(settings: Settings, open_page: bool) -> None:
+    import uvicorn
+
+    from .store.store import Store, migrate
+    from .studio.studio import Studio
+    from .web.app import create_app
+    from .workers.worker import process_spawner
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    for noisy in ("alembic", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    listening = _listen(settings)
+    lock = _lock(settings)
+    migrate(settings.database)
+    spawn = process_spawner(settings.weights_dir, settings.logs_dir, settings.engine_threads, settings.fake_engine)
+    studio = Studio(Store(settings.database), spawn, settings.models_dir)
+    config = uvicorn.Config(
+        create_app(studio, settings),
+        log_level="warning",
+        ws="websockets-sansio",
+        ws_per_message_deflate=False,
+        timeout_graceful_shutdown=5,
+        server_header=False,
+    )
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            _let_readers_go(studio)
+            super().handle_exit(sig, frame)
+
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    address = f"http://{host}:{listening.getsockname()[1]}"
+    console.print(f"Trellis {__version__} is at [bold]{address}[/bold]  (Ctrl-C ends it)")
+    if open_page and sys.stdout.isatty():
+        threading.Thread(target=_open_later, args=(address,), daemon=True).start()
+    try:
+        Server(config).run(sockets=[listening])
+    finally:
+        lock.close()
+
+
+def _let_readers_go(studio: Studio) -> None:
+    """Open event streams would hold the server; it is told to end inside its own loop."""
+    import asyncio
+
+    try:
+        asyncio.get_running_loop().call_soon(studio.hub.close)
+    except RuntimeError:
+        studio.hub.close()
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """The socket to serve on. Raises TrellisError with what to do when the address cannot be had."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((settings.host, settings.port))
+    except (OSError, OverflowError) as error:
+        raise TrellisError(
+            f"The address {settings.host}:{settings.port} cannot be used: {error}.",
+            code="address_in_use",
+            next_step="Stop what runs there, or choose another with --port (0 takes a free one).",
+        ) from None
+    return listening
+
+
+def _lock(settings: Settings) -> Any:
+    """One studio for one save folder: two would both think that they alone write its database."""
+    import fcntl
+
+    try:
+        settings.save_dir.mkdir(parents=True, exist_ok=True)
+        lock = (settings.save_dir / "studio.lock").open("w")
+    except OSError as error:
+        raise TrellisError(
+            f"The folder “{settings.save_dir}” cannot be written: {error.strerror}.",
+            code="permission_denied",
+            next_step="Choose another with --save-dir.",
+        ) from None
+    for attempt in range(20):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if attempt < 19:
+                time.sleep(0.1)
+    raise TrellisError(
+        f"Another studio is using the folder “{settings.save_dir}”.",
+        code="already_running",
+        next_step="Use that one, stop it, or choose another folder with --save-dir.",
+    )
+
+
+def _open_later(address: str) -> None:
+    time.sleep(0.7)
+    webbrowser.open(address)
+
+
+def _serve_and_reload(arguments: list[str]) -> None:
+    """Run the studio as a child and start it again when a source file changes."""
+    import subprocess
+
+    from watchfiles import PythonFilter, watch
+
+    source = Path(__file__).parent
+    command = [
+        sys.executable,
+        "-m",
+        "trellis",
+        *(word for word in arguments if word != "--reload"),
+        "--no-open",
+    ]
+    changes = watch(source, watch_filter=PythonFilter(extra_extensions=(".html", ".css", ".js")))
+    while True:
+        child = subprocess.Popen(command)  # noqa: S603 - our own interpreter and module
+        try:
+            changed = next(changes, None)
+        finally:
+            child.terminate()
+            child.wait()
+        if changed is None:
+            return
+        console.print(f"changed: {', '.join(sorted({Path(path).name for _, path in changed}))}")

@@ -1,0 +1,110 @@
+"""What is installed, which devices there are, whether folders can be written, and what to do about what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from .settings import Settings
+
+PARTS = ("torch", "transformers", "peft", "safetensors", "fastapi", "uvicorn", "sqlalchemy")
+ENOUGH_DISK = 2_000_000_000
+ENOUGH_MEMORY = 2_000_000_000
+
+PROBE = """
+import json, torch
+cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+print(json.dumps({"threads": torch.get_num_threads(), "cuda": cuda}))
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    what: str
+    found: str
+    ok: bool = True
+    next_step: str = ""
+    optional: bool = False
+
+
+def examine(settings: Settings) -> list[Finding]:
+    """Look at everything that Trellis needs, without starting it."""
+    return [
+        _python(),
+        *(_part(name) for name in PARTS),
+        _devices(),
+        _memory(),
+        _folder(settings.save_dir),
+        _disk(settings.save_dir),
+        _demo(),
+    ]
+
+
+def _python() -> Finding:
+    return Finding("Python", platform.python_version(), sys.version_info >= (3, 11), "Install Python 3.11 or newer.")
+
+
+def _part(name: str) -> Finding:
+    try:
+        return Finding(name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, "not installed", False, f"Install it: pip install {name} (or run `make install`).")
+
+
+def _devices() -> Finding:
+    """Asked in a process of its own, so that this one stays light and a broken driver cannot end it."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=120, check=True
+        )  # fmt: skip
+        found = json.loads(done.stdout)
+    except (subprocess.SubprocessError, ValueError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        last = (detail.strip().splitlines() or ["?"])[-1]
+        return Finding("Devices", f"torch does not start: {last}", False, "Install torch again.")
+    if found["cuda"]:
+        return Finding("Devices", ", ".join(found["cuda"]))
+    return Finding("Devices", f"CPU, {found['threads']} threads; no GPU (small models work well without one)")
+
+
+def _memory() -> Finding:
+    free = psutil.virtual_memory().available
+    return Finding(
+        "Memory",
+        f"{free / 1e9:.1f} GB free",
+        free >= ENOUGH_MEMORY,
+        "Close other programs: an engine needs about 1 GB.",
+    )
+
+
+def _folder(folder: Path) -> Finding:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        return Finding("Save folder", f"{folder}: {error.strerror}", False, "Choose another with --save-dir.")
+    return Finding("Save folder", f"{folder} can be written")
+
+
+def _disk(folder: Path) -> Finding:
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    return Finding("Disk", f"{free / 1e9:.1f} GB free", free >= ENOUGH_DISK, f"Make room on the disk of {folder}.")
+
+
+def _demo() -> Finding:
+    files = Path(__file__).parent / "demo" / "model"
+    there = (files / "model.safetensors").is_file() and os.access(files / "config.json", os.R_OK)
+    return Finding("Demo model", "there" if there else "missing", there, "Run `make demo-model`, or install again.")

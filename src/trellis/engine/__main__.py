@@ -1,0 +1,48 @@
+"""`python -m trellis.engine --fd 3 --weights FOLDER`: one engine on an inherited socket, for as long as its parent lives."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+from pathlib import Path
+
+from ..blobs import Blobs
+from .loop import Loop
+from .wire import Wire
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="trellis.engine")
+    parser.add_argument("--fd", type=int, required=True, help="the inherited socket")
+    parser.add_argument("--weights", type=Path, required=True, help="the folder of weights")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes one per core")
+    parser.add_argument("--fake", action="store_true", help="answer the same messages without a model")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the studio, which then closes the socket
+    # The socket closes when the parent is gone, however it went: then nobody needs the rest.
+    wire = Wire(socket.socket(fileno=arguments.fd), closed=lambda: os._exit(0))
+    blobs = Blobs(arguments.weights)
+    blobs.sweep()
+    if arguments.fake:
+        from .fake import FakeEngine
+
+        Loop(wire, FakeEngine(blobs).handlers()).run()
+        return
+    # torch is only imported from here on, so that a fake engine starts in milliseconds.
+    import torch
+    import transformers
+
+    from .text import TextEngine
+
+    torch.set_num_threads(arguments.threads or os.cpu_count() or 1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    Loop(wire, TextEngine(blobs).handlers()).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Weights as values: an adapter held as one flat vector, its optimiser state beside it, in PEFT's layout on disk.
+
+PEFT injects the adapter and defines the files; its parameters are then views into one vector, so that
+switching weights is one copy and an optimiser step is a few operations. It does not know prompts or losses.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..blobs import Blobs
+from ..errors import WeightsMissing
+from ..messages import Metrics
+from ..params import Adapter
+
+
+@dataclass(frozen=True)
+class Weights:
+    """An adapter and its optimiser state. The tensors are never changed once made.
+
+    flat, first, second: (P,) fp32 on the model's device, the adapter's parameters and AdamW's two moments.
+    """
+
+    id: str
+    adapter: Adapter
+    flat: Tensor
+    first: Tensor
+    second: Tensor
+    steps: int
+
+
+class Slots:
+    """The adapters injected into one base model, one for each set of settings that a session asked for."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self._base = base
+        self._model: PeftModel | None = None
+        self._slots: dict[Adapter, Slot] = {}
+
+    def get(self, settings: Adapter) -> Slot:
+        """The slot for these settings, injected on first use."""
+        if settings not in self._slots:
+            name = f"r{settings.lora_rank}a{settings.lora_alpha}"
+            config = LoraConfig(
+                r=settings.lora_rank,
+                lora_alpha=settings.lora_alpha,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            )
+            if self._model is None:
+                self._model = get_peft_model(self._base, config, adapter_name=name)
+            else:
+                self._model.add_adapter(name, config)
+            self._model.eval()
+            self._slots[settings] = Slot(self._model, name, settings)
+        return self._slots[settings]
+
+
+class Slot:
+    """One adapter injected into the base model; the values in it are switched in place."""
+
+    def __init__(self, model: PeftModel, name: str, settings: Adapter) -> None:
+        self.model = model
+        self.name = name
+        self.settings = settings
+        self.config = model.peft_config[name]
+        model.set_adapter(name)
+        parameters = [(path, p) for path, p in model.named_parameters() if p.requires_grad]
+        total = sum(p.numel() for _, p in parameters)
+        device = parameters[0][1].device
+        self.flat = torch.zeros(total, device=device)
+        self.grad = torch.zeros(total, device=device)
+        self.slices: list[tuple[str, slice, torch.Size]] = []
+        start = 0
+        for path, parameter in parameters:
+            where = slice(start, start + parameter.numel())
+            parameter.data = self.flat[where].view(parameter.shape)
+            parameter.grad = self.grad[where].view(parameter.shape)
+            self.slices.append((path.replace(f".{name}.", "."), where, parameter.shape))
+            start = where.stop
+        self._installed: Tensor | None = None
+        self._base_norm = self._norm_of_base()
+
+    def install(self, flat: Tensor) -> None:
+        """Put values (P,) into the model. Cheap when they are there already."""
+        if self.model.active_adapter != self.name:
+            self.model.set_adapter(self.name)
+        if self._installed is not flat:
+            self.flat.copy_(flat)
+            self._installed = flat
+
+    def gradient(self, loss: Tensor) -> Tensor:
+        """The gradient (P,) of a scalar loss by what is installed, as a new vector."""
+        self.grad.zero_()
+        loss.backward()
+        return self.grad.clone()
+
+    def reference(self) -> AbstractContextManager[Any]:
+        """Within this, the model is the base model: the adapter is off."""
+        return self.model.disable_adapter()
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """A flat vector as named tensors, by the names that PEFT's files use."""
+        return {name: flat[where].view(shape) for name, where, shape in self.slices}
+
+    def join(self, tensors: dict[str, Tensor]) -> Tensor:
+        """Named tensors as a flat vector. Raises KeyError or RuntimeError where they do not fit."""
+        flat = torch.empty_like(self.flat)
+        for name, where, shape in self.slices:
+            flat[where] = tensors[name].to(flat.device, torch.float32).reshape(shape).flatten()
+        return flat
+
+    def drift(self, flat: Tensor) -> float:
+        """How far the weights have moved: the Frobenius norm of all changes over that of what they change.
+
+        ‖BA‖² is the sum over (BᵀB) ∘ (AAᵀ), two rank-by-rank matrices, so no full matrix is ever made.
+        """
+        named = self.split(flat)
+        scale = self.settings.lora_alpha / self.settings.lora_rank
+        total = 0.0
+        for name, down in named.items():
+            if "lora_A" in name:
+                up = named[name.replace("lora_A", "lora_B")]
+                total += float(((up.T @ up) * (down @ down.T)).sum())
+        return scale * max(total, 0.0) ** 0.5 / self._base_norm
+
+    def _norm_of_base(self) -> float:
+        squares = 0.0
+        for module in self.model.modules():
+            if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+                squares += float(module.base_layer.weight.detach().float().square().sum())
+        return max(squares**0.5, 1e-12)
+
+
+class Shelf:
+    """The weights an engine can name: a bounded cache in memory over folders on disk."""
+
+    def __init__(self, blobs: Blobs, keep: int = 64) -> None:
+        self.blobs = blobs
+        self._keep = keep
+        self._cache: OrderedDict[str, Weights] = OrderedDict()
+
+    def settings(self, weights_id: str) -> Adapter:
+        """The adapter settings of weights on disk. Raises WeightsMissing."""
+        if weights_id in self._cache:
+            return self._cache[weights_id].adapter
+        return Adapter.model_validate(self._about(weights_id)["adapter"])
+
+    def plant(self, slot: Slot, weights_id: str, seed: int) -> Weights:
+        """The weights a session starts from: A drawn as LoRA prescribes (Kaiming uniform), B zero."""
+        generator = torch.Generator().manual_seed(seed)
+        flat = torch.zeros(slot.flat.shape)
+        for name, where, shape in slot.slices:
+            if "lora_A" in name:
+                bound = (1 / shape[1]) ** 0.5
+                drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+                flat[where] = drawn.flatten()
+        flat = flat.to(slot.flat.device)
+        zeros = torch.zeros_like(flat)
+        weights = Weights(weights_id, slot.settings, flat, zeros, zeros.clone(), 0)
+        self.save(slot, weights, None)
+        return weights
+
+    def get(self, slot: Slot, weights_id: str) -> Weights:
+        """Weights from memory or disk. Raises WeightsMissing where there is no whole folder that fits."""
+        if weights_id in self._cache:
+            self._cache.move_to_end(weights_id)
+            return self._cache[weights_id]
+        about = self._about(weights_id)
+        folder = self.blobs.path(weights_id)
+        try:
+            flat = slot.join(load_file(folder / "adapter_model.safetensors"))
+            state = load_file(folder / "optimizer.safetensors")
+            weights = Weights(
+                weights_id,
+                slot.settings,
+                flat,
+                state["first"].to(flat.device),
+                state["second"].to(flat.device),
+                int(about["steps"]),
+            )
+        except (OSError, KeyError, RuntimeError, SafetensorError):
+            self.blobs.discard(weights_id)
+            raise WeightsMissing(weights_id) from None
+        self._remember(weights)
+        return weights
+
+    def save(self, slot: Slot, weights: Weights, metrics: Metrics | None) -> None:
+        """Write weights in PEFT's own layout with the optimiser's state beside it, whole or not at all."""
+        about = {
+            "adapter": weights.adapter.model_dump(mode="json"),
+            "steps": weights.steps,
+            "metrics": metrics.model_dump(mode="json") if metrics else None,
+        }
+        with self.blobs.writing(weights.id) as folder:
+            named = {name: tensor.contiguous().cpu() for name, tensor in slot.split(weights.flat).items()}
+            save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            state = {"first": weights.first.cpu(), "second": weights.second.cpu()}
+            save_file(state, folder / "optimizer.safetensors")
+            slot.config.save_pretrained(folder)
+            (folder / "weights.json").write_text(json.dumps(about, indent=1))
+        self._remember(weights)
+
+    def readable(self, slot: Slot, weights_id: str) -> bool:
+        """Whether the weights can be had without being made again."""
+        try:
+            self.get(slot, weights_id)
+        except WeightsMissing:
+            return False
+        return True
+
+    def metrics(self, weights_id: str) -> Metrics | None:
+        """What was measured when the weights were made, if they are on disk and readable."""
+        if weights_id not in self.blobs:
+            return None
+        try:
+            found = self._about(weights_id)["metrics"]
+        except WeightsMissing:
+            return None
+        return Metrics.model_validate(found) if found else None
+
+    def _about(self, weights_id: str) -> dict[str, Any]:
+        try:
+            about: dict[str, Any] = json.loads((self.blobs.path(weights_id) / "weights.json").read_text())
+        except (OSError, ValueError):
+            self.blobs.discard(weights_id)
+            raise WeightsMissing(weights_id) from None
+        return about
+
+    def _remember(self, weights: Weights) -> None:
+        self._cache[weights.id] = weights
+        self._cache.move_to_end(weights.id)
+        while len(self._cache) > self._keep:
+            self._cache.popitem(last=False)

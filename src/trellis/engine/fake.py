@@ -1,0 +1,186 @@
+"""The same messages without torch: words drawn by hash instead of by a model.
+
+For tests of everything above the wire. It keeps the engine's promises (pure, resumable, weights on disk
+whole or not at all), held to them by the same contract suite.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import psutil
+
+from ..blobs import Blobs
+from ..errors import EngineError, Invalid, WeightsMissing
+from ..messages import (
+    Delta,
+    Learn,
+    Learned,
+    Load,
+    Loaded,
+    Metrics,
+    Offer,
+    Offered,
+    Option,
+    Plant,
+    Planted,
+    Progress,
+    Status,
+    StatusReport,
+    recipe_id,
+)  # fmt: skip
+from .loop import Handler, Steps
+
+WORDS = [
+    "the",
+    "sea",
+    "keeps",
+    "its",
+    "own",
+    "time",
+    "and",
+    "bread",
+    "rises",
+    "while",
+    "cats",
+    "watch",
+    "trains",
+    "pass",
+    "under",
+    "a",
+    "slow",
+    "moon",
+    "that",
+    "tastes",
+    "of",
+    "tea",
+]
+
+STEP_SECONDS = 0.002
+
+
+class FakeEngine:
+    def __init__(self, blobs: Blobs) -> None:
+        self._blobs = blobs
+        self._path: str | None = None
+
+    def handlers(self) -> Mapping[type, Handler]:
+        return {Load: self.load, Plant: self.plant, Offer: self.offer, Learn: self.learn, Status: self.status}
+
+    def load(self, request: Load) -> Steps:
+        for done in range(1, 5):
+            time.sleep(STEP_SECONDS)
+            yield Progress(
+                stage="reading",
+                fraction=done / 5,
+                message="Reading nothing",
+                bytes=done,
+                total_bytes=4,
+            )
+        self._path = request.path
+        return Loaded(
+            fingerprint="fake",
+            parameters=0,
+            architecture="Fake",
+            device="none",
+            dtype="none",
+            bytes=0,
+            seconds=0.0,
+        )
+
+    def plant(self, request: Plant) -> Steps:
+        yield None
+        self._require_loaded()
+        made = recipe_id("w", {"model": "fake", **request.model_dump(mode="json")})
+        if made not in self._blobs:
+            self._write(made, 0, None)
+        return Planted(weights=made)
+
+    def offer(self, request: Offer) -> Steps:
+        self._require_loaded()
+        self._steps_of(request.weights)
+        prompt = request.prompt.text.split()
+        room = request.sampling.max_new_tokens
+        if len(prompt) + room > request.context_length:
+            raise Invalid(
+                f"The prompt has {len(prompt)} words.",
+                code="prompt_too_long",
+                field="prompt",
+                next_step="Shorten it.",
+            )
+        key = request.model_dump_json()
+        lengths = [min(3 + _draw(key, index, "length") % 12, room) for index in range(request.group_size)]
+        texts = [""] * request.group_size
+        tokens: list[list[int]] = [[] for _ in texts]
+        for step in range(max(lengths)):
+            time.sleep(STEP_SECONDS)
+            delta = {}
+            for index, length in enumerate(lengths):
+                if step < length:
+                    token = _draw(key, index, step) % len(WORDS)
+                    tokens[index].append(token)
+                    delta[index] = (" " if step else "") + WORDS[token]
+                    texts[index] += delta[index]
+            yield Delta(texts=delta)
+        options = tuple(
+            Option(text=text, tokens=tuple(ids), finish="stop", logprob=-float(len(ids)))
+            for text, ids in zip(texts, tokens, strict=True)
+        )
+        return Offered(options=options, prompt_tokens=len(prompt), seconds_to_first=0.0, seconds=0.0)
+
+    def learn(self, request: Learn) -> Steps:
+        self._require_loaded()
+        made = request.makes()
+        yield None
+        known = self._about(made)
+        if known is not None:
+            return Learned(weights=made, metrics=Metrics.model_validate(known["metrics"]))
+        steps = self._steps_of(request.weights) + 1
+        for _ in range(request.learning.inner_steps):
+            time.sleep(STEP_SECONDS)
+            yield None
+        metrics = Metrics(
+            loss=1.6,
+            kl=0.01,
+            share_before=0.2,
+            share_after=0.6,
+            drift=0.01 * steps,
+            inner_steps=4,
+            seconds=0.01,
+        )
+        self._write(made, steps, metrics)
+        return Learned(weights=made, metrics=metrics)
+
+    def status(self, request: Status) -> Steps:
+        yield None
+        return StatusReport(model=self._path, resident_bytes=psutil.Process().memory_info().rss)
+
+    def _require_loaded(self) -> None:
+        if self._path is None:
+            raise EngineError("No model is loaded.", code="not_loaded", next_step="Load the model first.")
+
+    def _write(self, weights_id: str, steps: int, metrics: Metrics | None) -> None:
+        about = {"steps": steps, "metrics": metrics.model_dump(mode="json") if metrics else None}
+        with self._blobs.writing(weights_id) as folder:
+            (folder / "weights.json").write_text(json.dumps(about))
+
+    def _steps_of(self, weights_id: str) -> int:
+        about = self._about(weights_id)
+        if about is None:
+            raise WeightsMissing(weights_id)
+        return int(about["steps"])
+
+    def _about(self, weights_id: str) -> dict[str, Any] | None:
+        try:
+            about: dict[str, Any] = json.loads((self._blobs.path(weights_id) / "weights.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return about
+
+
+def _draw(*parts: object) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")

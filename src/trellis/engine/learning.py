@@ -1,0 +1,207 @@
+"""The learning step: from one choice to new weights. The formulas stand in docs/learning.md.
+
+It knows log-probabilities and flat vectors; not files, sessions or how answers were drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import TrellisError
+from ..messages import Choice, Ranking, Written
+from ..params import Learning
+from .adapters import Slot
+
+BETAS = (0.9, 0.99)
+EPSILON = 1e-8
+CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """A lesson as numbers: one prompt, its answers as tokens (each with its end token if it ended), the choice.
+
+    A written answer stands last among the answers.
+    """
+
+    prompt: list[int]
+    answers: list[list[int]]
+    choice: Choice
+    temperature: float
+
+    def mask(self, device: torch.device) -> Tensor:
+        """(G, T) true where an answer has a token. From lengths, never from token ids."""
+        lengths = torch.tensor([len(answer) for answer in self.answers], device=device)
+        return torch.arange(int(lengths.max()), device=device)[None, :] < lengths[:, None]
+
+
+def answer_logprobs(model: Any, group: Group) -> Tensor:
+    """Log-probabilities (G, T) of each answer's tokens given the prompt, fp32, zero where there is none.
+
+    Rows are padded on the right, which a causal model never looks at, so no attention mask is needed;
+    logits are only made for the positions that predict an answer.
+    """
+    longest = max(len(answer) for answer in group.answers)
+    rows = [group.prompt + answer + [0] * (longest - len(answer)) for answer in group.answers]
+    ids = torch.tensor(rows, device=model.device)
+    logits = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=longest).logits
+    logprobs = torch.log_softmax(logits.float() / group.temperature, dim=-1)
+    picked = logprobs.gather(-1, ids[:, -longest:, None])[..., 0]
+    return picked.masked_fill(~group.mask(picked.device), 0.0)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The loss of one group and what it says: all scalars, `loss` with its graph."""
+
+    loss: Tensor
+    share: float
+    kl: float
+
+
+def judge(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
+    """The loss of a choice: a multinomial logit with an outside option, a k3 leash, a pull on the winner.
+
+    logprobs, reference: (G, T) fp32, zero off the mask (G, T). `share` is the probability that the choice
+    model gives to what was chosen. Sources: Luce 1959, Plackett 1975; k3: Schulman 2020; the pull on the
+    winner: arXiv 2402.13228, 2404.19733.
+    """
+    lengths = mask.sum(dim=-1)
+    rewards = options.choice_beta * (logprobs - reference).sum(dim=-1) / lengths
+    utilities = torch.cat([rewards, rewards.new_zeros(1)])  # the outside option last, at zero
+    outside = len(rewards)
+    good = chosen_indexes(choice, outside)
+    winners = good[:1] if isinstance(choice, Ranking) else good
+    chosen = utilities[winners or [outside]].logsumexp(0) - utilities.logsumexp(0)
+    likelihood = chosen
+    remaining = list(range(outside + 1))
+    for index in good if isinstance(choice, Ranking) else ():
+        if index != good[0]:
+            likelihood = likelihood + utilities[index] - utilities[remaining].logsumexp(0)
+        remaining.remove(index)
+    distance = k3(logprobs, reference, mask)
+    loss = -likelihood + options.kl_beta * distance
+    if winners:
+        weight = 1.0 if isinstance(choice, Written) else options.nll_weight
+        loss = loss - weight * (logprobs[winners].sum(dim=-1) / lengths[winners]).mean()
+    return Verdict(loss, float(chosen.detach().exp()), float(distance.detach()))
+
+
+def chosen_indexes(choice: Choice, outside: int) -> list[int]:
+    """The options that a choice calls good, best first; empty for none of these."""
+    match choice:
+        case int():
+            return [choice]
+        case Ranking():
+            return list(choice.ranking)
+        case Written():
+            return [outside - 1]
+        case tuple():
+            return list(choice)
+        case _:
+            return []
+
+
+def k3(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+    """Mean over answer tokens of e^(ref−l) − (ref−l) − 1: an estimate of KL that is never negative.
+
+    The difference is held at 20 nats, where the exponential alone would drown everything else.
+    """
+    gap = (reference - logprobs).clamp(max=20.0)
+    return ((gap.exp() - gap - 1.0) * mask).sum() / mask.sum()
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where the optimiser stands: flat fp32 vectors (P,) and the count of steps so far."""
+
+    flat: Tensor
+    first: Tensor
+    second: Tensor
+    steps: int
+
+
+def adamw_step(point: Point, gradient: Tensor, rate: float) -> Point:
+    """One step of Adam with clipping by norm and without decay (arXiv 1412.6980, 1711.05101), as new tensors."""
+    norm = gradient.norm()
+    gradient = gradient * (CLIP / (norm + 1e-6)).clamp(max=1.0)
+    steps = point.steps + 1
+    first = BETAS[0] * point.first + (1 - BETAS[0]) * gradient
+    second = BETAS[1] * point.second + (1 - BETAS[1]) * gradient.square()
+    scale = (second / (1 - BETAS[1] ** steps)).sqrt() + EPSILON
+    flat = point.flat - rate * (first / (1 - BETAS[0] ** steps)) / scale
+    return Point(flat, first, second, steps)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    point: Point
+    loss: float
+    kl: float
+    share_before: float
+    share_after: float
+    inner_steps: int
+
+
+def learn_steps(
+    slot: Slot,
+    start: Point,
+    group: Group,
+    replay: Sequence[Group],
+    references: Sequence[Tensor],
+    options: Learning,
+) -> Generator[None, None, Outcome]:
+    """Up to `inner_steps` optimiser steps on one choice, with some earlier ones beside it.
+
+    Stops when the chosen answer's share reaches the target; a step that moves the answers further than
+    `step_limit` from where the click began is halved, and is the last one. Yields between steps: whoever
+    runs it may meanwhile put other weights into the slot, so nothing in the slot outlives a yield.
+    `references` are the base model's log-probabilities for the group and then for each replayed one.
+    """
+    rate = options.learning_rate
+    if rate is None:
+        raise ValueError("a learning rate must have been chosen before a lesson reaches the engine")
+    reference, mask = references[0], group.mask(references[0].device)
+    shared = options.replay_weight / len(replay) if replay else 0.0
+
+    def look(flat: Tensor) -> tuple[Tensor, Verdict]:
+        slot.install(flat)
+        logprobs = answer_logprobs(slot.model, group)
+        return logprobs, judge(logprobs, reference, mask, group.choice, options)
+
+    logprobs, verdict = look(start.flat)
+    point, before, begun, step = start, verdict, logprobs.detach(), 0
+    for step in range(1, options.inner_steps + 1):
+        gradient = slot.gradient(verdict.loss)
+        for earlier, earlier_reference in zip(replay, references[1:], strict=True):
+            yield None
+            slot.install(point.flat)
+            earlier_mask = earlier.mask(earlier_reference.device)
+            earlier_logprobs = answer_logprobs(slot.model, earlier)
+            again = judge(earlier_logprobs, earlier_reference, earlier_mask, earlier.choice, options)
+            gradient += slot.gradient(shared * again.loss)
+        if not bool(torch.isfinite(gradient).all()):
+            raise TrellisError(
+                "The model's numbers overflowed while it learned from this choice.",
+                code="not_finite",
+                next_step="Undo a few steps, or use a lower learning rate.",
+            )
+        moved = adamw_step(point, gradient, rate)
+        yield None
+        logprobs, verdict = look(moved.flat)
+        far = float(k3(logprobs.detach(), begun, mask))
+        if not far <= options.step_limit:
+            half = point.flat + (moved.flat - point.flat) / 2
+            point = Point(half, moved.first, moved.second, moved.steps)
+            yield None
+            _, verdict = look(point.flat)
+            break
+        point = moved
+        if verdict.share >= options.target_share:
+            break
+    return Outcome(point, float(before.loss.detach()), verdict.kl, before.share, verdict.share, step)

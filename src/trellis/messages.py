@@ -1,0 +1,279 @@
+"""The wire between the web process and an engine: requests down, events up, and how weights are named.
+
+Every request names all it needs: what an engine holds in memory is only a cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, TypeAdapter
+
+from .params import Adapter, Learning, Sampling, Text
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+# ── What both directions speak of ──────────────────────────────────────────────────────────────────
+
+
+class Prompt(Message):
+    """What the model is asked."""
+
+    text: str
+    system: str = ""
+
+
+class Option(Message):
+    """One answer, token by token. `logprob` is the sum over `tokens` as it was drawn, in nats."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish: Literal["stop", "length"]
+    logprob: float = 0.0
+
+
+class Ranking(Message):
+    """Options from best to worst; those not named come after all of them."""
+
+    ranking: tuple[StrictInt, ...] = Field(min_length=1, max_length=8)
+
+
+class Written(Message):
+    """An answer that the person wrote or repaired."""
+
+    written: Text
+
+
+Choice = (
+    StrictInt
+    | Annotated[tuple[StrictInt, ...], Field(min_length=1, max_length=8)]
+    | Literal["none", "skip"]
+    | Ranking
+    | Written
+)
+"""What a person said of an offer: one option, several good ones, none, skip, a ranking, or an answer of their own."""
+
+CHOICE: TypeAdapter[Choice] = TypeAdapter(Choice)
+
+
+class Lesson(Message):
+    """One choice as it is learned from: the prompt, the options that were shown, what was said of them."""
+
+    prompt: Prompt
+    options: tuple[Option, ...]
+    choice: Choice
+    temperature: float
+
+
+# ── Down: requests ─────────────────────────────────────────────────────────────────────────────────
+
+
+class Load(Message):
+    """Load a model folder: safetensors with a Hugging Face config."""
+
+    type: Literal["load"] = "load"
+    path: str
+
+
+class Plant(Message):
+    """Make the weights a session starts from: an adapter that changes nothing yet."""
+
+    type: Literal["plant"] = "plant"
+    adapter: Adapter
+    seed: int
+
+
+class Offer(Message):
+    """Draw a group of answers. Pure: the same request gives the same answers."""
+
+    type: Literal["offer"] = "offer"
+    weights: str
+    prompt: Prompt
+    sampling: Sampling
+    group_size: int
+    seed: int
+    context_length: int
+
+
+class Learn(Message):
+    """Make new weights from one choice, with some earlier ones replayed. Pure: named by its own content."""
+
+    type: Literal["learn"] = "learn"
+    weights: str
+    lesson: Lesson
+    replay: tuple[Lesson, ...] = ()
+    learning: Learning
+    context_length: int
+
+    def makes(self) -> str:
+        """The id of the weights that this request makes, known before they are computed."""
+        return recipe_id("w", self.model_dump(mode="json"))
+
+
+class Status(Message):
+    """Ask what is loaded and how much memory it takes."""
+
+    type: Literal["status"] = "status"
+
+
+class Cancel(Message):
+    """Stop a request at its next step."""
+
+    type: Literal["cancel"] = "cancel"
+    request: int
+
+
+Request = Load | Plant | Offer | Learn | Status
+
+
+class Down(Message):
+    """A frame from the web process: a request with its number; a lower priority number goes first."""
+
+    id: int
+    priority: int = 0
+    body: Annotated[Request | Cancel, Field(discriminator="type")]
+
+
+# ── Up: events ─────────────────────────────────────────────────────────────────────────────────────
+
+Stage = Literal["connecting", "initializing", "downloading", "reading", "parsing", "quantizing", "placing",
+                "warming_up", "ready"]  # fmt: skip
+
+
+class Progress(Message):
+    """How far long work has come. `fraction` is of the whole; bytes and rate are of this stage, as measured."""
+
+    type: Literal["progress"] = "progress"
+    stage: str
+    fraction: float
+    message: str
+    bytes: int | None = None
+    total_bytes: int | None = None
+    rate: float | None = None
+    seconds_left: float | None = None
+
+
+class Loaded(Message):
+    type: Literal["loaded"] = "loaded"
+    fingerprint: str
+    parameters: int
+    architecture: str
+    device: str
+    dtype: str
+    bytes: int
+    seconds: float
+
+
+class Planted(Message):
+    type: Literal["planted"] = "planted"
+    weights: str
+
+
+class Delta(Message):
+    """Text that some options grew by since the last delta."""
+
+    type: Literal["delta"] = "delta"
+    texts: dict[int, str]
+
+
+class Offered(Message):
+    type: Literal["offered"] = "offered"
+    options: tuple[Option, ...]
+    prompt_tokens: int
+    seconds_to_first: float
+    seconds: float
+
+
+class Metrics(Message):
+    """What one choice did. Shares are of the choice model with its outside option (docs/learning.md)."""
+
+    loss: float
+    kl: float
+    share_before: float
+    share_after: float
+    drift: float
+    inner_steps: int
+    seconds: float
+
+
+class Learned(Message):
+    type: Literal["learned"] = "learned"
+    weights: str
+    metrics: Metrics
+
+
+class StatusReport(Message):
+    type: Literal["status_report"] = "status_report"
+    model: str | None
+    resident_bytes: int
+    device_bytes: int | None = None
+
+
+class Cancelled(Message):
+    type: Literal["cancelled"] = "cancelled"
+
+
+class Failed(Message):
+    """The request ended with an error that a person can be shown."""
+
+    type: Literal["failed"] = "failed"
+    code: str
+    message: str
+    next_step: str
+    field: str | None = None
+    details: dict[str, Any] = {}
+
+
+Event = Progress | Loaded | Planted | Delta | Offered | Learned | StatusReport | Cancelled | Failed
+
+
+class Up(Message):
+    """A frame from the engine. The last one of a request is marked."""
+
+    id: int
+    last: bool
+    body: Annotated[Event, Field(discriminator="type")]
+
+
+# ── Names ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def recipe_id(kind: str, recipe: Any) -> str:
+    """A short name for what a recipe makes: 128 bits of SHA-256 over its canonical JSON."""
+    text = json.dumps(recipe, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return f"{kind}{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+
+
+def derived_seed(*parts: str | int) -> int:
+    """A 63-bit seed from what an offer depends on, never from global state."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+# ── Frames ─────────────────────────────────────────────────────────────────────────────────────────
+
+HEADER = struct.Struct(">I")
+"""A frame is its length in four bytes, then the JSON of a Down or an Up."""
+
+MAX_FRAME = 64 * 1024 * 1024
+
+
+def frame(message: Message) -> bytes:
+    body = message.model_dump_json().encode()
+    if len(body) > MAX_FRAME:
+        raise ValueError(f"a message of {len(body)} bytes is over the limit of {MAX_FRAME}")
+    return HEADER.pack(len(body)) + body
+
+
+def frame_length(header: bytes) -> int:
+    """The length that a header announces. Raises ValueError before anything of that size is allocated."""
+    (length,) = HEADER.unpack(header)
+    if length > MAX_FRAME:
+        raise ValueError(f"a frame of {length} bytes is over the limit of {MAX_FRAME}")
+    return int(length)

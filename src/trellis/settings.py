@@ -1,0 +1,77 @@
+"""Every setting of the server, once: name, default, help. The only reader of the environment."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from .errors import Refused
+
+
+class Settings(BaseSettings):
+    """Read from arguments, then from `TRELLIS_…` in the environment."""
+
+    model_config = SettingsConfigDict(env_prefix="TRELLIS_", frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", description="Address to listen on. Any but this computer's own needs a password.")
+    port: int = Field(8117, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    save_dir: Path = Field(
+        Path.home() / ".trellis",
+        description="Folder for everything that is kept: database, weights, models, logs.",
+    )
+    database_url: str = Field("", description="SQLAlchemy address of the database. Empty: SQLite in the save folder.")
+    password: SecretStr = Field(SecretStr(""), description="Password of the owner. Empty: no login, loopback only.")
+    allowed_hosts: str = Field(
+        "",
+        description="More names that browsers may use for this server, with commas, for use behind a proxy.",
+    )
+    engine_threads: int = Field(0, ge=0, description="CPU threads of an engine; 0 takes one per core.")
+    fake_engine: bool = Field(False, description="Run without models, for tests of the studio itself.")
+
+    @property
+    def database(self) -> str:
+        return self.database_url or f"sqlite:///{self.save_dir / 'trellis.db'}"
+
+    @property
+    def weights_dir(self) -> Path:
+        return self.save_dir / "weights"
+
+    @property
+    def models_dir(self) -> Path:
+        return self.save_dir / "models"
+
+    @property
+    def logs_dir(self) -> Path:
+        return self.save_dir / "logs"
+
+    @property
+    def exports_dir(self) -> Path:
+        return self.save_dir / "exports"
+
+    @property
+    def host_names(self) -> frozenset[str]:
+        """The names that a request's Host may carry, lower case and without a port."""
+        more = (name.strip().lower() for name in self.allowed_hosts.split(","))
+        own = {"localhost", "127.0.0.1", "[::1]", self.host.lower()}
+        return frozenset(own | {name for name in more if name})
+
+    def require_password_beyond_loopback(self) -> None:
+        """Raises Refused when the server would listen to other machines without a password."""
+        if not is_loopback(self.host) and not self.password.get_secret_value():
+            raise Refused(
+                f"The address “{self.host}” can be reached from other machines, and no password is set.",
+                code="password_required",
+                next_step="Set TRELLIS_PASSWORD, or listen on 127.0.0.1.",
+            )
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

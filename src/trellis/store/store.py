@@ -1,0 +1,94 @@
+"""The database seen as two verbs: read and write a plain function in a short transaction, off the event loop.
+
+SQLite in WAL mode by default, with every acknowledged write on the disk; any other by URL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
+from sqlalchemy.engine import make_url
+
+from .tables import HEAD
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Store:
+    """Functions of `(connection, …)` run here; writes one after another, reads beside them."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._engine = open_engine(url)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="store-write")
+        self._readers = ThreadPoolExecutor(4, thread_name_prefix="store-read")
+
+    async def write(self, work: Callable[Concatenate[Connection, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run in a transaction of its own; on return it is committed and on the disk."""
+        return await self._run(self._writer, work, *args, **kwargs)
+
+    async def read(self, work: Callable[Concatenate[Connection, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+        return await self._run(self._readers, work, *args, **kwargs)
+
+    async def _run(
+        self,
+        threads: ThreadPoolExecutor,
+        work: Callable[Concatenate[Connection, P], R],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        def run() -> R:
+            with self._engine.begin() as connection:
+                return work(connection, *args, **kwargs)
+
+        # A write that has begun is let finish even when nobody waits any more: half an action is worse than one.
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(threads, run))
+
+    def close(self) -> None:
+        self._writer.shutdown()
+        self._readers.shutdown()
+        self._engine.dispose()
+
+
+def open_engine(url: str) -> Engine:
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite" and parsed.database:
+        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(parsed)
+    if parsed.get_backend_name() == "sqlite":
+
+        @event.listens_for(engine, "connect")
+        def prepare(connection: Any, record: Any) -> None:
+            cursor = connection.cursor()
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=5000"):
+                cursor.execute(f"PRAGMA {pragma}")
+            cursor.close()
+
+    return engine
+
+
+def migrate(url: str) -> None:
+    """Bring the database to the newest shape. Costs nothing when it is there."""
+    engine = open_engine(url)
+    try:
+        with engine.connect() as connection:
+            if inspect(connection).has_table("alembic_version"):
+                version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+                if version == HEAD:
+                    return
+        from alembic import command
+        from alembic.config import Config
+
+        config = Config()
+        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        with engine.begin() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+    finally:
+        engine.dispose()

@@ -1,0 +1,1 @@
+"""What the product does. No HTTP, no SQL, no torch."""

@@ -1,0 +1,121 @@
+"""Publish and subscribe with replay: each topic is a ring of events with growing ids.
+
+A reader has a place in the ring and no queue of its own, so a slow one costs nothing: when its place has
+left the ring it is given a snapshot instead. It does not know what the events mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+RING = 2048
+
+
+@dataclass(frozen=True)
+class HubEvent:
+    """`id` names the event for a resume; a snapshot carries the id of the last event that it includes."""
+
+    id: str
+    name: str
+    data: dict[str, Any]
+
+
+Snapshot = Callable[[], tuple[str, dict[str, Any]]]
+
+
+@dataclass
+class Topic:
+    number: int = 0
+    ring: deque[HubEvent] = field(default_factory=lambda: deque(maxlen=RING))
+    waiting: set[asyncio.Future[None]] = field(default_factory=set)
+    closed: bool = False
+
+
+class Hub:
+    """Events of this process. Ids carry a mark of the process, so that an id from before a restart is too old."""
+
+    def __init__(self) -> None:
+        self._mark = secrets.token_hex(4)
+        self._topics: dict[str, Topic] = {}
+        self.closing = False
+
+    def publish(self, topic: str, name: str, data: dict[str, Any]) -> str:
+        """Add an event. Returns its id. Never waits."""
+        place = self._topics.setdefault(topic, Topic())
+        place.number += 1
+        event = HubEvent(f"{self._mark}-{place.number}", name, data)
+        place.ring.append(event)
+        self._wake(place)
+        return event.id
+
+    def last(self, topic: str) -> str:
+        """The id of the newest event of a topic."""
+        place = self._topics.get(topic)
+        return f"{self._mark}-{place.number if place else 0}"
+
+    def watchers(self, topic: str) -> int:
+        """How many readers are waiting for the next event."""
+        place = self._topics.get(topic)
+        return len(place.waiting) if place else 0
+
+    async def subscribe(self, topic: str, after: str | None, snapshot: Snapshot) -> AsyncIterator[HubEvent]:
+        """Events after an id, without end until the topic or the hub closes.
+
+        Without an id, or with one that is too old or from elsewhere, a snapshot comes first.
+        """
+        place = self._topics.setdefault(topic, Topic())
+        at = self._number(place, after)
+        while True:
+            oldest = place.ring[0].id if place.ring else None
+            if at is None or (oldest is not None and at < int(oldest.split("-")[1]) - 1):
+                at = place.number
+                name, data = snapshot()
+                yield HubEvent(f"{self._mark}-{at}", name, data)
+                continue
+            if at < place.number:
+                behind = place.number - at
+                for event in list(place.ring)[-behind:]:
+                    at = int(event.id.split("-")[1])
+                    yield event
+                continue
+            if place.closed or self.closing:
+                return
+            await self._wait(place)
+
+    def end(self, topic: str) -> None:
+        """The topic says nothing more: its readers are let go when they have read all. It is then forgotten."""
+        place = self._topics.pop(topic, None)
+        if place:
+            place.closed = True
+            self._wake(place)
+
+    def close(self) -> None:
+        """Let all readers go."""
+        self.closing = True
+        for place in self._topics.values():
+            self._wake(place)
+
+    def _number(self, place: Topic, after: str | None) -> int | None:
+        mark, _, number = (after or "").partition("-")
+        if mark != self._mark or not number.isascii() or not number.isdigit() or len(number) > 15:
+            return None
+        return int(number) if int(number) <= place.number else None
+
+    async def _wait(self, place: Topic) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        place.waiting.add(future)
+        try:
+            await future
+        finally:
+            place.waiting.discard(future)
+
+    def _wake(self, place: Topic) -> None:
+        for future in place.waiting:
+            if not future.done():
+                future.set_result(None)
+        place.waiting.clear()

@@ -1,0 +1,184 @@
+"""Long work that outlives the request that asked for it: one row, one topic of events, one task each."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from ..errors import Conflict, NotFound, TrellisError, shorten
+from ..messages import Progress
+from ..store import jobs as rows
+from ..store.store import Store
+from .hub import Hub, HubEvent
+
+log = logging.getLogger(__name__)
+
+
+class Job:
+    """One piece of long work while it runs."""
+
+    def __init__(self, hub: Hub, row: dict[str, Any]) -> None:
+        self._hub = hub
+        self.row = row
+        self.followers: list[Callable[[Progress], None]] = []
+        self.task: asyncio.Task[None] | None = None
+        self.failure: TrellisError | None = None
+
+    @property
+    def id(self) -> str:
+        return str(self.row["id"])
+
+    def progress(self, progress: Progress) -> None:
+        """Say how far the work has come, to all who follow it."""
+        self.row["progress"] = progress.model_dump(exclude={"type"})
+        self._hub.publish(topic(self.id), "progress", self.row["progress"])
+        for follow in self.followers:
+            follow(progress)
+
+
+Work = Callable[[Job], Awaitable[dict[str, Any]]]
+
+
+def topic(job_id: str) -> str:
+    return f"jobs/{job_id}"
+
+
+class Jobs:
+    """All jobs: the running ones in memory, every one in the store."""
+
+    def __init__(self, store: Store, hub: Hub) -> None:
+        self._store = store
+        self._hub = hub
+        self._running: dict[str, Job] = {}
+
+    async def open(self) -> None:
+        """Say of jobs that a crash cut off that they ended."""
+        error = TrellisError(
+            "The studio stopped while this was running.", code="interrupted", next_step="Start it again."
+        )
+        await self._store.write(rows.interrupt_jobs, error.as_json())
+
+    async def close(self) -> None:
+        for job in list(self._running.values()):
+            if job.task:
+                job.task.cancel()
+        await asyncio.gather(*(job.task for job in self._running.values() if job.task), return_exceptions=True)
+
+    async def start(self, kind: str, body: dict[str, Any], work: Work, request: str | None = None) -> Job:
+        """Begin work as a task of the studio's own. The same request is one job."""
+        if request and (row := await self._store.read(rows.job_by_request, request)):
+            return self._running.get(row["id"]) or Job(self._hub, row)
+        row = {
+            "id": f"j{secrets.token_hex(8)}", "request": request, "kind": kind, "body": body, "state": "running",
+            "progress": None, "result": None, "error": None, "created": time.time(),
+        }  # fmt: skip
+        await self._store.write(rows.add_job, row)
+        job = Job(self._hub, row)
+        self._running[job.id] = job
+        job.task = asyncio.create_task(self._run(job, work), name=f"job {job.id}")
+        return job
+
+    async def get(self, job_id: str) -> dict[str, Any]:
+        """A job as the API shows it. Raises NotFound."""
+        return as_json(await self._row(job_id))
+
+    async def list(self) -> list[dict[str, Any]]:
+        """The latest jobs, newest first."""
+        found = await self._store.read(rows.list_jobs)
+        return [as_json(self._running[row["id"]].row if row["id"] in self._running else row) for row in found]
+
+    async def cancel(self, job_id: str) -> dict[str, Any]:
+        """Stop a running job. Raises NotFound, or Conflict when it has ended."""
+        row = await self._row(job_id)
+        job = self._running.get(job_id)
+        if job is None or job.task is None:
+            raise Conflict(
+                f"The job has ended already: it is {row['state']}.",
+                code="job_ended",
+                next_step="Nothing is left to cancel.",
+            )
+        job.task.cancel()
+        await asyncio.wait([job.task])
+        return as_json(job.row)
+
+    async def events(self, job_id: str, after: str | None) -> AsyncIterator[HubEvent]:
+        """Progress, then how it ended; a job that has ended answers with its last event."""
+        row = await self._row(job_id)
+        if job_id not in self._running:
+            yield HubEvent("0-0", *_last_event(row))
+            return
+        async for event in self._hub.subscribe(
+            topic(job_id), after, lambda: ("progress", row["progress"] or _waiting(row))
+        ):
+            yield event
+
+    async def _row(self, job_id: str) -> dict[str, Any]:
+        if job_id in self._running:
+            return self._running[job_id].row
+        row = await self._store.read(rows.get_job, job_id)
+        if row is None:
+            raise NotFound(f"There is no job “{shorten(job_id)}”.", next_step="The jobs are listed at /api/jobs.")
+        return row
+
+    async def _run(self, job: Job, work: Work) -> None:
+        try:
+            result = await work(job)
+            await self._finish(job, state="done", result=result)
+        except asyncio.CancelledError:
+            await asyncio.shield(self._finish(job, state="cancelled"))
+        except TrellisError as error:
+            job.failure = error
+            await self._finish(job, state="failed", error=error.as_json())
+        except Exception:
+            log.exception("job %s failed", job.id)
+            job.failure = TrellisError(
+                "The work ended with an error that the studio does not know.",
+                code="internal",
+                next_step=f"The studio's log has the details, under job {job.id}.",
+            )
+            await self._finish(job, state="failed", error=job.failure.as_json())
+
+    async def _finish(self, job: Job, **values: Any) -> None:
+        job.row |= values
+        kept = {name: job.row[name] for name in ("state", "progress", "result", "error")}
+        await self._store.write(rows.finish_job, job.id, kept)
+        self._hub.publish(topic(job.id), *_last_event(job.row))
+        self._hub.end(topic(job.id))
+        del self._running[job.id]
+
+
+def as_json(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "id": row["id"],
+        "kind": row["kind"],
+        "state": row["state"],
+        "progress": row["progress"] or _waiting(row),
+        "result": row["result"],
+        "error": row["error"],
+        "created": timestamp(row["created"]),
+        "about": row["body"],
+    }
+
+
+def timestamp(seconds: float) -> str:
+    """ISO 8601 in UTC."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _waiting(row: dict[str, Any]) -> dict[str, Any]:
+    return {"stage": "connecting", "fraction": 0.0, "message": "Starting"}
+
+
+def _last_event(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    match row["state"]:
+        case "done":
+            return "done", {"result": row["result"]}
+        case "failed":
+            return "failed", {"error": row["error"]}
+        case _:
+            return "cancelled", {}

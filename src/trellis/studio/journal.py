@@ -1,0 +1,167 @@
+"""The log of choices to take away: a readable journal in Markdown, and the choices as JSONL in common layouts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from ..errors import Invalid, shorten
+from ..messages import Choice, Option, Ranking, Written
+from ..store import steering as rows
+from ..store.store import Store
+from .jobs import timestamp
+from .session import Session, node_row, options_from
+from .tree import Node
+
+FORMATS = ("raw", "trl-preference", "trl-unpaired", "openai-dpo")
+LETTERS = "ABCDEFGH"
+
+
+async def journal(store: Store, session: Session) -> str:
+    """The branch to the head: every prompt, all options, the choice, the figures. Markdown, for people."""
+    path = session.tree.path(session.tree.head_id)
+    offers = await store.read(rows.get_offers, [node.answered for node in path if node.answered])
+    lines = [
+        f"# {_inline(session.name)}",
+        "",
+        f"Model `{session.config.model}`, started {timestamp(session.created)}, "
+        f"{session.tree.head.step} steps to the head, {len(session.tree.nodes)} nodes in the tree.",
+        "",
+    ]
+    for node in path[1:]:
+        offer = offers[node.answered or ""]
+        lines += [f"## Step {node.step}: {describe(node.choice)}", "", _quote(offer["prompt"]), ""]
+        good = _good(node.choice)
+        for index, option in enumerate(options_from(offer) or ()):
+            mark = " **(chosen)**" if index in good else ""
+            lines += [f"**{LETTERS[index]}**{mark}", "", _quote(option.text), ""]
+        if isinstance(node.choice, Written):
+            lines += ["**Written**", "", _quote(node.choice.written), ""]
+        if node.metrics:
+            m = node.metrics
+            lines += [
+                f"Share of what was chosen {m.share_before:.1%} → {m.share_after:.1%}, loss {m.loss:.3f}, "
+                f"KL {m.kl:.4f}, drift {m.drift:.2%}, {m.inner_steps} inner steps.",
+                "",
+            ]
+    return "\n".join(lines)
+
+
+async def choices(store: Store, session: Session, layout: str) -> Iterator[str]:
+    """Every choice of the session, one JSON object a line. Raises Invalid for an unknown layout.
+
+    Layouts: our own log; TRL's preference and unpaired preference types (conversational); OpenAI's
+    preference fine-tuning file. Skips teach nothing and appear in the log only.
+    """
+    if layout not in FORMATS:
+        raise Invalid(
+            f"format: “{shorten(layout)}” is not a format.",
+            field="format",
+            next_step=f"Use one of {', '.join(FORMATS)}.",
+        )
+    nodes = [node for node in session.tree.nodes.values() if node.answered]
+    offers = await store.read(rows.get_offers, [node.answered for node in nodes if node.answered])
+    return (
+        json.dumps(line, ensure_ascii=False) + "\n"
+        for node in nodes
+        for line in _lines(session, node, offers[node.answered or ""], layout)
+    )
+
+
+def describe(choice: Choice | None) -> str:
+    """A choice in a few words."""
+    match choice:
+        case None:
+            return "the beginning"
+        case "none":
+            return "none of these"
+        case "skip":
+            return "skipped"
+        case int():
+            return f"chose {LETTERS[choice]}"
+        case Ranking():
+            return "ranked " + " › ".join(LETTERS[index] for index in choice.ranking)
+        case Written():
+            return "wrote an answer"
+        case _:
+            return "chose " + ", ".join(LETTERS[index] for index in choice)
+
+
+def _lines(session: Session, node: Node, offer: dict[str, Any], layout: str) -> Iterator[dict[str, Any]]:
+    options = options_from(offer) or ()
+    asked = [{"role": "system", "content": session.config.system_prompt}] if session.config.system_prompt else []
+    asked = [*asked, {"role": "user", "content": offer["prompt"]}]
+    if layout == "raw":
+        yield {
+            "node": node.id, "parent": node.parent, "step": node.step, "prompt": offer["prompt"],
+            "options": [option.text for option in options], "finish": [option.finish for option in options],
+            "choice": node_row(node)["choice"], "system": session.config.system_prompt,
+            "metrics": node.metrics.model_dump() if node.metrics else None, "created": timestamp(node.created),
+        }  # fmt: skip
+    elif layout == "trl-unpaired":
+        for text, label in _labels(options, node.choice):
+            yield {"prompt": asked, "completion": [_answer(text)], "label": label}
+    else:
+        for better, worse in _pairs(options, node.choice):
+            if layout == "trl-preference":
+                yield {"prompt": asked, "chosen": [_answer(better)], "rejected": [_answer(worse)]}
+            else:
+                yield {
+                    "input": {"messages": asked, "tools": [], "parallel_tool_calls": True},
+                    "preferred_output": [_answer(better)],
+                    "non_preferred_output": [_answer(worse)],
+                }
+
+
+def _answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def _good(choice: Choice | None) -> list[int]:
+    match choice:
+        case int():
+            return [choice]
+        case Ranking():
+            return [choice.ranking[0]]
+        case tuple():
+            return list(choice)
+        case _:
+            return []
+
+
+def _labels(options: tuple[Option, ...], choice: Choice | None) -> Iterator[tuple[str, bool]]:
+    if choice is None or choice == "skip":
+        return
+    good = _good(choice)
+    for index, option in enumerate(options):
+        yield option.text, index in good
+    if isinstance(choice, Written):
+        yield choice.written, True
+
+
+def _pairs(options: tuple[Option, ...], choice: Choice | None) -> Iterator[tuple[str, str]]:
+    """(better, worse) pairs that a choice implies; none of these and skip imply none."""
+    if isinstance(choice, Ranking):
+        order = list(choice.ranking)
+        rest = [index for index in range(len(options)) if index not in order]
+        for place, better in enumerate(order):
+            for worse in [*order[place + 1 :], *rest]:
+                yield options[better].text, options[worse].text
+        return
+    if isinstance(choice, Written):
+        yield from ((choice.written, option.text) for option in options)
+        return
+    good = _good(choice)
+    for better in good:
+        for worse, option in enumerate(options):
+            if worse not in good:
+                yield options[better].text, option.text
+
+
+def _quote(text: str) -> str:
+    return "\n".join(f"> {line}" for line in text.splitlines() or [""])
+
+
+def _inline(text: str) -> str:
+    return " ".join(text.split())

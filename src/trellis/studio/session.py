@@ -1,0 +1,865 @@
+"""One steering session while the studio runs: its tree, the offer on its screen, and the work that is missing.
+
+Commands only note what the person wants, in one short transaction. A single task then does whatever is
+missing (plant, learn, offer, control), so that a crash, an unloaded model or an undo in mid-stream all
+continue the same way: look again, do what is missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from contextlib import aclosing
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+from ..errors import Conflict, EngineDied, Invalid, NotFound, TrellisError, WeightsMissing, shorten
+from ..messages import (
+    CHOICE,
+    Choice,
+    Delta,
+    Learn,
+    Learned,
+    Lesson,
+    Metrics,
+    Offer,
+    Offered,
+    Option,
+    Plant,
+    Planted,
+    Progress,
+    Prompt,
+    Ranking,
+    Written,
+)  # fmt: skip
+from ..params import Adapter, Learning, Sampling, SessionConfig
+from ..store import steering as rows
+from ..store.store import Store
+from ..workers.worker import Worker
+from .datasets import Prompts
+from .hub import Hub
+from .models import Models
+from .tree import Node, Tree, child_id, offer_id, offer_seed, replayed
+
+log = logging.getLogger(__name__)
+R = TypeVar("R")
+
+CONTROL = Sampling(temperature=0.0, top_p=1.0, min_p=0.0, max_new_tokens=96)
+"""How the control prompt is answered: the likeliest words, so that only the weights make a difference."""
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the person moved on
+    """The work in hand is no longer wanted."""
+
+
+@dataclass
+class Shown:
+    """An offer on the screen, whole or growing."""
+
+    id: str
+    node: str
+    number: int
+    prompt: str
+    texts: list[str]
+    options: tuple[Option, ...] | None
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any], size: int) -> Shown:
+        options = options_from(row)
+        texts = [option.text for option in options] if options else [""] * size
+        return cls(row["id"], row["node"], row["number"], row["prompt"], texts, options)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "node": self.node,
+            "prompt": self.prompt,
+            "options": self.options_json(),
+            "status": "ready" if self.options else "streaming",
+        }
+
+    def options_json(self) -> list[dict[str, Any]]:
+        if self.options is None:
+            return [{"index": index, "text": text, "finish": None} for index, text in enumerate(self.texts)]
+        return [
+            {
+                "index": index,
+                "text": option.text,
+                "finish": option.finish,
+                "tokens": len(option.tokens),
+                "logprob": round(option.logprob, 4),
+            }
+            for index, option in enumerate(self.options)
+        ]
+
+
+class Session:
+    """A person's run of steering one model."""
+
+    def __init__(
+        self,
+        store: Store,
+        hub: Hub,
+        models: Models,
+        row: dict[str, Any],
+        nodes: Iterable[Node],
+        offer: dict[str, Any] | None,
+        intent: dict[str, Any] | None,
+    ) -> None:
+        self._store = store
+        self._hub = hub
+        self._models = models
+        self.id: str = row["id"]
+        self.name: str = row["name"]
+        self.created: float = row["created"]
+        self.config = SessionConfig.model_validate(row["config"])
+        self.prompts = Prompts(self.config.dataset, self.config.seed)
+        self.tree = Tree(nodes, row["head"])
+        self.offer = Shown.from_row(offer, self.config.group_size) if offer else None
+        self.intent = intent
+        self.error: TrellisError | None = None
+        self.loading: Progress | None = None
+        self.tokens_per_second: float | None = None
+        self._planted_on: Worker | None = None
+        self._lock = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+        self._stream: asyncio.Task[Any] | None = None
+        self._labels: dict[str, str] = {}
+        self._warming: asyncio.Task[None] | None = None
+        self._closed = False
+
+    # ── What a person sees ─────────────────────────────────────────────────────────────────────────
+
+    @property
+    def topic(self) -> str:
+        return f"steering/{self.id}"
+
+    @property
+    def status(self) -> str:
+        if self.error:
+            return "failed"
+        if self.loading:
+            return "loading"
+        if self.intent:
+            return "learning"
+        if self.offer and self.offer.options:
+            return "ready"
+        return "offering" if self.tree.root.weights else "loading"
+
+    @property
+    def busy(self) -> bool:
+        """While a choice is learned from, nothing else can be asked for."""
+        return self.intent is not None and self.error is None
+
+    def state(self) -> dict[str, Any]:
+        """The whole state, as API.md gives it."""
+        head = self.tree.head
+        original, current = self.tree.root.control, head.control
+        return {
+            "id": self.id,
+            "name": self.name,
+            "config": self.config.model_dump(mode="json"),
+            "status": self.status,
+            "error": self.error.as_json() if self.error else None,
+            "head": {"node": head.id, "step": head.step, "drift": drift_of(head, self.tree)},
+            "offer": self.offer.as_json() if self.offer else None,
+            "learning": self.intent["body"] if self.busy and self.intent else None,
+            "can_undo": self.tree.undo is not None and not self.busy,
+            "can_redo": self.tree.redo is not None and not self.busy,
+            "dataset": {
+                "source": self.prompts.source,
+                "position": head.position % self.prompts.total,
+                "total": self.prompts.total,
+            },
+            "control": (
+                {"prompt": self.config.control_prompt, "original": original, "current": current}
+                if self.config.control_prompt
+                else None
+            ),
+            "figures": self.figures(),
+            "load": self.loading.model_dump(exclude={"type"}) if self.loading else None,
+        }
+
+    def figures(self) -> dict[str, Any]:
+        head = self.tree.head
+        made = next((node for node in reversed(self.tree.path(head.id)) if node.metrics), None)
+        measured = made.metrics.model_dump() if made and made.metrics else dict.fromkeys(Metrics.model_fields)
+        return {
+            **measured,
+            "step": head.step,
+            "drift": drift_of(head, self.tree),
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+    # ── What a person says ─────────────────────────────────────────────────────────────────────────
+
+    async def choose(self, offer: str, choice: Choice, request: str) -> None:
+        """Learn from a choice. Raises Conflict for an offer that is not on the screen or not whole yet."""
+        async with self._lock:
+            if await self._known(request):
+                return
+            self._require_free()
+            shown = self.offer
+            if shown is None or shown.id != offer:
+                raise self._conflict(
+                    f"The offer “{shorten(offer)}” is not the one on the screen.",
+                    "stale_offer",
+                    "Look at the current options and choose again.",
+                )
+            if shown.options is None:
+                raise self._conflict(
+                    "The options are still being written.",
+                    "offer_not_ready",
+                    "Choose when all options are whole.",
+                )
+            self._require_fits(choice, len(shown.options))
+            said = CHOICE.dump_python(choice, mode="json")
+            known = self.tree.nodes.get(child_id(self.tree.head, shown.id, said))
+            body = {"offer": shown.id, "node": self.tree.head_id, "choice": said}
+            if known is not None or choice == "skip":
+                await self._step_without_learning(known, said, self._intent(request, "choose", body, "done"))
+                return
+            intent = self._intent(request, "choose", body, "open")
+            await self._store.write(self._replace_intent, intent)
+            self.intent, self.error = intent, None
+            self._publish("learning", {"offer": shown.id, "choice": said})
+            self._kick()
+
+    async def skip(self, request: str) -> None:
+        """Move on to the next prompt without learning; also from an offer that is not whole yet."""
+        async with self._lock:
+            if await self._known(request):
+                return
+            self._require_free()
+            if self.offer is None:
+                raise self._conflict("There is nothing to skip yet.", "offer_not_ready", "Wait for the first options.")
+            known = self.tree.nodes.get(child_id(self.tree.head, self.offer.id, "skip"))
+            body = {"offer": self.offer.id, "node": self.tree.head_id, "choice": "skip"}
+            await self._step_without_learning(known, "skip", self._intent(request, "skip", body, "done"))
+
+    async def undo(self, request: str) -> None:
+        async with self._lock:
+            if await self._known(request):
+                return
+            self._require_free()
+            target = self.tree.undo
+            if target is None:
+                raise self._conflict("This is the beginning; nothing to undo.", "nothing_to_undo", "Choose an answer.")
+            left = self.tree.head
+            notes = {target.id: {"forward": left.id, "shown": left.answered}}
+            await self._go(target, left.answered, notes, self._intent(request, "undo", {"from": left.id}, "done"))
+
+    async def redo(self, request: str) -> None:
+        async with self._lock:
+            if await self._known(request):
+                return
+            self._require_free()
+            target = self.tree.redo
+            if target is None:
+                raise self._conflict("There is nothing to redo.", "nothing_to_redo", "Choose an answer.")
+            intent = self._intent(request, "redo", {"from": self.tree.head_id}, "done")
+            await self._go(target, target.shown, {}, intent)
+
+    async def goto(self, node: str, request: str) -> None:
+        """Stand at any node; the options that were shown there come back. Raises NotFound."""
+        async with self._lock:
+            if await self._known(request):
+                return
+            self._require_free()
+            target = self.node(node)
+            path = self.tree.path(target.id)
+            notes = {
+                upper.id: {"forward": lower.id}
+                for upper, lower in zip(path, path[1:], strict=False)
+                if upper.forward != lower.id
+            }
+            intent = self._intent(request, "goto", {"from": self.tree.head_id, "to": node}, "done")
+            await self._go(target, target.shown, notes, intent)
+
+    async def prompt(self, text: str, request: str) -> None:
+        """Replace the current prompt and offer again."""
+        async with self._lock:
+            if await self._known(request):
+                return
+            self._require_free()
+            if not self.tree.root.weights:
+                raise self._conflict("The session is not ready yet.", "offer_not_ready", "Wait for the first options.")
+            body = {"node": self.tree.head_id, "text": text}
+            await self._new_offer(text, self._intent(request, "prompt", body, "done"))
+            self.intent, self.error = None, None
+            self._kick()
+
+    async def resume(self) -> None:
+        """Try again after a failure, or go on after the model was unloaded."""
+        async with self._lock:
+            if self.error:
+                self.error = None
+                self._publish("state", self.state())
+            self.wake()
+
+    async def rename(self, name: str) -> None:
+        async with self._lock:
+            await self._store.write(rows.rename_session, self.id, name, time.time())
+            self.name = name
+            self._publish("state", self.state())
+
+    async def sample(self, prompt: str, node: str | None, n: int, sampling: Sampling, seed: int) -> list[str]:
+        """Answers from any node without moving the session."""
+        place = self.node(node) if node else self.tree.head
+        if not place.weights:
+            raise self._conflict("The session is not ready yet.", "offer_not_ready", "Wait for the first options.")
+        try:
+            offered = await self._offer(self._prompt(prompt), place.weights, sampling, n, seed, follow=False)
+        except WeightsMissing as missing:
+            await self._regrow(missing)
+            offered = await self._offer(self._prompt(prompt), place.weights, sampling, n, seed, follow=False)
+        return [option.text for option in offered.options]
+
+    async def labels(self) -> dict[str, str]:
+        """A few words for each node: how the answer began that led to it."""
+        missing = [node for node in self.tree.nodes.values() if node.id not in self._labels]
+        found = await self._store.read(rows.get_offers, [node.answered for node in missing if node.answered])
+        for node in missing:
+            self._labels[node.id] = first_words(node, found.get(node.answered or ""))
+        return self._labels
+
+    def warm(self) -> None:
+        """Somebody looks at the session: have its model ready before they choose. Never waits."""
+        if self._models.state(self.config.model) == "unloaded" and not self._closed:
+            self._warming = asyncio.create_task(self._load_ahead())
+
+    async def _load_ahead(self) -> None:
+        try:
+            await self._models.load(self.config.model)
+        except TrellisError as error:
+            log.warning("could not load ahead: %s", error.message)
+
+    def node(self, node_id: str) -> Node:
+        """Raises NotFound."""
+        if node_id not in self.tree.nodes:
+            raise NotFound(
+                f"There is no node “{shorten(node_id)}” in this session.",
+                field="node",
+                next_step="The nodes are listed in the session's tree.",
+            )
+        return self.tree.nodes[node_id]
+
+    def wake(self) -> None:
+        """Do what is missing, if anything is. Never waits."""
+        if not self._closed and (self._task is None or self._task.done()):
+            self._task = asyncio.create_task(self._run(), name=f"session {self.id}")
+
+    async def close(self, reason: str | None = None) -> None:
+        """Stop working. With a reason, say goodbye to those who watch."""
+        self._closed = True
+        if self._task:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        if reason:
+            self._publish("done", {"reason": reason})
+            self._hub.end(self.topic)
+
+    # ── Moving ─────────────────────────────────────────────────────────────────────────────────────
+
+    async def _step_without_learning(self, known: Node | None, said: Any, intent: dict[str, Any]) -> None:
+        """A skip, or a choice that was made here before: go to the child that it leads to."""
+        head, offer = self.tree.head, self.offer
+        assert offer is not None
+        notes = {head.id: {"shown": offer.id}}
+        if known is not None:
+            notes[head.id]["forward"] = known.id
+            await self._go(known, known.shown, notes, intent)
+            return
+        node = Node(
+            id=child_id(head, offer.id, said), session=self.id, parent=head.id, step=head.step, weights=head.weights,
+            position=head.position + 1, answered=offer.id, choice=said, metrics=None, control=head.control,
+            shown=None, forward=None, created=time.time(),
+        )  # fmt: skip
+        notes[head.id]["forward"] = node.id
+        await self._store.write(self._commit_node, node, notes, intent)
+        self._arrive(node, notes)
+        self._kick()
+
+    async def _go(
+        self, target: Node, offer: str | None, notes: dict[str, dict[str, Any]], intent: dict[str, Any]
+    ) -> None:
+        """Move the head and bring back what was shown there."""
+        row = await self._store.write(self._commit_move, target.id, offer, notes, intent)
+        for node_id, changes in notes.items():
+            self.tree.note(node_id, **changes)
+        self.tree.head_id = target.id
+        self.offer = Shown.from_row(row, self.config.group_size) if row else None
+        self.intent, self.error = None, None
+        self._publish_head()
+        if self.offer:
+            self._publish_offer(self.offer)
+        self._kick()
+
+    def _arrive(self, node: Node, notes: dict[str, dict[str, Any]]) -> None:
+        """Take a committed node into memory and tell everyone."""
+        self.tree.add(node)
+        for node_id, changes in notes.items():
+            self.tree.note(node_id, **changes)
+        self.tree.head_id = node.id
+        self.offer, self.intent, self.error = None, None, None
+        self._publish("node_added", node_json(node, self.tree))
+        self._publish_head()
+
+    # These run in the store's thread, each in one transaction.
+
+    def _replace_intent(self, connection: Any, intent: dict[str, Any]) -> None:
+        """One intent in place of one that failed and is given up."""
+        if self.intent:
+            rows.close_intent(connection, self.id, self.intent["request"], "abandoned")
+        rows.add_intent(connection, intent)
+
+    def _commit_move(
+        self,
+        connection: Any,
+        head: str,
+        offer: str | None,
+        notes: dict[str, dict[str, Any]],
+        intent: dict[str, Any],
+    ) -> dict[str, Any] | None:
+        self._replace_intent(connection, intent)
+        rows.move(connection, self.id, head, offer, notes, intent["created"])
+        return rows.get_offer(connection, offer) if offer else None
+
+    def _commit_offer(self, connection: Any, offer: dict[str, Any], intent: dict[str, Any] | None) -> None:
+        if intent:
+            self._replace_intent(connection, intent)
+        rows.add_offer(connection, offer)
+
+    def _commit_node(
+        self, connection: Any, node: Node, notes: dict[str, dict[str, Any]], intent: dict[str, Any]
+    ) -> None:
+        rows.add_node(connection, node_row(node))
+        if intent["state"] == "open":
+            rows.close_intent(connection, self.id, intent["request"], "done")
+        else:
+            self._replace_intent(connection, intent)
+        rows.move(connection, self.id, node.id, None, notes, node.created)
+
+    # ── The work that is missing ───────────────────────────────────────────────────────────────────
+
+    def _kick(self) -> None:
+        """What was wanted has changed: drop work that no longer matters, and do what is missing."""
+        if self._stream and not self._stream.done():
+            self._stream.cancel()
+        self.wake()
+
+    async def _run(self) -> None:
+        deaths = 0
+        lost: WeightsMissing | None = None
+        while not self._closed:
+            async with self._lock:
+                step = self._missing()
+            if step is None:
+                return
+            try:
+                if lost:
+                    await self._interruptible(self._regrow(lost))
+                    lost = None
+                else:
+                    await step()
+                deaths = 0
+            except Interrupted:
+                continue
+            except WeightsMissing as missing:
+                if lost:
+                    self._fail(missing)
+                lost = missing
+            except EngineDied as error:
+                deaths += 1
+                if deaths > 2:
+                    self._fail(error)
+            except TrellisError as error:
+                self._fail(error)
+            except Exception:
+                log.exception("session %s failed", self.id)
+                self._fail(_unknown(self.id))
+
+    def _missing(self) -> Callable[[], Coroutine[Any, Any, None]] | None:
+        """The next piece of work, most urgent first; None when a person has to say something."""
+        if self.error or self._closed:
+            return None
+        if not self.tree.root.weights:
+            return self._plant
+        if self.intent:
+            return self._learn
+        if self.offer is None:
+            return self._begin_offer
+        if self.offer.options is None:
+            return self._draw
+        if self.config.control_prompt and self._needs_control() is not None:
+            return self._control
+        return None
+
+    def _needs_control(self) -> Node | None:
+        for node in (self.tree.root, self.tree.head):
+            if node.control is None:
+                return node
+        return None
+
+    async def _plant(self) -> None:
+        root = self.tree.root
+        await self._interruptible(self._engine())
+        planted = await self._interruptible(self._ask_plant())
+        async with self._lock:
+            await self._store.write(rows.set_weights, root.id, planted)
+            self.tree.note(root.id, weights=planted)
+            self._publish("state", self.state())
+
+    async def _learn(self) -> None:
+        intent = self.intent
+        assert intent is not None
+        body = intent["body"]
+        parent = self.tree.nodes[body["node"]]
+        choice = CHOICE.validate_python(body["choice"])
+        request = await self._learn_request(parent, body["offer"], choice)
+        learned = await self._interruptible(self._ask_learn(request))
+        async with self._lock:
+            if self.intent is not intent:
+                return
+            node = Node(
+                id=child_id(parent, body["offer"], body["choice"]), session=self.id, parent=parent.id,
+                step=parent.step + 1, weights=learned.weights, position=parent.position + 1, answered=body["offer"],
+                choice=choice, metrics=learned.metrics, control=None, shown=None, forward=None, created=time.time(),
+            )  # fmt: skip
+            notes = {parent.id: {"forward": node.id, "shown": body["offer"]}}
+            await self._store.write(self._commit_node, node, notes, intent)
+            self._arrive(node, notes)
+
+    async def _begin_offer(self) -> None:
+        async with self._lock:
+            if self.offer is None:
+                await self._new_offer(self.prompts.at(self.tree.head.position), None)
+
+    async def _new_offer(self, prompt: str, intent: dict[str, Any] | None) -> None:
+        """Put a new offer on the screen, empty as yet, and close the intent that asked for it. The lock is held."""
+        head = self.tree.head
+        number = await self._store.read(rows.count_offers, head.id)
+        row = {
+            "id": offer_id(head, number, prompt), "session": self.id, "node": head.id, "number": number,
+            "prompt": prompt, "options": None, "created": time.time(),
+        }  # fmt: skip
+        await self._store.write(self._commit_offer, row, intent)
+        self.tree.note(head.id, shown=row["id"])
+        self.offer = Shown.from_row(row, self.config.group_size)
+        self._publish_offer(self.offer)
+
+    async def _draw(self) -> None:
+        """Draw the options of the offer on the screen, from its beginning: the same seed gives the same text."""
+        shown, head = self.offer, self.tree.head
+        assert shown is not None
+        if any(shown.texts):
+            shown.texts = [""] * self.config.group_size
+            self._publish("offer_started", self._offer_event(shown))
+        seed = offer_seed(self.config, head, shown.number, shown.prompt)
+        sampling = self.config.part(Sampling)
+        offered = await self._interruptible(
+            self._offer(self._prompt(shown.prompt), head.weights, sampling, self.config.group_size, seed, follow=True)
+        )
+        async with self._lock:
+            if self.offer is not shown:
+                return
+            options = [option.model_dump(mode="json") for option in offered.options]
+            await self._store.write(rows.set_options, shown.id, options)
+            shown.options = offered.options
+            shown.texts = [option.text for option in offered.options]
+            tokens = sum(len(option.tokens) for option in offered.options)
+            self.tokens_per_second = round(tokens / offered.seconds, 1) if offered.seconds else None
+            self._publish("offer_ready", {"offer": shown.id, "options": shown.options_json()})
+
+    async def _control(self) -> None:
+        """Answer the control prompt at the head (and, once, at the root), when nobody waits for anything else."""
+        node = self._needs_control()
+        assert node is not None
+        prompt = self._prompt(self.config.control_prompt)
+        try:
+            offered = await self._interruptible(
+                self._offer(prompt, node.weights, CONTROL, 1, 0, follow=False, priority=1)
+            )
+            answer = offered.options[0].text
+        except Invalid as error:  # a control prompt that cannot be answered must not stop the session
+            answer = error.message
+        async with self._lock:
+            await self._store.write(rows.set_control, node.id, answer)
+            self.tree.note(node.id, control=answer)
+            self._publish("control", {"node": node.id, "answer": answer})
+
+    async def _regrow(self, missing: WeightsMissing) -> None:
+        """Work out weights that are not on disk from the log of choices, from the nearest that are."""
+        wanted = [missing.weights]
+        while wanted:
+            node = self.tree.with_weights(wanted[-1])
+            if node is None or len(wanted) > len(self.tree.nodes):
+                raise missing
+            try:
+                if node.parent is None:
+                    self._planted_on = None
+                    await self._ask_plant()
+                else:
+                    parent = self.tree.nodes[node.parent]
+                    assert node.answered is not None
+                    assert node.choice is not None
+                    request = await self._learn_request(parent, node.answered, node.choice)
+                    await self._ask_learn(request)
+                wanted.pop()
+            except WeightsMissing as also:
+                wanted.append(also.weights)
+
+    # ── Asking the engine ──────────────────────────────────────────────────────────────────────────
+
+    async def _engine(self) -> Worker:
+        """The loaded engine; while it loads, the session says so."""
+        if self._models.state(self.config.model) == "loaded":
+            return await self._models.engine(self.config.model, lambda progress: None)
+
+        def follow(progress: Progress) -> None:
+            self.loading = progress
+            self._publish("load_progress", progress.model_dump(exclude={"type"}))
+
+        follow(Progress(stage="connecting", fraction=0.0, message="Starting"))
+        try:
+            return await self._models.engine(self.config.model, follow)
+        finally:
+            self.loading = None
+            if not self._closed:
+                self._publish("state", self.state())
+
+    async def _planted(self) -> Worker:
+        """The engine, after making sure that it holds the base model that this session grew on."""
+        worker = await self._engine()
+        if self._planted_on is not worker:
+            planted = await self._ask_plant()
+            if planted != self.tree.root.weights:
+                raise Conflict(
+                    f"The files of the model “{self.config.model}” are not the ones this session was grown on.",
+                    code="model_changed",
+                    next_step="Put the original model back, or start a new session on this one.",
+                )
+            self._planted_on = worker
+        return worker
+
+    async def _ask_plant(self) -> str:
+        worker = await self._engine()
+        planted = await worker.ask(Plant(adapter=self.config.part(Adapter), seed=self.config.seed))
+        assert isinstance(planted, Planted)
+        return planted.weights
+
+    async def _ask_learn(self, request: Learn) -> Learned:
+        worker = await self._planted()
+        learned = await worker.ask(request)
+        assert isinstance(learned, Learned)
+        return learned
+
+    async def _offer(
+        self,
+        prompt: Prompt,
+        weights: str,
+        sampling: Sampling,
+        size: int,
+        seed: int,
+        *,
+        follow: bool,
+        priority: int = 0,
+    ) -> Offered:
+        worker = await self._planted()
+        request = Offer(
+            weights=weights, prompt=prompt, sampling=sampling, group_size=size, seed=seed,
+            context_length=self.config.context_length,
+        )  # fmt: skip
+        async with aclosing(worker.stream(request, priority)) as events:
+            async for event in events:
+                if isinstance(event, Delta) and follow and self.offer:
+                    for index, text in event.texts.items():
+                        self.offer.texts[index] += text
+                        self._publish("option_delta", {"offer": self.offer.id, "index": index, "text": text})
+        assert isinstance(event, Offered)
+        return event
+
+    async def _learn_request(self, parent: Node, offer: str, choice: Choice) -> Learn:
+        """The request for one choice, rebuilt from the log alone: asked twice, it has the same name twice."""
+        earlier = replayed(self.config, self.tree.path(parent.id))
+        answered = [offer, *(node.answered for node in earlier if node.answered)]
+        found = await self._store.read(rows.get_offers, answered)
+        lessons = [
+            self._lesson(found[answered[place]], said)
+            for place, said in enumerate([choice, *(node.choice for node in earlier)])
+            if said is not None
+        ]
+        return Learn(
+            weights=parent.weights, lesson=lessons[0], replay=tuple(lessons[1:]),
+            learning=self.config.part(Learning), context_length=self.config.context_length,
+        )  # fmt: skip
+
+    def _lesson(self, offer: dict[str, Any], choice: Choice) -> Lesson:
+        options = options_from(offer)
+        assert options is not None
+        return Lesson(
+            prompt=self._prompt(offer["prompt"]),
+            options=options,
+            choice=choice,
+            temperature=self.config.temperature,
+        )
+
+    def _prompt(self, text: str) -> Prompt:
+        return Prompt(text=text, system=self.config.system_prompt)
+
+    async def _interruptible(self, work: Coroutine[Any, Any, R]) -> R:
+        """Run work that a command may cut short; raises Interrupted when one did."""
+        stream = asyncio.create_task(work)
+        self._stream = stream
+        try:
+            return await stream
+        except asyncio.CancelledError:
+            stream.cancel()
+            current = asyncio.current_task()
+            if current and current.cancelling():
+                raise
+            raise Interrupted from None
+
+    # ── Small things ───────────────────────────────────────────────────────────────────────────────
+
+    def _publish(self, name: str, data: dict[str, Any]) -> None:
+        self._hub.publish(self.topic, name, data)
+
+    def _publish_head(self) -> None:
+        head = self.tree.head
+        data = {"node": head.id, "step": head.step, "can_undo": self.tree.undo is not None,
+                "can_redo": self.tree.redo is not None}  # fmt: skip
+        self._publish("head_moved", data)
+
+    def _publish_offer(self, offer: Shown) -> None:
+        self._publish("offer_started", self._offer_event(offer))
+        if offer.options:
+            self._publish("offer_ready", {"offer": offer.id, "options": offer.options_json()})
+
+    def _offer_event(self, offer: Shown) -> dict[str, Any]:
+        shown = offer.as_json()
+        return {
+            "offer": shown["id"],
+            "node": shown["node"],
+            "prompt": shown["prompt"],
+            "options": shown["options"],
+        }
+
+    def _fail(self, error: TrellisError) -> None:
+        self.error = error
+        self._publish("failed", {"error": error.as_json()})
+
+    async def _known(self, request: str) -> bool:
+        """Whether a request was taken before: then it is the same action."""
+        return await self._store.read(rows.get_intent, self.id, request) is not None
+
+    def _intent(self, request: str, kind: str, body: dict[str, Any], state: str) -> dict[str, Any]:
+        return {"session": self.id, "request": request, "kind": kind, "body": body, "state": state,
+                "created": time.time()}  # fmt: skip
+
+    def _require_free(self) -> None:
+        if self._closed:
+            raise NotFound("This session was deleted.", next_step="Start another one.")
+        if self.busy:
+            raise self._conflict(
+                "The model is still learning from the last choice.",
+                "busy",
+                "Wait for it to finish; it takes seconds.",
+            )
+
+    def _require_fits(self, choice: Choice, size: int) -> None:
+        """Raises Invalid for a choice that does not fit an offer of so many options."""
+        match choice:
+            case int():
+                indexes: tuple[int, ...] = (choice,)
+            case Ranking():
+                indexes = choice.ranking
+            case tuple():
+                indexes = choice
+            case Written() if not choice.written.strip():
+                raise Invalid("choice.written: is empty.", field="choice.written", next_step="Write an answer.")
+            case _:
+                return
+        for index in indexes:
+            if not 0 <= index < size:
+                raise Invalid(
+                    f"choice: {index} is not an option; there are {size}, counted from 0.",
+                    field="choice",
+                    next_step=f"Send an index from 0 to {size - 1}.",
+                )
+        if len(set(indexes)) != len(indexes):
+            raise Invalid(
+                f"choice: {list(indexes)} names an option twice.",
+                field="choice",
+                next_step="Name each option once.",
+            )
+
+    def _conflict(self, message: str, code: str, next_step: str) -> Conflict:
+        return Conflict(message, code=code, next_step=next_step, details={"state": self.state()})
+
+
+def first_words(node: Node, offer: dict[str, Any] | None, limit: int = 42) -> str:
+    """How the answer began that a choice called good; empty where there is none."""
+    options = options_from(offer) if offer else None
+    match node.choice:
+        case Written():
+            text = node.choice.written
+        case int() if options:
+            text = options[node.choice].text
+        case Ranking() if options:
+            text = options[node.choice.ranking[0]].text
+        case (int() as index, *_) if options:
+            text = options[index].text
+        case _:
+            return ""
+    return shorten(text, limit)
+
+
+def options_from(row: dict[str, Any]) -> tuple[Option, ...] | None:
+    """The options of an offer's row; None while it is not whole."""
+    if row["options"] is None:
+        return None
+    return tuple(Option.model_validate(option) for option in row["options"])
+
+
+def node_row(node: Node) -> dict[str, Any]:
+    row = asdict(node)
+    row["choice"] = None if node.choice is None else CHOICE.dump_python(node.choice, mode="json")
+    row["metrics"] = node.metrics.model_dump() if node.metrics else None
+    return row
+
+
+def node_from(row: dict[str, Any]) -> Node:
+    choice = None if row["choice"] is None else CHOICE.validate_python(row["choice"])
+    metrics = None if row["metrics"] is None else Metrics.model_validate(row["metrics"])
+    return Node(**(row | {"choice": choice, "metrics": metrics}))
+
+
+def node_json(node: Node, tree: Tree) -> dict[str, Any]:
+    """A node as the event `node_added` carries it."""
+    return {
+        "node": node.id,
+        "parent": node.parent,
+        "step": node.step,
+        "weights": node.weights,
+        "choice": None if node.choice is None else CHOICE.dump_python(node.choice, mode="json"),
+        "metrics": node.metrics.model_dump() if node.metrics else None,
+        "drift": drift_of(node, tree),
+    }
+
+
+def drift_of(node: Node, tree: Tree) -> float:
+    """Drift of a node's weights; a skip has its parent's, the root has none."""
+    while node.metrics is None and node.parent is not None:
+        node = tree.nodes[node.parent]
+    return node.metrics.drift if node.metrics else 0.0
+
+
+def _unknown(session: str) -> TrellisError:
+    return TrellisError(
+        "The session met an error that the studio does not know.",
+        code="internal",
+        next_step=f"Resume it; if it comes back, the studio's log has the details under {session}.",
+    )

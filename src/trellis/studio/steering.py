@@ -1,0 +1,154 @@
+"""Steering as the studio offers it: sessions by id, made, found, woken, renamed, deleted."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from ..errors import NotFound, shorten
+from ..messages import derived_seed
+from ..params import Sampling, SessionConfig, default_learning_rate
+from ..store import steering as rows
+from ..store.store import Store
+from .hub import Hub, HubEvent
+from .jobs import timestamp
+from .models import Models
+from .session import Session, drift_of, node_from, node_row
+from .tree import Node, root_id
+
+NAMES = (
+    "Clematis", "Wisteria", "Jasmine", "Sweet pea", "Hop", "Honeysuckle", "Morning glory", "Runner bean", "Ivy",
+    "Passionflower", "Nasturtium", "Climbing rose", "Grapevine", "Cucumber", "Bittersweet", "Trumpet vine",
+)  # fmt: skip
+"""New sessions are named after what grows on a trellis."""
+
+
+class Steering:
+    """All sessions. One that was asked for stays in memory; every one is in the store."""
+
+    def __init__(self, store: Store, hub: Hub, models: Models) -> None:
+        self._store = store
+        self._hub = hub
+        self._models = models
+        self._sessions: dict[str, Session] = {}
+        self._opening = asyncio.Lock()
+
+    async def open(self) -> None:
+        """Take up choices that were acknowledged and not learned from when the studio last stopped."""
+        for session_id in await self._store.read(rows.sessions_with_open_intents):
+            (await self.session(session_id)).wake()
+
+    async def close(self) -> None:
+        await asyncio.gather(*(session.close() for session in self._sessions.values()))
+
+    async def create(self, name: str | None, config: Mapping[str, Any], request: str | None = None) -> Session:
+        """A new session from a partial configuration. Raises Invalid, or NotFound for an unknown model."""
+        if request and (known := await self._store.read(rows.session_by_request, request)):
+            return await self.session(known)
+        parsed = SessionConfig.parse(config)
+        entry = await self._models.find(parsed.model, field="config.model")
+        if parsed.learning_rate is None:
+            parsed = parsed.model_copy(update={"learning_rate": default_learning_rate(entry.parameters)})
+        now = time.time()
+        session_id = f"s{secrets.token_hex(8)}"
+        root = Node(
+            id=root_id(session_id), session=session_id, parent=None, step=0, weights="", position=0, answered=None,
+            choice=None, metrics=None, control=None, shown=None, forward=None, created=now,
+        )  # fmt: skip
+        row = {
+            "id": session_id, "request": request, "name": name or await self._free_name(),
+            "config": parsed.model_dump(mode="json"), "head": root.id, "offer": None, "created": now, "updated": now,
+        }  # fmt: skip
+        await self._store.write(rows.add_session, row, node_row(root))
+        session = Session(self._store, self._hub, self._models, row, [root], None, None)
+        self._sessions[session_id] = session
+        session.wake()
+        return session
+
+    async def session(self, session_id: str) -> Session:
+        """A session by its id. Raises NotFound."""
+        if session_id in self._sessions:
+            return self._sessions[session_id]
+        async with self._opening:
+            if session_id not in self._sessions:
+                found = await self._store.read(rows.get_session, session_id)
+                if found is None:
+                    raise NotFound(
+                        f"There is no session “{shorten(session_id)}”.",
+                        next_step="Your sessions are listed on the first page.",
+                    )
+                row, nodes, offer, intent = found
+                self._sessions[session_id] = Session(
+                    self._store, self._hub, self._models, row, map(node_from, nodes), offer, intent
+                )
+        return self._sessions[session_id]
+
+    async def sessions(self) -> list[dict[str, Any]]:
+        """All sessions, the one that was last used first."""
+        found = await self._store.read(rows.list_sessions)
+        return [
+            {
+                "id": row["id"],
+                "name": row["name"],
+                "model": row["config"]["model"],
+                "step": row["step"] or 0,
+                "created": timestamp(row["created"]),
+                "updated": timestamp(row["updated"]),
+                "status": self._sessions[row["id"]].status if row["id"] in self._sessions else "asleep",
+            }
+            for row in found
+        ]
+
+    async def delete(self, session_id: str) -> None:
+        """Forget a session and its log. Its weights on disk stay until they are cleaned up. Raises NotFound."""
+        session = await self.session(session_id)
+        await session.close("deleted")
+        await self._store.write(rows.delete_session, session_id)
+        self._sessions.pop(session_id, None)
+
+    async def events(self, session_id: str, after: str | None) -> AsyncIterator[HubEvent]:
+        """What happens in a session, from an event id on; the whole state first where there is none."""
+        session = await self.session(session_id)
+        session.wake()
+        async for event in self._hub.subscribe(session.topic, after, lambda: ("state", session.state())):
+            yield event
+
+    async def sample(
+        self, session_id: str, prompt: str, node: str | None, n: int, sampling: Mapping[str, Any]
+    ) -> list[str]:
+        """Answers from any node (the head, where none is named) without moving the session."""
+        session = await self.session(session_id)
+        config = SessionConfig.parse(session.config.model_dump(mode="json") | dict(sampling))
+        seed = derived_seed("sample", config.seed, node or session.tree.head_id, prompt)
+        return await session.sample(prompt, node, n, config.part(Sampling), seed)
+
+    async def tree(self, session_id: str) -> dict[str, Any]:
+        session = await self.session(session_id)
+        tree = session.tree
+        return {
+            "nodes": [
+                {
+                    "id": node.id,
+                    "parent": node.parent,
+                    "step": node.step,
+                    "choice": node_row(node)["choice"],
+                    "drift": drift_of(node, tree),
+                    "metrics": node.metrics.model_dump() if node.metrics else None,
+                    "created": timestamp(node.created),
+                }
+                for node in tree.nodes.values()
+            ],
+            "head": tree.head_id,
+        }
+
+    async def _free_name(self) -> str:
+        taken = {row["name"] for row in await self._store.read(rows.list_sessions)}
+        for number in range(1, len(taken) + 2):
+            for name in NAMES:
+                candidate = name if number == 1 else f"{name} {number}"
+                if candidate not in taken:
+                    return candidate
+        raise AssertionError("more names than sessions")

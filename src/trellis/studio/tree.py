@@ -1,0 +1,139 @@
+"""The tree of a session: nodes that are only added, a head that moves. Pure: no store, no engine, no clock."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from ..messages import Choice, Metrics, derived_seed, recipe_id
+from ..params import SessionConfig
+
+
+@dataclass(frozen=True)
+class Node:
+    """A state that was reached: its weights, and the prompt that comes next.
+
+    `answered` is the offer and `choice` what was said of it to get here from the parent. `shown` is the
+    offer that was last on the screen here, `forward` the child that redo goes to.
+    """
+
+    id: str
+    session: str
+    parent: str | None
+    step: int
+    weights: str
+    position: int
+    answered: str | None
+    choice: Choice | None
+    metrics: Metrics | None
+    control: str | None
+    shown: str | None
+    forward: str | None
+    created: float
+
+    @property
+    def learned(self) -> bool:
+        """Whether weights were made on the way here; a skip only moves on."""
+        return self.choice is not None and self.choice != "skip"
+
+
+class Tree:
+    """All nodes of one session and where it stands."""
+
+    def __init__(self, nodes: Iterable[Node], head: str) -> None:
+        self.nodes: dict[str, Node] = {}
+        self._children: dict[str | None, list[str]] = {}
+        for node in nodes:
+            self.add(node)
+        self.head_id = head
+
+    @property
+    def head(self) -> Node:
+        return self.nodes[self.head_id]
+
+    @property
+    def root(self) -> Node:
+        return self.nodes[self._children[None][0]]
+
+    @property
+    def undo(self) -> Node | None:
+        """Where undo leads."""
+        return self.nodes[self.head.parent] if self.head.parent else None
+
+    @property
+    def redo(self) -> Node | None:
+        """Where redo leads: the child that was last stood in."""
+        return self.nodes[self.head.forward] if self.head.forward else None
+
+    def add(self, node: Node) -> None:
+        """A new node, or a known one with something noted on it."""
+        if node.id not in self.nodes:
+            self._children.setdefault(node.parent, []).append(node.id)
+        self.nodes[node.id] = node
+
+    def note(self, node_id: str, **changes: Any) -> Node:
+        """A node with fields replaced."""
+        node = replace(self.nodes[node_id], **changes)
+        self.nodes[node_id] = node
+        return node
+
+    def children(self, node_id: str) -> list[Node]:
+        """Oldest first."""
+        return [self.nodes[child] for child in self._children.get(node_id, [])]
+
+    def path(self, node_id: str) -> list[Node]:
+        """From the root to a node, both included."""
+        path = []
+        at: str | None = node_id
+        while at is not None:
+            path.append(self.nodes[at])
+            at = self.nodes[at].parent
+        return path[::-1]
+
+    def with_weights(self, weights: str) -> Node | None:
+        """The first node that made these weights."""
+        return next((node for node in self.nodes.values() if node.weights == weights), None)
+
+
+def root_id(session: str) -> str:
+    return recipe_id("n", [session, "root"])
+
+
+def child_id(parent: Node, offer: str, choice: Any) -> str:
+    """The name of the node that a choice leads to: the same choice of the same offer is the same node."""
+    return recipe_id("n", [parent.id, offer, choice])
+
+
+def offer_id(node: Node, number: int, prompt: str) -> str:
+    return recipe_id("o", [node.id, number, prompt])
+
+
+def offer_seed(config: SessionConfig, node: Node, number: int, prompt: str) -> int:
+    """What an offer's random numbers start from: the session's seed, the weights, the prompt, the count of offers."""
+    return derived_seed("offer", config.seed, node.weights, prompt, number)
+
+
+def replayed(config: SessionConfig, path: list[Node]) -> list[Node]:
+    """Which earlier choices of a branch are learned again beside the next one: drawn from the log, not from the clock.
+
+    `path` ends in the node whose weights are learned from. The same path draws the same choices.
+    """
+    earlier = [node for node in path if node.learned]
+    count = min(config.replay, len(earlier))
+    return random.Random(derived_seed("replay", config.seed, path[-1].weights)).sample(earlier, count)
+
+
+def prompt_order(seed: int, total: int, position: int) -> int:
+    """Which prompt stands at a position: a seeded shuffle, another one for each round through the prompts."""
+    round_number, place = divmod(position, total)
+    return _order(seed, total, round_number)[place]
+
+
+@lru_cache(maxsize=16)
+def _order(seed: int, total: int, round_number: int) -> tuple[int, ...]:
+    order = list(range(total))
+    random.Random(derived_seed("prompts", seed, round_number)).shuffle(order)
+    return tuple(order)

@@ -1,0 +1,258 @@
+"""Who asks, and from where: Host, Origin, login, and the headers that hold a browser to our own files.
+
+Plain ASGI, outside everything else, so that a refused request costs nothing and a stream is not buffered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import ipaddress
+import json
+import secrets
+import time
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import quote, urlsplit
+
+from argon2 import PasswordHasher
+from argon2.exceptions import VerifyMismatchError
+from limits import parse
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..errors import Refused, TrellisError, shorten
+from ..settings import Settings, is_loopback
+from ..store import logins
+from ..store.store import Store
+
+COOKIE = "trellis"
+LOGIN_DAYS = 30
+SAFE = {"GET", "HEAD", "OPTIONS"}
+OPEN_PATHS = ("/login", "/healthz", "/readyz", "/static/")
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "font-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), microphone=(), geolocation=()",
+}
+
+
+class Guard:
+    """One owner's password, and the tokens that stand for it. Tokens are stored as hashes only."""
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        password = settings.password.get_secret_value()
+        self._store = store
+        self._hasher = PasswordHasher()
+        self._hash = self._hasher.hash(password) if password else None
+        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+        self._rate = parse("5 per minute")
+        self._valid: dict[str, float] = {}
+        self.streams: dict[str, set[asyncio.Event]] = {}
+
+    @property
+    def wanted(self) -> bool:
+        """Whether this server asks for a password at all."""
+        return self._hash is not None
+
+    async def login(self, password: str, client: str) -> str:
+        """A new token. Raises Refused for a wrong password or too many tries."""
+        if not self._limiter.hit(self._rate, "login", client):
+            raise Refused("Too many tries to log in.", code="too_many_tries", next_step="Wait a minute and try again.")
+        if self._hash is None or not await asyncio.to_thread(self._matches, password[:1024]):
+            raise Refused("The password is not right.", code="wrong_password", next_step="Try again.", field="password")
+        token = secrets.token_urlsafe(32)
+        await self._store.write(logins.add_login, _hash(token), time.time())
+        return token
+
+    async def knows(self, token: str) -> bool:
+        """Whether a token stands for a login that has not ended."""
+        if not token:
+            return False
+        hashed = _hash(token)
+        if hashed not in self._valid:
+            created = await self._store.read(logins.login_created, hashed)
+            if created is None:
+                return False
+            self._valid[hashed] = created
+        return time.time() - self._valid[hashed] < LOGIN_DAYS * 86_400
+
+    async def logout(self, token: str) -> None:
+        """End a login and every stream that was opened with it."""
+        hashed = _hash(token)
+        await self._store.write(logins.delete_login, hashed)
+        self._valid.pop(hashed, None)
+        for ended in self.streams.pop(hashed, set()):
+            ended.set()
+
+    def watch(self, token: str) -> asyncio.Event:
+        """An event that is set when the login of a token ends."""
+        ended = asyncio.Event()
+        self.streams.setdefault(_hash(token), set()).add(ended)
+        return ended
+
+    def unwatch(self, token: str, ended: asyncio.Event) -> None:
+        watchers = self.streams.get(_hash(token), set())
+        watchers.discard(ended)
+        if not watchers:
+            self.streams.pop(_hash(token), None)
+
+    def _matches(self, password: str) -> bool:
+        try:
+            return self._hasher.verify(self._hash or "", password)
+        except VerifyMismatchError:
+            return False
+
+
+class Access:
+    """The outermost layer: what does not pass here reaches nothing."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, guard: Guard) -> None:
+        self._app = app
+        self._names = settings.host_names
+        self._any_address = not is_loopback(settings.host)
+        self._guard = guard
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        try:
+            self._check_host(headers)
+            if scope["type"] == "websocket" or scope["method"] not in SAFE:
+                check_origin(headers)
+        except Refused as error:
+            await refuse(scope, send, 400 if error.code == "bad_host" else 403, error)
+            return
+        token = cookie_token(headers)
+        if self._guard.wanted and not scope["path"].startswith(OPEN_PATHS) and not await self._guard.knows(token):
+            await self._ask_to_log_in(scope, headers, send)
+            return
+        if self._guard.wanted:
+            await self._until_logout(scope, receive, with_headers(scope, send), token)
+        else:
+            await self._app(scope, receive, with_headers(scope, send))
+
+    def _check_host(self, headers: Headers) -> None:
+        """A foreign name in Host means that another site's name was pointed at this server (DNS rebinding)."""
+        if len(headers.getlist("host")) == 1:
+            name = host_name(headers["host"])
+            if name in self._names or (self._any_address and _is_address(name)):
+                return
+        raise Refused(
+            f"This server is not called “{shorten(headers.get('host', ''))}”.",
+            code="bad_host",
+            next_step="Use the address that was printed at the start, or add the name to TRELLIS_ALLOWED_HOSTS.",
+        )
+
+    async def _ask_to_log_in(self, scope: Scope, headers: Headers, send: Send) -> None:
+        wants_page = "text/html" in headers.get("accept", "") and "hx-request" not in headers
+        if scope["type"] == "http" and wants_page and scope["method"] == "GET":
+            location = f"/login?next={quote(scope['path'])}".encode("latin-1")
+            await respond(send, 303, b"", [(b"location", location), (b"content-type", b"text/plain")])
+            return
+        error = Refused("You are not logged in.", code="login_required", next_step="Log in at /login.")
+        await refuse(scope, send, 401, error)
+
+    async def _until_logout(self, scope: Scope, receive: Receive, send: Send, token: str) -> None:
+        """Run a request, but no longer than the login that it came with."""
+        ended = self._guard.watch(token)
+        running = asyncio.ensure_future(_run(self._app, scope, receive, send))
+        out = asyncio.create_task(ended.wait())
+        try:
+            await asyncio.wait({running, out}, return_when=asyncio.FIRST_COMPLETED)
+            if not running.done() and not scope["path"].startswith("/logout"):
+                running.cancel()
+            await asyncio.wait({running})
+            if not running.cancelled():
+                running.result()
+        finally:
+            out.cancel()
+            running.cancel()
+            self._guard.unwatch(token, ended)
+
+
+async def _run(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    await app(scope, receive, send)
+
+
+def check_origin(headers: Headers) -> None:
+    """A change must come from our own pages, or from a program (which sends neither header)."""
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    foreign = site is not None and site not in {"same-origin", "none"}
+    if origin is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+        foreign = True
+    if foreign:
+        raise Refused(
+            f"This request came from another site (“{shorten(origin or site or '')}”).",
+            code="foreign_origin",
+            next_step="Do this from Trellis' own pages.",
+        )
+
+
+def host_name(host: str) -> str:
+    """The name in a Host header: lower case, without the port."""
+    host = host.strip().lower()
+    if host.startswith("["):
+        return host.partition("]")[0] + "]"
+    return host.partition(":")[0]
+
+
+def cookie_token(headers: Headers) -> str:
+    try:
+        cookie = SimpleCookie(headers.get("cookie", ""))
+    except CookieError:
+        return ""
+    return cookie[COOKIE].value if COOKIE in cookie else ""
+
+
+def with_headers(scope: Scope, send: Send) -> Send:
+    """Adds the security headers to every response; pages are never kept by caches, static files by version are."""
+
+    async def wrapped(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(raw=message["headers"])
+            for name, value in HEADERS.items():
+                headers.setdefault(name, value)
+            headers.setdefault("cache-control", "no-store")
+        await send(message)
+
+    return wrapped
+
+
+async def refuse(scope: Scope, send: Send, status: int, error: TrellisError) -> None:
+    """Answer before the application is reached, in the one error shape."""
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008, "reason": error.code})
+        return
+    body = json.dumps({"error": error.as_json()}).encode()
+    await respond(send, status, body, [(b"content-type", b"application/json")])
+
+
+async def respond(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    safe = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+    length = (b"content-length", str(len(body)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, *safe, length]})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def _hash(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()

@@ -1,0 +1,66 @@
+"""The web application: routes, lifespan, error pages. Built from parts that are handed in."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+from .. import __version__
+from ..settings import Settings
+from ..studio.studio import Studio
+from . import failures
+from .access import Access, Guard
+from .api import health
+from .api import models as models_api
+from .api import steering as steering_api
+from .pages import login, models, steering
+from .render import STATIC, Render
+
+MAX_BODY = 2_000_000
+"""Bytes in a request's body; a prompt is at most 100,000 characters, which is less than this in any script."""
+
+
+class VersionedFiles(StaticFiles):
+    """Static files that are asked for with a version, and so may be kept for good."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        if response.status_code == 200:
+            response.headers["cache-control"] = "public, max-age=31536000, immutable"
+        return response
+
+
+def create_app(studio: Studio, settings: Settings, reload: bool = False) -> FastAPI:
+    """The application over a studio. Opens the studio when it starts and closes it when it ends."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await studio.open()
+        try:
+            yield
+        finally:
+            await studio.close()
+
+    app = FastAPI(
+        title="Trellis",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        max_body_size=MAX_BODY,
+    )
+    guard = Guard(settings, studio.store)
+    app.state.studio = studio
+    app.state.guard = guard
+    app.state.render = Render(guard.wanted, reload)
+    failures.install(app, app.state.render)
+    for part in (steering_api, models_api, health, steering, models, login):
+        app.include_router(part.router)
+    app.mount("/static", VersionedFiles(directory=STATIC), name="static")
+    app.add_middleware(Access, settings=settings, guard=guard)
+    return app

@@ -1,0 +1,89 @@
+"""Errors as HTTP: one type, one shape, on pages, in fragments and in JSON."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from typing import cast
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from ..errors import Conflict, EngineError, Invalid, NotFound, Refused, TrellisError
+from ..params import invalid_fields
+from .render import Render
+
+log = logging.getLogger(__name__)
+
+STATUS: tuple[tuple[type[TrellisError], int], ...] = (
+    (Invalid, 422),
+    (NotFound, 404),
+    (Conflict, 409),
+    (Refused, 403),
+    (EngineError, 503),
+)
+BY_CODE = {"too_many_tries": 429, "wrong_password": 401, "too_large": 413}
+
+
+def status_of(error: TrellisError) -> int:
+    if error.code in BY_CODE:
+        return BY_CODE[error.code]
+    return next((status for kind, status in STATUS if isinstance(error, kind)), 500)
+
+
+def install(app: FastAPI, render: Render) -> None:
+    """Every way a request can fail, answered in the one shape."""
+
+    def answer(request: Request, error: TrellisError, status: int) -> Response:
+        wants_page = "text/html" in request.headers.get("accept", "") and not request.url.path.startswith("/api/")
+        if wants_page and "hx-request" not in request.headers:
+            return render.page("error.html", status, error=error.as_json(), status=status)
+        return JSONResponse({"error": error.as_json(), **error.details}, status)
+
+    async def known(request: Request, raised: Exception) -> Response:
+        error = cast(TrellisError, raised)
+        return answer(request, error, status_of(error))
+
+    async def invalid(request: Request, raised: Exception) -> Response:
+        findings = [
+            finding | {"loc": [part for part in finding["loc"] if part not in ("body", "query", "path", "header")]}
+            for finding in cast(RequestValidationError, raised).errors()
+        ]
+        if any(finding["type"] == "json_invalid" for finding in findings):
+            error = Invalid("The body is not JSON.", code="bad_json", next_step="Send valid JSON.", fields=[])
+            return answer(request, error, 422)
+        return answer(request, invalid_fields(findings), 422)
+
+    async def http(request: Request, raised: Exception) -> Response:
+        problem = cast(HTTPException, raised)
+        status = problem.status_code
+        code, message, next_step = {
+            404: ("not_found", f"There is nothing at “{request.url.path[:80]}”.", "Go to the first page."),
+            405: (
+                "method_not_allowed",
+                f"This address does not take {request.method}.",
+                "See /openapi.json.",
+            ),
+            413: ("too_large", "The request is too large.", "Send less at once."),
+        }.get(status, ("bad_request", str(problem.detail)[:200], "Check the request and send it again."))
+        error = TrellisError(message, code=code, next_step=next_step)
+        response = answer(request, error, status)
+        response.headers.update(problem.headers or {})
+        return response
+
+    async def unknown(request: Request, raised: Exception) -> Response:
+        reference = secrets.token_hex(4)
+        log.error("reference %s: %s %s", reference, request.method, request.url.path, exc_info=raised)
+        error = TrellisError(
+            "The studio met an error that it does not know.",
+            code="internal",
+            next_step=f"Try again. The log has the details under reference {reference}.",
+        )
+        return answer(request, error, 500)
+
+    app.add_exception_handler(TrellisError, known)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, unknown)

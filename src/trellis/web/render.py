@@ -1,0 +1,85 @@
+"""The only caller of Jinja: templates in, HTML out, everything escaped."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from starlette.responses import HTMLResponse
+
+from .. import __version__
+
+HERE = Path(__file__).parent
+STATIC = HERE / "static"
+LETTERS = "ABCDEFGH"
+
+
+def _version() -> str:
+    """A mark that changes with any static file, so that browsers may keep them for good."""
+    digest = hashlib.sha256()
+    for file in sorted(STATIC.iterdir()):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+class Render:
+    """Templates, loaded once and kept."""
+
+    def __init__(self, logged_in: bool, reload: bool = False) -> None:
+        self._environment = Environment(
+            loader=FileSystemLoader(HERE / "templates"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            auto_reload=reload,
+        )
+        self._environment.globals.update(
+            version=__version__, static=_version(), letters=LETTERS, can_log_out=logged_in, times=times
+        )
+        self._environment.filters.update(
+            percent=percent, size=size, ago=ago, count=lambda value: f"{value:,}".replace(",", " ")
+        )
+
+    def page(self, template: str, status: int = 200, /, **values: Any) -> HTMLResponse:
+        return HTMLResponse(self.text(template, **values), status)
+
+    def text(self, template: str, /, **values: Any) -> str:
+        return self._environment.get_template(template).render(values)
+
+
+def percent(value: float | None, digits: int = 0) -> str:
+    return "–" if value is None else f"{value * 100:.{digits}f} %"
+
+
+def times(before: float | None, after: float | None) -> str:
+    """How many times as likely: `3.0`."""
+    if not before or after is None:
+        return "–"
+    ratio = after / before
+    return f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
+
+
+def size(value: int | None) -> str:
+    """Bytes for people."""
+    if value is None:
+        return "–"
+    amount = float(value)
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if amount < 1000 or unit == "TB":
+            break
+        amount /= 1000
+    return f"{amount:.0f} {unit}" if amount >= 100 or unit == "bytes" else f"{amount:.1f} {unit}"
+
+
+def ago(timestamp: str) -> str:
+    """How long ago, roughly."""
+    seconds = (datetime.now(UTC) - datetime.fromisoformat(timestamp)).total_seconds()
+    for unit, length in (("day", 86_400), ("hour", 3600), ("minute", 60)):
+        if seconds >= length:
+            number = int(seconds // length)
+            return f"{number} {unit}{'s' if number > 1 else ''} ago"
+    return "just now"

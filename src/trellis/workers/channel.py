@@ -1,0 +1,43 @@
+"""Framed messages to an engine, for asyncio: one socket, requests down, events up.
+
+Where the far end runs (a process of its own, a thread in a test) makes no difference here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+
+from ..messages import HEADER, Down, Up, frame, frame_length
+
+
+class Channel:
+    """The web side's end of a private socket."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def over(cls, sock: socket.socket) -> Channel:
+        sock.setblocking(False)
+        return cls(*await asyncio.open_connection(sock=sock))
+
+    async def send(self, down: Down) -> None:
+        """Raises ConnectionError when the engine is gone."""
+        self._writer.write(frame(down))
+        await self._writer.drain()
+
+    async def receive(self) -> Up | None:
+        """The next event; None when the engine is gone or talks nonsense."""
+        try:
+            header = await self._reader.readexactly(HEADER.size)
+            return Up.model_validate_json(await self._reader.readexactly(frame_length(header)))
+        except (asyncio.IncompleteReadError, ConnectionError, ValueError):
+            return None
+
+    async def close(self) -> None:
+        self._writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self._writer.wait_closed()

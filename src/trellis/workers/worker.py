@@ -1,0 +1,190 @@
+"""One engine seen from the web side: start it, ask it, follow a stream of its events, cancel, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Protocol
+
+from ..errors import EngineDied, EngineError, Invalid, TrellisError, WeightsMissing
+from ..messages import Cancel, Cancelled, Down, Event, Failed, Request
+from .channel import Channel
+from .exits import explain_exit
+
+
+class Engine(Protocol):
+    """What runs behind a socket: a process, or a thread in a test."""
+
+    @property
+    def pid(self) -> int | None: ...
+
+    def wait(self, timeout: float) -> int | None:
+        """The exit code, or None when it has not ended in time."""
+
+    def kill(self) -> None: ...
+
+
+Spawn = Callable[[socket.socket], tuple[Engine, Path | None]]
+"""Start an engine on its end of a socket. Returns it and its log."""
+
+
+class ProcessEngine:
+    """An engine in a process of its own."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    def wait(self, timeout: float) -> int | None:
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def process_spawner(weights: Path, logs: Path, threads: int, fake: bool) -> Spawn:
+    """Engines as child processes of this interpreter, each with a log of its own."""
+    numbers = itertools.count(1)
+
+    def spawn(sock: socket.socket) -> tuple[Engine, Path | None]:
+        logs.mkdir(parents=True, exist_ok=True)
+        log = logs / f"engine-{os.getpid()}-{next(numbers)}.log"
+        command = [sys.executable, "-m", "trellis.engine", "--fd", str(sock.fileno()), "--weights", str(weights),
+                   "--threads", str(threads), *(["--fake"] if fake else [])]  # fmt: skip
+        with log.open("wb") as output:
+            process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+                command,
+                pass_fds=[sock.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        return ProcessEngine(process), log
+
+    return spawn
+
+
+class Worker:
+    """A running engine. When it dies, everything that waits for it gets an EngineDied that says why."""
+
+    def __init__(self, channel: Channel, engine: Engine, log: Path | None) -> None:
+        self._channel = channel
+        self._engine = engine
+        self._log = log
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, asyncio.Queue[tuple[Event, bool] | None]] = {}
+        self._death: EngineDied | None = None
+        self._stopping = False
+        self._pump = asyncio.create_task(self._receive(), name="worker")
+        self.on_death: Callable[[EngineDied], None] = lambda error: None
+
+    @classmethod
+    async def start(cls, spawn: Spawn) -> Worker:
+        near, far = socket.socketpair()
+        try:
+            engine, log = await asyncio.to_thread(spawn, far)
+        except OSError as error:
+            near.close()
+            raise EngineDied(
+                f"The engine could not be started: {error}.",
+                next_step="Run `trellis doctor` to see what is missing.",
+            ) from error
+        finally:
+            far.close()
+        return cls(await Channel.over(near), engine, log)
+
+    @property
+    def pid(self) -> int | None:
+        return self._engine.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._death is None and not self._stopping
+
+    async def ask(self, request: Request, priority: int = 0) -> Event:
+        """The last event of a request. Raises the error that the engine answered with, or EngineDied."""
+        async for event in self.stream(request, priority):
+            last = event
+        return last
+
+    async def stream(self, request: Request, priority: int = 0) -> AsyncGenerator[Event, None]:
+        """All events of a request, the result last. Leaving the loop early cancels the request in the engine."""
+        if self._death:
+            raise self._death
+        number = next(self._numbers)
+        inbox: asyncio.Queue[tuple[Event, bool] | None] = asyncio.Queue()
+        self._waiting[number] = inbox
+        last = False
+        try:
+            await self._send(Down(id=number, priority=priority, body=request))
+            while not last:
+                item = await inbox.get()
+                if item is None:
+                    last = True
+                    raise self._death or explain_exit(None, self._log)
+                event, last = item
+                if isinstance(event, Failed):
+                    raise error_from(event)
+                if isinstance(event, Cancelled):
+                    raise EngineError("The request was cancelled.", code="cancelled", next_step="Ask again.")
+                yield event
+        finally:
+            del self._waiting[number]
+            if not last and self.alive:
+                with contextlib.suppress(TrellisError):
+                    await self._send(Down(id=number, body=Cancel(request=number)))
+
+    async def stop(self, patience: float = 5.0) -> None:
+        """End the engine: close its socket, which it takes as its end; kill it if it does not listen."""
+        self._stopping = True
+        await self._channel.close()
+        if await asyncio.to_thread(self._engine.wait, patience) is None:
+            self._engine.kill()
+            await asyncio.to_thread(self._engine.wait, patience)
+        await self._pump
+
+    async def _send(self, down: Down) -> None:
+        try:
+            await self._channel.send(down)
+        except (ConnectionError, RuntimeError):
+            raise self._death or explain_exit(None, self._log) from None
+
+    async def _receive(self) -> None:
+        while (up := await self._channel.receive()) is not None:
+            if inbox := self._waiting.get(up.id):
+                inbox.put_nowait((up.body, up.last))
+        code = await asyncio.to_thread(self._engine.wait, 1.0)
+        self._death = explain_exit(code, self._log)
+        for inbox in self._waiting.values():
+            inbox.put_nowait(None)
+        if not self._stopping:
+            await asyncio.to_thread(self._engine.kill)
+            self.on_death(self._death)
+
+
+def error_from(failed: Failed) -> TrellisError:
+    """The error that an engine answered with, as the kind that callers tell apart."""
+    if failed.code == WeightsMissing.code:
+        return WeightsMissing(str(failed.details.get("weights", "")))
+    if failed.field is not None:
+        return Invalid(failed.message, next_step=failed.next_step, field=failed.field, code=failed.code)
+    return EngineError(
+        failed.message,
+        next_step=failed.next_step,
+        code=failed.code,
+        field=failed.field,
+        details=failed.details,
+    )
