@@ -171,6 +171,7 @@ class Worker:
         for inbox in self._waiting.values():
             inbox.put_nowait(None)
         if not self._stopping:
+            await self._channel.close()
             await asyncio.to_thread(self._engine.kill)
             self.on_death(self._death)
 

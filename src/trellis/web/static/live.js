@@ -14,9 +14,11 @@ function toast(message, { more = "", error = false } = {}) {
     line.textContent = text;
     box.append(line);
   }
+  // A notice replaces the last one; an error stays until it was there long enough to be read.
+  for (const old of $$(".toast:not(.error)")) old.remove();
   $(".toasts").append(box);
   while ($(".toasts").children.length > 3) $(".toasts").firstChild.remove();
-  setTimeout(() => box.remove(), error ? 9000 : 5000);
+  setTimeout(() => box.remove(), error ? 9000 : 3000);
 }
 
 document.addEventListener("htmx:responseError", (event) => {
@@ -145,18 +147,23 @@ class Workbench {
   }
 
   nodeAdded(node) {
+    this.added = true; // the move of the head that follows is this one's, and has been told
     this.state.learning = null;
-    if (!node.metrics) { this.learned = null; return; }
+    if (!node.metrics) { this.learned = null; toast("Skipped. Nothing was learned."); return; }
     const { share_before: before, share_after: after } = node.metrics;
     const what = typeof node.choice === "number" ? LETTERS[node.choice]
       : node.choice === "none" ? "none of these" : node.choice?.written ? "your answer" : "your choice";
     const percent = (share) => `${Math.round(share * 100)} %`;
     this.learned = `Learned: ${what} is now ${(after / before).toFixed(1)} times as likely a choice (${percent(before)} → ${percent(after)}).`;
-    toast(this.learned);
+    toast(`Step ${node.step}: learned from ${what}.`);
   }
 
   headMoved(head) {
-    if (head.node !== this.state.head.node && head.step < this.state.head.step) this.learned = null;
+    if (head.node !== this.state.head.node && !this.added) {
+      this.learned = null;
+      toast(`Back at step ${head.step}, with the options that were shown there.`);
+    }
+    this.added = false;
     Object.assign(this.state.head, head);
     Object.assign(this.state, { can_undo: head.can_undo, can_redo: head.can_redo, learning: null, error: null, status: "offering" });
     this.showStatus();

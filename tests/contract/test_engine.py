@@ -1,0 +1,263 @@
+"""One suite for every engine: what the studio relies on, held by the fake and by the real one alike."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import thread_spawner
+from trellis.blobs import Blobs
+from trellis.errors import EngineError, Invalid, WeightsMissing
+from trellis.messages import (
+    Delta, Learn, Learned, Lesson, Load, Loaded, Offer, Offered, Option, Plant, Planted, Progress, Prompt, Ranking,
+    Status, StatusReport, Written,
+)  # fmt: skip
+from trellis.params import Adapter, Learning, Sampling
+from trellis.workers.worker import Worker
+
+pytestmark = pytest.mark.anyio
+
+Handlers = Callable[[Blobs], Mapping[type, Any]]
+LEARNING = Learning(learning_rate=1e-2)
+
+
+def fake(blobs: Blobs) -> Mapping[type, Any]:
+    from trellis.engine.fake import FakeEngine
+
+    return FakeEngine(blobs).handlers()
+
+
+def text(blobs: Blobs) -> Mapping[type, Any]:
+    from trellis.engine.text import TextEngine
+
+    return TextEngine(blobs).handlers()
+
+
+@pytest.fixture(params=[fake, pytest.param(text, marks=pytest.mark.engine)])
+def handlers(request: pytest.FixtureRequest) -> Handlers:
+    chosen: Handlers = request.param
+    return chosen
+
+
+@pytest.fixture
+def blobs(tmp_path: Path) -> Blobs:
+    return Blobs(tmp_path / "weights")
+
+
+async def start(handlers: Handlers, blobs: Blobs, model: Path) -> Worker:
+    worker = await Worker.start(thread_spawner(lambda: handlers(blobs)))
+    await worker.ask(Load(path=str(model)))
+    return worker
+
+
+@pytest.fixture
+async def worker(handlers: Handlers, blobs: Blobs, tiny_llama: Path) -> AsyncIterator[Worker]:
+    worker = await start(handlers, blobs, tiny_llama)
+    yield worker
+    await worker.stop()
+
+
+async def plant(worker: Worker, seed: int = 1) -> str:
+    planted = await worker.ask(Plant(adapter=Adapter(lora_rank=4), seed=seed))
+    assert isinstance(planted, Planted)
+    return planted.weights
+
+
+def offer(weights: str, *, seed: int = 7, text: str = "Tell me about the sea.", tokens: int = 12) -> Offer:
+    return Offer(
+        weights=weights, prompt=Prompt(text=text), sampling=Sampling(max_new_tokens=tokens), group_size=4, seed=seed,
+        context_length=256,
+    )  # fmt: skip
+
+
+async def draw(worker: Worker, request: Offer) -> tuple[Option, ...]:
+    offered = await worker.ask(request)
+    assert isinstance(offered, Offered)
+    return offered.options
+
+
+def lesson(options: tuple[Option, ...], choice: Any = 0) -> Lesson:
+    return Lesson(prompt=Prompt(text="Tell me about the sea."), options=options, choice=choice, temperature=1.0)
+
+
+def learn(weights: str, what: Lesson, *replay: Lesson) -> Learn:
+    return Learn(weights=weights, lesson=what, replay=replay, learning=LEARNING, context_length=256)
+
+
+async def learned_from(worker: Worker, request: Learn) -> Learned:
+    learned = await worker.ask(request)
+    assert isinstance(learned, Learned)
+    return learned
+
+
+def files(blobs: Blobs, weights: str) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in blobs.path(weights).iterdir() if file.suffix == ".safetensors"}
+
+
+async def test_a_load_tells_true_stages_in_order(handlers: Handlers, blobs: Blobs, tiny_llama: Path) -> None:
+    worker = await Worker.start(thread_spawner(lambda: handlers(blobs)))
+    events = [event async for event in worker.stream(Load(path=str(tiny_llama)))]
+    assert isinstance(events[-1], Loaded)
+    progress = [event for event in events if isinstance(event, Progress)]
+    fractions = [event.fraction for event in progress]
+    assert fractions == sorted(fractions)
+    assert all(0 <= fraction <= 1 for fraction in fractions)
+    reading = [event for event in progress if event.stage == "reading"]
+    assert reading
+    assert all(event.bytes is not None and event.bytes <= (event.total_bytes or 0) for event in reading)
+    await worker.stop()
+
+
+async def test_nothing_is_done_before_a_model_is_loaded(handlers: Handlers, blobs: Blobs) -> None:
+    worker = await Worker.start(thread_spawner(lambda: handlers(blobs)))
+    with pytest.raises(EngineError, match="No model is loaded"):
+        await worker.ask(Plant(adapter=Adapter(), seed=0))
+    await worker.stop()
+
+
+async def test_the_same_offer_gives_the_same_options_and_another_seed_gives_others(worker: Worker) -> None:
+    weights = await plant(worker)
+    first = await draw(worker, offer(weights))
+    assert await draw(worker, offer(weights)) == first
+    assert await draw(worker, offer(weights, seed=8)) != first
+    assert len(first) == 4
+    assert all(option.finish in ("stop", "length") and option.tokens for option in first)
+    assert all(option.logprob <= 0 for option in first)
+
+
+async def test_deltas_join_to_the_options(worker: Worker) -> None:
+    weights = await plant(worker)
+    texts = [""] * 4
+    async for event in worker.stream(offer(weights)):
+        if isinstance(event, Delta):
+            for index, text in event.texts.items():
+                texts[index] += text
+        elif isinstance(event, Offered):
+            assert texts == [option.text for option in event.options]
+
+
+async def test_learning_names_what_it_makes_and_leaves_it_whole_on_disk(worker: Worker, blobs: Blobs) -> None:
+    weights = await plant(worker)
+    request = learn(weights, lesson(await draw(worker, offer(weights)), 2))
+    learned = await learned_from(worker, request)
+    assert learned.weights == request.makes()
+    assert learned.weights in blobs
+    assert learned.metrics.share_after > learned.metrics.share_before
+    assert learned.metrics.drift > 0
+    assert not list(blobs.root.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize(
+    "choice", [0, (0, 2), "none", Ranking(ranking=(2, 0, 1)), Written(written="The sea is wide.")], ids=str
+)
+async def test_every_kind_of_choice_is_learned_from(worker: Worker, choice: Any) -> None:
+    weights = await plant(worker)
+    learned = await learned_from(worker, learn(weights, lesson(await draw(worker, offer(weights)), choice)))
+    assert learned.metrics.share_after > learned.metrics.share_before
+    assert learned.weights != weights
+
+
+async def test_learning_twice_is_learning_once(worker: Worker) -> None:
+    weights = await plant(worker)
+    request = learn(weights, lesson(await draw(worker, offer(weights))))
+    assert await learned_from(worker, request) == await learned_from(worker, request)
+
+
+async def test_another_engine_makes_the_same_weights_bit_for_bit(
+    handlers: Handlers, worker: Worker, blobs: Blobs, tiny_llama: Path, tmp_path: Path
+) -> None:
+    weights = await plant(worker)
+    options = await draw(worker, offer(weights))
+    first = await learned_from(worker, learn(weights, lesson(options)))
+    second = await learned_from(worker, learn(first.weights, lesson(options, 3), lesson(options)))
+    others = Blobs(tmp_path / "others")
+    other = await start(handlers, others, tiny_llama)
+    assert await plant(other) == weights
+    assert await draw(other, offer(weights)) == options
+    await learned_from(other, learn(weights, lesson(options)))
+    again = await learned_from(other, learn(first.weights, lesson(options, 3), lesson(options)))
+    assert again.weights == second.weights
+    assert files(others, again.weights) == files(blobs, second.weights)
+    assert await draw(other, offer(again.weights)) == await draw(worker, offer(second.weights))
+    await other.stop()
+
+
+async def test_an_engine_that_starts_again_goes_on_from_the_files(
+    handlers: Handlers, worker: Worker, blobs: Blobs, tiny_llama: Path
+) -> None:
+    weights = await plant(worker)
+    options = await draw(worker, offer(weights))
+    first = await learned_from(worker, learn(weights, lesson(options)))
+    expected = await learned_from(worker, learn(first.weights, lesson(options, 1)))
+    other = await start(handlers, blobs, tiny_llama)
+    blobs.discard(expected.weights)
+    again = await learned_from(other, learn(first.weights, lesson(options, 1)))
+    assert again.weights == expected.weights
+    assert again.metrics.model_dump(exclude={"seconds"}) == expected.metrics.model_dump(exclude={"seconds"})
+    await other.stop()
+
+
+async def test_a_more_urgent_request_goes_first(worker: Worker) -> None:
+    weights = await plant(worker)
+    order: list[str] = []
+    async with aclosing(worker.stream(offer(weights, tokens=60), priority=1)) as slow:
+        async for _ in slow:
+            if not order:
+                await worker.ask(Status(), priority=0)
+                order.append("urgent")
+        order.append("patient")
+    assert order == ["urgent", "patient"]
+
+
+async def test_what_is_interrupted_ends_as_if_it_had_not_been(worker: Worker) -> None:
+    weights = await plant(worker)
+    options = await draw(worker, offer(weights))
+    other = (await learned_from(worker, learn(weights, lesson(options, 1)))).weights
+    alone = await draw(worker, offer(weights, seed=3, tokens=40))
+    beside: list[tuple[Option, ...]] = []
+    async for event in worker.stream(offer(weights, seed=3, tokens=40), priority=1):
+        if isinstance(event, Delta):
+            await draw(worker, offer(other, seed=4, tokens=3))
+        elif isinstance(event, Offered):
+            beside.append(event.options)
+    assert beside == [alone]
+
+
+async def test_leaving_a_stream_cancels_the_request(worker: Worker) -> None:
+    weights = await plant(worker)
+    async with aclosing(worker.stream(offer(weights, tokens=200))) as events:
+        async for _ in events:
+            break
+    report = await worker.ask(Status())
+    assert isinstance(report, StatusReport)
+    assert report.resident_bytes > 0
+    assert await draw(worker, offer(weights)) == await draw(worker, offer(weights))
+
+
+async def test_missing_weights_are_named(worker: Worker) -> None:
+    with pytest.raises(WeightsMissing) as raised:
+        await worker.ask(offer("w0123"))
+    assert raised.value.weights == "w0123"
+
+
+async def test_damaged_weights_are_taken_away_and_named_missing(
+    handlers: Handlers, worker: Worker, blobs: Blobs, tiny_llama: Path
+) -> None:
+    weights = await plant(worker)
+    learned = await learned_from(worker, learn(weights, lesson(await draw(worker, offer(weights)))))
+    (blobs.path(learned.weights) / "weights.json").write_text("{")
+    other = await start(handlers, blobs, tiny_llama)
+    with pytest.raises(WeightsMissing):
+        await other.ask(offer(learned.weights))
+    await other.stop()
+
+
+async def test_a_prompt_that_does_not_fit_is_refused_with_its_field(worker: Worker) -> None:
+    weights = await plant(worker)
+    with pytest.raises(Invalid, match="prompt has") as raised:
+        await worker.ask(offer(weights, text="sea " * 1000))
+    assert raised.value.field == "prompt"

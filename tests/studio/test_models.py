@@ -1,0 +1,151 @@
+"""Loading, unloading, cancelling and the jobs that tell of it."""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import open_studio, thread_spawner, until
+from trellis.blobs import Blobs
+from trellis.engine.fake import FakeEngine
+from trellis.errors import Conflict, LoadFailed, NotFound
+from trellis.messages import Progress
+from trellis.studio.jobs import as_json
+from trellis.studio.studio import Studio
+from trellis.workers.worker import Spawn
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def studio(tmp_path: Path, fake_spawn: Spawn) -> AsyncIterator[Studio]:
+    async with open_studio(tmp_path, fake_spawn) as studio:
+        yield studio
+
+
+async def follow(studio: Studio, job: str) -> list[tuple[str, dict[str, Any]]]:
+    return [(event.name, event.data) async for event in studio.jobs.events(job, None)]
+
+
+async def test_a_load_is_a_job_that_ends_ready(studio: Studio) -> None:
+    job = await studio.models.load("demo")
+    events = await follow(studio, job.id)
+    assert events[-1][0] == "done"
+    stages = [data["stage"] for name, data in events if name == "progress"]
+    assert stages[-1] == "ready"
+    assert (await studio.jobs.get(job.id))["state"] == "done"
+    (demo,) = await studio.models.list()
+    assert (demo["id"], demo["state"], demo["kind"]) == ("demo", "loaded", "text")
+    assert demo["parameters"] > 1_000_000
+    assert demo["size"] > 1_000_000
+    assert await follow(studio, job.id) == [events[-1]]
+
+
+async def test_loading_what_is_loaded_is_the_same_job(studio: Studio) -> None:
+    first = await studio.models.load("demo")
+    assert (await studio.models.load("demo")).id == first.id
+    await follow(studio, first.id)
+    assert (await studio.models.load("demo")).id == first.id
+
+
+async def test_unloading_ends_the_engine(studio: Studio) -> None:
+    worker = await studio.models.engine("demo", lambda progress: None)
+    await studio.models.unload("demo")
+    assert not worker.alive
+    assert studio.models.state("demo") == "unloaded"
+    with pytest.raises(Conflict, match="not loaded"):
+        await studio.models.unload("demo")
+    assert (await studio.models.engine("demo", lambda progress: None)).alive
+
+
+class Slow(FakeEngine):
+    def load(self, request: Any) -> Any:
+        for step in range(2000):
+            time.sleep(0.002)
+            yield Progress(stage="reading", fraction=step / 2000, message="Slowly")
+        return (yield from super().load(request))
+
+
+async def test_a_load_can_be_cancelled(tmp_path: Path) -> None:
+    spawn = thread_spawner(lambda: Slow(Blobs(tmp_path / "weights")).handlers())
+    async with open_studio(tmp_path, spawn) as studio:
+        job = await studio.models.load("demo")
+        await until(lambda: job.row["progress"] and job.row["progress"]["stage"] == "reading")
+        assert (await studio.jobs.cancel(job.id))["state"] == "cancelled"
+        assert studio.models.state("demo") == "unloaded"
+        assert (await follow(studio, job.id))[-1][0] == "cancelled"
+        with pytest.raises(Conflict, match="ended already"):
+            await studio.jobs.cancel(job.id)
+
+
+async def test_a_load_that_fails_says_why_and_can_be_tried_again(tmp_path: Path) -> None:
+    class Broken(FakeEngine):
+        broken = True
+
+        def load(self, request: Any) -> Any:
+            yield None
+            if Broken.broken:
+                raise LoadFailed("The file is torn.", code="corrupt_file", next_step="Copy it again.")
+            return (yield from super().load(request))
+
+    spawn = thread_spawner(lambda: Broken(Blobs(tmp_path / "weights")).handlers())
+    async with open_studio(tmp_path, spawn) as studio:
+        job = await studio.models.load("demo")
+        assert (await follow(studio, job.id))[-1][1]["error"]["code"] == "corrupt_file"
+        session = await studio.steering.create(None, {})
+        await until(lambda: session.error)
+        assert session.state()["error"]["message"] == "The file is torn."
+        Broken.broken = False
+        await session.resume()
+        await until(lambda: session.status == "ready")
+
+
+async def test_jobs_that_a_crash_cut_off_are_not_shown_as_running(tmp_path: Path, fake_spawn: Spawn) -> None:
+    async with open_studio(tmp_path, fake_spawn) as studio:
+        from trellis.store import jobs as rows
+
+        row = {"id": "j1", "request": None, "kind": "load", "body": {}, "state": "running", "progress": None,
+               "result": None, "error": None, "created": 0.0}  # fmt: skip
+        await studio.store.write(rows.add_job, row)
+    async with open_studio(tmp_path, fake_spawn) as studio:
+        job = await studio.jobs.get("j1")
+        assert (job["state"], job["error"]["code"]) == ("failed", "interrupted")
+        assert [job["id"] for job in await studio.jobs.list()] == ["j1"]
+
+
+async def test_unknown_jobs_and_models_are_refused(studio: Studio) -> None:
+    with pytest.raises(NotFound, match="no job “nope”"):
+        await studio.jobs.get("nope")
+    with pytest.raises(NotFound, match="no model “../secrets”"):
+        await studio.models.load("../secrets")
+
+
+async def test_folders_in_the_models_folder_are_models(tmp_path: Path, studio: Studio) -> None:
+    good = tmp_path / "models" / "mine"
+    good.mkdir(parents=True)
+    (good / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    header = json.dumps({"a": {"dtype": "F32", "shape": [3, 5], "data_offsets": [0, 60]}}).encode()
+    (good / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(60))
+    for name, config in (("torn", "{"), ("list", "[1]"), ("odd", '{"architectures": []}')):
+        (tmp_path / "models" / name).mkdir()
+        (tmp_path / "models" / name / "config.json").write_text(config)
+        (tmp_path / "models" / name / "model.safetensors").write_bytes(struct.pack("<Q", 2**60))
+    (tmp_path / "models" / "no config").mkdir()
+    found = {model["id"]: model for model in await studio.models.list()}
+    assert set(found) == {"demo", "mine", "torn", "list", "odd"}
+    assert (found["mine"]["parameters"], found["mine"]["architecture"]) == (15, "LlamaForCausalLM")
+    assert found["torn"]["parameters"] == 0
+
+
+async def test_a_repeated_request_to_load_is_one_job(studio: Studio) -> None:
+    first = await studio.models.load("demo", "once")
+    await follow(studio, first.id)
+    await studio.models.unload("demo")
+    again = await studio.models.load("demo", "once")
+    assert as_json(again.row)["id"] == first.id
