@@ -148,6 +148,8 @@ def _serve(settings: Settings, open_page: bool) -> None:
         threading.Thread(target=_open_later, args=(address,), daemon=True).start()
     try:
         Server(config).run(sockets=[listening])
+    except KeyboardInterrupt:
+        pass  # the server has ended in order; Ctrl-C is how it is meant to end
     finally:
         lock.close()
 

@@ -6,6 +6,7 @@ run, or the request may be cancelled. It does not know models.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 from collections.abc import Callable, Generator, Mapping
@@ -75,6 +76,8 @@ class Loop:
             return stop.value, True
         except TrellisError as error:
             return failed(error), True
+        except OSError as error:
+            return failed(disk_trouble(error)), True
         except MemoryError:
             return failed(out_of_memory("this computer's memory")), True
         except Exception as error:
@@ -99,6 +102,21 @@ def out_of_memory(where: str) -> TrellisError:
         f"There was not enough of {where} for this.",
         code="out_of_memory",
         next_step="Use fewer or shorter options, a shorter context, or a smaller model.",
+    )
+
+
+def disk_trouble(error: OSError) -> TrellisError:
+    where = f" at “{error.filename}”" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return TrellisError(
+            f"The disk is full{where}.",
+            code="disk_full",
+            next_step="Make room on the disk, then resume: the choice is kept and is learned from then.",
+        )
+    return TrellisError(
+        f"The disk could not be read or written{where}: {error.strerror or error}.",
+        code="disk_write",
+        next_step="Check the studio's save folder, then resume: the choice is kept and is learned from then.",
     )
 
 

@@ -29,8 +29,10 @@ from ..store.store import Store
 
 COOKIE = "trellis"
 LOGIN_DAYS = 30
+MAX_BODY = 2_000_000
+"""Bytes in a request's body; a prompt is at most 100,000 characters, which is less than this in any script."""
 SAFE = {"GET", "HEAD", "OPTIONS"}
-OPEN_PATHS = ("/login", "/healthz", "/readyz", "/static/")
+OPEN_PATHS = {"/login", "/healthz", "/readyz"}
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -131,11 +133,13 @@ class Access:
             self._check_host(headers)
             if scope["type"] == "websocket" or scope["method"] not in SAFE:
                 check_origin(headers)
+            check_length(headers)
         except Refused as error:
-            await refuse(scope, send, 400 if error.code == "bad_host" else 403, error)
+            await refuse(scope, send, {"bad_host": 400, "too_large": 413}.get(error.code, 403), error)
             return
         token = cookie_token(headers)
-        if self._guard.wanted and not scope["path"].startswith(OPEN_PATHS) and not await self._guard.knows(token):
+        is_open = scope["path"] in OPEN_PATHS or scope["path"].startswith("/static/")
+        if self._guard.wanted and not is_open and not await self._guard.knows(token):
             await self._ask_to_log_in(scope, headers, send)
             return
         if self._guard.wanted:
@@ -197,6 +201,17 @@ def check_origin(headers: Headers) -> None:
             f"This request came from another site (“{shorten(origin or site or '')}”).",
             code="foreign_origin",
             next_step="Do this from Trellis' own pages.",
+        )
+
+
+def check_length(headers: Headers) -> None:
+    """A body that says it is too large is refused unread; one that does not say is cut off where it is read."""
+    length = headers.get("content-length", "0")
+    if not length.isascii() or not length.isdecimal() or int(length[:18]) > MAX_BODY:
+        raise Refused(
+            f"The request has {shorten(length, 20)} bytes; {MAX_BODY} is the most.",
+            code="too_large",
+            next_step="Send less at once.",
         )
 
 

@@ -8,21 +8,18 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
-from starlette.types import Scope
+from starlette.types import ASGIApp, Scope
 
 from .. import __version__
 from ..settings import Settings
 from ..studio.studio import Studio
 from . import failures
-from .access import Access, Guard
+from .access import MAX_BODY, Access, Guard
 from .api import health
 from .api import models as models_api
 from .api import steering as steering_api
 from .pages import login, models, steering
 from .render import STATIC, Render
-
-MAX_BODY = 2_000_000
-"""Bytes in a request's body; a prompt is at most 100,000 characters, which is less than this in any script."""
 
 
 class VersionedFiles(StaticFiles):
@@ -35,7 +32,7 @@ class VersionedFiles(StaticFiles):
         return response
 
 
-def create_app(studio: Studio, settings: Settings, reload: bool = False) -> FastAPI:
+def create_app(studio: Studio, settings: Settings) -> ASGIApp:
     """The application over a studio. Opens the studio when it starts and closes it when it ends."""
 
     @asynccontextmanager
@@ -57,10 +54,9 @@ def create_app(studio: Studio, settings: Settings, reload: bool = False) -> Fast
     guard = Guard(settings, studio.store)
     app.state.studio = studio
     app.state.guard = guard
-    app.state.render = Render(guard.wanted, reload)
+    app.state.render = Render(guard.wanted)
     failures.install(app, app.state.render)
     for part in (steering_api, models_api, health, steering, models, login):
         app.include_router(part.router)
     app.mount("/static", VersionedFiles(directory=STATIC), name="static")
-    app.add_middleware(Access, settings=settings, guard=guard)
-    return app
+    return Access(app, settings, guard)

@@ -28,14 +28,14 @@ def _version() -> str:
 class Render:
     """Templates, loaded once and kept."""
 
-    def __init__(self, logged_in: bool, reload: bool = False) -> None:
+    def __init__(self, logged_in: bool) -> None:
         self._environment = Environment(
             loader=FileSystemLoader(HERE / "templates"),
             autoescape=True,
             undefined=StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
-            auto_reload=reload,
+            auto_reload=False,
         )
         self._environment.globals.update(
             version=__version__, static=_version(), letters=LETTERS, can_log_out=logged_in, times=times

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
-from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import Field
+from starlette.responses import StreamingResponse
 
 from ...studio.jobs import as_json
-from ..live import resume_point, sse
+from ..live import event_stream, resume_point
 from .steering import Body, OfStudio, RequestId
 
 router = APIRouter(prefix="/api", tags=["models and jobs"])
@@ -60,10 +59,9 @@ async def cancel(found: OfJob, studio: OfStudio) -> dict[str, Any]:
     return await studio.jobs.cancel(found["id"])
 
 
-@router.get("/jobs/{job}/events", response_class=EventSourceResponse)
+@router.get("/jobs/{job}/events", response_class=StreamingResponse)
 async def events(
     found: OfJob, studio: OfStudio, after: Annotated[str | None, Depends(resume_point)]
-) -> AsyncIterator[ServerSentEvent]:
-    """Progress, then how it ended; a finished job answers with its last event."""
-    async for event in sse(studio.jobs.events(found["id"], after)):
-        yield event
+) -> StreamingResponse:
+    """Progress, then how it ended (SSE); a finished job answers with its last event."""
+    return event_stream(studio.jobs.events(found["id"], after))

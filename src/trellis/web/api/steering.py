@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request
-from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
@@ -16,7 +14,7 @@ from ...params import PROMPT_LIMIT, SessionConfig, storable
 from ...studio import journal as journals
 from ...studio.session import Session
 from ...studio.studio import Studio
-from ..live import resume_point, sse
+from ..live import event_stream, resume_point
 
 router = APIRouter(prefix="/api/steering", tags=["steering"])
 
@@ -194,10 +192,9 @@ async def choices(
     return StreamingResponse(lines, media_type="application/jsonl", headers=disposition)
 
 
-@router.get("/sessions/{session}/events", response_class=EventSourceResponse)
+@router.get("/sessions/{session}/events", response_class=StreamingResponse)
 async def events(
     session: OfSession, studio: OfStudio, after: Annotated[str | None, Depends(resume_point)]
-) -> AsyncIterator[ServerSentEvent]:
-    """What happens, as it happens. The whole state comes first unless the stream is resumed."""
-    async for event in sse(studio.steering.events(session.id, after)):
-        yield event
+) -> StreamingResponse:
+    """What happens, as it happens (SSE). The whole state comes first unless the stream is resumed."""
+    return event_stream(studio.steering.events(session.id, after))

@@ -1,0 +1,166 @@
+"""kill -9 at random moments, of the server, of the engine, or of both: nothing acknowledged is lost or doubled."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.server import Server, new_session, wait_ready
+
+API = "/api/steering/sessions"
+WHOLE = {
+    "fake": {"weights.json"},
+    "real": {"adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "weights.json"},
+}
+
+
+class Person(threading.Thread):
+    """Chooses, skips and undoes as fast as the studio lets them, and writes down what it acknowledged."""
+
+    def __init__(self, server: Server, session: str, dice: random.Random, round_number: int) -> None:
+        super().__init__(daemon=True)
+        self.server, self.session, self.dice, self.round = server, session, dice, round_number
+        self.acknowledged: list[dict[str, Any]] = []
+        self.stopped = False
+
+    def run(self) -> None:
+        with contextlib.suppress(httpx.TransportError), self.server.client() as client:
+            for number in range(1000):
+                if self.stopped:
+                    return
+                self.act(client, f"round {self.round}, action {number}")
+
+    def act(self, client: httpx.Client, key: str) -> None:
+        state = client.get(f"{API}/{self.session}").json()
+        if state["status"] != "ready":
+            return
+        if state["can_undo"] and self.dice.random() < 0.15:
+            client.post(f"{API}/{self.session}/undo", headers={"Idempotency-Key": key})
+            return
+        choice = self.dice.choice([0, 1, 2, 3, "none", "skip"])
+        said = {"offer": state["offer"]["id"], "choice": choice}
+        answer = client.post(f"{API}/{self.session}/choose", json=said, headers={"Idempotency-Key": key})
+        if answer.status_code == 202:
+            self.acknowledged.append(said | {"node": state["head"]["node"], "key": key})
+
+
+def processes_end(pids: list[int], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while alive := [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]:
+        assert time.monotonic() < deadline, f"engines outlive their server: {alive}"
+        time.sleep(0.02)
+
+
+def check(client: httpx.Client, server: Server, session: str, acknowledged: list[dict[str, Any]], kind: str) -> None:
+    """No acknowledged choice is missing or doubled, and every node has weights that load."""
+    wait_ready(client, session, 60)
+    tree = client.get(f"{API}/{session}/tree").json()
+    edges = [(node["parent"], json.dumps(node["choice"])) for node in tree["nodes"]]
+    raw = [json.loads(line) for line in client.get(f"{API}/{session}/choices").text.splitlines()]
+    assert len(raw) == len(tree["nodes"]) - 1
+    assert len(set(edges)) == len(edges), "a choice was learned from twice"
+    for said in acknowledged:
+        assert (said["node"], json.dumps(said["choice"])) in edges, f"an acknowledged choice is missing: {said}"
+    for folder in (server.save_dir / "weights").iterdir():
+        if not folder.name.startswith("."):
+            assert {file.name for file in folder.iterdir()} == WHOLE[kind], folder
+    # every node answers, from its own weights
+    for node in tree["nodes"] if kind == "real" else tree["nodes"][-5:]:
+        body = {"prompt": "What is rain?", "node": node["id"], "sampling": {"max_new_tokens": 2}}
+        assert client.post(f"{API}/{session}/sample", json=body).status_code == 200
+
+
+def hit(server: Server, what: str) -> None:
+    """Kill, and see that nothing is left running that should not be."""
+    engines = server.engines()
+    if what in ("engine", "both"):
+        for pid in engines:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    if what in ("server", "both"):
+        server.kill()
+        processes_end(engines)
+        server.start()
+
+
+def storm(save_dir: Path, kind: str, rounds: int, longest: float) -> None:
+    dice = random.Random(20)
+    server = Server(save_dir, fake=kind == "fake")
+    acknowledged: list[dict[str, Any]] = []
+    try:
+        with server.client() as client:
+            session = new_session(client, control_prompt="", max_new_tokens=24)["id"]
+        for number in range(rounds):
+            person = Person(server, session, dice, number)
+            person.start()
+            time.sleep(dice.uniform(0.01, longest))
+            hit(server, dice.choice(["server", "engine", "both"]))
+            person.stopped = True
+            person.join(30)
+            assert not person.is_alive()
+            acknowledged += person.acknowledged
+            with server.client() as client:
+                wait_ready(client, session, 60)
+        with server.client() as client:
+            check(client, server, session, acknowledged, kind)
+    finally:
+        server.stop()
+    assert len(acknowledged) >= rounds / 3, "the test did nothing"
+    assert "Traceback" not in server.output, server.output
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_whatever_is_killed_when(tmp_path: Path) -> None:
+    storm(tmp_path, "fake", rounds=20, longest=0.4)
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_nothing_is_lost_with_the_real_engine(tmp_path: Path) -> None:
+    storm(tmp_path, "real", rounds=4, longest=2.0)
+
+
+def test_a_second_studio_on_the_same_folder_is_refused(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    try:
+        with pytest.raises(AssertionError, match="Another studio is using the folder"):
+            Server(tmp_path)
+    finally:
+        server.stop()
+
+
+def test_a_folder_that_cannot_be_written_loses_nothing_and_is_told(tmp_path: Path) -> None:
+    """The folder of weights cannot be written for a while: the choice waits, and is learned from when it can."""
+    server = Server(tmp_path)
+    try:
+        with server.client() as client:
+            state = new_session(client)
+            weights = tmp_path / "weights"
+            aside = tmp_path / "aside"
+            weights.rename(aside)
+            weights.write_text("a file stands where the folder was")
+            client.post(f"{API}/{state['id']}/choose", json={"offer": state["offer"]["id"], "choice": 0})
+            failed: dict[str, Any] = {}
+            for _ in range(500):
+                failed = client.get(f"{API}/{state['id']}").json()
+                if failed["status"] == "failed":
+                    break
+                time.sleep(0.01)
+            assert failed["error"]["code"] == "disk_write"
+            weights.unlink()
+            aside.rename(weights)
+            client.post(f"{API}/{state['id']}/resume")
+            assert wait_ready(client, state["id"])["head"]["step"] == 1
+    finally:
+        server.stop()

@@ -1,0 +1,288 @@
+"""A person at the workbench, in a real browser: from the first click to a branch, a crash and a phone."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Page, expect
+
+from tests.journeys.conftest import Open
+from tests.server import Server, new_session, wait_ready
+
+pytestmark = pytest.mark.browser
+
+
+def is_ready(page: Page) -> None:
+    expect(page.locator("[data-status=ready]")).to_be_visible(timeout=30_000)
+
+
+def start(page: Page, server: Server) -> None:
+    page.goto(server.url)
+    page.get_by_role("button", name="Start with the demo").click()
+    page.wait_for_url("**/steer/*")
+    is_ready(page)
+
+
+def answers(page: Page) -> list[str]:
+    return page.locator("[data-text]").all_inner_texts()
+
+
+def step(page: Page) -> str:
+    return page.locator(".figures dd").first.inner_text()
+
+
+def press(page: Page, key: str) -> None:
+    """A key, and then the next options whole."""
+    before = page.locator("[name=offer]").first.input_value()
+    page.keyboard.press(key)
+    expect(page.locator("[name=offer]").first).not_to_have_value(before)
+    is_ready(page)
+
+
+def test_the_whole_loop_by_keyboard(open_page: Open, server: Server) -> None:
+    page = open_page()
+    start(page, server)
+    first = answers(page)
+    assert len(first) == 4
+    assert all(first)
+    press(page, "a")
+    expect(page.locator("[data-strip-text]")).to_contain_text("Learned: A is now 3.0 times as likely")
+    assert answers(page) != first
+    expect(page.locator("#figures .figures dd").first).to_have_text("1")
+    press(page, "n")
+    expect(page.locator("#tree li")).to_have_count(3)
+    press(page, "s")
+    expect(page.locator("#tree li")).to_have_count(4)
+    for _ in range(3):
+        press(page, "u")
+    assert answers(page) == first
+    expect(page.get_by_role("button", name="Undo")).to_be_disabled()
+    press(page, "b")
+    expect(page.locator("#tree li")).to_have_count(5)
+    expect(page.locator("#tree [aria-current]")).to_contain_text("1")
+    press(page, "u")
+    press(page, "r")
+    expect(page.get_by_role("button", name="Redo")).to_be_disabled()
+
+
+def test_a_card_can_be_clicked_and_any_node_returned_to(open_page: Open, server: Server) -> None:
+    page = open_page()
+    start(page, server)
+    first = answers(page)
+    before = page.locator("[name=offer]").first.input_value()
+    page.locator(".option").nth(2).locator("[data-text]").click()
+    expect(page.locator("[name=offer]").first).not_to_have_value(before)
+    is_ready(page)
+    page.get_by_role("button", name="base model").click()
+    expect(page.locator("[name=offer]").first).to_have_value(before)
+    is_ready(page)
+    assert answers(page) == first
+    assert page.locator("#tree li").count() == 2
+
+
+def test_the_prompt_is_edited_in_place_and_an_answer_written(open_page: Open, server: Server) -> None:
+    page = open_page()
+    start(page, server)
+    page.keyboard.press("e")
+    page.locator("#edit-text").fill("What is rain?")
+    page.get_by_role("button", name="Offer again").click()
+    expect(page.locator("[data-prompt]")).to_have_text("What is rain?")
+    is_ready(page)
+    page.keyboard.press("w")
+    page.locator("#written").fill("Rain is the sky, arr.")
+    page.get_by_role("button", name="Learn this answer").click()
+    expect(page.locator("[data-strip-text]")).to_contain_text("your answer")
+    is_ready(page)
+    expect(page.locator("#tree li").first).to_contain_text("Rain is the sky, arr.")
+
+
+def test_typing_in_a_field_presses_no_keys(open_page: Open, server: Server) -> None:
+    page = open_page()
+    start(page, server)
+    page.locator(".title").fill("a b n s u")
+    page.keyboard.press("Enter")
+    time.sleep(0.3)
+    assert page.locator("#tree li").count() == 1
+    page.reload()
+    expect(page.locator(".title")).to_have_value("a b n s u")
+
+
+def test_a_reload_and_the_back_button_restore_what_was_on_the_screen(open_page: Open, server: Server) -> None:
+    page = open_page()
+    start(page, server)
+    press(page, "a")
+    shown = answers(page)
+    page.reload()
+    is_ready(page)
+    assert answers(page) == shown
+    page.goto(f"{server.url}/models")
+    page.go_back()
+    is_ready(page)
+    assert answers(page) == shown
+    press(page, "b")
+
+
+def test_two_tabs_on_one_session_show_the_same(open_page: Open, server: Server) -> None:
+    one, two = open_page(), open_page()
+    start(one, server)
+    two.goto(one.url)
+    is_ready(two)
+    press(one, "c")
+    expect(two.locator("#tree li")).to_have_count(2)
+    is_ready(two)
+    assert answers(two) == answers(one)
+
+
+def test_a_page_goes_on_after_the_server_was_killed(open_page: Open, save_dir: Path) -> None:
+    server = Server(save_dir)
+    page = open_page()
+    start(page, server)
+    press(page, "a")
+    before = answers(page)
+    server.kill()
+    expect(page.locator("[data-connection]")).to_be_visible()
+    server.start()
+    expect(page.locator("[data-connection]")).to_be_hidden(timeout=30_000)
+    is_ready(page)
+    assert answers(page) == before
+    press(page, "b")
+    expect(page.locator("#tree li")).to_have_count(3)
+    assert server.stop() == 0
+
+
+def test_a_page_says_so_when_the_studio_refuses(open_page: Open, server: Server) -> None:
+    page = open_page()
+    start(page, server)
+    page.evaluate("document.querySelector('[name=offer]').value = 'stale'")
+    page.keyboard.press("a")
+    expect(page.locator(".toast.error")).to_contain_text("is not the one on the screen")
+    expect(page.get_by_role("button", name="Choose A")).to_be_enabled()
+
+
+def test_a_failure_is_shown_with_a_way_out(open_page: Open, server: Server) -> None:
+    page = open_page()
+    start(page, server)
+    page.keyboard.press("e")
+    page.locator("#edit-text").fill("word " * 2000)
+    page.get_by_role("button", name="Offer again").click()
+    expect(page.locator("[data-strip][data-kind=failed]")).to_contain_text("Shorten it")
+    expect(page.get_by_role("button", name="Try again")).to_be_visible()
+    page.locator("[data-edit] summary").click()
+    page.locator("#edit-text").fill("What is rain?")
+    page.get_by_role("button", name="Offer again").click()
+    is_ready(page)
+
+
+def test_a_deleted_session_sends_its_watchers_home(open_page: Open, server: Server) -> None:
+    page = open_page()
+    start(page, server)
+    with server.client() as client:
+        client.delete(f"/api/steering/sessions/{page.url.rsplit('/', 1)[1]}")
+    page.wait_for_url(f"{server.url}/")
+
+
+def test_deleting_asks_first(open_page: Open, server: Server) -> None:
+    with server.client() as client:
+        name = new_session(client)["name"]
+    page = open_page()
+    page.goto(server.url)
+    page.once("dialog", lambda dialog: dialog.dismiss())
+    page.get_by_role("button", name=f"Delete {name}", exact=True).click()
+    expect(page.get_by_role("link", name=name)).to_have_count(1)
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name=f"Delete {name}", exact=True).click()
+    expect(page.get_by_role("link", name=name)).to_have_count(0)
+
+
+def test_it_works_on_a_phone(open_page: Open, server: Server) -> None:
+    page = open_page(viewport={"width": 375, "height": 740}, has_touch=True, is_mobile=True)
+    start(page, server)
+    before = page.locator("[name=offer]").first.input_value()
+    page.get_by_role("button", name="Choose B").tap()
+    expect(page.locator("[name=offer]").first).not_to_have_value(before)
+    is_ready(page)
+    page.get_by_role("button", name="Tree", exact=True).tap()
+    expect(page.locator("#tree li")).to_have_count(2)
+    page.get_by_role("button", name="Figures", exact=True).tap()
+    expect(page.locator("#figures")).to_be_visible()
+    page.get_by_role("button", name="Answers", exact=True).tap()
+    undo = page.get_by_role("button", name="Undo")
+    box = undo.bounding_box()
+    assert box is not None
+    assert box["y"] > 600
+    undo.tap()
+    expect(page.locator("[name=offer]").first).to_have_value(before)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1440, 375])
+def test_every_page_passes_axe_and_fits_its_screen(open_page: Open, server: Server, scheme: str, width: int) -> None:
+    with server.client() as client:
+        session = new_session(client)["id"]
+        offer = wait_ready(client, session)["offer"]["id"]
+        client.post(f"/api/steering/sessions/{session}/choose", json={"offer": offer, "choice": 0})
+        wait_ready(client, session)
+    page = open_page(viewport={"width": width, "height": 800}, color_scheme=scheme, reduced_motion="reduce")
+    for path in ("/", f"/steer/{session}", "/models", "/steer/nope", "/login"):
+        page.goto(server.url + path)
+        if path == "/":
+            page.locator("details.options > summary").click()
+        found = Axe().run(page)
+        assert found.violations_count == 0, f"{path}: {found.generate_report()}"
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+    page.goto(f"{server.url}/steer/{session}")
+    for tab in ("Tree", "Figures") if width == 375 else ():
+        page.get_by_role("button", name=tab, exact=True).click()
+        found = Axe().run(page)
+        assert found.violations_count == 0, f"{tab}: {found.generate_report()}"
+
+
+def test_everything_can_be_reached_by_keyboard(open_page: Open, server: Server) -> None:
+    page = open_page()
+    start(page, server)
+    reached = set()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("(document.activeElement.ariaLabel || document.activeElement.innerText || '').trim()"))
+    for wanted in ("Choose A", "Choose D", "Skip", "Edit", "None of these", "Write my own", "base model"):
+        assert any(wanted in name for name in reached), (wanted, reached)
+
+
+def test_without_javascript_a_choice_is_a_plain_form(open_page: Open, server: Server) -> None:
+    page = open_page(java_script_enabled=False)
+    page.goto(server.url)
+    page.get_by_role("button", name="Start with the demo").click()
+    page.wait_for_url("**/steer/*")
+    session = page.url.rsplit("/", 1)[1]
+    with server.client() as client:
+        wait_ready(client, session)
+        page.reload()
+        page.get_by_role("button", name="Choose B").click()
+        wait_ready(client, session)
+        page.reload()
+        expect(page.locator("#tree li")).to_have_count(2)
+        page.get_by_role("button", name="Undo").click()
+        assert wait_ready(client, session)["head"]["step"] == 0
+
+
+def test_models_load_in_plain_sight(open_page: Open, server: Server) -> None:
+    with server.client() as client:
+        client.post("/api/models/demo/unload")
+    page = open_page()
+    page.goto(f"{server.url}/models")
+    page.get_by_role("button", name="Load demo").click()
+    expect(page.get_by_role("button", name="Unload")).to_be_visible()
+    page.get_by_role("button", name="Unload").click()
+    expect(page.get_by_role("button", name="Load demo")).to_be_visible()
+
+
+def test_the_theme_switch_is_remembered(open_page: Open, server: Server) -> None:
+    page = open_page(color_scheme="light")
+    page.goto(server.url)
+    page.get_by_role("button", name="Switch between light and dark").click()
+    assert page.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(18, 18, 17)"
+    page.goto(f"{server.url}/models")
+    assert page.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(18, 18, 17)"

@@ -1,0 +1,162 @@
+"""The pages without a browser: forms that work without JavaScript, errors as pages, output that stays text."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import httpx
+import pytest
+
+from tests.server import Server, new_session, wait_ready
+from trellis.params import SessionConfig
+from trellis.web.render import ago, percent, size, times
+
+HTML = {"Accept": "text/html,application/xhtml+xml"}
+ATTACK = "<img src=x onerror=alert(1)>"
+
+
+def ids(page: str) -> list[str]:
+    found: list[str] = []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            found.extend(value or "" for name, value in attrs if name == "id")
+
+    Parser().feed(page)
+    return found
+
+
+def test_the_first_page_has_a_field_for_every_option(client: httpx.Client) -> None:
+    page = client.get("/").text
+    assert "Start with the demo" in page
+    for name, field in SessionConfig.model_fields.items():
+        if name != "dataset":
+            assert f'name="{name}"' in page
+            assert str(field.title) in page
+    assert len(ids(page)) == len(set(ids(page)))
+
+
+def test_a_session_by_plain_forms(client: httpx.Client) -> None:
+    started = client.post("/steer", data={"name": "By form", "group_size": "3", "learning_rate": "", "control_prompt": ""})
+    assert started.status_code == 303
+    path = started.headers["location"]
+    state = wait_ready(client, path.rsplit("/", 1)[1])
+    assert (state["name"], len(state["offer"]["options"]), state["control"]) == ("By form", 3, None)
+    page = client.get(path, headers=HTML).text
+    assert state["offer"]["options"][2]["text"] in page
+    assert client.post(f"{path}/choose", data={"offer": state["offer"]["id"], "choice": "1"}).headers["location"] == path
+    state = wait_ready(client, state["id"])
+    assert state["head"]["step"] == 1
+    for verb in ("skip", "undo", "redo", "undo"):
+        assert client.post(f"{path}/{verb}", data={}).status_code == 303
+        wait_ready(client, state["id"])
+    client.post(f"{path}/choose", data={"offer": wait_ready(client, state["id"])["offer"]["id"], "choice": "none"})
+    wait_ready(client, state["id"])
+    client.post(f"{path}/prompt", data={"text": "What is rain?"})
+    assert wait_ready(client, state["id"])["offer"]["prompt"] == "What is rain?"
+    offer = wait_ready(client, state["id"])["offer"]["id"]
+    client.post(f"{path}/choose", data={"offer": offer, "written": "Mine."})
+    assert wait_ready(client, state["id"])["head"]["step"] == 3
+    root = client.get(f"/api/steering/sessions/{state['id']}/tree").json()["nodes"][0]["id"]
+    client.post(f"{path}/goto", data={"node": root})
+    assert wait_ready(client, state["id"])["head"]["step"] == 0
+    client.post(f"{path}/rename", data={"name": "Other"})
+    assert "Other" in client.get("/").text
+    assert client.post(f"{path}/delete").headers["location"] == "/"
+    assert client.get(path, headers=HTML).status_code == 404
+
+
+def test_a_double_press_is_one_action(client: httpx.Client) -> None:
+    state = new_session(client)
+    form = {"offer": state["offer"]["id"], "choice": "0", "request": "one press only"}
+    answers = [client.post(f"/steer/{state['id']}/choose", data=form, headers={"HX-Request": "true"}) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [204] * 3
+    assert wait_ready(client, state["id"])["head"]["step"] == 1
+
+
+def test_errors_are_pages_for_people_and_json_for_scripts(client: httpx.Client) -> None:
+    page = client.get("/steer/nope", headers=HTML)
+    assert page.status_code == 404
+    assert "There is no session “nope”." in page.text
+    assert "Go to the first page" in page.text
+    assert client.get("/steer/nope", headers=HTML | {"HX-Request": "true"}).json()["error"]["code"] == "not_found"
+    assert client.get("/nothing/here", headers=HTML).status_code == 404
+    wrong = client.post("/steer", data={"group_size": "99"}, headers=HTML)
+    assert wrong.status_code == 422
+    assert "config.group_size" in wrong.text
+
+
+@pytest.mark.parametrize(
+    ("path", "form"),
+    [
+        ("choose", {"offer": "{o}", "choice": ATTACK}),
+        ("choose", {"offer": "{o}", "choice": "9"}),
+        ("choose", {"offer": "{o}", "choice": ""}),
+        ("choose", {"offer": "{o}", "choice": "0", "extra": "x"}),
+        ("choose", {"offer": "{o}", "written": "x" * 100_001}),
+        ("choose", {}),
+        ("prompt", {"text": ""}),
+        ("prompt", {"text": "a\x00b"}),
+        ("rename", {"name": " "}),
+        ("goto", {"node": "x" * 101}),
+        ("skip", {"request": "x"}),
+    ],
+)
+def test_forms_refuse_what_does_not_fit(client: httpx.Client, path: str, form: dict[str, str]) -> None:
+    state = new_session(client)
+    data = {name: value.replace("{o}", state["offer"]["id"]) for name, value in form.items()}
+    answer = client.post(f"/steer/{state['id']}/{path}", data=data, headers=HTML)
+    assert answer.status_code == 422, answer.text
+    assert ATTACK not in answer.text
+    assert wait_ready(client, state["id"])["head"]["step"] == 0
+
+
+def test_names_and_prompts_stay_text_on_every_page(client: httpx.Client) -> None:
+    made = client.post("/api/steering/sessions", json={"name": ATTACK, "config": {"control_prompt": ATTACK}}).json()
+    state = wait_ready(client, made["id"])
+    client.post(f"/api/steering/sessions/{state['id']}/prompt", json={"text": f"</script>{ATTACK}"})
+    state = wait_ready(client, state["id"])
+    written = {"offer": state["offer"]["id"], "choice": {"written": ATTACK}}
+    client.post(f"/api/steering/sessions/{state['id']}/choose", json=written)
+    wait_ready(client, state["id"])
+    client.post(f"/api/steering/sessions/{state['id']}/undo")
+    for path in ("/", f"/steer/{state['id']}", f"/steer/{state['id']}/side/tree", f"/steer/{state['id']}/side/figures"):
+        page = client.get(path, headers=HTML).text
+        assert ATTACK not in page, path
+        assert "</script><" not in page.replace('</script>\n  <', ""), path
+
+
+def test_static_files_are_asked_for_with_a_version_and_kept(client: httpx.Client) -> None:
+    page = client.get("/").text
+    files = re.findall(r'(?:src|href)="(/static/[^"]+)"', page)
+    assert len(files) >= 5
+    for file in files:
+        assert "?v=" in file
+        assert client.get(file).headers["cache-control"] == "public, max-age=31536000, immutable"
+
+
+def test_the_page_is_whole_without_the_stream(client: httpx.Client) -> None:
+    state = new_session(client)
+    page = client.get(f"/steer/{state['id']}").text
+    assert state["offer"]["prompt"] in page.replace("&#39;", "'")
+    assert "<script>" not in page
+    assert not re.search(r'\sstyle="', page)
+    assert not re.search(r"\son[a-z]+=", page)
+    assert len(ids(page)) == len(set(ids(page)))
+
+
+def test_models_can_be_loaded_and_unloaded_by_plain_forms(client: httpx.Client, server: Server) -> None:
+    assert client.post("/models/demo/load", data={}).headers["location"] == "/models"
+    for _ in range(500):
+        if client.get("/api/models").json()[0]["state"] == "loaded":
+            break
+    assert "Unload" in client.get("/models").text
+    assert "Load demo" in client.post("/models/demo/unload", headers={"HX-Request": "true"}).text
+
+
+def test_words_for_numbers() -> None:
+    assert (percent(None), percent(0.256), percent(0.01234, 2)) == ("–", "26 %", "1.23 %")
+    assert (times(0.2, 0.61), times(0, 1), times(0.01, 0.5)) == ("3.0", "–", "50")
+    assert (size(None), size(999), size(1_500_000), size(450_000_000)) == ("–", "999 bytes", "1.5 MB", "450 MB")
+    assert ago("2020-01-01T00:00:00Z").endswith("days ago")
