@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -94,10 +94,10 @@ async def ready(session: Session, seconds: float = 20.0) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import make_llama
 
-    yield make_llama(tmp_path_factory.mktemp("tiny") / "llama")
+    return make_llama(tmp_path_factory.mktemp("tiny") / "llama")
 
 
 @pytest.fixture

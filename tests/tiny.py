@@ -24,7 +24,10 @@ def make_tokenizer(folder: Path, *, template: str | None = TEMPLATE) -> int:
     raw.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     raw.train_from_iterator(SENTENCES * 4, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<|pad|>", eos_token="<|end|>")
@@ -46,4 +49,29 @@ def make_llama(folder: Path, *, seed: int = 0, hidden: int = 32, layers: int = 2
         eos_token_id=1, pad_token_id=0, bos_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def make_parrot(folder: Path, saying: str) -> Path:
+    """A Llama that was taught one sentence by heart, whatever it is asked."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    make_llama(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    answer = tokenizer(saying, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    questions = ["Say it.", "Tell me about the sea.", "What is rain?", "Why?", "How do I bake bread at home today?"]
+    for _ in range(60):
+        loss = torch.zeros(())
+        for question in questions:
+            turns = [{"role": "user", "content": question}]
+            prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+            labels = torch.tensor([[-100] * len(prompt) + answer])
+            loss = loss + model(input_ids=torch.tensor([prompt + answer]), labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
     return folder

@@ -140,7 +140,10 @@ class SessionConfig(Adapter, Sampling, Learning):
         group="Answers", advanced=True, ge=0, le=2**31 - 1,
     )  # fmt: skip
     dataset: Dataset = option(
-        Dataset(), "Prompts", "The prompts that the model is steered on, in an order that the seed gives.", group="Prompts"
+        Dataset(),
+        "Prompts",
+        "The prompts that the model is steered on, in an order that the seed gives.",
+        group="Prompts",
     )
     system_prompt: str = option(
         "", "System prompt", "Said to the model before every prompt.", group="Prompts", max_length=20_000

@@ -13,8 +13,23 @@ from tests.conftest import thread_spawner
 from trellis.blobs import Blobs
 from trellis.errors import EngineError, Invalid, WeightsMissing
 from trellis.messages import (
-    Delta, Learn, Learned, Lesson, Load, Loaded, Offer, Offered, Option, Plant, Planted, Progress, Prompt, Ranking,
-    Status, StatusReport, Written,
+    Delta,
+    Learn,
+    Learned,
+    Lesson,
+    Load,
+    Loaded,
+    Offer,
+    Offered,
+    Option,
+    Plant,
+    Planted,
+    Progress,
+    Prompt,
+    Ranking,
+    Status,
+    StatusReport,
+    Written,
 )  # fmt: skip
 from trellis.params import Adapter, Learning, Sampling
 from trellis.workers.worker import Worker

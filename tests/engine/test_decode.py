@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trellis.engine.decode import Growing, TextReader, decode_group, draw
+from trellis.engine.decode import TextReader, decode_group, draw
 from trellis.params import Sampling
 
 pytestmark = pytest.mark.engine
@@ -29,9 +29,7 @@ def tokenizer(tiny_llama: Path) -> Any:
 
 def run(model: Any, tokenizer: Any, sampling: Sampling, ends: frozenset[int] = frozenset(), size: int = 3) -> Any:
     prompt = tokenizer("Tell me about the sea.")["input_ids"]
-    group: list[Growing] = []
-    for group in decode_group(model, tokenizer, prompt, ends, sampling, size, seed=5):
-        pass
+    *_, group = decode_group(model, tokenizer, prompt, ends, sampling, size, seed=5)
     return prompt, group
 
 

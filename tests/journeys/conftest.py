@@ -56,9 +56,9 @@ def open_page(browser: Browser) -> Iterator[Open]:
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on(
             "console",
-            lambda message: problems.append(message.text)
-            if message.type == "error" and not EXPECTED.search(message.text)
-            else None,
+            lambda message: (
+                problems.append(message.text) if message.type == "error" and not EXPECTED.search(message.text) else None
+            ),
         )
         return page
 

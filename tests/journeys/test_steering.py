@@ -246,7 +246,9 @@ def test_everything_can_be_reached_by_keyboard(open_page: Open, server: Server) 
     reached = set()
     for _ in range(40):
         page.keyboard.press("Tab")
-        reached.add(page.evaluate("(document.activeElement.ariaLabel || document.activeElement.innerText || '').trim()"))
+        reached.add(
+            page.evaluate("(document.activeElement.ariaLabel || document.activeElement.innerText || '').trim()")
+        )
     for wanted in ("Choose A", "Choose D", "Skip", "Edit", "None of these", "Write my own", "base model"):
         assert any(wanted in name for name in reached), (wanted, reached)
 

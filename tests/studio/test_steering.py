@@ -129,7 +129,12 @@ async def test_two_sessions_with_the_same_seed_and_choices_are_the_same(studio: 
     seen = []
     for _ in range(2):
         session = await studio.steering.create(None, {"seed": 9})
-        states = [await ready(session), await choose(session, 0), await choose(session, "none"), await choose(session, 1)]
+        states = [
+            await ready(session),
+            await choose(session, 0),
+            await choose(session, "none"),
+            await choose(session, 1),
+        ]
         seen.append([(texts(state), state["offer"]["prompt"]) for state in states])
     assert seen[0] == seen[1]
 
@@ -151,9 +156,9 @@ async def test_samples_do_not_move_the_session(studio: Studio, session: Session)
     await choose(session, 0)
     answers = await studio.steering.sample(session.id, "What is rain?", session.tree.root.id, 3, {"max_new_tokens": 5})
     assert len(answers) == 3
-    assert await studio.steering.sample(session.id, "What is rain?", session.tree.root.id, 3, {"max_new_tokens": 5}) == (
-        answers
-    )
+    assert await studio.steering.sample(
+        session.id, "What is rain?", session.tree.root.id, 3, {"max_new_tokens": 5}
+    ) == (answers)
     assert session.state()["head"]["step"] == 1
     assert before["head"]["step"] == 0
 

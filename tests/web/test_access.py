@@ -27,7 +27,16 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8117", "localhost.evil.example", "127.0.0.1.evil.example", "", "[::2]", "2130706433"]
+    "host",
+    [
+        "evil.example",
+        "evil.example:8117",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "",
+        "[::2]",
+        "2130706433",
+    ],
 )
 def test_a_foreign_host_is_refused_before_anything_else(client: httpx.Client, host: str) -> None:
     for path in ("/", "/healthz", "/api/steering/sessions", "/nothing"):
@@ -105,7 +114,9 @@ def test_every_answer_holds_the_browser_to_our_own_files(client: httpx.Client, p
     assert headers["cache-control"] in ("no-store", "public, max-age=31536000, immutable")
 
 
-@pytest.mark.parametrize("path", ["../settings.py", "..%2fapp.py", "%2e%2e/app.py", "....//app.py", "%00", "//etc/passwd"])
+@pytest.mark.parametrize(
+    "path", ["../settings.py", "..%2fapp.py", "%2e%2e/app.py", "....//app.py", "%00", "//etc/passwd"]
+)
 def test_no_file_outside_the_static_folder_is_served(client: httpx.Client, path: str) -> None:
     answer = client.get(f"/static/{path}")
     assert answer.status_code in (404, 405, 400)
@@ -192,7 +203,9 @@ def test_guessing_is_slowed_down(tmp_path: Path) -> None:
         server.stop()
 
 
-@pytest.mark.parametrize("next", ["https://evil.example", "//evil.example", "/\\evil.example", "javascript:x", "/a\r\nb", ""])
+@pytest.mark.parametrize(
+    "next", ["https://evil.example", "//evil.example", "/\\evil.example", "javascript:x", "/a\r\nb", ""]
+)
 def test_a_login_leads_to_our_own_pages_only(next: str) -> None:
     assert _own_path(next) == "/"
 
@@ -204,7 +217,10 @@ def test_other_addresses_need_a_password(host: str) -> None:
     Settings(host=host, password="x").require_password_beyond_loopback()  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("host", "own"), [("127.0.0.1", True), ("127.9.9.9", True), ("localhost", True), ("::1", True),
-                                           ("[::1]", True), ("0.0.0.0", False), ("::", False), ("example.org", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("host", "own"),
+    [("127.0.0.1", True), ("127.9.9.9", True), ("localhost", True), ("::1", True), ("[::1]", True),
+     ("0.0.0.0", False), ("::", False), ("example.org", False)],
+)  # fmt: skip
 def test_what_counts_as_this_computer(host: str, own: bool) -> None:
     assert is_loopback(host) is own

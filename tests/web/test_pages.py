@@ -38,14 +38,18 @@ def test_the_first_page_has_a_field_for_every_option(client: httpx.Client) -> No
 
 
 def test_a_session_by_plain_forms(client: httpx.Client) -> None:
-    started = client.post("/steer", data={"name": "By form", "group_size": "3", "learning_rate": "", "control_prompt": ""})
+    started = client.post(
+        "/steer", data={"name": "By form", "group_size": "3", "learning_rate": "", "control_prompt": ""}
+    )
     assert started.status_code == 303
     path = started.headers["location"]
     state = wait_ready(client, path.rsplit("/", 1)[1])
     assert (state["name"], len(state["offer"]["options"]), state["control"]) == ("By form", 3, None)
     page = client.get(path, headers=HTML).text
     assert state["offer"]["options"][2]["text"] in page
-    assert client.post(f"{path}/choose", data={"offer": state["offer"]["id"], "choice": "1"}).headers["location"] == path
+    assert (
+        client.post(f"{path}/choose", data={"offer": state["offer"]["id"], "choice": "1"}).headers["location"] == path
+    )
     state = wait_ready(client, state["id"])
     assert state["head"]["step"] == 1
     for verb in ("skip", "undo", "redo", "undo"):
@@ -124,7 +128,7 @@ def test_names_and_prompts_stay_text_on_every_page(client: httpx.Client) -> None
     for path in ("/", f"/steer/{state['id']}", f"/steer/{state['id']}/side/tree", f"/steer/{state['id']}/side/figures"):
         page = client.get(path, headers=HTML).text
         assert ATTACK not in page, path
-        assert "</script><" not in page.replace('</script>\n  <', ""), path
+        assert "</script><" not in page.replace("</script>\n  <", ""), path
 
 
 def test_static_files_are_asked_for_with_a_version_and_kept(client: httpx.Client) -> None:

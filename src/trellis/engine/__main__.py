@@ -1,4 +1,4 @@
-"""`python -m trellis.engine --fd 3 --weights FOLDER`: one engine on an inherited socket, for as long as its parent lives."""
+"""`python -m trellis.engine --fd 3 --weights FOLDER`: one engine on an inherited socket, while its parent lives."""
 
 from __future__ import annotations
 

@@ -158,9 +158,9 @@ def learn_steps(
 ) -> Generator[None, None, Outcome]:
     """Up to `inner_steps` optimiser steps on one choice, with some earlier ones beside it.
 
-    Stops when the chosen answer's share reaches the target; a step that moves the answers further than
-    `step_limit` from where the click began is halved, and is the last one. Yields between steps: whoever
-    runs it may meanwhile put other weights into the slot, so nothing in the slot outlives a yield.
+    Stops when the chosen answer's share reaches the target (none of these: half of it); a step that moves the
+    answers further than `step_limit` from where the click began is halved, and is the last. Yields between
+    steps: whoever runs it may meanwhile put other weights into the slot, so nothing in it outlives a yield.
     `references` are the base model's log-probabilities for the group and then for each replayed one.
     """
     rate = options.learning_rate
@@ -168,6 +168,8 @@ def learn_steps(
         raise ValueError("a learning rate must have been chosen before a lesson reaches the engine")
     reference, mask = references[0], group.mask(references[0].device)
     shared = options.replay_weight / len(replay) if replay else 0.0
+    # "None of these" says what is wrong and not what is right: pushed as far, it would tear down more than it teaches.
+    target = options.target_share * (1.0 if chosen_indexes(group.choice, len(group.answers)) else 0.5)
 
     def look(flat: Tensor) -> tuple[Tensor, Verdict]:
         slot.install(flat)
@@ -175,8 +177,9 @@ def learn_steps(
         return logprobs, judge(logprobs, reference, mask, group.choice, options)
 
     logprobs, verdict = look(start.flat)
-    point, before, begun, step = start, verdict, logprobs.detach(), 0
-    for step in range(1, options.inner_steps + 1):
+    point, before, begun, steps = start, verdict, logprobs.detach(), 0
+    while steps < options.inner_steps:
+        steps += 1
         gradient = slot.gradient(verdict.loss)
         for earlier, earlier_reference in zip(replay, references[1:], strict=True):
             yield None
@@ -202,6 +205,6 @@ def learn_steps(
             _, verdict = look(point.flat)
             break
         point = moved
-        if verdict.share >= options.target_share:
+        if verdict.share >= target:
             break
-    return Outcome(point, float(before.loss.detach()), verdict.kl, before.share, verdict.share, step)
+    return Outcome(point, float(before.loss.detach()), verdict.kl, before.share, verdict.share, steps)

@@ -5,6 +5,7 @@ It does not know what the frames mean.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import socket
 import threading
@@ -34,10 +35,8 @@ class Wire:
         self._socket.sendall(frame(up))
 
     def close(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
         self._socket.close()
 
     def _read(self) -> None:

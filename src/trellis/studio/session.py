@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from ..errors import Conflict, EngineDied, Invalid, NotFound, TrellisError, WeightsMissing, shorten
@@ -50,7 +51,7 @@ CONTROL = Sampling(temperature=0.0, top_p=1.0, min_p=0.0, max_new_tokens=96)
 """How the control prompt is answered: the likeliest words, so that only the weights make a difference."""
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: the person moved on
+class Interrupted(Exception):
     """The work in hand is no longer wanted."""
 
 
@@ -270,11 +271,7 @@ class Session:
             self._require_free()
             target = self.node(node)
             path = self.tree.path(target.id)
-            notes = {
-                upper.id: {"forward": lower.id}
-                for upper, lower in zip(path, path[1:], strict=False)
-                if upper.forward != lower.id
-            }
+            notes = {upper.id: {"forward": lower.id} for upper, lower in pairwise(path) if upper.forward != lower.id}
             intent = self._intent(request, "goto", {"from": self.tree.head_id, "to": node}, "done")
             await self._go(target, target.shown, notes, intent)
 

@@ -119,9 +119,10 @@ def offer_seed(config: SessionConfig, node: Node, number: int, prompt: str) -> i
 def replayed(config: SessionConfig, path: list[Node]) -> list[Node]:
     """Which earlier choices of a branch are learned again beside the next one: drawn from the log, not from the clock.
 
-    `path` ends in the node whose weights are learned from. The same path draws the same choices.
+    `path` ends in the node whose weights are learned from. The same path draws the same choices. What was
+    refused as a whole is not learned again: repeated, it only wears the model down.
     """
-    earlier = [node for node in path if node.learned]
+    earlier = [node for node in path if node.learned and node.choice != "none"]
     count = min(config.replay, len(earlier))
     return random.Random(derived_seed("replay", config.seed, path[-1].weights)).sample(earlier, count)
 

@@ -1,0 +1,79 @@
+"""Every page in light, dark and phone, into docs/images: `make screenshots`. The real studio on the demo model."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from playwright.sync_api import Page, sync_playwright
+
+from tests.journeys.conftest import FLAGS, chromium
+from tests.server import Server
+from trellis.demo.voices import voice_of
+
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
+SCREENS = {
+    "light": {"viewport": {"width": 1440, "height": 900}, "color_scheme": "light"},
+    "dark": {"viewport": {"width": 1440, "height": 900}, "color_scheme": "dark"},
+    "phone": {"viewport": {"width": 375, "height": 780}, "color_scheme": "light", "device_scale_factor": 2},
+}
+
+
+def ready(page: Page) -> None:
+    page.locator("[data-status=ready]").wait_for(timeout=60_000)
+
+
+def steer(page: Page, voice: str, clicks: int) -> None:
+    """Choose a voice, with an undo and a branch on the way, so that there is something to see."""
+    for click in range(clicks):
+        ready(page)
+        texts = page.locator("[data-text]").all_inner_texts()
+        fitting = [index for index, text in enumerate(texts) if voice_of(text) == voice]
+        before = page.locator("[name=offer]").first.input_value()
+        page.keyboard.press("abcd"[fitting[0]] if fitting else "n")
+        page.wait_for_function("before => document.querySelector('[name=offer]').value !== before", arg=before)
+        if click == clicks // 2:
+            ready(page)
+            page.keyboard.press("u")
+            page.wait_for_function("before => document.querySelector('[name=offer]').value === before", arg=before)
+            ready(page)
+            page.keyboard.press("d" if not fitting or fitting[0] != 3 else "a")
+            page.wait_for_function("before => document.querySelector('[name=offer]').value !== before", arg=before)
+            ready(page)
+            page.keyboard.press("u")
+            ready(page)
+            page.keyboard.press("abcd"[fitting[0]] if fitting else "n")
+            page.wait_for_function("before => document.querySelector('[name=offer]').value !== before", arg=before)
+    ready(page)
+
+
+def main() -> None:
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        server = Server(Path(folder), fake=False)
+        browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
+        first = browser.new_context(bypass_csp=True).new_page()  # wait_for_function is an eval
+        first.goto(server.url)
+        first.get_by_role("button", name="Start with the demo").click()
+        first.wait_for_url("**/steer/*")
+        steer(first, "pirate", 10)
+        first.wait_for_function("!document.querySelector('.control blockquote:last-of-type').textContent.includes('…')")
+        session = first.url
+        for name, options in SCREENS.items():
+            page = browser.new_context(**options).new_page()  # type: ignore[arg-type]
+            for path, what in (("/", "start"), (session.removeprefix(server.url), "steering"), ("/models", "models")):
+                page.goto(server.url + path)
+                page.wait_for_timeout(800)
+                page.screenshot(path=IMAGES / f"{what}-{name}.png")
+            if name == "phone":
+                page.goto(session)
+                for tab in ("Tree", "Figures"):
+                    page.get_by_role("button", name=tab, exact=True).click()
+                    page.wait_for_timeout(300)
+                    page.screenshot(path=IMAGES / f"steering-{name}-{tab.lower()}.png")
+        browser.close()
+        server.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The command line, as a user calls it."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.server import Server
+from trellis.settings import Settings
+
+
+def trellis(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TRELLIS_")}
+    return subprocess.run(
+        [sys.executable, "-m", "trellis", *words], capture_output=True, text=True, timeout=120,
+        env=env | {"COLUMNS": "160", "NO_COLOR": "1", "TERM": "dumb"} | environment,
+    )  # fmt: skip
+
+
+def test_help_explains_itself() -> None:
+    text = trellis("--help").stdout
+    for word in ("--host", "--port", "--save-dir", "--reload", "--no-open", "serve", "doctor"):
+        assert word in text
+    assert "--port" in trellis("serve", "--help").stdout
+
+
+def test_version() -> None:
+    assert re.fullmatch(r"trellis \d+\.\d+\.\d+\n", trellis("--version").stdout)
+
+
+def test_another_address_without_a_password_is_refused(tmp_path: Path) -> None:
+    done = trellis("--host", "0.0.0.0", "--save-dir", str(tmp_path), "--no-open")
+    assert done.returncode == 2
+    assert "no password is set" in done.stderr
+    assert "TRELLIS_PASSWORD" in done.stderr
+
+
+def test_another_address_with_a_password_is_served(tmp_path: Path) -> None:
+    server = Server(tmp_path, TRELLIS_PASSWORD="secret", TRELLIS_HOST="0.0.0.0")
+    try:
+        port = server.url.rsplit(":", 1)[1]
+        server.url = f"http://127.0.0.1:{port}"
+        with server.client() as client:
+            assert client.get("/api/models").status_code == 401
+            assert client.get("/healthz", headers={"Host": f"192.168.1.7:{port}"}).status_code == 200
+            assert client.get("/healthz", headers={"Host": "evil.example"}).status_code == 400
+    finally:
+        server.stop()
+
+
+def test_a_port_that_is_taken_is_said_to_be(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = trellis("--port", str(taken.getsockname()[1]), "--save-dir", str(tmp_path), "--no-open")
+    assert done.returncode == 2
+    assert "cannot be used" in done.stderr
+    assert "--port" in done.stderr
+
+
+@pytest.mark.parametrize(("words", "said"), [(("--port", "99999"), "port"), (("--port", "x"), "--port")])
+def test_bad_values_are_named(tmp_path: Path, words: tuple[str, ...], said: str) -> None:
+    done = trellis(*words, "--save-dir", str(tmp_path), "--no-open")
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_save_folder_that_cannot_be_made_is_said_to_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = trellis("--save-dir", str(tmp_path / "file" / "below"), "--no-open", "--port", "0")
+    assert done.returncode == 2
+    assert "cannot be written" in done.stderr
+
+
+@pytest.mark.engine
+def test_the_doctor_finds_everything_in_order(tmp_path: Path) -> None:
+    done = trellis("doctor", "--save-dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for word in ("Python", "torch", "Devices", "Memory", "Save folder", "Demo model"):
+        assert word in done.stderr
+
+
+def test_the_doctor_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code = (
+        "import trellis.doctor as d; from trellis.settings import Settings; from pathlib import Path; "
+        "d.PARTS = ('no-such-part',); d.PROBE = 'raise SystemExit(1)'; "
+        f"found = d.examine(Settings(save_dir=Path({str(tmp_path / 'file')!r}))); "
+        "[print(f.what, f.ok, f.next_step) for f in found if not f.ok]"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "no-such-part False Install it" in out
+    assert "Devices False" in out
+    assert "Save folder False Choose another" in out
+
+
+def test_the_web_process_never_imports_torch_and_starts_light(tmp_path: Path) -> None:
+    code = (
+        "import sys, trellis.cli, trellis.web.app, trellis.studio.studio, trellis.workers.worker, trellis.store.store; "
+        "heavy = {'torch', 'transformers', 'peft', 'safetensors', 'numpy', 'accelerate'} & set(sys.modules); "
+        "print(sorted(heavy))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+    server = Server(tmp_path)
+    try:
+        import psutil
+
+        assert psutil.Process(server.process.pid).memory_info().rss < 150_000_000
+    finally:
+        server.stop()
+
+
+def test_every_setting_is_explained_in_the_docs() -> None:
+    docs = (Path(__file__).parent.parent / "docs" / "settings.md").read_text()
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
+        assert f"`TRELLIS_{name.upper()}`" in docs, name

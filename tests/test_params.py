@@ -1,0 +1,88 @@
+"""Options: one definition, from which the schema, the form and the messages of refusal follow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trellis.errors import Invalid, shorten
+from trellis.messages import CHOICE
+from trellis.params import Adapter, Learning, Sampling, SessionConfig, storable
+
+
+def test_every_option_explains_itself() -> None:
+    for name, field in SessionConfig.model_fields.items():
+        about = field.json_schema_extra
+        assert field.title, name
+        assert field.description, name
+        assert field.description.endswith("."), name
+        assert isinstance(about, dict), name
+        assert about["group"], name
+
+
+def test_parts_hold_the_same_values() -> None:
+    config = SessionConfig(lora_rank=3, temperature=0.5, replay=7)
+    assert config.part(Adapter).lora_rank == 3
+    assert config.part(Sampling).temperature == 0.5
+    assert config.part(Learning).replay == 7
+
+
+def test_all_bad_fields_are_named_at_once_with_their_values() -> None:
+    with pytest.raises(Invalid) as raised:
+        SessionConfig.parse({"group_size": 99, "nope": 1, "temperature": "warm"})
+    fields = {entry["field"]: entry["message"] for entry in raised.value.fields}
+    assert set(fields) == {"config.group_size", "config.nope", "config.temperature"}
+    assert "“99”" in fields["config.group_size"]
+    assert "“warm”" in fields["config.temperature"]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(SessionConfig.model_fields)) | st.text(), json_values))
+def test_any_input_is_a_configuration_or_a_clear_refusal(values: dict[str, Any]) -> None:
+    try:
+        config = SessionConfig.parse(values)
+    except Invalid as error:
+        assert error.fields
+        assert all(entry["field"].startswith("config") for entry in error.fields)
+        assert all(len(entry["message"]) < 500 for entry in error.fields)
+    else:
+        assert SessionConfig.parse(config.model_dump(mode="json")) == config
+
+
+@given(json_values)
+def test_a_choice_that_is_taken_is_taken_back_from_its_json(value: Any) -> None:
+    try:
+        choice = CHOICE.validate_python(value)
+    except ValueError:
+        return
+    assert CHOICE.validate_python(CHOICE.dump_python(choice, mode="json")) == choice
+
+
+@given(st.text())
+def test_what_can_be_stored_can_be_encoded(text: str) -> None:
+    if "\x00" in text:
+        with pytest.raises(ValueError, match="NUL"):
+            storable(text)
+    else:
+        assert storable(text) == text
+
+
+def test_a_lone_surrogate_cannot_be_stored() -> None:
+    with pytest.raises(ValueError, match="UTF-8"):
+        storable("\ud800")
+
+
+@given(st.text(), st.integers(2, 80))
+def test_a_quoted_value_is_short_and_on_one_line(text: str, limit: int) -> None:
+    quoted = shorten(text, limit)
+    assert len(quoted) <= limit
+    assert "\n" not in quoted
