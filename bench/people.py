@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from trellis.blobs import Blobs
 from trellis.demo.prompts import load_prompts
 from trellis.demo.voices import voice_of
 from trellis.store.store import Store, migrate
@@ -84,7 +85,10 @@ async def main() -> None:
         url = f"sqlite:///{save / 'trellis.db'}"
         migrate(url)
         studio = Studio(
-            Store(url), process_spawner(save / "weights", save / "logs", arguments.threads, fake=False), save / "models"
+            Store(url),
+            process_spawner(save / "weights", save / "logs", arguments.threads, fake=False),
+            save / "models",
+            Blobs(save / "weights"),
         )
         await studio.open()
         print(f"{platform.machine()}, {ANSWERS} answers to each of {len(HELD_OUT)} held-out prompts")

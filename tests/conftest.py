@@ -65,7 +65,7 @@ def fake_spawn(tmp_path: Path) -> Spawn:
 async def open_studio(folder: Path, spawn: Spawn) -> AsyncIterator[Studio]:
     url = f"sqlite:///{folder / 'trellis.db'}"
     migrate(url)
-    studio = Studio(Store(url), spawn, folder / "models")
+    studio = Studio(Store(url), spawn, folder / "models", Blobs(folder / "weights"))
     await studio.open()
     try:
         yield studio

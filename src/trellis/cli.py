@@ -114,6 +114,7 @@ def _say(error: TrellisError) -> None:
 def _serve(settings: Settings, open_page: bool) -> None:
     import uvicorn
 
+    from .blobs import Blobs
     from .store.store import Store, migrate
     from .studio.studio import Studio
     from .web.app import create_app
@@ -126,7 +127,7 @@ def _serve(settings: Settings, open_page: bool) -> None:
     lock = _lock(settings)
     migrate(settings.database)
     spawn = process_spawner(settings.weights_dir, settings.logs_dir, settings.engine_threads, settings.fake_engine)
-    studio = Studio(Store(settings.database), spawn, settings.models_dir)
+    studio = Studio(Store(settings.database), spawn, settings.models_dir, Blobs(settings.weights_dir))
     config = uvicorn.Config(
         create_app(studio, settings),
         log_level="warning",
@@ -159,7 +160,7 @@ def _let_readers_go(studio: Studio) -> None:
     import asyncio
 
     try:
-        asyncio.get_running_loop().call_soon(studio.hub.close)
+        asyncio.get_running_loop().call_soon_threadsafe(studio.hub.close)
     except RuntimeError:
         studio.hub.close()
 
@@ -171,6 +172,7 @@ def _listen(settings: Settings) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((settings.host, settings.port))
+        listening.listen(2048)  # from now on a browser waits instead of being refused
     except (OSError, OverflowError) as error:
         raise TrellisError(
             f"The address {settings.host}:{settings.port} cannot be used: {error}.",

@@ -257,12 +257,17 @@ async def test_a_prompt_that_does_not_fit_fails_openly_and_can_be_replaced(sessi
     assert (await ready(session))["offer"]["prompt"] == "What is rain?"
 
 
-async def test_a_session_can_be_renamed_and_deleted(studio: Studio, session: Session) -> None:
+async def test_a_session_can_be_renamed_and_deleted(studio: Studio, session: Session, tmp_path: Path) -> None:
     await choose(session, 0)
     await session.rename("Other")
     assert [row["name"] for row in await studio.steering.sessions()] == ["Other"]
+    twin = await studio.steering.create("Twin", {"seed": 5})
+    await ready(twin)
+    own = {node.weights for node in session.tree.nodes.values()}
     await studio.steering.delete(session.id)
-    assert await studio.steering.sessions() == []
+    assert [row["name"] for row in await studio.steering.sessions()] == ["Twin"]
+    left = {name for name in own if name in Blobs(tmp_path / "weights")}
+    assert left == {twin.tree.root.weights}, "weights that another session names stay, the others go"
     with pytest.raises(NotFound):
         await studio.steering.session(session.id)
 

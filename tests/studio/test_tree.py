@@ -16,7 +16,8 @@ from trellis.web.pages.plant import curve, grow
 def node(name: str, parent: Node | None, choice: int | str | None = 0) -> Node:
     return Node(
         id=name, session="s", parent=parent.id if parent else None,
-        step=parent.step + (choice != "skip") if parent else 0, weights=f"w{name}", position=parent.position + 1 if parent else 0, answered=f"o{name}" if parent else None,
+        step=parent.step + (choice != "skip") if parent else 0, weights=f"w{name}",
+        position=parent.position + 1 if parent else 0, answered=f"o{name}" if parent else None,
         choice=choice if parent else None, metrics=None, control=None, shown=None, forward=None,
         created=float(parent.created + 1) if parent else 0.0,
     )  # type: ignore[arg-type]  # fmt: skip

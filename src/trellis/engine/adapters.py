@@ -212,7 +212,9 @@ class Shelf:
         self._remember(weights)
 
     def readable(self, slot: Slot, weights_id: str) -> bool:
-        """Whether the weights can be had without being made again."""
+        """Whether the weights are on disk, whole."""
+        if weights_id not in self.blobs:
+            return False
         try:
             self.get(slot, weights_id)
         except WeightsMissing:

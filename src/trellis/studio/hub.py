@@ -7,13 +7,15 @@ left the ring it is given a snapshot instead. It does not know what the events m
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-RING = 2048
+RING = 1024
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,11 @@ class HubEvent:
     id: str
     name: str
     data: dict[str, Any]
+
+    @cached_property
+    def json(self) -> str:
+        """The data as compact JSON, made once for all readers."""
+        return json.dumps(self.data, ensure_ascii=False, separators=(",", ":"))
 
 
 Snapshot = Callable[[], tuple[str, dict[str, Any]]]
@@ -79,7 +86,7 @@ class Hub:
                 continue
             if at < place.number:
                 behind = place.number - at
-                for event in list(place.ring)[-behind:]:
+                for event in [place.ring[-back] for back in range(behind, 0, -1)]:
                     at = int(event.id.split("-")[1])
                     yield event
                 continue

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
+from ..blobs import Blobs
 from ..errors import NotFound, shorten
 from ..messages import derived_seed
 from ..params import Sampling, SessionConfig, default_learning_rate
@@ -29,12 +30,14 @@ NAMES = (
 class Steering:
     """All sessions. One that was asked for stays in memory; every one is in the store."""
 
-    def __init__(self, store: Store, hub: Hub, models: Models) -> None:
+    def __init__(self, store: Store, hub: Hub, models: Models, weights: Blobs) -> None:
         self._store = store
+        self._weights = weights
         self._hub = hub
         self._models = models
         self._sessions: dict[str, Session] = {}
         self._opening = asyncio.Lock()
+        self._creating = asyncio.Lock()
 
     async def open(self) -> None:
         """Take up choices that were acknowledged and not learned from when the studio last stopped."""
@@ -46,6 +49,10 @@ class Steering:
 
     async def create(self, name: str | None, config: Mapping[str, Any], request: str | None = None) -> Session:
         """A new session from a partial configuration. Raises Invalid, or NotFound for an unknown model."""
+        async with self._creating:
+            return await self._create(name, config, request)
+
+    async def _create(self, name: str | None, config: Mapping[str, Any], request: str | None) -> Session:
         if request and (known := await self._store.read(rows.session_by_request, request)):
             return await self.session(known)
         parsed = SessionConfig.parse(config)
@@ -103,11 +110,14 @@ class Steering:
         ]
 
     async def delete(self, session_id: str) -> None:
-        """Forget a session and its log. Its weights on disk stay until they are cleaned up. Raises NotFound."""
+        """Forget a session, its log, and the weights that no other session names. Raises NotFound."""
         session = await self.session(session_id)
         await session.close("deleted")
         await self._store.write(rows.delete_session, session_id)
         self._sessions.pop(session_id, None)
+        own = {node.weights for node in session.tree.nodes.values() if node.weights}
+        for unused in own - await self._store.read(rows.all_weights):
+            await asyncio.to_thread(self._weights.discard, unused)
 
     async def events(self, session_id: str, after: str | None) -> AsyncIterator[HubEvent]:
         """What happens in a session, from an event id on; the whole state first where there is none."""

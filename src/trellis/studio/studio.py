@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from ..blobs import Blobs
 from ..store.store import Store
 from ..workers.worker import Spawn
 from .hub import Hub
@@ -16,12 +17,12 @@ from .steering import Steering
 class Studio:
     """Everything that outlives a request."""
 
-    def __init__(self, store: Store, spawn: Spawn, models_folder: Path) -> None:
+    def __init__(self, store: Store, spawn: Spawn, models_folder: Path, weights: Blobs) -> None:
         self.store = store
         self.hub = Hub()
         self.jobs = Jobs(store, self.hub)
         self.models = Models(self.jobs, spawn, models_folder)
-        self.steering = Steering(store, self.hub, self.models)
+        self.steering = Steering(store, self.hub, self.models, weights)
 
     async def open(self) -> None:
         await self.jobs.open()

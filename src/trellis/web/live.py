@@ -6,7 +6,6 @@ Our own few lines rather than FastAPI's: see docs/decisions/0002-event-streams.m
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -47,8 +46,7 @@ async def _frames(events: AsyncIterator[HubEvent]) -> AsyncIterator[bytes]:
             except StopAsyncIteration:
                 return
             coming = None
-            data = json.dumps(event.data, ensure_ascii=False, separators=(",", ":"))
-            yield f"id: {event.id}\nevent: {event.name}\ndata: {data}\n\n".encode()
+            yield f"id: {event.id}\nevent: {event.name}\ndata: {event.json}\n\n".encode()
     finally:
         if coming:
             coming.cancel()
