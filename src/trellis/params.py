@@ -95,7 +95,7 @@ class Learning(Options):
         group="Learning", advanced=True, gt=0.0, lt=1.0,
     )  # fmt: skip
     step_limit: float = option(
-        0.5, "Step limit", "A click moves the answers at most this far (mean k3 distance); a step over it is halved.",
+        2.0, "Step limit", "A click moves the answers at most this far (mean k3 distance); a step over it is halved.",
         unit="nats", group="Learning", advanced=True, gt=0.0, le=100.0,
     )  # fmt: skip
     nll_weight: float = option(
@@ -103,11 +103,11 @@ class Learning(Options):
         group="Learning", advanced=True, ge=0.0, le=10.0,
     )  # fmt: skip
     replay: int = option(
-        2, "Replayed choices", "So many earlier choices of this branch are learned again with each click.",
+        4, "Replayed choices", "So many earlier choices of this branch are learned again with each click.",
         unit="choices", group="Learning", advanced=True, ge=0, le=8,
     )  # fmt: skip
     replay_weight: float = option(
-        0.3, "Replay weight", "How much the replayed choices count together, against 1 for the new one.",
+        1.0, "Replay weight", "How much the replayed choices count together, against 1 for the new one.",
         group="Learning", advanced=True, ge=0.0, le=10.0,
     )  # fmt: skip
 

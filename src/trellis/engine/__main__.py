@@ -32,6 +32,9 @@ def main() -> None:
 
         Loop(wire, FakeEngine(blobs).handlers()).run()
         return
+    # Threads that wait for each other by spinning are ten times slower on a computer that is also doing something
+    # else; a short spin costs an idle one nothing (docs/log.md). Read by libgomp when torch is first imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # torch is only imported from here on, so that a fake engine starts in milliseconds.
     import torch
     import transformers

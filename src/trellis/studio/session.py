@@ -171,7 +171,7 @@ class Session:
             "can_redo": self.tree.redo is not None and not self.busy,
             "dataset": {
                 "source": self.prompts.source,
-                "position": head.position % self.prompts.total,
+                "position": self._position(),
                 "total": self.prompts.total,
             },
             "control": (
@@ -721,12 +721,16 @@ class Session:
 
     # ── Small things ───────────────────────────────────────────────────────────────────────────────
 
+    def _position(self) -> int:
+        """Which prompt of the round stands at the head, counted from 0."""
+        return self.tree.head.position % self.prompts.total
+
     def _publish(self, name: str, data: dict[str, Any]) -> None:
         self._hub.publish(self.topic, name, data)
 
     def _publish_head(self) -> None:
         head = self.tree.head
-        data = {"node": head.id, "step": head.step, "can_undo": self.tree.undo is not None,
+        data = {"node": head.id, "step": head.step, "position": self._position(), "can_undo": self.tree.undo is not None,
                 "can_redo": self.tree.redo is not None}  # fmt: skip
         self._publish("head_moved", data)
 

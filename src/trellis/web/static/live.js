@@ -164,7 +164,8 @@ class Workbench {
       toast(`Back at step ${head.step}, with the options that were shown there.`);
     }
     this.added = false;
-    Object.assign(this.state.head, head);
+    Object.assign(this.state.head, { node: head.node, step: head.step });
+    this.state.dataset.position = head.position;
     Object.assign(this.state, { can_undo: head.can_undo, can_redo: head.can_redo, learning: null, error: null, status: "offering" });
     this.showStatus();
     this.refresh("tree", "figures");
@@ -243,14 +244,6 @@ class Workbench {
       clearTimeout(this[`timer_${part}`]);
       this[`timer_${part}`] = setTimeout(() => htmx.trigger(`#${part}`, `trellis:${part}`), 60);
     }
-    if (parts.includes("tree")) this.refreshPosition();
-  }
-
-  async refreshPosition() {
-    const answer = await fetch(`/api/steering/sessions/${this.id}`).catch(() => null);
-    if (!answer?.ok) return;
-    this.state.dataset = (await answer.json()).dataset;
-    this.showStatus();
   }
 
   // What a person does
