@@ -135,6 +135,7 @@ def _serve(settings: Settings, open_page: bool) -> None:
         ws_per_message_deflate=False,
         timeout_graceful_shutdown=5,
         server_header=False,
+        proxy_headers=settings.behind_proxy,
     )
 
     class Server(uvicorn.Server):

@@ -9,6 +9,7 @@ TrellisError
 └── EngineError      the engine said no
     ├── EngineDied   its process ended; the work can be done again
     ├── WeightsMissing   the weights named by a request are not on disk
+    ├── EngineStopped    its model was unloaded on purpose; resuming loads it again
     └── LoadFailed   a model could not be loaded; the code says why
 """
 
@@ -96,11 +97,15 @@ class WeightsMissing(EngineError):
         self.weights = weights
 
 
+class EngineStopped(EngineError):
+    code = "unloaded"
+
+
 class LoadFailed(EngineError):
     code = "load_failed"
 
 
 def shorten(value: object, limit: int = 60) -> str:
-    """A value as it is quoted in a message: never long, never on more than one line."""
-    text = " ".join(str(value).split())
+    """A value as it is quoted in a message: never long, on one line, and always text that can be encoded."""
+    text = " ".join(str(value)[: 20 * limit].encode("utf-8", "replace").decode().split())
     return text if len(text) <= limit else text[: limit - 1] + "…"

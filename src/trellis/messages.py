@@ -113,7 +113,7 @@ class Learn(Message):
 
     def makes(self) -> str:
         """The id of the weights that this request makes, known before they are computed."""
-        return recipe_id("w", self.model_dump(mode="json"))
+        return recipe_id("w", self.model_dump(mode="json", exclude_none=True))
 
 
 class Status(Message):
@@ -245,7 +245,11 @@ class Up(Message):
 
 
 def recipe_id(kind: str, recipe: Any) -> str:
-    """A short name for what a recipe makes: 128 bits of SHA-256 over its canonical JSON."""
+    """A short name for what a recipe makes: 128 bits of SHA-256 over its canonical JSON.
+
+    Names outlive versions: a field that is added to a recipe later must be None where it is not used, and
+    leave the name as it was.
+    """
     text = json.dumps(recipe, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return f"{kind}{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .errors import Invalid, shorten
 
@@ -183,7 +183,7 @@ def storable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, Field(min_length=1, max_length=PROMPT_LIMIT)]
+Text = Annotated[str, Field(min_length=1, max_length=PROMPT_LIMIT), AfterValidator(storable)]
 """A prompt or a written answer as it may be sent."""
 
 
@@ -204,7 +204,7 @@ def invalid_from(error: ValidationError, prefix: str = "") -> Invalid:
 def invalid_fields(findings: Iterable[Mapping[str, Any]], prefix: str = "") -> Invalid:
     fields = []
     for finding in findings:
-        path = ".".join(part for part in (prefix, *(str(step) for step in finding["loc"])) if part)
+        path = ".".join(part for part in (prefix, *(shorten(step) for step in finding["loc"])) if part)
         fields.append({"field": path, "message": _sentence(finding)})
     first = fields[0]
     message = f"{first['field'] or 'The request'}: {first['message']}"

@@ -28,6 +28,9 @@ class Settings(BaseSettings):
         "",
         description="More names that browsers may use for this server, with commas, for use behind a proxy.",
     )
+    behind_proxy: bool = Field(
+        False, description="Believe the X-Forwarded headers of a proxy on this computer, which must set them itself."
+    )
     engine_threads: int = Field(0, ge=0, description="CPU threads of an engine; 0 takes one per core.")
     fake_engine: bool = Field(False, description="Run without models, for tests of the studio itself.")
 

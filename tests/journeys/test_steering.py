@@ -288,3 +288,53 @@ def test_the_theme_switch_is_remembered(open_page: Open, server: Server) -> None
     assert page.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(18, 18, 17)"
     page.goto(f"{server.url}/models")
     assert page.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(18, 18, 17)"
+
+
+def test_with_many_options_e_chooses_and_p_edits(open_page: Open, server: Server) -> None:
+    with server.client() as client:
+        session = new_session(client, group_size=6)["id"]
+    page = open_page()
+    page.goto(f"{server.url}/steer/{session}")
+    is_ready(page)
+    press(page, "e")
+    expect(page.locator("[data-strip-text]")).to_contain_text("E is now")
+    page.keyboard.press("p")
+    expect(page.locator("#edit-text")).to_be_visible()
+
+
+def test_a_written_answer_stays_with_the_prompt_it_was_begun_for(open_page: Open, server: Server) -> None:
+    page = open_page()
+    start(page, server)
+    page.keyboard.press("w")
+    page.locator("#written").fill("An answer to the first prompt.")
+    before = page.locator("#choose [name=offer]").input_value()
+    with server.client() as client:
+        client.post(f"/api/steering/sessions/{page.url.rsplit('/', 1)[1]}/skip")
+    expect(page.locator("#choose [name=offer]")).not_to_have_value(before)
+    is_ready(page)
+    page.get_by_role("button", name="Learn this answer").click()
+    expect(page.locator(".toast.error")).to_contain_text("is not the one on the screen")
+    expect(page.locator("#written")).to_have_value("An answer to the first prompt.")
+
+
+def test_undo_is_a_way_out_of_a_failure_that_came_back(open_page: Open, save_dir: Path) -> None:
+    server = Server(save_dir)
+    try:
+        page = open_page()
+        start(page, server)
+        press(page, "a")
+        weights = save_dir / "weights"
+        weights.rename(save_dir / "aside")
+        weights.write_text("in the way")
+        page.keyboard.press("b")
+        expect(page.locator("[data-strip][data-kind=failed]")).to_be_visible()
+        page.get_by_role("button", name="Try again").click()
+        page.wait_for_timeout(500)
+        expect(page.locator("[data-strip][data-kind=failed]")).to_be_visible()
+        expect(page.get_by_role("button", name="Undo")).to_be_enabled()
+        weights.unlink()
+        (save_dir / "aside").rename(weights)
+        page.get_by_role("button", name="Undo").click()
+        is_ready(page)
+    finally:
+        server.stop()

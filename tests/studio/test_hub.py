@@ -81,6 +81,15 @@ async def test_a_reader_that_is_too_slow_gets_a_snapshot_and_costs_nothing() -> 
     assert oldest.data == {"n": 5}
 
 
+async def test_an_id_of_a_topic_that_was_let_go_is_not_taken_for_one_of_its_successor() -> None:
+    hub = Hub()
+    hub.publish("t", "n", {"n": 1})
+    before = hub.last("t")
+    hub.end("t")
+    hub.publish("t", "n", {"n": 2})
+    assert (await take(hub, before, 1))[0].name == "state"
+
+
 async def test_a_topic_that_ends_lets_its_readers_finish() -> None:
     hub = Hub()
 

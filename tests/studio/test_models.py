@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import struct
 import time
 from collections.abc import AsyncIterator
@@ -132,20 +133,91 @@ async def test_folders_in_the_models_folder_are_models(tmp_path: Path, studio: S
     (good / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
     header = json.dumps({"a": {"dtype": "F32", "shape": [3, 5], "data_offsets": [0, 60]}}).encode()
     (good / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(60))
-    for name, config in (("torn", "{"), ("list", "[1]"), ("odd", '{"architectures": []}')):
+    bad = {
+        "torn": ("{", struct.pack("<Q", 2**60)), "list": ("[1]", struct.pack("<Q", 2) + b"[]"), "short": ("{}", b"abc"),
+        "odd": ('{"architectures": []}', struct.pack("<Q", 9) + b'{"a": 5}\n'),
+        "deep": ("[" * 100_000, struct.pack("<Q", 100_000) + b"[" * 100_000),
+    }  # fmt: skip
+    for name, (config, weights) in bad.items():
         (tmp_path / "models" / name).mkdir()
         (tmp_path / "models" / name / "config.json").write_text(config)
-        (tmp_path / "models" / name / "model.safetensors").write_bytes(struct.pack("<Q", 2**60))
+        (tmp_path / "models" / name / "model.safetensors").write_bytes(weights)
+    (tmp_path / "models" / "gone").mkdir()
+    (tmp_path / "models" / "gone" / "config.json").write_text("{}")
+    (tmp_path / "models" / "gone" / "model.safetensors").symlink_to(tmp_path / "nowhere")
     (tmp_path / "models" / "no config").mkdir()
     found = {model["id"]: model for model in await studio.models.list()}
-    assert set(found) == {"demo", "mine", "torn", "list", "odd"}
+    assert set(found) == {"demo", "mine", "gone", *bad}
+    assert (await studio.models.find("gone")).parameters == 0
     assert (found["mine"]["parameters"], found["mine"]["architecture"]) == (15, "LlamaForCausalLM")
     assert found["torn"]["parameters"] == 0
 
 
-async def test_a_repeated_request_to_load_is_one_job(studio: Studio) -> None:
+async def test_a_repeated_request_to_load_is_one_job(studio: Studio, tmp_path: Path) -> None:
     first = await studio.models.load("demo", "once")
     await follow(studio, first.id)
     await studio.models.unload("demo")
     again = await studio.models.load("demo", "once")
     assert as_json(again.row)["id"] == first.id
+    (tmp_path / "models" / "other").mkdir(parents=True)
+    (tmp_path / "models" / "other" / "config.json").write_text("{}")
+    with pytest.raises(Conflict, match="used for another model"):
+        await studio.models.load("other", "once")
+    assert studio.models.state("other") == "unloaded"
+
+
+async def test_an_engine_that_cannot_be_started_once_can_be_started_again(tmp_path: Path, fake_spawn: Spawn) -> None:
+    failing = [OSError("out of processes")]
+
+    def spawn(sock: socket.socket) -> Any:
+        if failing:
+            raise failing.pop()
+        return fake_spawn(sock)
+
+    async with open_studio(tmp_path, spawn) as studio:
+        job = await studio.models.load("demo")
+        events = await follow(studio, job.id)
+        assert "out of processes" in events[-1][1]["error"]["message"]
+        assert studio.models.state("demo") == "unloaded"
+        assert (await studio.models.engine("demo", lambda progress: None)).alive
+
+
+async def test_a_load_that_is_cancelled_while_its_engine_starts_leaves_nothing(
+    tmp_path: Path, fake_spawn: Spawn
+) -> None:
+    started: list[Any] = []
+
+    def spawn(sock: socket.socket) -> Any:
+        time.sleep(0.2)
+        started.append(fake_spawn(sock))
+        return started[-1]
+
+    async with open_studio(tmp_path, spawn) as studio:
+        job = await studio.models.load("demo")
+        await studio.models.unload("demo")
+        assert (await studio.jobs.get(job.id))["state"] == "cancelled"
+        assert studio.models.state("demo") == "unloaded"
+        await until(lambda: started and started[0][0].wait(0) == 0)
+        assert (await studio.models.engine("demo", lambda progress: None)).alive
+
+
+async def test_a_model_that_is_unloaded_under_a_session_stays_unloaded_until_it_is_resumed(
+    tmp_path: Path,
+) -> None:
+    class Slow(FakeEngine):
+        def offer(self, request: Any) -> Any:
+            for _ in range(100):
+                time.sleep(0.005)
+                yield None
+            return (yield from super().offer(request))
+
+    spawn = thread_spawner(lambda: Slow(Blobs(tmp_path / "weights")).handlers())
+    async with open_studio(tmp_path, spawn) as studio:
+        session = await studio.steering.create(None, {})
+        await until(lambda: session.status == "offering" and session.offer)
+        await studio.models.unload("demo")
+        await until(lambda: session.error)
+        assert session.state()["error"]["code"] == "unloaded"
+        assert studio.models.state("demo") == "unloaded"
+        await session.resume()
+        await until(lambda: session.status == "ready")

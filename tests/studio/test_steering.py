@@ -415,3 +415,99 @@ def test_a_good_learning_rate_falls_with_the_models_size() -> None:
     rates = [default_learning_rate(size) for size in (1, 10**6, 10**8, 10**9, 10**11)]
     assert rates == sorted(rates, reverse=True)
     assert (rates[0], rates[-1]) == (1e-3, 2e-5)
+
+
+async def test_a_log_that_no_longer_leads_to_the_weights_is_an_error_and_not_a_loop(
+    tmp_path: Path, fake_spawn: Spawn
+) -> None:
+    async with open_studio(tmp_path, fake_spawn) as studio:
+        session = await studio.steering.create(None, {})
+        await choose(session, 0)
+        await choose(session, 1)
+    blobs = Blobs(tmp_path / "weights")
+    for node in session.tree.nodes.values():
+        blobs.discard(node.weights)
+    async with open_studio(tmp_path, fake_spawn) as studio:
+        again = await studio.steering.session(session.id)
+        again.config = again.config.model_copy(update={"kl_beta": 5.0})
+        await again.skip("s1")
+        await until(lambda: again.error)
+        assert again.state()["error"]["code"] == "weights_changed"
+
+
+async def test_a_control_prompt_that_fails_leaves_the_options_alone(tmp_path: Path) -> None:
+    from trellis.errors import EngineError
+
+    class Forgetful(FakeEngine):
+        def offer(self, request: Any) -> Any:
+            if request.group_size == 1:
+                yield None
+                raise EngineError("There was not enough memory.", code="out_of_memory", next_step="Use less.")
+            return (yield from super().offer(request))
+
+    spawn = thread_spawner(lambda: Forgetful(Blobs(tmp_path / "weights")).handlers())
+    async with open_studio(tmp_path, spawn) as studio:
+        session = await studio.steering.create(None, {})
+        await until(lambda: session.state()["control"]["original"])
+        assert session.state()["control"]["original"] == "There was not enough memory."
+        assert session.status == "ready"
+
+
+async def test_a_session_of_another_version_keeps_nobody_else_from_opening(tmp_path: Path, fake_spawn: Spawn) -> None:
+    from sqlalchemy import text
+
+    async with open_studio(tmp_path, fake_spawn) as studio:
+        session = await studio.steering.create("Old", {})
+        state = await ready(session)
+        await session.choose(state["offer"]["id"], 2, "r1")
+        await studio.store.write(
+            lambda connection: connection.execute(text("UPDATE sessions SET config = '{\"from_the_future\": 1}'"))
+        )
+    async with open_studio(tmp_path, fake_spawn) as studio:
+        with pytest.raises(TrellisError, match="cannot be read by this version") as raised:
+            await studio.steering.session(session.id)
+        assert raised.value.code == "session_unreadable"
+        await ready(await studio.steering.create("New", {}))
+
+
+async def test_a_command_whose_asker_goes_away_is_done_to_its_end(session: Session) -> None:
+    offer = session.state()["offer"]["id"]
+    asking = asyncio.create_task(session.choose(offer, 0, "r1"))
+    await asyncio.sleep(0.001)
+    asking.cancel()
+    await asyncio.wait([asking])
+    assert (await until(lambda: session.status == "ready" and session.state()["head"]["step"] == 1)) is True
+    moving = asyncio.create_task(session.undo("u1"))
+    await asyncio.sleep(0)
+    moving.cancel()
+    await until(lambda: session.tree.head is session.tree.root)
+
+
+async def test_sessions_that_nobody_uses_leave_memory_and_come_back(
+    studio: Studio, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trellis.studio import steering
+
+    after = await choose(session, 1)
+    await until(lambda: session.state()["control"]["current"] is not None and session.idle)
+    monkeypatch.setattr(steering, "IDLE_SECONDS", 0.0)
+    other = await studio.steering.create(None, {})
+    await studio.steering.delete(other.id)
+    with pytest.raises(NotFound):
+        await studio.steering.session(other.id)
+    found = await studio.steering.session(session.id)
+    last = studio.hub.last(session.topic)
+    # opening another one lets the idle ones go
+    studio.steering._sessions.pop(session.id)
+    again = await studio.steering.session(session.id)
+    assert again is not found
+    assert again.state()["offer"] == after["offer"]
+    assert studio.hub.last(session.topic) == last or last.split("-")[0] != studio.hub.last(session.topic).split("-")[0]
+
+
+async def test_a_deleted_session_can_be_neither_renamed_nor_woken(studio: Studio, session: Session) -> None:
+    await studio.steering.delete(session.id)
+    with pytest.raises(NotFound):
+        await session.rename("x")
+    session.wake()
+    assert session.idle

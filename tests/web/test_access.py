@@ -36,6 +36,11 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "",
         "[::2]",
         "2130706433",
+        "localhost:@evil.example",
+        "localhost:[x",
+        "localhost:123456",
+        "localhost/x",
+        "a@localhost",
     ],
 )
 def test_a_foreign_host_is_refused_before_anything_else(client: httpx.Client, host: str) -> None:
@@ -77,6 +82,7 @@ def test_a_foreign_host_is_refused_on_a_websocket(server: Server) -> None:
         {"Sec-Fetch-Site": "same-site"},
         {"Sec-Fetch-Site": "same-origin", "Origin": "https://evil.example"},
         {"Origin": "http://127.0.0.1:1"},
+        {"Origin": "http://["},
     ],
 )
 def test_no_change_is_taken_from_another_site(client: httpx.Client, headers: dict[str, str]) -> None:
@@ -224,3 +230,26 @@ def test_other_addresses_need_a_password(host: str) -> None:
 )  # fmt: skip
 def test_what_counts_as_this_computer(host: str, own: bool) -> None:
     assert is_loopback(host) is own
+
+
+def test_a_client_cannot_name_itself_to_guess_on(tmp_path: Path) -> None:
+    server = Server(tmp_path, TRELLIS_PASSWORD=PASSWORD)
+    try:
+        with server.client() as client:
+            answers = [
+                client.post("/login", data={"password": "x"}, headers={"X-Forwarded-For": f"10.0.0.{n}"}).status_code
+                for n in range(8)
+            ]
+        assert answers == [401] * 5 + [429] * 3
+    finally:
+        server.stop()
+
+
+def test_a_password_that_cannot_be_encoded_is_a_wrong_one(locked: Server) -> None:
+    body = '--b\r\nContent-Disposition: form-data; name="password"\r\nContent-Type: text/plain; charset=utf-7\r\n\r\n'
+    with locked.client() as client:
+        answer = client.post(
+            "/login", content=(body + "+2AA-\r\n--b--\r\n").encode(),
+            headers={"content-type": "multipart/form-data; boundary=b; charset=utf-7"},
+        )  # fmt: skip
+        assert answer.status_code in (400, 401, 422)

@@ -71,6 +71,13 @@ def test_a_session_by_plain_forms(client: httpx.Client) -> None:
     assert client.get(path, headers=HTML).status_code == 404
 
 
+@pytest.mark.parametrize("name", ["x" * 201, "a\x00b"])
+def test_a_name_in_the_form_has_the_limits_that_it_has_elsewhere(client: httpx.Client, name: str) -> None:
+    answer = client.post("/steer", data={"name": name}, headers=HTML)
+    assert answer.status_code == 422
+    assert "name" in answer.text
+
+
 def test_a_double_press_is_one_action(client: httpx.Client) -> None:
     state = new_session(client)
     form = {"offer": state["offer"]["id"], "choice": "0", "request": "one press only"}

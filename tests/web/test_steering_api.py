@@ -128,6 +128,35 @@ def test_bad_input_gets_a_clear_error_in_the_one_shape(
     assert client.get(f"{API}/{state['id']}").json()["offer"] == state["offer"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("", '{"name": "\\ud800"}'),
+        ("", '{"config": {"\\ud800": 1}}'),
+        ("", '{"config": {"system_prompt": "\\ud800"}}'),
+        ("", '{"config": {"model": "\\ud800"}}'),
+        ("", '{"\\ud800": 1}'),
+        ("/{s}/prompt", '{"text": "\\ud800"}'),
+        ("/{s}/choose", '{"offer": "\\ud800", "choice": 0}'),
+        ("/{s}/choose", '{"offer": "{o}", "choice": {"written": "\\ud800"}}'),
+        ("/{s}/choose", '{"offer": "{o}", "choice": {"written": "a\\u0000b"}}'),
+        ("/{s}/goto", '{"node": "\\ud800"}'),
+        ("/{s}/sample", '{"prompt": "x", "sampling": {"\\ud800": 1}}'),
+        ("/../../models/load", '{"model": "\\ud800"}'),
+    ],
+)
+def test_text_that_cannot_be_encoded_is_refused_and_quoted_safely(
+    client: httpx.Client, bad_input_session: dict[str, Any], path: str, body: str
+) -> None:
+    state = bad_input_session
+    answer = client.post(
+        API + path.replace("{s}", state["id"]), content=body.replace("{o}", state["offer"]["id"]),
+        headers={"content-type": "application/json"},
+    )  # fmt: skip
+    assert answer.status_code in (404, 409, 422), answer.text
+    assert answer.json()["error"]["message"]
+
+
 @pytest.fixture(scope="module")
 def bad_input_session(server: Server) -> dict[str, Any]:
     with server.client() as client:

@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from trellis.errors import EngineDied
+from tests.conftest import until
+from trellis.errors import EngineDied, EngineError
 from trellis.messages import Load, Status
 from trellis.workers.exits import explain_exit
 from trellis.workers.worker import Spawn, Worker, process_spawner
@@ -38,7 +39,7 @@ async def test_an_engine_answers_and_stops(spawn: Spawn) -> None:
 async def test_a_killed_engine_tells_everyone_who_waits(spawn: Spawn) -> None:
     worker = await Worker.start(spawn)
     await worker.ask(Status())
-    deaths: list[EngineDied] = []
+    deaths: list[EngineError] = []
     worker.on_death = deaths.append
     assert worker.pid
     os.kill(worker.pid, signal.SIGSTOP)
@@ -51,7 +52,7 @@ async def test_a_killed_engine_tells_everyone_who_waits(spawn: Spawn) -> None:
     assert not worker.alive
     with pytest.raises(EngineDied):
         await worker.ask(Status())
-    assert len(deaths) == 1
+    await until(lambda: len(deaths) == 1)
 
 
 async def test_an_engine_that_does_not_listen_is_killed_when_it_is_stopped(spawn: Spawn) -> None:

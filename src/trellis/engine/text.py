@@ -67,7 +67,7 @@ class TextEngine:
 
     def plant(self, request: Plant) -> Steps:
         yield None
-        recipe = {"model": self.loaded.about.fingerprint, **request.model_dump(mode="json")}
+        recipe = {"model": self.loaded.about.fingerprint, **request.model_dump(mode="json", exclude_none=True)}
         weights_id = recipe_id("w", recipe)
         slot = self.loaded.slots.get(request.adapter)
         if not self._shelf.readable(slot, weights_id):

@@ -37,6 +37,10 @@ Snapshot = Callable[[], tuple[str, dict[str, Any]]]
 
 @dataclass
 class Topic:
+    """One ring. Its ids carry a mark of its own, so that an id from before a restart, or from a topic that was
+    let go, is never taken for one of these."""
+
+    mark: str = field(default_factory=lambda: secrets.token_hex(4))
     number: int = 0
     ring: deque[HubEvent] = field(default_factory=lambda: deque(maxlen=RING))
     waiting: set[asyncio.Future[None]] = field(default_factory=set)
@@ -44,10 +48,9 @@ class Topic:
 
 
 class Hub:
-    """Events of this process. Ids carry a mark of the process, so that an id from before a restart is too old."""
+    """The topics of this process."""
 
     def __init__(self) -> None:
-        self._mark = secrets.token_hex(4)
         self._topics: dict[str, Topic] = {}
         self.closing = False
 
@@ -55,15 +58,15 @@ class Hub:
         """Add an event. Returns its id. Never waits."""
         place = self._topics.setdefault(topic, Topic())
         place.number += 1
-        event = HubEvent(f"{self._mark}-{place.number}", name, data)
+        event = HubEvent(f"{place.mark}-{place.number}", name, data)
         place.ring.append(event)
         self._wake(place)
         return event.id
 
     def last(self, topic: str) -> str:
         """The id of the newest event of a topic."""
-        place = self._topics.get(topic)
-        return f"{self._mark}-{place.number if place else 0}"
+        place = self._topics.setdefault(topic, Topic())
+        return f"{place.mark}-{place.number}"
 
     def watchers(self, topic: str) -> int:
         """How many readers are waiting for the next event."""
@@ -82,7 +85,7 @@ class Hub:
             if at is None or (oldest is not None and at < int(oldest.split("-")[1]) - 1):
                 at = place.number
                 name, data = snapshot()
-                yield HubEvent(f"{self._mark}-{at}", name, data)
+                yield HubEvent(f"{place.mark}-{at}", name, data)
                 continue
             if at < place.number:
                 behind = place.number - at
@@ -109,7 +112,7 @@ class Hub:
 
     def _number(self, place: Topic, after: str | None) -> int | None:
         mark, _, number = (after or "").partition("-")
-        if mark != self._mark or not number.isascii() or not number.isdigit() or len(number) > 15:
+        if mark != place.mark or not number.isascii() or not number.isdigit() or len(number) > 15:
             return None
         return int(number) if int(number) <= place.number else None
 

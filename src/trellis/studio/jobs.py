@@ -81,6 +81,7 @@ class Jobs:
         job = Job(self._hub, row)
         self._running[job.id] = job
         job.task = asyncio.create_task(self._run(job, work), name=f"job {job.id}")
+        await asyncio.sleep(0)  # a task that is cancelled before its first step would never say how it ended
         return job
 
     async def get(self, job_id: str) -> dict[str, Any]:

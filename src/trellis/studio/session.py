@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
+from functools import wraps
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from ..errors import Conflict, EngineDied, Invalid, NotFound, TrellisError, WeightsMissing, shorten
+from ..errors import Conflict, EngineDied, EngineStopped, Invalid, NotFound, TrellisError, WeightsMissing, shorten
 from ..messages import (
     CHOICE,
     Choice,
@@ -45,10 +46,24 @@ from .models import Models
 from .tree import Node, Tree, child_id, offer_id, offer_seed, replayed
 
 log = logging.getLogger(__name__)
+P = ParamSpec("P")
 R = TypeVar("R")
 
 CONTROL = Sampling(temperature=0.0, top_p=1.0, min_p=0.0, max_new_tokens=96)
 """How the control prompt is answered: the likeliest words, so that only the weights make a difference."""
+
+
+Command = Callable[Concatenate["Session", P], Coroutine[Any, Any, None]]
+
+
+def to_its_end(command: Command[P]) -> Command[P]:
+    """A command that has begun is finished, even when whoever asked for it is gone: the store and memory stay one."""
+
+    @wraps(command)
+    async def whole(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        await asyncio.shield(asyncio.ensure_future(command(session, *args, **kwargs)))
+
+    return whole
 
 
 class Interrupted(Exception):
@@ -129,6 +144,7 @@ class Session:
         self._stream: asyncio.Task[Any] | None = None
         self._labels: dict[str, str] = {}
         self._warming: asyncio.Task[None] | None = None
+        self.used = time.monotonic()
         self._closed = False
 
     # ── What a person sees ─────────────────────────────────────────────────────────────────────────
@@ -167,8 +183,7 @@ class Session:
             "head": {"node": head.id, "step": head.step, "drift": drift_of(head, self.tree)},
             "offer": self.offer.as_json() if self.offer else None,
             "learning": self.intent["body"] if self.busy and self.intent else None,
-            "can_undo": self.tree.undo is not None and not self.busy,
-            "can_redo": self.tree.redo is not None and not self.busy,
+            **self._can(),
             "dataset": {
                 "source": self.prompts.source,
                 "position": self._position(),
@@ -196,6 +211,7 @@ class Session:
 
     # ── What a person says ─────────────────────────────────────────────────────────────────────────
 
+    @to_its_end
     async def choose(self, offer: str, choice: Choice, request: str) -> None:
         """Learn from a choice. Raises Conflict for an offer that is not on the screen or not whole yet."""
         async with self._lock:
@@ -228,6 +244,7 @@ class Session:
             self._publish("learning", {"offer": shown.id, "choice": said})
             self._kick()
 
+    @to_its_end
     async def skip(self, request: str) -> None:
         """Move on to the next prompt without learning; also from an offer that is not whole yet."""
         async with self._lock:
@@ -240,6 +257,7 @@ class Session:
             body = {"offer": self.offer.id, "node": self.tree.head_id, "choice": "skip"}
             await self._step_without_learning(known, "skip", self._intent(request, "skip", body, "done"))
 
+    @to_its_end
     async def undo(self, request: str) -> None:
         async with self._lock:
             if await self._known(request):
@@ -252,6 +270,7 @@ class Session:
             notes = {target.id: {"forward": left.id, "shown": left.answered}}
             await self._go(target, left.answered, notes, self._intent(request, "undo", {"from": left.id}, "done"))
 
+    @to_its_end
     async def redo(self, request: str) -> None:
         async with self._lock:
             if await self._known(request):
@@ -263,6 +282,7 @@ class Session:
             intent = self._intent(request, "redo", {"from": self.tree.head_id}, "done")
             await self._go(target, target.shown, {}, intent)
 
+    @to_its_end
     async def goto(self, node: str, request: str) -> None:
         """Stand at any node; the options that were shown there come back. Raises NotFound."""
         async with self._lock:
@@ -275,6 +295,7 @@ class Session:
             intent = self._intent(request, "goto", {"from": self.tree.head_id, "to": node}, "done")
             await self._go(target, target.shown, notes, intent)
 
+    @to_its_end
     async def prompt(self, text: str, request: str) -> None:
         """Replace the current prompt and offer again."""
         async with self._lock:
@@ -288,6 +309,7 @@ class Session:
             self.intent, self.error = None, None
             self._kick()
 
+    @to_its_end
     async def resume(self) -> None:
         """Try again after a failure, or go on after the model was unloaded."""
         async with self._lock:
@@ -296,8 +318,10 @@ class Session:
                 self._publish("state", self.state())
             self.wake()
 
+    @to_its_end
     async def rename(self, name: str) -> None:
         async with self._lock:
+            self._require_open()
             await self._store.write(rows.rename_session, self.id, name, time.time())
             self.name = name
             self._publish("state", self.state())
@@ -343,6 +367,12 @@ class Session:
             )
         return self.tree.nodes[node_id]
 
+    @property
+    def idle(self) -> bool:
+        """Whether nobody watches it and nothing is being done."""
+        working = self._task is not None and not self._task.done()
+        return not working and not self._lock.locked() and self._hub.watchers(self.topic) == 0
+
     def wake(self) -> None:
         """Do what is missing, if anything is. Never waits."""
         if not self._closed and (self._task is None or self._task.done()):
@@ -355,8 +385,8 @@ class Session:
             self._task.cancel()
             await asyncio.wait([self._task])
         if reason:
-            self._publish("done", {"reason": reason})
-            self._hub.end(self.topic)
+            self._hub.publish(self.topic, "done", {"reason": reason})
+        self._hub.end(self.topic)
 
     # ── Moving ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -580,7 +610,9 @@ class Session:
                 self._offer(prompt, node.weights, CONTROL, 1, 0, follow=False, priority=1)
             )
             answer = offered.options[0].text
-        except Invalid as error:  # a control prompt that cannot be answered must not stop the session
+        except (EngineDied, EngineStopped, WeightsMissing):
+            raise
+        except TrellisError as error:  # a control prompt that cannot be answered must not stop the session
             answer = error.message
         async with self._lock:
             await self._store.write(rows.set_control, node.id, answer)
@@ -597,16 +629,22 @@ class Session:
             try:
                 if node.parent is None:
                     self._planted_on = None
-                    await self._ask_plant()
+                    made = await self._ask_plant()
                 else:
                     parent = self.tree.nodes[node.parent]
                     assert node.answered is not None
                     assert node.choice is not None
                     request = await self._learn_request(parent, node.answered, node.choice)
-                    await self._ask_learn(request)
-                wanted.pop()
+                    made = (await self._ask_learn(request)).weights
             except WeightsMissing as also:
                 wanted.append(also.weights)
+                continue
+            if made != wanted.pop():
+                raise Conflict(
+                    f"The weights of step {node.step} are not on disk, and the log of choices leads to others.",
+                    code="weights_changed",
+                    next_step="Go to a step whose weights are on disk; a new branch can be grown from there.",
+                )
 
     # ── Asking the engine ──────────────────────────────────────────────────────────────────────────
 
@@ -721,18 +759,22 @@ class Session:
 
     # ── Small things ───────────────────────────────────────────────────────────────────────────────
 
+    def _can(self) -> dict[str, bool]:
+        free = not self.busy
+        return {"can_undo": free and self.tree.undo is not None, "can_redo": free and self.tree.redo is not None}
+
     def _position(self) -> int:
         """Which prompt of the round stands at the head, counted from 0."""
         return self.tree.head.position % self.prompts.total
 
     def _publish(self, name: str, data: dict[str, Any]) -> None:
-        self._hub.publish(self.topic, name, data)
+        if not self._closed:
+            self._hub.publish(self.topic, name, data)
 
     def _publish_head(self) -> None:
         head = self.tree.head
-        data = {"node": head.id, "step": head.step, "position": self._position(), "can_undo": self.tree.undo is not None,
-                "can_redo": self.tree.redo is not None}  # fmt: skip
-        self._publish("head_moved", data)
+        data = {"node": head.id, "step": head.step, "position": self._position()}
+        self._publish("head_moved", data | self._can())
 
     def _publish_offer(self, offer: Shown) -> None:
         self._publish("offer_started", self._offer_event(offer))
@@ -750,7 +792,7 @@ class Session:
 
     def _fail(self, error: TrellisError) -> None:
         self.error = error
-        self._publish("failed", {"error": error.as_json()})
+        self._publish("failed", {"error": error.as_json()} | self._can())
 
     async def _known(self, request: str) -> bool:
         """Whether a request was taken before: then it is the same action."""
@@ -760,9 +802,12 @@ class Session:
         return {"session": self.id, "request": request, "kind": kind, "body": body, "state": state,
                 "created": time.time()}  # fmt: skip
 
-    def _require_free(self) -> None:
+    def _require_open(self) -> None:
         if self._closed:
             raise NotFound("This session was deleted.", next_step="Start another one.")
+
+    def _require_free(self) -> None:
+        self._require_open()
         if self.busy:
             raise self._conflict(
                 "The model is still learning from the last choice.",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from ..blobs import Blobs
-from ..errors import NotFound, shorten
+from ..errors import NotFound, TrellisError, shorten
 from ..messages import derived_seed
-from ..params import Sampling, SessionConfig, default_learning_rate
+from ..params import Sampling, SessionConfig, default_learning_rate, invalid_from
 from ..store import steering as rows
 from ..store.store import Store
 from .hub import Hub, HubEvent
@@ -19,6 +22,10 @@ from .jobs import timestamp
 from .models import Models
 from .session import Session, drift_of, node_from, node_row
 from .tree import Node, root_id
+
+log = logging.getLogger(__name__)
+
+IDLE_SECONDS = 600.0
 
 NAMES = (
     "Clematis", "Wisteria", "Jasmine", "Sweet pea", "Hop", "Honeysuckle", "Morning glory", "Runner bean", "Ivy",
@@ -42,7 +49,10 @@ class Steering:
     async def open(self) -> None:
         """Take up choices that were acknowledged and not learned from when the studio last stopped."""
         for session_id in await self._store.read(rows.sessions_with_open_intents):
-            (await self.session(session_id)).wake()
+            try:
+                (await self.session(session_id)).wake()
+            except TrellisError as error:  # one session that cannot be read must not keep the others from opening
+                log.error("session %s: %s", session_id, error.message)
 
     async def close(self) -> None:
         await asyncio.gather(*(session.close() for session in self._sessions.values()))
@@ -78,6 +88,7 @@ class Steering:
     async def session(self, session_id: str) -> Session:
         """A session by its id. Raises NotFound."""
         if session_id in self._sessions:
+            self._sessions[session_id].used = time.monotonic()
             return self._sessions[session_id]
         async with self._opening:
             if session_id not in self._sessions:
@@ -87,11 +98,30 @@ class Steering:
                         f"There is no session “{shorten(session_id)}”.",
                         next_step="Your sessions are listed on the first page.",
                     )
-                row, nodes, offer, intent = found
-                self._sessions[session_id] = Session(
-                    self._store, self._hub, self._models, row, map(node_from, nodes), offer, intent
-                )
-        return self._sessions[session_id]
+                await self._let_idle_ones_go()
+                self._sessions[session_id] = self._read(*found)
+        session = self._sessions[session_id]
+        session.used = time.monotonic()
+        return session
+
+    def _read(self, row: rows.Row, nodes: list[rows.Row], offer: rows.Row | None, intent: rows.Row | None) -> Session:
+        try:
+            return Session(self._store, self._hub, self._models, row, map(node_from, nodes), offer, intent)
+        except ValidationError as error:
+            problem = invalid_from(error, prefix="config")
+            raise TrellisError(
+                f"The session “{shorten(row['name'])}” cannot be read by this version: {problem.message}",
+                code="session_unreadable",
+                next_step="Open it with the version that wrote it. Nothing was changed.",
+            ) from None
+
+    async def _let_idle_ones_go(self) -> None:
+        """Sessions that nobody has used for a while leave memory; the store has all of them."""
+        now = time.monotonic()
+        for session in list(self._sessions.values()):
+            if session.idle and now - session.used > IDLE_SECONDS:
+                del self._sessions[session.id]
+                await session.close()
 
     async def sessions(self) -> list[dict[str, Any]]:
         """All sessions, the one that was last used first."""

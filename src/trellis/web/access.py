@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import ipaddress
 import json
+import re
 import secrets
 import time
 from http.cookies import CookieError, SimpleCookie
@@ -16,7 +17,7 @@ from urllib.parse import quote, urlsplit
 
 from argon2 import PasswordHasher
 from argon2.exceptions import VerifyMismatchError
-from limits import parse
+from limits import RateLimitItem, parse
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from starlette.datastructures import Headers, MutableHeaders
@@ -31,6 +32,7 @@ COOKIE = "trellis"
 LOGIN_DAYS = 30
 MAX_BODY = 2_000_000
 """Bytes in a request's body; a prompt is at most 100,000 characters, which is less than this in any script."""
+HOST = re.compile(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
 SAFE = {"GET", "HEAD", "OPTIONS"}
 OPEN_PATHS = {"/login", "/healthz", "/readyz"}
 
@@ -57,7 +59,8 @@ class Guard:
         self._hasher = PasswordHasher()
         self._hash = self._hasher.hash(password) if password else None
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
-        self._rate = parse("5 per minute")
+        self._rates = parse("5 per minute"), parse("30 per minute")
+        self._one_at_a_time = asyncio.Lock()
         self._valid: dict[str, float] = {}
         self.streams: dict[str, set[asyncio.Event]] = {}
 
@@ -68,9 +71,14 @@ class Guard:
 
     async def login(self, password: str, client: str) -> str:
         """A new token. Raises Refused for a wrong password or too many tries."""
-        if not self._limiter.hit(self._rate, "login", client):
-            raise Refused("Too many tries to log in.", code="too_many_tries", next_step="Wait a minute and try again.")
-        if self._hash is None or not await asyncio.to_thread(self._matches, password[:1024]):
+        async with self._one_at_a_time:  # a hash takes 64 MB while it is made
+            if not all(self._limiter.test(rate, "login", who) for rate, who in self._limits(client)):
+                raise Refused("Too many tries to log in.", code="too_many_tries", next_step="Wait a minute.")
+            right = self._hash is not None and await asyncio.to_thread(self._matches, password[:1024])
+            if not right:
+                for rate, who in self._limits(client):
+                    self._limiter.hit(rate, "login", who)
+        if not right:
             raise Refused("The password is not right.", code="wrong_password", next_step="Try again.", field="password")
         token = secrets.token_urlsafe(32)
         await self._store.write(logins.add_login, _hash(token), time.time())
@@ -108,9 +116,13 @@ class Guard:
         if not watchers:
             self.streams.pop(_hash(token), None)
 
+    def _limits(self, client: str) -> list[tuple[RateLimitItem, str]]:
+        """Wrong passwords are counted for each client, and for all of them together."""
+        return [(self._rates[0], client), (self._rates[1], "everyone")]
+
     def _matches(self, password: str) -> bool:
         try:
-            return self._hasher.verify(self._hash or "", password)
+            return self._hasher.verify(self._hash or "", password.encode("utf-8", "replace"))
         except VerifyMismatchError:
             return False
 
@@ -175,8 +187,8 @@ class Access:
         out = asyncio.create_task(ended.wait())
         try:
             await asyncio.wait({running, out}, return_when=asyncio.FIRST_COMPLETED)
-            if not running.done() and not scope["path"].startswith("/logout"):
-                running.cancel()
+            if not running.done() and (scope["type"] == "websocket" or scope["method"] in SAFE):
+                running.cancel()  # what only reads is cut off; an action that has begun is let finish
             await asyncio.wait({running})
             if not running.cancelled():
                 running.result()
@@ -194,7 +206,7 @@ def check_origin(headers: Headers) -> None:
     """A change must come from our own pages, or from a program (which sends neither header)."""
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
     foreign = site is not None and site not in {"same-origin", "none"}
-    if origin is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+    if origin is not None and origin_name(origin) != headers.get("host", "").lower():
         foreign = True
     if foreign:
         raise Refused(
@@ -215,12 +227,18 @@ def check_length(headers: Headers) -> None:
         )
 
 
+def origin_name(origin: str) -> str | None:
+    """Host and port of an origin, lower case; None for what is not one."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
+
+
 def host_name(host: str) -> str:
-    """The name in a Host header: lower case, without the port."""
-    host = host.strip().lower()
-    if host.startswith("["):
-        return host.partition("]")[0] + "]"
-    return host.partition(":")[0]
+    """The name in a Host header: lower case, without the port. Empty for what is not a host and a port."""
+    found = HOST.fullmatch(host.strip().lower())
+    return found[1] if found else ""
 
 
 def cookie_token(headers: Headers) -> str:

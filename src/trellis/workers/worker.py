@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Protocol
 
-from ..errors import EngineDied, EngineError, Invalid, TrellisError, WeightsMissing
+from ..errors import EngineDied, EngineError, EngineStopped, Invalid, TrellisError, WeightsMissing
 from ..messages import Cancel, Cancelled, Down, Event, Failed, Request
 from .channel import Channel
 from .exits import explain_exit
@@ -77,6 +77,32 @@ def process_spawner(weights: Path, logs: Path, threads: int, fake: bool) -> Spaw
     return spawn
 
 
+def _spawn_behind_socket(spawn: Spawn) -> tuple[socket.socket, Engine, Path | None]:
+    near, far = socket.socketpair()
+    try:
+        engine, log = spawn(far)
+    except OSError:
+        near.close()
+        raise
+    finally:
+        far.close()
+    return near, engine, log
+
+
+def _end_what_was_started(starting: asyncio.Future[tuple[socket.socket, Engine, Path | None]]) -> None:
+    """Nobody waits for this engine any more."""
+    if not starting.cancelled() and starting.exception() is None:
+        near, engine, _ = starting.result()
+        near.close()
+        engine.kill()
+        engine.wait(1.0)
+
+
+UNLOADED = EngineStopped(
+    "The model was unloaded while it was at work here.", next_step="Go on, and the model is loaded again."
+)
+
+
 class Worker:
     """A running engine. When it dies, everything that waits for it gets an EngineDied that says why."""
 
@@ -86,24 +112,23 @@ class Worker:
         self._log = log
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Queue[tuple[Event, bool] | None]] = {}
-        self._death: EngineDied | None = None
+        self._death: EngineError | None = None
         self._stopping = False
         self._pump = asyncio.create_task(self._receive(), name="worker")
-        self.on_death: Callable[[EngineDied], None] = lambda error: None
+        self.on_death: Callable[[EngineError], None] = lambda error: None
 
     @classmethod
     async def start(cls, spawn: Spawn) -> Worker:
-        near, far = socket.socketpair()
+        starting = asyncio.ensure_future(asyncio.to_thread(_spawn_behind_socket, spawn))
         try:
-            engine, log = await asyncio.to_thread(spawn, far)
+            near, engine, log = await asyncio.shield(starting)
         except OSError as error:
-            near.close()
             raise EngineDied(
-                f"The engine could not be started: {error}.",
-                next_step="Run `trellis doctor` to see what is missing.",
+                f"The engine could not be started: {error}.", next_step="Run `trellis doctor` to see what is missing."
             ) from error
-        finally:
-            far.close()
+        except asyncio.CancelledError:
+            starting.add_done_callback(_end_what_was_started)
+            raise
         return cls(await Channel.over(near), engine, log)
 
     @property
@@ -167,12 +192,13 @@ class Worker:
             if inbox := self._waiting.get(up.id):
                 inbox.put_nowait((up.body, up.last))
         code = await asyncio.to_thread(self._engine.wait, 1.0)
-        self._death = explain_exit(code, self._log)
+        self._death = UNLOADED if self._stopping else explain_exit(code, self._log)
         for inbox in self._waiting.values():
             inbox.put_nowait(None)
         if not self._stopping:
             await self._channel.close()
             await asyncio.to_thread(self._engine.kill)
+            await asyncio.to_thread(self._engine.wait, 1.0)
             self.on_death(self._death)
 
 

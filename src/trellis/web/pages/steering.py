@@ -6,12 +6,12 @@ import secrets
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Form, Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ...errors import Invalid, shorten
 from ...messages import CHOICE, Choice, Written
-from ...params import SessionConfig
+from ...params import PROMPT_LIMIT, SessionConfig, invalid_from
 from ...studio.journal import describe
 from ...studio.session import Session
 from ..api.steering import Name, OfSession, OfStudio, Words
@@ -20,6 +20,7 @@ from .plant import curve, grow
 
 router = APIRouter(include_in_schema=False)
 
+NAME: TypeAdapter[str] = TypeAdapter(Name)
 FORM_GROUPS = ("Model", "Prompts", "Answers", "Learning", "Adapter")
 
 
@@ -33,13 +34,13 @@ class Sent(BaseModel):
 class ChooseForm(Sent):
     offer: str = Field(max_length=100)
     choice: str = Field("", max_length=200)
-    written: str = Field("", max_length=100_000)
+    written: str = Field("", max_length=PROMPT_LIMIT)
 
     def said(self) -> Choice:
         """The choice as the API would have it. Raises Invalid."""
-        if self.written:
-            return Written(written=self.written)
         try:
+            if self.written:
+                return Written(written=self.written)
             return CHOICE.validate_python(int(self.choice) if self.choice.isdecimal() else self.choice)
         except ValidationError:
             raise Invalid(
@@ -79,11 +80,19 @@ async def begin(request: Request, studio: OfStudio) -> Response:
     """Make a session from the form and go to its page."""
     async with request.form(max_fields=100, max_part_size=100_000) as form:
         sent = {name: value for name, value in form.items() if isinstance(value, str)}
-    name = sent.pop("name", "").strip() or None
+    name = name_from(sent.pop("name", "").strip())
     key = sent.pop("request", "")
     config = {option: value for option, value in sent.items() if value.strip() or option.endswith("_prompt")}
     session = await studio.steering.create(name, config, key if 8 <= len(key) <= 64 else None)
     return RedirectResponse(f"/steer/{session.id}", 303)
+
+
+def name_from(sent: str) -> str | None:
+    """The name in a form; None where it was left empty. Raises Invalid."""
+    try:
+        return NAME.validate_python(sent) if sent else None
+    except ValidationError as error:
+        raise invalid_from(error, prefix="name") from None
 
 
 @router.get("/steer/{session}")

@@ -113,7 +113,11 @@ class Workbench {
       node_added: (node) => this.nodeAdded(node),
       head_moved: (head) => this.headMoved(head),
       control: () => this.refresh("figures"),
-      failed: ({ error }) => { this.state.error = error; this.state.status = "failed"; this.state.learning = null; this.showStatus(); this.showChoice(); },
+      failed: ({ error, can_undo, can_redo }) => {
+        Object.assign(this.state, { error, can_undo, can_redo, status: "failed", learning: null });
+        this.showStatus();
+        this.showChoice();
+      },
       done: (_, close) => { close(); toast("This session was deleted."); setTimeout(() => { location.href = "/"; }, 1500); },
     }, { onState: (live) => { $("[data-connection]", root).hidden = live; } });
   }
@@ -179,7 +183,9 @@ class Workbench {
       $("[data-prompt]", this.root).textContent = offer.prompt;
       const edit = $("#edit-text");
       if (!$("[data-edit]", this.root).open) edit.value = offer.prompt;
-      $$("[name=offer]", this.root).forEach((input) => { input.value = offer.id; });
+      $("#choose [name=offer]", this.root).value = offer.id;
+      // An answer that is being written belongs to the offer that it was begun for.
+      if (!$("[data-write]", this.root).open) $("[data-write] [name=offer]", this.root).value = offer.id;
       offer.options.forEach((option, index) => this.showOption(option, this.options[index]));
     }
     this.showStatus();
@@ -272,7 +278,10 @@ class Workbench {
       $(".letter", card).click();
     });
     for (const details of $$("[data-edit], [data-write]", this.root)) {
-      details.addEventListener("toggle", () => { if (details.open) $("textarea", details).focus(); else $("summary", details).focus(); });
+      details.addEventListener("toggle", () => {
+        if (details.open) $("textarea", details).focus();
+        else { $("summary", details).focus(); this.showAll(); }
+      });
     }
     name();
   }
