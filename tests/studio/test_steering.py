@@ -401,7 +401,7 @@ async def test_a_bug_is_shown_as_one_and_the_session_lives(session: Session, mon
     async def broken(*arguments: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(session, "_learn_request", broken)
+    monkeypatch.setattr(session._growth, "learn", broken)
     await session.choose(session.state()["offer"]["id"], 0, "r1")
     await until(lambda: session.error)
     assert session.state()["error"]["code"] == "internal"
@@ -429,7 +429,7 @@ async def test_a_log_that_no_longer_leads_to_the_weights_is_an_error_and_not_a_l
         blobs.discard(node.weights)
     async with open_studio(tmp_path, fake_spawn) as studio:
         again = await studio.steering.session(session.id)
-        again.config = again.config.model_copy(update={"kl_beta": 5.0})
+        again._growth._config = again.config.model_copy(update={"kl_beta": 5.0})
         await again.skip("s1")
         await until(lambda: again.error)
         assert again.state()["error"]["code"] == "weights_changed"

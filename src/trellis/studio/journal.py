@@ -11,8 +11,9 @@ from ..messages import Choice, Option, Ranking, Written
 from ..store import steering as rows
 from ..store.store import Store
 from .jobs import timestamp
-from .session import Session, node_row, options_from
-from .tree import Node
+from .session import Session
+from .shown import options_from
+from .tree import Node, node_row
 
 FORMATS = ("raw", "trl-preference", "trl-unpaired", "openai-dpo")
 LETTERS = "ABCDEFGH"

@@ -11,39 +11,21 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from contextlib import aclosing
-from dataclasses import asdict, dataclass
 from functools import wraps
 from itertools import pairwise
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ..errors import Conflict, EngineDied, EngineStopped, Invalid, NotFound, TrellisError, WeightsMissing, shorten
-from ..messages import (
-    CHOICE,
-    Choice,
-    Delta,
-    Learn,
-    Learned,
-    Lesson,
-    Metrics,
-    Offer,
-    Offered,
-    Option,
-    Plant,
-    Planted,
-    Progress,
-    Prompt,
-    Ranking,
-    Written,
-)  # fmt: skip
-from ..params import Adapter, Learning, Sampling, SessionConfig
+from ..messages import CHOICE, Choice, Metrics, Progress, Ranking, Written
+from ..params import Sampling, SessionConfig
 from ..store import steering as rows
 from ..store.store import Store
-from ..workers.worker import Worker
 from .datasets import Prompts
+from .growth import Growth
 from .hub import Hub
 from .models import Models
-from .tree import Node, Tree, child_id, offer_id, offer_seed, replayed
+from .shown import Shown, first_words
+from .tree import Node, Tree, child_id, drift_of, node_json, node_row, offer_id, offer_seed
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -51,7 +33,6 @@ R = TypeVar("R")
 
 CONTROL = Sampling(temperature=0.0, top_p=1.0, min_p=0.0, max_new_tokens=96)
 """How the control prompt is answered: the likeliest words, so that only the weights make a difference."""
-
 
 Command = Callable[Concatenate["Session", P], Coroutine[Any, Any, None]]
 
@@ -68,47 +49,6 @@ def to_its_end(command: Command[P]) -> Command[P]:
 
 class Interrupted(Exception):
     """The work in hand is no longer wanted."""
-
-
-@dataclass
-class Shown:
-    """An offer on the screen, whole or growing."""
-
-    id: str
-    node: str
-    number: int
-    prompt: str
-    texts: list[str]
-    options: tuple[Option, ...] | None
-
-    @classmethod
-    def from_row(cls, row: dict[str, Any], size: int) -> Shown:
-        options = options_from(row)
-        texts = [option.text for option in options] if options else [""] * size
-        return cls(row["id"], row["node"], row["number"], row["prompt"], texts, options)
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "node": self.node,
-            "prompt": self.prompt,
-            "options": self.options_json(),
-            "status": "ready" if self.options else "streaming",
-        }
-
-    def options_json(self) -> list[dict[str, Any]]:
-        if self.options is None:
-            return [{"index": index, "text": text, "finish": None} for index, text in enumerate(self.texts)]
-        return [
-            {
-                "index": index,
-                "text": option.text,
-                "finish": option.finish,
-                "tokens": len(option.tokens),
-                "logprob": round(option.logprob, 4),
-            }
-            for index, option in enumerate(self.options)
-        ]
 
 
 class Session:
@@ -138,7 +78,7 @@ class Session:
         self.error: TrellisError | None = None
         self.loading: Progress | None = None
         self.tokens_per_second: float | None = None
-        self._planted_on: Worker | None = None
+        self._growth = Growth(store, models, self.config, self.tree, self._loading_moves)
         self._lock = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._stream: asyncio.Task[Any] | None = None
@@ -332,10 +272,10 @@ class Session:
         if not place.weights:
             raise self._conflict("The session is not ready yet.", "offer_not_ready", "Wait for the first options.")
         try:
-            offered = await self._offer(self._prompt(prompt), place.weights, sampling, n, seed, follow=False)
+            offered = await self._growth.offer(prompt, place.weights, sampling, n, seed)
         except WeightsMissing as missing:
-            await self._regrow(missing)
-            offered = await self._offer(self._prompt(prompt), place.weights, sampling, n, seed, follow=False)
+            await self._growth.regrow(missing)
+            offered = await self._growth.offer(prompt, place.weights, sampling, n, seed)
         return [option.text for option in offered.options]
 
     async def labels(self) -> dict[str, str]:
@@ -487,7 +427,7 @@ class Session:
                 return
             try:
                 if lost:
-                    await self._interruptible(self._regrow(lost))
+                    await self._interruptible(self._growth.regrow(lost))
                     lost = None
                 else:
                     await step()
@@ -532,8 +472,7 @@ class Session:
 
     async def _plant(self) -> None:
         root = self.tree.root
-        await self._interruptible(self._engine())
-        planted = await self._interruptible(self._ask_plant())
+        planted = await self._interruptible(self._growth.plant())
         async with self._lock:
             await self._store.write(rows.set_weights, root.id, planted)
             self.tree.note(root.id, weights=planted)
@@ -545,8 +484,7 @@ class Session:
         body = intent["body"]
         parent = self.tree.nodes[body["node"]]
         choice = CHOICE.validate_python(body["choice"])
-        request = await self._learn_request(parent, body["offer"], choice)
-        learned = await self._interruptible(self._ask_learn(request))
+        learned = await self._interruptible(self._growth.learn(parent, body["offer"], choice))
         async with self._lock:
             if self.intent is not intent:
                 return
@@ -587,7 +525,7 @@ class Session:
         seed = offer_seed(self.config, head, shown.number, shown.prompt)
         sampling = self.config.part(Sampling)
         offered = await self._interruptible(
-            self._offer(self._prompt(shown.prompt), head.weights, sampling, self.config.group_size, seed, follow=True)
+            self._growth.offer(shown.prompt, head.weights, sampling, self.config.group_size, seed, self._option_grows)
         )
         async with self._lock:
             if self.offer is not shown:
@@ -604,10 +542,9 @@ class Session:
         """Answer the control prompt at the head (and, once, at the root), when nobody waits for anything else."""
         node = self._needs_control()
         assert node is not None
-        prompt = self._prompt(self.config.control_prompt)
         try:
             offered = await self._interruptible(
-                self._offer(prompt, node.weights, CONTROL, 1, 0, follow=False, priority=1)
+                self._growth.offer(self.config.control_prompt, node.weights, CONTROL, 1, 0, priority=1)
             )
             answer = offered.options[0].text
         except (EngineDied, EngineStopped, WeightsMissing):
@@ -618,131 +555,6 @@ class Session:
             await self._store.write(rows.set_control, node.id, answer)
             self.tree.note(node.id, control=answer)
             self._publish("control", {"node": node.id, "answer": answer})
-
-    async def _regrow(self, missing: WeightsMissing) -> None:
-        """Work out weights that are not on disk from the log of choices, from the nearest that are."""
-        wanted = [missing.weights]
-        while wanted:
-            node = self.tree.with_weights(wanted[-1])
-            if node is None or len(wanted) > len(self.tree.nodes):
-                raise missing
-            try:
-                if node.parent is None:
-                    self._planted_on = None
-                    made = await self._ask_plant()
-                else:
-                    parent = self.tree.nodes[node.parent]
-                    assert node.answered is not None
-                    assert node.choice is not None
-                    request = await self._learn_request(parent, node.answered, node.choice)
-                    made = (await self._ask_learn(request)).weights
-            except WeightsMissing as also:
-                wanted.append(also.weights)
-                continue
-            if made != wanted.pop():
-                raise Conflict(
-                    f"The weights of step {node.step} are not on disk, and the log of choices leads to others.",
-                    code="weights_changed",
-                    next_step="Go to a step whose weights are on disk; a new branch can be grown from there.",
-                )
-
-    # ── Asking the engine ──────────────────────────────────────────────────────────────────────────
-
-    async def _engine(self) -> Worker:
-        """The loaded engine; while it loads, the session says so."""
-        if self._models.state(self.config.model) == "loaded":
-            return await self._models.engine(self.config.model, lambda progress: None)
-
-        def follow(progress: Progress) -> None:
-            self.loading = progress
-            self._publish("load_progress", progress.model_dump(exclude={"type"}))
-
-        follow(Progress(stage="connecting", fraction=0.0, message="Starting"))
-        try:
-            return await self._models.engine(self.config.model, follow)
-        finally:
-            self.loading = None
-            if not self._closed:
-                self._publish("state", self.state())
-
-    async def _planted(self) -> Worker:
-        """The engine, after making sure that it holds the base model that this session grew on."""
-        worker = await self._engine()
-        if self._planted_on is not worker:
-            planted = await self._ask_plant()
-            if planted != self.tree.root.weights:
-                raise Conflict(
-                    f"The files of the model “{self.config.model}” are not the ones this session was grown on.",
-                    code="model_changed",
-                    next_step="Put the original model back, or start a new session on this one.",
-                )
-            self._planted_on = worker
-        return worker
-
-    async def _ask_plant(self) -> str:
-        worker = await self._engine()
-        planted = await worker.ask(Plant(adapter=self.config.part(Adapter), seed=self.config.seed))
-        assert isinstance(planted, Planted)
-        return planted.weights
-
-    async def _ask_learn(self, request: Learn) -> Learned:
-        worker = await self._planted()
-        learned = await worker.ask(request)
-        assert isinstance(learned, Learned)
-        return learned
-
-    async def _offer(
-        self,
-        prompt: Prompt,
-        weights: str,
-        sampling: Sampling,
-        size: int,
-        seed: int,
-        *,
-        follow: bool,
-        priority: int = 0,
-    ) -> Offered:
-        worker = await self._planted()
-        request = Offer(
-            weights=weights, prompt=prompt, sampling=sampling, group_size=size, seed=seed,
-            context_length=self.config.context_length,
-        )  # fmt: skip
-        async with aclosing(worker.stream(request, priority)) as events:
-            async for event in events:
-                if isinstance(event, Delta) and follow and self.offer:
-                    for index, text in event.texts.items():
-                        self.offer.texts[index] += text
-                        self._publish("option_delta", {"offer": self.offer.id, "index": index, "text": text})
-        assert isinstance(event, Offered)
-        return event
-
-    async def _learn_request(self, parent: Node, offer: str, choice: Choice) -> Learn:
-        """The request for one choice, rebuilt from the log alone: asked twice, it has the same name twice."""
-        earlier = replayed(self.config, self.tree.path(parent.id))
-        answered = [offer, *(node.answered for node in earlier if node.answered)]
-        found = await self._store.read(rows.get_offers, answered)
-        lessons = [
-            self._lesson(found[answered[place]], said)
-            for place, said in enumerate([choice, *(node.choice for node in earlier)])
-            if said is not None
-        ]
-        return Learn(
-            weights=parent.weights, lesson=lessons[0], replay=tuple(lessons[1:]),
-            learning=self.config.part(Learning), context_length=self.config.context_length,
-        )  # fmt: skip
-
-    def _lesson(self, offer: dict[str, Any], choice: Choice) -> Lesson:
-        options = options_from(offer)
-        assert options is not None
-        return Lesson(
-            prompt=self._prompt(offer["prompt"]),
-            options=options,
-            choice=choice,
-            temperature=self.config.temperature,
-        )
-
-    def _prompt(self, text: str) -> Prompt:
-        return Prompt(text=text, system=self.config.system_prompt)
 
     async def _interruptible(self, work: Coroutine[Any, Any, R]) -> R:
         """Run work that a command may cut short; raises Interrupted when one did."""
@@ -758,6 +570,19 @@ class Session:
             raise Interrupted from None
 
     # ── Small things ───────────────────────────────────────────────────────────────────────────────
+
+    def _loading_moves(self, progress: Progress | None) -> None:
+        """While the model loads, the session says so."""
+        self.loading = progress
+        if progress:
+            self._publish("load_progress", progress.model_dump(exclude={"type"}))
+        else:
+            self._publish("state", self.state())
+
+    def _option_grows(self, index: int, text: str) -> None:
+        assert self.offer is not None
+        self.offer.texts[index] += text
+        self._publish("option_delta", {"offer": self.offer.id, "index": index, "text": text})
 
     def _can(self) -> dict[str, bool]:
         free = not self.busy
@@ -844,63 +669,6 @@ class Session:
 
     def _conflict(self, message: str, code: str, next_step: str) -> Conflict:
         return Conflict(message, code=code, next_step=next_step, details={"state": self.state()})
-
-
-def first_words(node: Node, offer: dict[str, Any] | None, limit: int = 42) -> str:
-    """How the answer began that a choice called good; empty where there is none."""
-    options = options_from(offer) if offer else None
-    match node.choice:
-        case Written():
-            text = node.choice.written
-        case int() if options:
-            text = options[node.choice].text
-        case Ranking() if options:
-            text = options[node.choice.ranking[0]].text
-        case (int() as index, *_) if options:
-            text = options[index].text
-        case _:
-            return ""
-    return shorten(text, limit)
-
-
-def options_from(row: dict[str, Any]) -> tuple[Option, ...] | None:
-    """The options of an offer's row; None while it is not whole."""
-    if row["options"] is None:
-        return None
-    return tuple(Option.model_validate(option) for option in row["options"])
-
-
-def node_row(node: Node) -> dict[str, Any]:
-    row = asdict(node)
-    row["choice"] = None if node.choice is None else CHOICE.dump_python(node.choice, mode="json")
-    row["metrics"] = node.metrics.model_dump() if node.metrics else None
-    return row
-
-
-def node_from(row: dict[str, Any]) -> Node:
-    choice = None if row["choice"] is None else CHOICE.validate_python(row["choice"])
-    metrics = None if row["metrics"] is None else Metrics.model_validate(row["metrics"])
-    return Node(**(row | {"choice": choice, "metrics": metrics}))
-
-
-def node_json(node: Node, tree: Tree) -> dict[str, Any]:
-    """A node as the event `node_added` carries it."""
-    return {
-        "node": node.id,
-        "parent": node.parent,
-        "step": node.step,
-        "weights": node.weights,
-        "choice": None if node.choice is None else CHOICE.dump_python(node.choice, mode="json"),
-        "metrics": node.metrics.model_dump() if node.metrics else None,
-        "drift": drift_of(node, tree),
-    }
-
-
-def drift_of(node: Node, tree: Tree) -> float:
-    """Drift of a node's weights; a skip has its parent's, the root has none."""
-    while node.metrics is None and node.parent is not None:
-        node = tree.nodes[node.parent]
-    return node.metrics.drift if node.metrics else 0.0
 
 
 def _unknown(session: str) -> TrellisError:

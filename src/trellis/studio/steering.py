@@ -20,8 +20,8 @@ from ..store.store import Store
 from .hub import Hub, HubEvent
 from .jobs import timestamp
 from .models import Models
-from .session import Session, drift_of, node_from, node_row
-from .tree import Node, root_id
+from .session import Session
+from .tree import Node, drift_of, node_from, node_row, root_id
 
 log = logging.getLogger(__name__)
 

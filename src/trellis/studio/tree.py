@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from ..messages import Choice, Metrics, derived_seed, recipe_id
+from ..messages import CHOICE, Choice, Metrics, derived_seed, recipe_id
 from ..params import SessionConfig
 
 
@@ -96,6 +96,39 @@ class Tree:
     def with_weights(self, weights: str) -> Node | None:
         """The first node that made these weights."""
         return next((node for node in self.nodes.values() if node.weights == weights), None)
+
+
+def node_row(node: Node) -> dict[str, Any]:
+    row = asdict(node)
+    row["choice"] = None if node.choice is None else CHOICE.dump_python(node.choice, mode="json")
+    row["metrics"] = node.metrics.model_dump() if node.metrics else None
+    return row
+
+
+def node_from(row: dict[str, Any]) -> Node:
+    choice = None if row["choice"] is None else CHOICE.validate_python(row["choice"])
+    metrics = None if row["metrics"] is None else Metrics.model_validate(row["metrics"])
+    return Node(**(row | {"choice": choice, "metrics": metrics}))
+
+
+def node_json(node: Node, tree: Tree) -> dict[str, Any]:
+    """A node as the event `node_added` carries it."""
+    return {
+        "node": node.id,
+        "parent": node.parent,
+        "step": node.step,
+        "weights": node.weights,
+        "choice": None if node.choice is None else CHOICE.dump_python(node.choice, mode="json"),
+        "metrics": node.metrics.model_dump() if node.metrics else None,
+        "drift": drift_of(node, tree),
+    }
+
+
+def drift_of(node: Node, tree: Tree) -> float:
+    """Drift of a node's weights; a skip has its parent's, the root has none."""
+    while node.metrics is None and node.parent is not None:
+        node = tree.nodes[node.parent]
+    return node.metrics.drift if node.metrics else 0.0
 
 
 def root_id(session: str) -> str:

@@ -1,0 +1,172 @@
+"""What one session asks of its engine: plant, learn, offer, and weights worked out again from the log of choices.
+
+Every request is built from the log alone, so that asked twice it has the same name twice. It does not know
+what is on the screen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import aclosing
+from typing import Any
+
+from ..errors import Conflict, WeightsMissing
+from ..messages import (
+    Choice,
+    Delta,
+    Learn,
+    Learned,
+    Lesson,
+    Offer,
+    Offered,
+    Plant,
+    Planted,
+    Progress,
+    Prompt,
+)  # fmt: skip
+from ..params import Adapter, Learning, Sampling, SessionConfig
+from ..store import steering as rows
+from ..store.store import Store
+from ..workers.worker import Worker
+from .models import Models
+from .shown import options_from
+from .tree import Node, Tree, replayed
+
+Grown = Callable[[int, str], None]
+"""Told of text that an option grew by: its index, the text."""
+
+
+class Growth:
+    """A session's side of the wire. `loading` is told how a load comes along, and None when it has ended."""
+
+    def __init__(
+        self,
+        store: Store,
+        models: Models,
+        config: SessionConfig,
+        tree: Tree,
+        loading: Callable[[Progress | None], None],
+    ) -> None:
+        self._store = store
+        self._models = models
+        self._config = config
+        self._tree = tree
+        self._loading = loading
+        self._planted_on: Worker | None = None
+
+    async def engine(self) -> Worker:
+        """The loaded engine, loading it if need be."""
+        if self._models.state(self._config.model) == "loaded":
+            return await self._models.engine(self._config.model, lambda progress: None)
+        self._loading(Progress(stage="connecting", fraction=0.0, message="Starting"))
+        try:
+            return await self._models.engine(self._config.model, self._loading)
+        finally:
+            self._loading(None)
+
+    async def _planted(self) -> Worker:
+        """The engine, after making sure that it holds the base model that this session grew on."""
+        worker = await self.engine()
+        if self._planted_on is not worker:
+            planted = await self.plant()
+            if planted != self._tree.root.weights:
+                raise Conflict(
+                    f"The files of the model “{self._config.model}” are not the ones this session was grown on.",
+                    code="model_changed",
+                    next_step="Put the original model back, or start a new session on this one.",
+                )
+            self._planted_on = worker
+        return worker
+
+    async def plant(self) -> str:
+        """Make the weights that the session starts from, if they are not there. Returns their id."""
+        worker = await self.engine()
+        planted = await worker.ask(Plant(adapter=self._config.part(Adapter), seed=self._config.seed))
+        assert isinstance(planted, Planted)
+        return planted.weights
+
+    async def learn(self, parent: Node, offer: str, choice: Choice) -> Learned:
+        """Learn from what was said of an offer at a node. Raises WeightsMissing."""
+        request = await self._lessons(parent, offer, choice)
+        worker = await self._planted()
+        learned = await worker.ask(request)
+        assert isinstance(learned, Learned)
+        return learned
+
+    async def offer(
+        self,
+        text: str,
+        weights: str,
+        sampling: Sampling,
+        size: int,
+        seed: int,
+        grown: Grown | None = None,
+        priority: int = 0,
+    ) -> Offered:
+        """Answers to a prompt from any weights. Raises WeightsMissing, or Invalid for a prompt that does not fit."""
+        worker = await self._planted()
+        request = Offer(
+            weights=weights, prompt=self._prompt(text), sampling=sampling, group_size=size, seed=seed,
+            context_length=self._config.context_length,
+        )  # fmt: skip
+        async with aclosing(worker.stream(request, priority)) as events:
+            async for event in events:
+                if isinstance(event, Delta) and grown:
+                    for index, more in event.texts.items():
+                        grown(index, more)
+        assert isinstance(event, Offered)
+        return event
+
+    async def _lessons(self, parent: Node, offer: str, choice: Choice) -> Learn:
+        """The request for one choice, rebuilt from the log alone: asked twice, it has the same name twice."""
+        earlier = replayed(self._config, self._tree.path(parent.id))
+        answered = [offer, *(node.answered for node in earlier if node.answered)]
+        found = await self._store.read(rows.get_offers, answered)
+        lessons = [
+            self._lesson(found[answered[place]], said)
+            for place, said in enumerate([choice, *(node.choice for node in earlier)])
+            if said is not None
+        ]
+        return Learn(
+            weights=parent.weights, lesson=lessons[0], replay=tuple(lessons[1:]),
+            learning=self._config.part(Learning), context_length=self._config.context_length,
+        )  # fmt: skip
+
+    def _lesson(self, offer: dict[str, Any], choice: Choice) -> Lesson:
+        options = options_from(offer)
+        assert options is not None
+        return Lesson(
+            prompt=self._prompt(offer["prompt"]),
+            options=options,
+            choice=choice,
+            temperature=self._config.temperature,
+        )
+
+    def _prompt(self, text: str) -> Prompt:
+        return Prompt(text=text, system=self._config.system_prompt)
+
+    async def regrow(self, missing: WeightsMissing) -> None:
+        """Work out weights that are not on disk from the log of choices, from the nearest that are."""
+        wanted = [missing.weights]
+        while wanted:
+            node = self._tree.with_weights(wanted[-1])
+            if node is None or len(wanted) > len(self._tree.nodes):
+                raise missing
+            try:
+                if node.parent is None:
+                    self._planted_on = None
+                    made = await self.plant()
+                else:
+                    parent = self._tree.nodes[node.parent]
+                    assert node.answered is not None
+                    assert node.choice is not None
+                    made = (await self.learn(parent, node.answered, node.choice)).weights
+            except WeightsMissing as also:
+                wanted.append(also.weights)
+                continue
+            if made != wanted.pop():
+                raise Conflict(
+                    f"The weights of step {node.step} are not on disk, and the log of choices leads to others.",
+                    code="weights_changed",
+                    next_step="Go to a step whose weights are on disk; a new branch can be grown from there.",
+                )
