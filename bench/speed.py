@@ -15,6 +15,7 @@ import platform
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,9 @@ def loop_speed(clicks: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(folder), fake=False)
         first_token, all_options, learning = [], [], []
+        health: list[float] = []
+        ended = threading.Event()
+        threading.Thread(target=poll_health, args=(server.url, health, ended), daemon=True).start()
         with server.client() as client:
             started = time.perf_counter()
             made = client.post("/api/steering/sessions", json={"config": {"control_prompt": ""}}).json()
@@ -103,17 +107,27 @@ def loop_speed(clicks: int) -> None:
                             break
                         pressed, fresh = time.perf_counter(), True
                         press(server.url, url, data["offer"])
+            ended.set()
             web = psutil.Process(server.process.pid).memory_info().rss
             engine = psutil.Process(server.engines()[0]).memory_info().rss
         print(f"the server answers {server.seconds_to_start:.2f} s after its start")
         print(f"{clicks} clicks on the demo model, no reading time, medians (and 95th percentiles)")
         for what, values in (("learning", learning), ("click to first new token", first_token),
-                             ("click to all new options", all_options)):  # fmt: skip
+                             ("click to all new options", all_options), ("/healthz meanwhile", health)):  # fmt: skip
             values.sort()
             late = values[int(0.95 * (len(values) - 1))]
-            print(f"  {what:26} {statistics.median(values) * 1000:6.0f} ms  ({late * 1000:.0f} ms)")
+            print(f"  {what:26} {statistics.median(values) * 1000:6.1f} ms  ({late * 1000:.1f} ms)")
         print(f"memory: web process {web / 1e6:.0f} MB, engine {engine / 1e6:.0f} MB")
         server.stop()
+
+
+def poll_health(base: str, seconds: list[float], ended: threading.Event) -> None:
+    """How long the event loop takes to answer while a model works beside it."""
+    with httpx.Client(base_url=base) as client:
+        while not ended.wait(0.02):
+            started = time.perf_counter()
+            client.get("/healthz")
+            seconds.append(time.perf_counter() - started)
 
 
 def press(base: str, url: str, offer: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.server import Server
+from trellis.cli import _listen
 from trellis.settings import Settings
 
 
@@ -123,3 +124,12 @@ def test_every_setting_is_explained_in_the_docs() -> None:
     for name, field in Settings.model_fields.items():
         assert field.description, name
         assert f"`TRELLIS_{name.upper()}`" in docs, name
+
+
+def test_small_answers_do_not_wait_for_an_acknowledgement() -> None:
+    """asyncio turns Nagle's algorithm off only on sockets that name their protocol; without, each answer took 44 ms."""
+    listening = _listen(Settings(port=0))
+    try:
+        assert listening.proto == socket.IPPROTO_TCP
+    finally:
+        listening.close()
