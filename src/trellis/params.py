@@ -216,6 +216,8 @@ def invalid_fields(findings: Iterable[Mapping[str, Any]], prefix: str = "") -> I
 def _sentence(finding: Mapping[str, Any]) -> str:
     message = str(finding["msg"]).removeprefix("Value error, ")
     value = finding.get("input")
+    if finding["type"] in ("string_pattern_mismatch", "string_too_short"):
+        return "is empty."
     if finding["type"] == "missing":
         return "is missing."
     if finding["type"] == "extra_forbidden":

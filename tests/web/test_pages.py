@@ -171,3 +171,20 @@ def test_words_for_numbers() -> None:
     assert (times(0.2, 0.61), times(0, 1), times(0.01, 0.5)) == ("3.0", "–", "50")
     assert (size(None), size(999), size(1_500_000), size(450_000_000)) == ("–", "999 bytes", "1.5 MB", "450 MB")
     assert ago("2020-01-01T00:00:00Z").endswith("days ago")
+
+
+def test_a_form_that_is_refused_comes_back_as_it_was_sent_with_the_fields_named(client: httpx.Client) -> None:
+    sent = {"name": "Kept", "group_size": "99", "temperature": "warm", "system_prompt": "Be kind.", "lora_rank": "8"}
+    answer = client.post("/steer", data=sent, headers=HTML)
+    assert answer.status_code == 422
+    for value in ('value="Kept"', 'value="99"', 'value="warm"', ">Be kind.</textarea>", 'value="8"'):
+        assert value in answer.text, value
+    assert answer.text.count('aria-invalid="true"') == 2
+    assert '<details class="options" open>' in answer.text
+    assert client.post("/steer", data={"model": "nope"}, headers=HTML).status_code == 404
+
+
+def test_an_empty_prompt_is_said_to_be_empty(client: httpx.Client) -> None:
+    state = new_session(client)
+    answer = client.post(f"/steer/{state['id']}/prompt", data={"text": "  "}, headers={"HX-Request": "true"})
+    assert answer.json()["error"]["message"] == "text: is empty."

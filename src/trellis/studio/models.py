@@ -41,7 +41,7 @@ class ModelEntry:
     @property
     def memory_estimate(self) -> int:
         """Bytes that an engine needs for it: 32-bit weights, the libraries, and room for answers and gradients."""
-        return 4 * self.parameters + 450_000_000 + 8 * self.parameters
+        return 4 * self.parameters + 510_000_000 + 8 * self.parameters
 
 
 @dataclass
@@ -164,7 +164,7 @@ class Models:
         ready = False
         try:
             worker = started = await Worker.start(self._spawn)
-            job.progress(Progress(stage="initializing", fraction=0.01, message="Starting the engine (importing torch)"))
+            job.progress(Progress(stage="initializing", fraction=0.01, message="Starting the engine"))
             loaded: Loaded | None = None
             async for event in worker.stream(Load(path=str(entry.path))):
                 if isinstance(event, Progress):

@@ -9,12 +9,14 @@ from fastapi import APIRouter, Form, Request
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
-from ...errors import Invalid, shorten
+from ...errors import Invalid, NotFound, TrellisError, shorten
 from ...messages import CHOICE, Choice, Written
 from ...params import PROMPT_LIMIT, SessionConfig, invalid_from
 from ...studio.journal import describe
 from ...studio.session import Session
+from ...studio.studio import Studio
 from ..api.steering import Name, OfSession, OfStudio, Words
+from ..failures import status_of
 from ..render import Render
 from .plant import curve, grow
 
@@ -70,8 +72,26 @@ def render_of(request: Request) -> Render:
 @router.get("/")
 async def start(request: Request, studio: OfStudio) -> HTMLResponse:
     """Start with the demo, or go on where you were."""
+    return await start_page(request, studio)
+
+
+async def start_page(
+    request: Request,
+    studio: Studio,
+    sent: dict[str, str] | None = None,
+    name: str = "",
+    error: TrellisError | None = None,
+) -> HTMLResponse:
+    """The first page; with what was sent and what was wrong with it, when something was."""
+    known = [model["id"] for model in await studio.models.list()]
     return render_of(request).page(
-        "steering/start.html", place="steer", sessions=await studio.steering.sessions(), groups=form_groups()
+        "steering/start.html",
+        status_of(error) if error else 200,
+        place="steer",
+        sessions=await studio.steering.sessions(),
+        groups=form_groups(known, sent or {}, error),
+        name=name,
+        error=error.as_json() if error else None,
     )
 
 
@@ -80,10 +100,13 @@ async def begin(request: Request, studio: OfStudio) -> Response:
     """Make a session from the form and go to its page."""
     async with request.form(max_fields=100, max_part_size=100_000) as form:
         sent = {name: value for name, value in form.items() if isinstance(value, str)}
-    name = name_from(sent.pop("name", "").strip())
+    name = sent.pop("name", "").strip()
     key = sent.pop("request", "")
     config = {option: value for option, value in sent.items() if value.strip() or option.endswith("_prompt")}
-    session = await studio.steering.create(name, config, key if 8 <= len(key) <= 64 else None)
+    try:
+        session = await studio.steering.create(name_from(name), config, key if 8 <= len(key) <= 64 else None)
+    except (Invalid, NotFound) as error:
+        return await start_page(request, studio, sent, name[:1000], error)
     return RedirectResponse(f"/steer/{session.id}", 303)
 
 
@@ -191,8 +214,14 @@ async def delete(session: str, studio: OfStudio) -> Response:
     return RedirectResponse("/", 303)
 
 
-def form_groups() -> list[tuple[str, list[dict[str, Any]]]]:
-    """The options of a session as a form shows them, from the rows in params.py."""
+def form_groups(
+    models: list[str], sent: dict[str, str], error: TrellisError | None
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The options of a session as a form shows them, from the rows in params.py, with what was sent and refused."""
+    refused = error.fields if isinstance(error, Invalid) else []
+    wrong = {entry["field"].removeprefix("config."): entry["message"] for entry in refused}
+    if error and error.field:
+        wrong.setdefault(error.field.removeprefix("config."), error.message)
     groups: dict[str, list[dict[str, Any]]] = {name: [] for name in FORM_GROUPS}
     for name, field in SessionConfig.model_fields.items():
         about = field.json_schema_extra
@@ -205,6 +234,8 @@ def form_groups() -> list[tuple[str, list[dict[str, Any]]]]:
         groups[str(about["group"])].append(
             {
                 "name": name, "title": field.title, "help": field.description, "default": field.default,
+                "value": sent.get(name, field.default), "error": wrong.get(name, ""),
+                "choices": models if name == "model" else [],
                 "unit": about["unit"], "advanced": about["advanced"], "text": text,
                 "long": name.endswith("_prompt"), "min": limits.get("ge", limits.get("gt")),
                 "max": limits.get("le", limits.get("lt")), "step": "1" if whole else "any",

@@ -6,22 +6,25 @@ const LETTERS = "ABCDEFGH";
 
 // ── Notices ──────────────────────────────────────────────────────────────────────────────────────
 
-function toast(message, { more = "", error = false } = {}) {
+function toast(message, { more = "", error = false, kind = "" } = {}) {
   const box = document.createElement("div");
-  box.className = error ? "toast error" : "toast";
+  box.className = `toast ${error ? "error" : kind}`;
   for (const text of [message, more].filter(Boolean)) {
     const line = document.createElement("p");
     line.textContent = text;
     box.append(line);
   }
-  // A notice replaces the last one; an error stays until it was there long enough to be read.
-  for (const old of $$(".toast:not(.error)")) old.remove();
+  // A notice replaces the last one, and an error that it has made old.
+  for (const old of $$(".toast")) old.remove();
   $(".toasts").append(box);
-  while ($(".toasts").children.length > 3) $(".toasts").firstChild.remove();
   setTimeout(() => box.remove(), error ? 9000 : 3000);
 }
 
 document.addEventListener("htmx:responseError", (event) => {
+  if (event.detail.xhr.status === 404 && event.target.closest("[data-session]")) {
+    // The session is gone, or this was never one: the first page knows what there is.
+    setTimeout(() => { location.href = "/"; }, 2500);
+  }
   let error = { message: "The studio could not do that.", next_step: "Try again." };
   try { error = JSON.parse(event.detail.xhr.responseText).error ?? error; } catch { /* not ours: the plain words stand */ }
   toast(error.message, { more: error.next_step, error: true });
@@ -102,9 +105,15 @@ class Workbench {
     this.bindKeys();
     this.bindForms();
     this.bindTabs();
+    addEventListener("resize", () => { $(".options-grid", root).style.minHeight = ""; });
     this.showAll();
     follow(`/api/steering/sessions/${this.id}/events`, root.dataset.after, {
-      state: (state) => { this.state = state; this.showAll(); this.refresh("tree", "figures"); },
+      state: (state) => {
+        this.state = state;
+        document.title = `${state.name} · Trellis`;
+        this.showAll();
+        this.refresh("tree", "figures");
+      },
       load_progress: (progress) => { this.state.load = progress; this.state.status = "loading"; this.showStatus(); },
       offer_started: (offer) => this.offerStarted(offer),
       option_delta: (delta) => this.optionDelta(delta),
@@ -125,6 +134,9 @@ class Workbench {
   // What happened
 
   offerStarted(offer) {
+    // The grid keeps its height while new answers grow, so that nothing moves under the hand.
+    const grid = $(".options-grid", this.root);
+    grid.style.minHeight = `${grid.offsetHeight}px`;
     const fresh = this.state.offer?.id !== offer.offer;
     this.state.offer = { id: offer.offer, node: offer.node, prompt: offer.prompt, options: offer.options, status: "streaming" };
     this.state.status = "offering";
@@ -154,18 +166,23 @@ class Workbench {
     this.added = true; // the move of the head that follows is this one's, and has been told
     this.state.learning = null;
     if (!node.metrics) { this.learned = null; toast("Skipped. Nothing was learned."); return; }
+    const percent = (share) => `${Math.round(share * 100)} %`;
     const { share_before: before, share_after: after } = node.metrics;
     const what = typeof node.choice === "number" ? LETTERS[node.choice]
       : node.choice === "none" ? "none of these" : node.choice?.written ? "your answer" : "your choice";
-    const percent = (share) => `${Math.round(share * 100)} %`;
-    this.learned = `Learned: ${what} is now ${(after / before).toFixed(1)} times as likely a choice (${percent(before)} → ${percent(after)}).`;
-    toast(`Step ${node.step}: learned from ${what}.`);
+    const times = after / before;
+    this.learned = times < 1.05 && times > 0.95
+      ? `Learned: ${what} stays about as likely a choice (${percent(before)} → ${percent(after)}).`
+      : `Learned: ${what} is now ${times.toFixed(1)} times as likely a choice (${percent(before)} → ${percent(after)}).`;
+    toast(`Step ${node.step}: learned from ${what}.`, { kind: "learned" });
   }
 
   headMoved(head) {
     if (head.node !== this.state.head.node && !this.added) {
       this.learned = null;
-      toast(`Back at step ${head.step}, with the options that were shown there.`);
+      toast(head.step > this.state.head.step
+        ? `On to step ${head.step}, where you have been before.`
+        : `Back at step ${head.step}, with the options that were shown there.`);
     }
     this.added = false;
     Object.assign(this.state.head, { node: head.node, step: head.step });
@@ -197,8 +214,9 @@ class Workbench {
     const place = $("[data-text]", card);
     if (place.textContent !== option.text) place.textContent = option.text;
     place.classList.toggle("growing", !option.finish && this.state.status !== "failed");
-    $("[data-length]", card).textContent = option.finish ? `${option.tokens} tokens${option.finish === "length" ? ", cut" : ""}` : "";
     const likely = option.tokens ? 100 * Math.exp(option.logprob / option.tokens) : 0;
+    $("[data-length]", card).textContent = option.finish
+      ? `${option.tokens} tokens${option.finish === "length" ? ", cut" : ""} · ${Math.round(likely)} % sure` : "";
     $("[data-likely]", card).setAttribute("width", likely.toFixed(1));
   }
 
@@ -210,11 +228,11 @@ class Workbench {
   }
 
   showStatus() {
-    const { status, error, load } = this.state;
+    const { status, error, load, learning } = this.state;
     this.root.dataset.status = status;
     const strip = $("[data-strip]", this.root);
     const words = {
-      loading: load ? describeProgress(load) : "Getting the model ready",
+      loading: (learning ? "Your choice is kept. " : "") + (load ? describeProgress(load) : "Getting the model ready"),
       offering: this.learned ? `${this.learned} Writing the next options` : "Writing the options",
       learning: "Learning from your choice",
       ready: this.learned ?? "Choose the answer you like best.",
