@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -15,45 +16,49 @@ help: ## Say what can be done
 run: $(STAMP) ## Start the studio on the demo model
 	$(BIN)/trellis $(ARGS)
 
-install: $(STAMP) ## Make the environment
+install: $(DEV) ## Make the environment, with what developers need
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Trellis needs Python 3.11 or newer; set PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $(STAMP)
 
-check: $(STAMP) ## Format, lint, types, import contracts
+$(DEV): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(DEV)
+
+check: $(DEV) ## Format, lint, types, import contracts
 	$(BIN)/ruff format --check src tests bench
 	$(BIN)/ruff check src tests bench
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-format: $(STAMP) ## Let ruff write the format
+format: $(DEV) ## Let ruff write the format
 	$(BIN)/ruff format src tests bench
 	$(BIN)/ruff check --fix src tests bench
 
-test-fast: $(STAMP) ## The tests that need neither torch nor a browser nor patience
+test-fast: $(DEV) ## The tests that need neither torch nor a browser nor patience
 	$(BIN)/python -m pytest -q -m 'not engine and not browser and not slow'
 
 test: check browser ## Everything
 	$(BIN)/python -m pytest -q
 
-browser: $(STAMP) # The browser that the tests drive: Debian's where apt is there, else Playwright's own
+browser: $(DEV) # The browser that the tests drive: Debian's where apt is there, else Playwright's own
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
 	  || { command -v apt-get >/dev/null && $(if $(filter 0,$(shell id -u)),,sudo) apt-get update -qq \
 	       && $(if $(filter 0,$(shell id -u)),,sudo) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } \
 	  || $(BIN)/python -m playwright install --with-deps chromium
 
-bench: $(STAMP) ## Measure: the loop's speed, and how soon a model takes up a voice
+bench: $(DEV) ## Measure: the loop's speed, and how soon a model takes up a voice
 	$(BIN)/python bench/speed.py
 	$(BIN)/python bench/people.py
 
 demo-model: $(STAMP) ## Train the demo model from nothing (about 12 minutes on two cores)
 	$(BIN)/python -m trellis.demo.make
 
-screenshots: $(STAMP) browser ## Take every page in light, dark and phone into docs/images
+screenshots: browser ## Take every page in light, dark and phone into docs/images
 	$(BIN)/python -m tests.screenshots
 
 clean: ## Remove the environment and what was built
