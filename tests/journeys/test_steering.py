@@ -270,15 +270,17 @@ def test_without_javascript_a_choice_is_a_plain_form(open_page: Open, server: Se
         assert wait_ready(client, session)["head"]["step"] == 0
 
 
-def test_models_load_in_plain_sight(open_page: Open, server: Server) -> None:
-    with server.client() as client:
-        client.post("/api/models/demo/unload")
-    page = open_page()
-    page.goto(f"{server.url}/models")
-    page.get_by_role("button", name="Load demo").click()
-    expect(page.get_by_role("button", name="Unload")).to_be_visible()
-    page.get_by_role("button", name="Unload").click()
-    expect(page.get_by_role("button", name="Load demo")).to_be_visible()
+def test_models_load_in_plain_sight(open_page: Open, save_dir: Path) -> None:
+    server = Server(save_dir)  # of its own, where no session is at work with the model
+    try:
+        page = open_page()
+        page.goto(f"{server.url}/models")
+        page.get_by_role("button", name="Load demo").click()
+        expect(page.get_by_role("button", name="Unload")).to_be_visible()
+        page.get_by_role("button", name="Unload").click()
+        expect(page.get_by_role("button", name="Load demo")).to_be_visible()
+    finally:
+        server.stop()
 
 
 def test_the_theme_switch_is_remembered(open_page: Open, server: Server) -> None:

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import httpx
 import pytest
 
-from tests.server import Server, new_session, wait_ready
+from tests.server import new_session, wait_ready
 from trellis.params import SessionConfig
 from trellis.web.render import ago, percent, size, times
 
@@ -157,13 +157,13 @@ def test_the_page_is_whole_without_the_stream(client: httpx.Client) -> None:
     assert len(ids(page)) == len(set(ids(page)))
 
 
-def test_models_can_be_loaded_and_unloaded_by_plain_forms(client: httpx.Client, server: Server) -> None:
-    assert client.post("/models/demo/load", data={}).headers["location"] == "/models"
+def test_models_can_be_loaded_and_unloaded_by_plain_forms(quiet_client: httpx.Client) -> None:
+    assert quiet_client.post("/models/demo/load", data={}).headers["location"] == "/models"
     for _ in range(500):
-        if client.get("/api/models").json()[0]["state"] == "loaded":
+        if quiet_client.get("/api/models").json()[0]["state"] == "loaded":
             break
-    assert "Unload" in client.get("/models").text
-    assert "Load demo" in client.post("/models/demo/unload", headers={"HX-Request": "true"}).text
+    assert "Unload" in quiet_client.get("/models").text
+    assert "Load demo" in quiet_client.post("/models/demo/unload", headers={"HX-Request": "true"}).text
 
 
 def test_words_for_numbers() -> None:

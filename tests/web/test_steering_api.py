@@ -261,7 +261,7 @@ def test_texts_after_any_pattern_of_drops_are_the_texts_without(client: httpx.Cl
 
 
 def test_two_tabs_see_the_same(server: Server, client: httpx.Client) -> None:
-    state = new_session(client)
+    state = new_session(client, control_prompt="")
     screens = [Screen(), Screen()]
     opened = threading.Barrier(3)
 
@@ -288,7 +288,7 @@ def test_two_tabs_see_the_same(server: Server, client: httpx.Client) -> None:
 
 
 def test_the_browsers_own_way_to_resume_wins_over_the_address(client: httpx.Client) -> None:
-    session = new_session(client)["id"]
+    session = new_session(client, control_prompt="")["id"]
     with client.stream("GET", f"{API}/{session}/events") as response:
         first = next(read_events(response))
     client.post(f"{API}/{session}/skip")
@@ -310,21 +310,21 @@ def test_the_server_answers_at_once_while_a_model_works(client: httpx.Client) ->
     assert slowest < 2, "a request hung while the engine worked"
 
 
-def test_models_and_jobs(client: httpx.Client) -> None:
-    job = client.post("/api/models/load", json={"model": "demo"}).json()
+def test_models_and_jobs(quiet_client: httpx.Client) -> None:
+    job = quiet_client.post("/api/models/load", json={"model": "demo"}).json()
     assert set(job) >= {"id", "kind", "state", "progress", "result", "error"}
-    with client.stream("GET", f"/api/jobs/{job['id']}/events") as response:
+    with quiet_client.stream("GET", f"/api/jobs/{job['id']}/events") as response:
         events = list(read_events(response))
     assert events[-1][1] == "done"
     assert events[-1][2]["result"]["architecture"] == "Fake"
-    assert client.get(f"/api/jobs/{job['id']}").json()["state"] == "done"
-    assert any(row["id"] == job["id"] for row in client.get("/api/jobs").json())
-    assert client.post(f"/api/jobs/{job['id']}/cancel").status_code == 409
-    assert client.post("/api/models/demo/unload").status_code == 202
-    assert client.post("/api/models/demo/unload").status_code == 409
-    assert client.get("/api/jobs/nope").json()["error"]["code"] == "not_found"
-    assert client.get("/api/jobs/nope/events").status_code == 404
-    assert client.post("/api/models/load", json={"model": "../../etc"}).status_code == 404
+    assert quiet_client.get(f"/api/jobs/{job['id']}").json()["state"] == "done"
+    assert any(row["id"] == job["id"] for row in quiet_client.get("/api/jobs").json())
+    assert quiet_client.post(f"/api/jobs/{job['id']}/cancel").status_code == 409
+    assert quiet_client.post("/api/models/demo/unload").status_code == 202
+    assert quiet_client.post("/api/models/demo/unload").status_code == 409
+    assert quiet_client.get("/api/jobs/nope").json()["error"]["code"] == "not_found"
+    assert quiet_client.get("/api/jobs/nope/events").status_code == 404
+    assert quiet_client.post("/api/models/load", json={"model": "../../etc"}).status_code == 404
 
 
 def test_health(client: httpx.Client) -> None:
