@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.server import Server
 
@@ -22,6 +22,9 @@ def chromium() -> str | None:
     """The browser to drive: one that was named, Debian's, or (None) Playwright's own."""
     named = os.environ.get("TRELLIS_TEST_BROWSER")
     return named or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+expect.set_options(timeout=20_000)  # a busy machine is slow, and that is not what these tests are about
 
 
 @pytest.fixture(scope="package")  # no longer: its event loop would be in the way of asynchronous tests

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -191,10 +190,8 @@ def test_a_stream_ends_with_the_login(locked: Server) -> None:
         opened = threading.Event()
         threading.Thread(target=watch, daemon=True).start()
         assert opened.wait(10)
-        started = time.monotonic()
         client.post("/logout")
-        assert closed.wait(5)
-        assert time.monotonic() - started < 2
+        assert closed.wait(5), "the stream outlived its login"
 
 
 def test_guessing_is_slowed_down(tmp_path: Path) -> None:
