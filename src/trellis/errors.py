@@ -5,7 +5,6 @@ TrellisError
 ├── NotFound         no such thing (another person's thing looks the same)
 ├── Conflict         it can be done, but not now; carries the state that stands in the way
 ├── Refused          not allowed
-├── Gone             a stream or a file that has been let go
 └── EngineError      the engine said no
     ├── EngineDied   its process ended; the work can be done again
     ├── WeightsMissing   the weights named by a request are not on disk

@@ -150,7 +150,7 @@ class Progress(Message):
     """How far long work has come. `fraction` is of the whole; bytes and rate are of this stage, as measured."""
 
     type: Literal["progress"] = "progress"
-    stage: str
+    stage: Stage
     fraction: float
     message: str
     bytes: int | None = None

@@ -51,10 +51,6 @@ class Settings(BaseSettings):
         return self.save_dir / "logs"
 
     @property
-    def exports_dir(self) -> Path:
-        return self.save_dir / "exports"
-
-    @property
     def host_names(self) -> frozenset[str]:
         """The names that a request's Host may carry, lower case and without a port."""
         more = (name.strip().lower() for name in self.allowed_hosts.split(","))

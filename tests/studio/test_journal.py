@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
-from tests.conftest import open_studio
 from tests.studio.test_steering import choose, ready
 from trellis.errors import Invalid
 from trellis.messages import Ranking, Written
 from trellis.studio.journal import FORMATS, choices, describe, journal
 from trellis.studio.session import Session
 from trellis.studio.studio import Studio
-from trellis.workers.worker import Spawn
 
 pytestmark = pytest.mark.anyio
 ALL = [1, (0, 2), "none", Ranking(ranking=(3, 1)), Written(written="Mine.\n> quoted")]
-
-
-@pytest.fixture
-async def studio(tmp_path: Path, fake_spawn: Spawn) -> AsyncIterator[Studio]:
-    async with open_studio(tmp_path, fake_spawn) as studio:
-        yield studio
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import json
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,6 @@ from trellis.studio.studio import Studio
 from trellis.workers.worker import Spawn
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-async def studio(tmp_path: Path, fake_spawn: Spawn) -> AsyncIterator[Studio]:
-    async with open_studio(tmp_path, fake_spawn) as studio:
-        yield studio
 
 
 async def follow(studio: Studio, job: str) -> list[tuple[str, dict[str, Any]]]:

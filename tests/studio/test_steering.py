@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,6 @@ from trellis.studio.studio import Studio
 from trellis.workers.worker import Spawn, process_spawner
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-async def studio(tmp_path: Path, fake_spawn: Spawn) -> AsyncIterator[Studio]:
-    async with open_studio(tmp_path, fake_spawn) as studio:
-        yield studio
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -190,8 +191,10 @@ def test_a_stream_ends_with_the_login(locked: Server) -> None:
         opened = threading.Event()
         threading.Thread(target=watch, daemon=True).start()
         assert opened.wait(10)
+        started = time.monotonic()
         client.post("/logout")
         assert closed.wait(5), "the stream outlived its login"
+        assert time.monotonic() - started < 2
 
 
 def test_guessing_is_slowed_down(tmp_path: Path) -> None:
