@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+JOBS ?= 2
 DEV := $(VENV)/.installed-dev
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -40,10 +41,10 @@ format: $(DEV) ## Let ruff write the format
 	$(BIN)/ruff check --fix src tests bench
 
 test-fast: $(DEV) ## The tests that need neither torch nor a browser nor patience
-	$(BIN)/python -m pytest -q -m 'not engine and not browser and not slow'
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m 'not engine and not browser and not slow'
 
 test: check browser ## Everything
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 browser: $(DEV) # The browser that the tests drive: Debian's where apt is there, else Playwright's own
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \

@@ -16,6 +16,7 @@ from trellis.blobs import Blobs
 from trellis.engine.fake import FakeEngine
 from trellis.engine.loop import Loop
 from trellis.engine.wire import Wire
+from trellis.settings import Settings
 from trellis.store.store import Store, migrate
 from trellis.studio.session import Session
 from trellis.studio.studio import Studio
@@ -62,10 +63,10 @@ def fake_spawn(tmp_path: Path) -> Spawn:
 
 
 @asynccontextmanager
-async def open_studio(folder: Path, spawn: Spawn) -> AsyncIterator[Studio]:
-    url = f"sqlite:///{folder / 'trellis.db'}"
-    migrate(url)
-    studio = Studio(Store(url), spawn, folder / "models", Blobs(folder / "weights"))
+async def open_studio(folder: Path, spawn: Spawn, **settings: Any) -> AsyncIterator[Studio]:
+    chosen = Settings(save_dir=folder, **settings)
+    migrate(chosen.database)
+    studio = Studio(Store(chosen.database), spawn, chosen)
     await studio.open()
     try:
         yield studio

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from trellis.errors import Invalid, shorten
 from trellis.messages import CHOICE
-from trellis.params import Adapter, Learning, Sampling, SessionConfig, storable
+from trellis.params import Adapter, Learning, Sampling, SessionConfig
+from trellis.texts import storable
 
 
 def test_every_option_explains_itself() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -49,6 +50,38 @@ def make_llama(folder: Path, *, seed: int = 0, hidden: int = 32, layers: int = 2
         eos_token_id=1, pad_token_id=0, bos_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+KINDS = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "mistral", "gpt2", "gpt_neox")
+
+
+def make_model(folder: Path, kind: str, *, template: str | None = TEMPLATE, pad_is_end: bool = False) -> Path:
+    """Write a tiny model of one of KINDS, a random one, to a folder."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    vocabulary = make_tokenizer(folder, template=template)
+    special: dict[str, Any] = {"eos_token_id": 1, "pad_token_id": 1 if pad_is_end else 0, "bos_token_id": None}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 512,
+    }  # fmt: skip
+    if kind in ("gemma", "gemma2", "qwen3"):
+        sizes["head_dim"] = 8
+    if kind in ("gemma2", "mistral"):
+        sizes["sliding_window"] = 16
+    if kind == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
+    if kind == "gpt_neox":
+        del sizes["num_key_value_heads"]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=vocabulary, **sizes, **special)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    if pad_is_end:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -45,14 +45,14 @@ class Blobs:
             yield work
             for file in work.rglob("*"):
                 if file.is_file():
-                    _fsync(file)
-            _fsync(work)
+                    fsync(file)
+            fsync(work)
             try:
                 work.rename(target)
             except OSError:
                 if not target.is_dir():
                     raise
-            _fsync(self.root)
+            fsync(self.root)
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
@@ -89,7 +89,7 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

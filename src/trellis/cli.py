@@ -114,7 +114,6 @@ def _say(error: TrellisError) -> None:
 def _serve(settings: Settings, open_page: bool) -> None:
     import uvicorn
 
-    from .blobs import Blobs
     from .store.store import Store, migrate
     from .studio.studio import Studio
     from .web.app import create_app
@@ -126,8 +125,11 @@ def _serve(settings: Settings, open_page: bool) -> None:
     listening = _listen(settings)
     lock = _lock(settings)
     migrate(settings.database)
-    spawn = process_spawner(settings.weights_dir, settings.logs_dir, settings.engine_threads, settings.fake_engine)
-    studio = Studio(Store(settings.database), spawn, settings.models_dir, Blobs(settings.weights_dir))
+    spawn = process_spawner(
+        settings.weights_dir, settings.logs_dir, settings.engine_threads, settings.fake_engine,
+        settings.engine_memory, settings.hub_timeout,
+    )  # fmt: skip
+    studio = Studio(Store(settings.database), spawn, settings)
     config = uvicorn.Config(
         create_app(studio, settings),
         log_level="warning",

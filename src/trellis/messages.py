@@ -12,11 +12,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, TypeAdapter
 
-from .params import Adapter, Learning, Sampling, Text
+from .params import Adapter, Device, EngineName, Learning, Precision, Sampling, Text
 
 
 class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def later(default: Any) -> Any:
+    """A field that came after the first recipes: at its default it is left out of the names of weights."""
+    return Field(default, json_schema_extra={"later": True})
 
 
 # ── What both directions speak of ──────────────────────────────────────────────────────────────────
@@ -27,6 +32,10 @@ class Prompt(Message):
 
     text: str
     system: str = ""
+    template: bool = later(True)
+    """Whether it is put into the model's chat template, where it has one."""
+    opening: str = later("")
+    """What every answer begins with, after the template."""
 
 
 class Option(Message):
@@ -75,10 +84,29 @@ class Lesson(Message):
 
 
 class Load(Message):
-    """Load a model folder: safetensors with a Hugging Face config."""
+    """Load a model folder (safetensors with a Hugging Face config), or the files of a repository on the hub.
+
+    With `repository`, `path` is the folder that downloads are kept in.
+    """
 
     type: Literal["load"] = "load"
     path: str
+    repository: str = ""
+    revision: str = ""
+    precision: Precision = "auto"
+    device: Device = "auto"
+    engine: EngineName = "transformers"
+    remote_code: bool = False
+
+
+class Merge(Message):
+    """Merge an adapter into a freshly loaded base in its own precision, write it, and prove it (docs/exports.md)."""
+
+    type: Literal["merge"] = "merge"
+    path: str
+    weights: str
+    into: str
+    probes: tuple[Prompt, ...] = Field(max_length=32)
 
 
 class Plant(Message):
@@ -113,7 +141,7 @@ class Learn(Message):
 
     def makes(self) -> str:
         """The id of the weights that this request makes, known before they are computed."""
-        return recipe_id("w", self.model_dump(mode="json", exclude_none=True))
+        return recipe_id("w", recipe_of(self))
 
 
 class Status(Message):
@@ -129,7 +157,7 @@ class Cancel(Message):
     request: int
 
 
-Request = Load | Plant | Offer | Learn | Status
+Request = Load | Plant | Offer | Learn | Merge | Status
 
 
 class Down(Message):
@@ -143,7 +171,7 @@ class Down(Message):
 # ── Up: events ─────────────────────────────────────────────────────────────────────────────────────
 
 Stage = Literal["connecting", "initializing", "downloading", "reading", "parsing", "quantizing", "placing",
-                "warming_up", "ready"]  # fmt: skip
+                "warming_up", "regrowing", "merging", "writing", "checking", "ready"]  # fmt: skip
 
 
 class Progress(Message):
@@ -167,6 +195,24 @@ class Loaded(Message):
     device: str
     dtype: str
     bytes: int
+    seconds: float
+    has_template: bool = True
+    positions: int | None = None
+
+
+class Merged(Message):
+    """What a merge wrote, and how far its answers are from those of base and adapter.
+
+    The differences are between log-probabilities of answer tokens in nats: the largest one and the mean.
+    """
+
+    type: Literal["merged"] = "merged"
+    files: dict[str, int]
+    dtype: str
+    tokens: int
+    largest_difference: float
+    mean_difference: float
+    agreement: float
     seconds: float
 
 
@@ -230,7 +276,7 @@ class Failed(Message):
     details: dict[str, Any] = {}
 
 
-Event = Progress | Loaded | Planted | Delta | Offered | Learned | StatusReport | Cancelled | Failed
+Event = Progress | Loaded | Planted | Merged | Delta | Offered | Learned | StatusReport | Cancelled | Failed
 
 
 class Up(Message):
@@ -244,12 +290,26 @@ class Up(Message):
 # ── Names ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def recipe_id(kind: str, recipe: Any) -> str:
-    """A short name for what a recipe makes: 128 bits of SHA-256 over its canonical JSON.
+def recipe_of(message: BaseModel) -> dict[str, Any]:
+    """A message as a recipe: its JSON without what is None, and without later fields that stand at their default.
 
-    Names outlive versions: a field that is added to a recipe later must be None where it is not used, and
-    leave the name as it was.
+    Names outlive versions: a field that is added must leave the names of what was made without it as they were.
     """
+    recipe = message.model_dump(mode="json", exclude_none=True)
+    for name, field in type(message).model_fields.items():
+        value = getattr(message, name)
+        about = field.json_schema_extra
+        if isinstance(about, dict) and about.get("later") and value == field.default:
+            recipe.pop(name, None)
+        elif isinstance(value, BaseModel):
+            recipe[name] = recipe_of(value)
+        elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
+            recipe[name] = [recipe_of(each) for each in value]
+    return recipe
+
+
+def recipe_id(kind: str, recipe: Any) -> str:
+    """A short name for what a recipe makes: 128 bits of SHA-256 over its canonical JSON."""
     text = json.dumps(recipe, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return f"{kind}{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 

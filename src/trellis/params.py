@@ -5,15 +5,18 @@ The form, the command line, the API's schema and the validation all follow from 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .errors import Invalid, shorten
+from .texts import PROMPT_LIMIT, storable
 
-PROMPT_LIMIT = 100_000
-"""Characters in one prompt or one written answer; more is refused before it reaches a tokenizer."""
+Precision = Literal["auto", "32-bit", "16-bit", "8-bit", "4-bit"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+EngineName = Literal["transformers", "transformers-eager"]
 
 
 def option(
@@ -24,10 +27,15 @@ def option(
     unit: str = "",
     group: str = "",
     advanced: bool = False,
+    later: bool = False,
     **bounds: Any,
 ) -> Any:
-    """One row: a Pydantic field with what a form needs to show it."""
-    extra: dict[str, Any] = {"unit": unit, "group": group, "advanced": advanced}
+    """One row: a Pydantic field with what a form needs to show it.
+
+    `later` marks an option that came after the first sessions: at its default it is left out of the recipes
+    that name weights, so that what was grown before keeps its name.
+    """
+    extra: dict[str, Any] = {"unit": unit, "group": group, "advanced": advanced, "later": later}
     return Field(default, title=title, description=help, json_schema_extra=extra, **bounds)
 
 
@@ -35,6 +43,40 @@ class Options(BaseModel):
     """A frozen set of options; unknown names and NaN are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelOptions(Options):
+    """Which model, and how it is loaded. Equal ones share an engine."""
+
+    model: str = option(
+        "demo", "Model", "The demo, a folder in the studio's models folder, or a model on the hub such as “org/name”.",
+        group="Model", min_length=1, max_length=200,
+    )  # fmt: skip
+    revision: str = option(
+        "", "Revision", "For a model on the hub: a branch, tag or commit. A commit pins the files. Empty: main.",
+        group="Model", advanced=True, max_length=100, pattern=r"^[A-Za-z0-9._/-]*$",
+    )  # fmt: skip
+    precision: Precision = option(
+        "auto", "Precision",
+        "How exactly the base model's numbers are kept. Fewer bits take less memory; the adapter always learns in 32. "
+        "“auto”: 32-bit on a CPU, 16-bit on a GPU.",
+        group="Model",
+    )  # fmt: skip
+    device: Device = option(
+        "auto", "Device", "Where the model runs. “auto”: the GPU where there is one.", group="Model", advanced=True
+    )
+    engine: EngineName = option(
+        "transformers", "Engine",
+        "“transformers” runs the model with fused attention; “transformers-eager” with plain attention, slower, "
+        "for models or devices on which the fused one fails.",
+        group="Model", advanced=True,
+    )  # fmt: skip
+    remote_code: bool = option(
+        False, "Run the model's own code",
+        "Some models bring Python code that would run on this computer with your rights. Only for a model on the hub "
+        "whose revision is pinned to a commit that you have read.",
+        group="Model", advanced=True,
+    )  # fmt: skip
 
 
 class Adapter(Options):
@@ -48,6 +90,23 @@ class Adapter(Options):
         16, "Adapter alpha", "Scale of the adapter: its output is multiplied by alpha over rank.",
         group="Adapter", advanced=True, ge=1, le=1024,
     )  # fmt: skip
+    lora_dropout: float = option(
+        0.0, "Adapter dropout", "Share of the adapter's inputs dropped at random while it learns; 0 drops none.",
+        group="Adapter", advanced=True, later=True, ge=0.0, le=0.9,
+    )  # fmt: skip
+    target_modules: str = option(
+        "all-linear", "Target modules",
+        "Which layers get an adapter: “all-linear”, or names with commas, such as “q_proj, v_proj”.",
+        group="Adapter", advanced=True, later=True, min_length=1, max_length=500,
+    )  # fmt: skip
+
+    @field_validator("target_modules")
+    @classmethod
+    def _names_of_layers(cls, value: str) -> str:
+        names = [name.strip() for name in value.split(",")]
+        if not all(re.fullmatch(r"[A-Za-z0-9_.-]+", name) for name in names):
+            raise ValueError("must be “all-linear” or names of layers with commas between them")
+        return ", ".join(dict.fromkeys(names))
 
 
 class Sampling(Options):
@@ -72,8 +131,14 @@ class Sampling(Options):
 
 
 class Learning(Options):
-    """How one choice changes the weights: a choice model with an outside option (docs/learning.md)."""
+    """How one choice changes the weights (docs/learning.md)."""
 
+    learning_method: Literal["choice", "dpo", "grpo", "trellis-classic"] = option(
+        "choice", "Learning method",
+        "“choice” takes a click for what it is, with “none of these” as one more option. “dpo” sets the chosen answer "
+        "against each other one, “grpo” scores each against the group, “trellis-classic” is the first Trellis' rule.",
+        group="Learning", advanced=True, later=True,
+    )  # fmt: skip
     learning_rate: float | None = option(
         None, "Learning rate", "The strength of a click. Empty: chosen by the model's size.",
         group="Learning", gt=0.0, le=0.1,
@@ -115,22 +180,56 @@ class Learning(Options):
 class Dataset(Options):
     """Where prompts come from."""
 
-    source: Literal["demo"] = option("demo", "Prompts", "The prompts that ship with the demo model.", group="Prompts")
+    source: Literal["demo", "file", "hub"] = option(
+        "demo", "Prompts from",
+        "“demo” ships with the demo model; “file” is a file or folder in the studio's prompts folder; "
+        "“hub” is a dataset on the Hugging Face hub.",
+        group="Prompts",
+    )  # fmt: skip
+    id: str = option(
+        "", "File or dataset", "The name of a file or folder of prompts, or a dataset on the hub such as “org/name”.",
+        group="Prompts", max_length=400,
+    )  # fmt: skip
+    subset: str = option(
+        "", "Subset", "Which configuration of a hub dataset. Empty: its only or default one.",
+        group="Prompts", advanced=True, max_length=200,
+    )  # fmt: skip
+    split: str = option(
+        "", "Split", "Which part of the dataset, such as “train”. Empty: train, or the only one.",
+        group="Prompts", advanced=True, max_length=200,
+    )  # fmt: skip
+    column: str = option(
+        "", "Column", "Which column holds the prompts. Empty: found by the usual names (prompt, question, messages …).",
+        group="Prompts", advanced=True, max_length=200,
+    )  # fmt: skip
+    rows: int | None = option(
+        None, "Rows", "Take only the first so many rows. Empty: all of them.",
+        unit="rows", group="Prompts", advanced=True, ge=1, le=100_000_000,
+    )  # fmt: skip
+    shuffle: bool = option(
+        True, "Shuffle", "Draw the prompts in an order that the seed gives, instead of the file's own.",
+        group="Prompts", advanced=True,
+    )  # fmt: skip
+
+    @field_validator("id", "subset", "split", "column")
+    @classmethod
+    def _text_can_be_stored(cls, value: str) -> str:
+        return storable(value).strip()
 
 
 Part = TypeVar("Part", bound=Options)
 
 
-class SessionConfig(Adapter, Sampling, Learning):
+class SessionConfig(ModelOptions, Adapter, Sampling, Learning):
     """All options of one steering session, flat, by their usual names."""
 
-    model: str = option(
-        "demo", "Model", "The demo, or the name of a folder in the studio's models folder.",
-        group="Model", min_length=1, max_length=200,
-    )  # fmt: skip
     context_length: int = option(
         1024, "Context length", "Prompt and answer together; a prompt that leaves no room is refused.",
-        unit="tokens", group="Model", advanced=True, ge=64, le=131_072,
+        unit="tokens", group="Model", ge=64, le=131_072,
+    )  # fmt: skip
+    chat_template: bool = option(
+        True, "Chat template", "Put prompts into the model's chat format. Off for base models, which continue text.",
+        group="Prompts", advanced=True,
     )  # fmt: skip
     group_size: int = option(
         4, "Options per prompt", "How many answers stand beside each other.", group="Answers", ge=2, le=8
@@ -148,13 +247,34 @@ class SessionConfig(Adapter, Sampling, Learning):
     system_prompt: str = option(
         "", "System prompt", "Said to the model before every prompt.", group="Prompts", max_length=20_000
     )
+    prompt_prefix: str = option(
+        "", "Before every prompt", "Text that is put before each prompt.",
+        group="Prompts", advanced=True, max_length=20_000,
+    )  # fmt: skip
+    prompt_suffix: str = option(
+        "", "After every prompt", "Text that is put after each prompt.",
+        group="Prompts", advanced=True, max_length=20_000,
+    )  # fmt: skip
+    append_think: bool = option(
+        False, "Append <think>", "Begin every answer with a <think> tag, for models that think before they speak.",
+        group="Prompts", advanced=True,
+    )  # fmt: skip
     control_prompt: str = option(
         "Tell me about the sea.", "Control prompt",
         "Answered after every step, so that you see what changed. Empty turns it off.",
         group="Prompts", max_length=20_000,
     )  # fmt: skip
+    max_undos: int = option(
+        32, "Kept steps", "So many last steps keep their weights on disk. Older ones are worked out again when needed.",
+        unit="steps", group="History", advanced=True, ge=1, le=100_000,
+    )  # fmt: skip
+    checkpoint_interval: int = option(
+        8, "Checkpoint interval",
+        "Every so many steps the weights stay on disk for good, so that going far back is quick.",
+        unit="steps", group="History", advanced=True, ge=1, le=100_000,
+    )  # fmt: skip
 
-    @field_validator("system_prompt", "control_prompt")
+    @field_validator("system_prompt", "control_prompt", "prompt_prefix", "prompt_suffix")
     @classmethod
     def _text_can_be_stored(cls, value: str) -> str:
         return storable(value)
@@ -167,20 +287,36 @@ class SessionConfig(Adapter, Sampling, Learning):
     def parse(cls, values: Mapping[str, Any]) -> Self:
         """A whole configuration from a partial one. Raises Invalid with an entry for each bad field."""
         try:
-            return cls.model_validate(values)
+            config = cls.model_validate(values)
         except ValidationError as error:
             raise invalid_from(error, prefix="config") from None
+        together = list(config._what_does_not_go_together())
+        if together:
+            raise invalid_entries([{"field": f"config.{name}", "message": message} for name, message in together])
+        return config
 
+    @classmethod
+    def as_far_as_valid(cls, values: Mapping[str, Any]) -> Self:
+        """A configuration from what is valid among some values, with defaults for the rest."""
+        kept: dict[str, Any] = {}
+        for name, value in values.items():
+            try:
+                cls.model_validate({name: value})
+            except ValidationError:
+                continue
+            kept[name] = value
+        return cls.model_validate(kept)
 
-def storable(text: str) -> str:
-    """Text as it can be stored and encoded. Raises ValueError for NUL and lone surrogates."""
-    if "\x00" in text:
-        raise ValueError("must not hold the character NUL")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("must be text that can be encoded as UTF-8") from None
-    return text
+    def _what_does_not_go_together(self) -> Iterator[tuple[str, str]]:
+        if self.max_new_tokens >= self.context_length:
+            yield (
+                "max_new_tokens",
+                (f"leaves no room for a prompt: {self.max_new_tokens} of the context's {self.context_length} tokens."),
+            )
+        if self.dataset.source != "demo" and not self.dataset.id:
+            yield "dataset.id", "is empty. Name a file of prompts or a dataset on the hub."
+        if self.remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.revision):
+            yield "remote_code", "needs a model on the hub and a revision that is a whole commit (40 hex digits)."
 
 
 Text = Annotated[str, Field(min_length=1, max_length=PROMPT_LIMIT), AfterValidator(storable)]
@@ -206,6 +342,11 @@ def invalid_fields(findings: Iterable[Mapping[str, Any]], prefix: str = "") -> I
     for finding in findings:
         path = ".".join(part for part in (prefix, *(shorten(step) for step in finding["loc"])) if part)
         fields.append({"field": path, "message": _sentence(finding)})
+    return invalid_entries(fields)
+
+
+def invalid_entries(fields: list[dict[str, str]]) -> Invalid:
+    """One error for findings of `{field, message}`."""
     first = fields[0]
     message = f"{first['field'] or 'The request'}: {first['message']}"
     if len(fields) > 1:
@@ -216,8 +357,12 @@ def invalid_fields(findings: Iterable[Mapping[str, Any]], prefix: str = "") -> I
 def _sentence(finding: Mapping[str, Any]) -> str:
     message = str(finding["msg"]).removeprefix("Value error, ")
     value = finding.get("input")
-    if finding["type"] in ("string_pattern_mismatch", "string_too_short"):
+    if finding["type"] == "string_too_short" or (
+        finding["type"] == "string_pattern_mismatch" and not str(value).strip()
+    ):
         return "is empty."
+    if finding["type"] == "literal_error":
+        return f"must be {finding['ctx']['expected']}, got “{shorten(value)}”."
     if finding["type"] == "missing":
         return "is missing."
     if finding["type"] == "extra_forbidden":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from pathlib import Path
 
 from pydantic import Field, SecretStr
@@ -31,6 +32,23 @@ class Settings(BaseSettings):
     behind_proxy: bool = Field(
         False, description="Believe the X-Forwarded headers of a proxy on this computer, which must set them itself."
     )
+    model_dirs: str = Field(
+        "", description="More folders that hold a folder for each model, with “:” between them (“;” on Windows)."
+    )
+    data_dirs: str = Field(
+        "", description="More folders that files of prompts may be read from, written like model_dirs."
+    )
+    idle_minutes: float = Field(
+        120.0, ge=0, description="A model that nobody has used for so long is unloaded; sessions stay. 0: never."
+    )
+    engine_memory_gb: float = Field(0.0, ge=0, description="Memory that one engine may take, in GB. 0: no limit.")
+    upload_gb: float = Field(50.0, gt=0, description="The largest upload of a model or a file of prompts, in GB.")
+    hub_timeout: float = Field(
+        60.0, gt=0, description="Seconds to wait for a hub that says nothing, before a download is given up."
+    )
+    rate_limit: int = Field(
+        120, ge=0, description="Expensive actions a minute that one client may take (sessions, loads, exports). 0: any."
+    )
     engine_threads: int = Field(0, ge=0, description="CPU threads of an engine; 0 takes one per core.")
     fake_engine: bool = Field(False, description="Run without models, for tests of the studio itself.")
 
@@ -43,8 +61,18 @@ class Settings(BaseSettings):
         return self.save_dir / "weights"
 
     @property
-    def models_dir(self) -> Path:
-        return self.save_dir / "models"
+    def models_folders(self) -> list[Path]:
+        """Folders that hold models; uploads go into the first."""
+        return [self.save_dir / "models", *_paths(self.model_dirs)]
+
+    @property
+    def prompts_folders(self) -> list[Path]:
+        """Folders that files of prompts are read from; uploads go into the first."""
+        return [self.save_dir / "prompts", *_paths(self.data_dirs)]
+
+    @property
+    def engine_memory(self) -> int:
+        return int(self.engine_memory_gb * 1e9)
 
     @property
     def logs_dir(self) -> Path:
@@ -65,6 +93,10 @@ class Settings(BaseSettings):
                 code="password_required",
                 next_step="Set TRELLIS_PASSWORD, or listen on 127.0.0.1.",
             )
+
+
+def _paths(text: str) -> list[Path]:
+    return [Path(part).expanduser() for part in text.split(os.pathsep) if part.strip()]
 
 
 def is_loopback(host: str) -> bool:

@@ -19,6 +19,8 @@ from trellis.messages import (
     Lesson,
     Load,
     Loaded,
+    Merge,
+    Merged,
     Offer,
     Offered,
     Option,
@@ -276,3 +278,19 @@ async def test_a_prompt_that_does_not_fit_is_refused_with_its_field(worker: Work
     with pytest.raises(Invalid, match="prompt has") as raised:
         await worker.ask(offer(weights, text="sea " * 1000))
     assert raised.value.field == "prompt"
+
+
+async def test_merging_writes_a_model_and_says_how_far_it_is_from_base_and_adapter(
+    worker: Worker, blobs: Blobs, tiny_llama: Path, tmp_path: Path
+) -> None:
+    root = await plant(worker)
+    into = tmp_path / "merged"
+    request = Merge(path=str(tiny_llama), weights=root, into=str(into), probes=(Prompt(text="Tell me about the sea."),))
+    events = [event async for event in worker.stream(request)]
+    merged = events[-1]
+    assert isinstance(merged, Merged)
+    assert merged.largest_difference < 1e-3
+    assert merged.files == {str(file.relative_to(into)): file.stat().st_size for file in into.rglob("*")}
+    assert "model.safetensors" in merged.files
+    fractions = [event.fraction for event in events if isinstance(event, Progress)]
+    assert fractions == sorted(fractions)

@@ -25,7 +25,7 @@ def base(tiny_llama: Path) -> Any:
 
 @pytest.fixture
 def shelf(tmp_path: Path) -> Shelf:
-    return Shelf(Blobs(tmp_path / "weights"), keep=2)
+    return Shelf(Blobs(tmp_path / "weights"), keep_bytes=1)
 
 
 def random_weights(slot: Slot, name: str) -> Weights:

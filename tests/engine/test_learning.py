@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trellis.engine.learning import Group, Point, adamw_step, answer_logprobs, judge, k3, learn_steps
+from trellis.engine.learning import Group, Point, adamw_step, answer_logprobs, learn_steps
+from trellis.engine.methods import judge_choice as judge
+from trellis.engine.methods import k3
 from trellis.errors import TrellisError
 from trellis.messages import Ranking, Written
 from trellis.params import Learning
@@ -124,6 +127,9 @@ class TableSlot:
         self.flat = torch.zeros(size * size)
         self.model = Table(self.flat.view(size, size))
         self.installs = 0
+
+    def dropping(self, *seed: Any) -> Any:
+        return nullcontext()
 
     def install(self, flat: Tensor) -> None:
         self.installs += 1

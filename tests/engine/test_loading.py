@@ -13,13 +13,13 @@ import pytest
 from tests.tiny import make_llama, make_tokenizer
 from trellis.engine.loaded import LoadedModel, read_model
 from trellis.errors import Invalid, LoadFailed
-from trellis.messages import Prompt
+from trellis.messages import Load, Prompt
 
 pytestmark = pytest.mark.engine
 
 
-def load(path: Path) -> LoadedModel:
-    steps = read_model(path)
+def load(path: Path, **options: Any) -> LoadedModel:
+    steps = read_model(path, Load(path=str(path), **options))
     while True:
         try:
             next(steps)
@@ -132,3 +132,71 @@ def test_a_prompt_must_leave_room_for_an_answer(tiny_llama: Path, limit: int) ->
     with pytest.raises(Invalid, match="does not fit") as raised:
         loaded.prompt_tokens(Prompt(text="sea " * 600), 10, limit)
     assert raised.value.code == "prompt_too_long"
+
+
+def test_the_models_own_code_is_refused_by_name(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    changed = config | {"model_type": "homegrown", "auto_map": {"AutoModelForCausalLM": "evil.Model"}}
+    (folder / "config.json").write_text(json.dumps(changed))
+    (folder / "evil.py").write_text("raise SystemExit('it ran')")
+    assert code_of(folder) == "remote_code_refused"
+
+
+def test_code_beside_a_known_architecture_is_never_run(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "evil.Config"}}))
+    (folder / "evil.py").write_text("raise SystemExit('it ran')")
+    assert load(folder, remote_code=True).about.architecture == "LlamaForCausalLM"
+
+
+def test_files_that_the_index_does_not_name_are_not_read(folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"other.weight": torch.zeros(3)}, folder / "consolidated.safetensors")
+    assert load(folder).about.parameters > 10_000
+
+
+def test_a_shard_that_is_missing_is_named(folder: Path) -> None:
+    index = {"weight_map": {"model.embed_tokens.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(LoadFailed, match="model-00001-of-00002") as raised:
+        load(folder)
+    assert raised.value.code == "not_found"
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "{", '{"weight_map": 3}'])
+def test_an_index_that_is_not_one(folder: Path, text: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(text)
+    assert code_of(folder) == "corrupt_file"
+
+
+def test_a_device_that_is_not_there(folder: Path) -> None:
+    import torch
+
+    if torch.backends.mps.is_available():
+        pytest.skip("this computer has that device")
+    with pytest.raises(LoadFailed, match="no device “mps”"):
+        load(folder, device="mps")
+
+
+def test_a_system_prompt_is_said_by_the_user_where_the_template_has_no_system_role(tmp_path: Path) -> None:
+    from tests.tiny import TEMPLATE, make_model
+
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
+    loaded = load(make_model(tmp_path / "m", "gemma", template=strict))
+    tokens = loaded.prompt_tokens(Prompt(text="hello", system="be brief"), 8, 256)
+    assert "<|user|>be brief\n\nhello<|end|>" in loaded.tokenizer.decode(tokens)
+
+
+def test_the_template_can_be_turned_off_and_the_answer_begun(folder: Path) -> None:
+    loaded = load(folder)
+    plain = loaded.prompt_tokens(Prompt(text="hello", template=False), 8, 256)
+    assert loaded.tokenizer.decode(plain) == "hello"
+    begun = loaded.prompt_tokens(Prompt(text="hello", opening="<think>\n"), 8, 256)
+    assert loaded.tokenizer.decode(begun).endswith("<|assistant|><think>\n")
+
+
+def test_a_list_of_end_tokens_for_generation_is_heeded(folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3]}))
+    assert load(folder).ends == {1, 3}

@@ -16,6 +16,7 @@ from trellis.blobs import Blobs
 from trellis.engine.fake import FakeEngine
 from trellis.errors import Conflict, LoadFailed, NotFound
 from trellis.messages import Progress
+from trellis.params import ModelOptions
 from trellis.studio.jobs import as_json
 from trellis.studio.studio import Studio
 from trellis.workers.worker import Spawn
@@ -28,7 +29,7 @@ async def follow(studio: Studio, job: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 async def test_a_load_is_a_job_that_ends_ready(studio: Studio) -> None:
-    job = await studio.models.load("demo")
+    job = await studio.models.load(ModelOptions(model="demo"))
     events = await follow(studio, job.id)
     assert events[-1][0] == "done"
     stages = [data["stage"] for name, data in events if name == "progress"]
@@ -42,20 +43,20 @@ async def test_a_load_is_a_job_that_ends_ready(studio: Studio) -> None:
 
 
 async def test_loading_what_is_loaded_is_the_same_job(studio: Studio) -> None:
-    first = await studio.models.load("demo")
-    assert (await studio.models.load("demo")).id == first.id
+    first = await studio.models.load(ModelOptions(model="demo"))
+    assert (await studio.models.load(ModelOptions(model="demo"))).id == first.id
     await follow(studio, first.id)
-    assert (await studio.models.load("demo")).id == first.id
+    assert (await studio.models.load(ModelOptions(model="demo"))).id == first.id
 
 
 async def test_unloading_ends_the_engine(studio: Studio) -> None:
-    worker = await studio.models.engine("demo", lambda progress: None)
+    worker = await studio.models.engine(ModelOptions(model="demo"), lambda progress: None)
     await studio.models.unload("demo")
     assert not worker.alive
-    assert studio.models.state("demo") == "unloaded"
+    assert studio.models.state(ModelOptions(model="demo")) == "unloaded"
     with pytest.raises(Conflict, match="not loaded"):
         await studio.models.unload("demo")
-    assert (await studio.models.engine("demo", lambda progress: None)).alive
+    assert (await studio.models.engine(ModelOptions(model="demo"), lambda progress: None)).alive
 
 
 class Slow(FakeEngine):
@@ -69,10 +70,10 @@ class Slow(FakeEngine):
 async def test_a_load_can_be_cancelled(tmp_path: Path) -> None:
     spawn = thread_spawner(lambda: Slow(Blobs(tmp_path / "weights")).handlers())
     async with open_studio(tmp_path, spawn) as studio:
-        job = await studio.models.load("demo")
+        job = await studio.models.load(ModelOptions(model="demo"))
         await until(lambda: job.row["progress"] and job.row["progress"]["stage"] == "reading")
         assert (await studio.jobs.cancel(job.id))["state"] == "cancelled"
-        assert studio.models.state("demo") == "unloaded"
+        assert studio.models.state(ModelOptions(model="demo")) == "unloaded"
         assert (await follow(studio, job.id))[-1][0] == "cancelled"
         with pytest.raises(Conflict, match="ended already"):
             await studio.jobs.cancel(job.id)
@@ -90,7 +91,7 @@ async def test_a_load_that_fails_says_why_and_can_be_tried_again(tmp_path: Path)
 
     spawn = thread_spawner(lambda: Broken(Blobs(tmp_path / "weights")).handlers())
     async with open_studio(tmp_path, spawn) as studio:
-        job = await studio.models.load("demo")
+        job = await studio.models.load(ModelOptions(model="demo"))
         assert (await follow(studio, job.id))[-1][1]["error"]["code"] == "corrupt_file"
         session = await studio.steering.create(None, {})
         await until(lambda: session.error)
@@ -117,7 +118,7 @@ async def test_unknown_jobs_and_models_are_refused(studio: Studio) -> None:
     with pytest.raises(NotFound, match="no job “nope”"):
         await studio.jobs.get("nope")
     with pytest.raises(NotFound, match=r"no model “\.\./secrets”"):
-        await studio.models.load("../secrets")
+        await studio.models.load(ModelOptions(model="../secrets"))
 
 
 async def test_folders_in_the_models_folder_are_models(tmp_path: Path, studio: Studio) -> None:
@@ -141,22 +142,22 @@ async def test_folders_in_the_models_folder_are_models(tmp_path: Path, studio: S
     (tmp_path / "models" / "no config").mkdir()
     found = {model["id"]: model for model in await studio.models.list()}
     assert set(found) == {"demo", "mine", "gone", *bad}
-    assert (await studio.models.find("gone")).parameters == 0
+    assert (await studio.models.catalog.find("gone")).parameters == 0
     assert (found["mine"]["parameters"], found["mine"]["architecture"]) == (15, "LlamaForCausalLM")
     assert found["torn"]["parameters"] == 0
 
 
 async def test_a_repeated_request_to_load_is_one_job(studio: Studio, tmp_path: Path) -> None:
-    first = await studio.models.load("demo", "once")
+    first = await studio.models.load(ModelOptions(model="demo"), "once")
     await follow(studio, first.id)
     await studio.models.unload("demo")
-    again = await studio.models.load("demo", "once")
+    again = await studio.models.load(ModelOptions(model="demo"), "once")
     assert as_json(again.row)["id"] == first.id
     (tmp_path / "models" / "other").mkdir(parents=True)
     (tmp_path / "models" / "other" / "config.json").write_text("{}")
     with pytest.raises(Conflict, match="used for another model"):
-        await studio.models.load("other", "once")
-    assert studio.models.state("other") == "unloaded"
+        await studio.models.load(ModelOptions(model="other"), "once")
+    assert studio.models.state(ModelOptions(model="other")) == "unloaded"
 
 
 async def test_an_engine_that_cannot_be_started_once_can_be_started_again(tmp_path: Path, fake_spawn: Spawn) -> None:
@@ -168,11 +169,11 @@ async def test_an_engine_that_cannot_be_started_once_can_be_started_again(tmp_pa
         return fake_spawn(sock)
 
     async with open_studio(tmp_path, spawn) as studio:
-        job = await studio.models.load("demo")
+        job = await studio.models.load(ModelOptions(model="demo"))
         events = await follow(studio, job.id)
         assert "out of processes" in events[-1][1]["error"]["message"]
-        assert studio.models.state("demo") == "unloaded"
-        assert (await studio.models.engine("demo", lambda progress: None)).alive
+        assert studio.models.state(ModelOptions(model="demo")) == "unloaded"
+        assert (await studio.models.engine(ModelOptions(model="demo"), lambda progress: None)).alive
 
 
 async def test_a_load_that_is_cancelled_while_its_engine_starts_leaves_nothing(
@@ -186,12 +187,12 @@ async def test_a_load_that_is_cancelled_while_its_engine_starts_leaves_nothing(
         return started[-1]
 
     async with open_studio(tmp_path, spawn) as studio:
-        job = await studio.models.load("demo")
+        job = await studio.models.load(ModelOptions(model="demo"))
         await studio.models.unload("demo")
         assert (await studio.jobs.get(job.id))["state"] == "cancelled"
-        assert studio.models.state("demo") == "unloaded"
+        assert studio.models.state(ModelOptions(model="demo")) == "unloaded"
         await until(lambda: started and started[0][0].wait(0) == 0)
-        assert (await studio.models.engine("demo", lambda progress: None)).alive
+        assert (await studio.models.engine(ModelOptions(model="demo"), lambda progress: None)).alive
 
 
 async def test_a_model_that_is_unloaded_under_a_session_stays_unloaded_until_it_is_resumed(
@@ -211,6 +212,6 @@ async def test_a_model_that_is_unloaded_under_a_session_stays_unloaded_until_it_
         await studio.models.unload("demo")
         await until(lambda: session.error)
         assert session.state()["error"]["code"] == "unloaded"
-        assert studio.models.state("demo") == "unloaded"
+        assert studio.models.state(ModelOptions(model="demo")) == "unloaded"
         await session.resume()
         await until(lambda: session.status == "ready")

@@ -14,7 +14,7 @@ from trellis.blobs import Blobs
 from trellis.engine.fake import FakeEngine
 from trellis.errors import Conflict, Invalid, NotFound, TrellisError
 from trellis.messages import Ranking, Written
-from trellis.params import default_learning_rate
+from trellis.params import ModelOptions, default_learning_rate
 from trellis.store import steering as rows
 from trellis.studio.session import Session
 from trellis.studio.studio import Studio
@@ -325,13 +325,13 @@ async def test_an_engine_that_dies_in_mid_step_is_replaced_and_the_step_is_made(
     async with open_studio(tmp_path, spawn) as studio:
         session = await studio.steering.create(None, {})
         state = await ready(session)
-        worker = await studio.models.engine("demo", lambda progress: None)
+        worker = await studio.models.engine(ModelOptions(model="demo"), lambda progress: None)
         assert worker.pid is not None
         await session.choose(state["offer"]["id"], 0, "r1")
         worker._engine.kill()
         after = await until(lambda: session.status == "ready" and session.state())
         assert after["head"]["step"] == 1
-        assert (await studio.models.engine("demo", lambda progress: None)).pid != worker.pid
+        assert (await studio.models.engine(ModelOptions(model="demo"), lambda progress: None)).pid != worker.pid
 
 
 async def test_an_engine_that_always_dies_is_told_about_and_can_be_tried_again(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trellis.params import SessionConfig
-from trellis.studio.tree import Node, Tree, child_id, offer_id, offer_seed, prompt_order, replayed, root_id
+from trellis.params import Dataset, SessionConfig
+from trellis.studio.datasets import Prompts
+from trellis.studio.tree import Node, Tree, child_id, offer_id, offer_seed, replayed, root_id, shuffled
 from trellis.web.pages.plant import curve, grow
 
 
@@ -94,8 +95,26 @@ def test_replay_draws_earlier_choices_of_this_branch_the_same_each_time(tree: Tr
 
 @given(st.integers(0, 10**6), st.integers(1, 200), st.integers(0, 5))
 def test_every_prompt_comes_once_in_each_round(seed: int, total: int, round_number: int) -> None:
+    prompts = Prompts(range(total), Dataset(), seed)  # type: ignore[arg-type]
     start = round_number * total
-    assert sorted(prompt_order(seed, total, start + place) for place in range(total)) == list(range(total))
+    assert sorted(prompts.at(start + place) for place in range(total)) == list(range(total))  # type: ignore[type-var]
+
+
+@given(st.integers(0, 2**63), st.integers(1, 3000))
+def test_a_permutation_takes_every_place_once(seed: int, total: int) -> None:
+    assert sorted(shuffled(place, total, seed) for place in range(total)) == list(range(total))
+
+
+def test_a_million_prompts_are_shuffled_without_a_list() -> None:
+    places = [shuffled(place, 1_000_000, 7) for place in range(1000)]
+    assert len(set(places)) == 1000
+    assert min(places) < 10_000
+    assert max(places) > 990_000
+
+
+def test_unshuffled_prompts_keep_their_order() -> None:
+    prompts = Prompts(["a", "b", "c"], Dataset(shuffle=False), 5)
+    assert [prompts.at(place) for place in range(5)] == ["a", "b", "c", "a", "b"]
 
 
 def test_names_follow_from_what_they_name() -> None:
@@ -111,9 +130,9 @@ def test_names_follow_from_what_they_name() -> None:
 def test_seeds_owe_nothing_to_global_state() -> None:
     config, root = SessionConfig(seed=1), node("n0", None)
     random.seed(1)
-    first = offer_seed(config, root, 0, "x"), prompt_order(1, 50, 7)
+    first = offer_seed(config, root, 0, "x"), shuffled(7, 50, 1)
     random.seed(2)
-    assert (offer_seed(config, root, 0, "x"), prompt_order(1, 50, 7)) == first
+    assert (offer_seed(config, root, 0, "x"), shuffled(7, 50, 1)) == first
 
 
 def test_a_curve_needs_two_points_and_stays_in_its_box() -> None:

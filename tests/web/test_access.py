@@ -104,7 +104,7 @@ def test_nothing_changes_by_get(client: httpx.Client) -> None:
     session = new_session(client)["id"]
     paths = [f"/steer/{session}/{verb}" for verb in ("choose", "skip", "undo", "delete", "rename", "resume", "goto")]
     paths += [f"/api/steering/sessions/{session}/{verb}" for verb in ("choose", "skip", "undo")]
-    paths += ["/steer", "/models/demo/load", "/models/demo/unload", "/api/models/load", "/logout"]
+    paths += ["/steer", "/models/load", "/models/demo/unload", "/api/models/load", "/logout"]
     for path in paths:
         assert client.get(path).status_code == 405, path
 

@@ -19,12 +19,18 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True, help="the inherited socket")
     parser.add_argument("--weights", type=Path, required=True, help="the folder of weights")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes one per core")
+    parser.add_argument("--memory-limit", type=int, default=0, help="bytes that this process may take; 0 is no limit")
+    parser.add_argument("--hub-timeout", type=float, default=60.0, help="seconds to wait for a silent hub")
     parser.add_argument("--fake", action="store_true", help="answer the same messages without a model")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the studio, which then closes the socket
     # The socket closes when the parent is gone, however it went: then nobody needs the rest.
     wire = Wire(socket.socket(fileno=arguments.fd), closed=lambda: os._exit(0))
+    if arguments.memory_limit:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (arguments.memory_limit, arguments.memory_limit))
     blobs = Blobs(arguments.weights)
     blobs.sweep()
     if arguments.fake:
@@ -44,7 +50,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads or os.cpu_count() or 1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    Loop(wire, TextEngine(blobs).handlers()).run()
+    Loop(wire, TextEngine(blobs, arguments.hub_timeout).handlers()).run()
 
 
 if __name__ == "__main__":

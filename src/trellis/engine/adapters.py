@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..blobs import Blobs
-from ..errors import WeightsMissing
-from ..messages import Metrics
+from ..errors import Invalid, WeightsMissing
+from ..messages import Metrics, derived_seed, recipe_id
 from ..params import Adapter
 
 
@@ -38,6 +42,14 @@ class Weights:
     second: Tensor
     steps: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.flat.nbytes + self.first.nbytes + self.second.nbytes
+
+
+KEPT_BYTES = 500_000_000
+"""Adapters and optimiser states that an engine keeps in memory; at least two, however large they are."""
+
 
 class Slots:
     """The adapters injected into one base model, one for each set of settings that a session asked for."""
@@ -50,13 +62,16 @@ class Slots:
     def get(self, settings: Adapter) -> Slot:
         """The slot for these settings, injected on first use."""
         if settings not in self._slots:
-            name = f"r{settings.lora_rank}a{settings.lora_alpha}"
+            name = recipe_id("a", settings.model_dump(mode="json"))
             config = LoraConfig(
                 r=settings.lora_rank,
                 lora_alpha=settings.lora_alpha,
-                target_modules="all-linear",
+                lora_dropout=settings.lora_dropout,
+                target_modules=self._targets(settings),
+                fan_in_fan_out=any(isinstance(module, Conv1D) for module in self._base.modules()),
                 task_type="CAUSAL_LM",
             )
+            _hand_back_scales(self._base)
             if self._model is None:
                 self._model = get_peft_model(self._base, config, adapter_name=name)
             else:
@@ -64,6 +79,35 @@ class Slots:
             self._model.eval()
             self._slots[settings] = Slot(self._model, name, settings)
         return self._slots[settings]
+
+    def _targets(self, settings: Adapter) -> str | list[str]:
+        """Raises Invalid, which lists what there is, for a name that no layer has."""
+        if settings.target_modules == "all-linear":
+            return settings.target_modules
+        wanted = settings.target_modules.split(", ")
+        base = self._model.get_base_model() if self._model else self._base
+        there = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if _is_linear(module)}
+        if unknown := sorted(set(wanted) - there):
+            raise Invalid(
+                f"target_modules: the model has no linear layer “{unknown[0]}”. It has: {', '.join(sorted(there))}.",
+                field="config.target_modules",
+                next_step="Start a session with some of these, or with “all-linear”.",
+            )
+        return wanted
+
+
+def _hand_back_scales(base: nn.Module) -> None:
+    """Once an 8-bit layer of bitsandbytes has run, its scales stand in its state alone, and PEFT, which moves the
+    weight, would leave them behind: put them back where they came from."""
+    for module in base.modules():
+        state: Any = getattr(module, "state", None)
+        weight: Any = getattr(module, "weight", None)
+        if getattr(state, "SCB", None) is not None and getattr(weight, "SCB", 0) is None:
+            weight.SCB, weight.CB = state.SCB, weight.data
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D, BaseTunerLayer))
 
 
 class Slot:
@@ -98,6 +142,24 @@ class Slot:
         if self._installed is not flat:
             self.flat.copy_(flat)
             self._installed = flat
+
+    @contextmanager
+    def dropping(self, *seed: str | int) -> Iterator[None]:
+        """Within this, the adapter drops some of its inputs, where its settings ask for that; drawn from the seed."""
+        if not self.settings.lora_dropout:
+            yield
+            return
+        layers = [module for path, module in self.model.named_modules() if path.endswith(f"lora_dropout.{self.name}")]
+        devices = [self.flat.device] if self.flat.is_cuda else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(derived_seed("dropout", *seed))
+            for layer in layers:
+                layer.train()
+            try:
+                yield
+            finally:
+                for layer in layers:
+                    layer.eval()
 
     def gradient(self, loss: Tensor) -> Tensor:
         """The gradient (P,) of a scalar loss by what is installed, as a new vector."""
@@ -138,16 +200,17 @@ class Slot:
         squares = 0.0
         for module in self.model.modules():
             if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
-                squares += float(module.base_layer.weight.detach().float().square().sum())
+                weight = dequantize_module_weight(module.base_layer).detach()
+                squares += float(weight.float().square().sum())
         return max(squares**0.5, 1e-12)
 
 
 class Shelf:
     """The weights an engine can name: a bounded cache in memory over folders on disk."""
 
-    def __init__(self, blobs: Blobs, keep: int = 64) -> None:
+    def __init__(self, blobs: Blobs, keep_bytes: int = KEPT_BYTES) -> None:
         self.blobs = blobs
-        self._keep = keep
+        self._keep_bytes = keep_bytes
         self._cache: OrderedDict[str, Weights] = OrderedDict()
 
     def settings(self, weights_id: str) -> Adapter:
@@ -242,5 +305,7 @@ class Shelf:
     def _remember(self, weights: Weights) -> None:
         self._cache[weights.id] = weights
         self._cache.move_to_end(weights.id)
-        while len(self._cache) > self._keep:
-            self._cache.popitem(last=False)
+        kept = sum(each.nbytes for each in self._cache.values())
+        while kept > self._keep_bytes and len(self._cache) > 2:
+            _, dropped = self._cache.popitem(last=False)
+            kept -= dropped.nbytes

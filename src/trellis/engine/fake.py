@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,6 +23,8 @@ from ..messages import (
     Learned,
     Load,
     Loaded,
+    Merge,
+    Merged,
     Metrics,
     Offer,
     Offered,
@@ -32,6 +35,7 @@ from ..messages import (
     Status,
     StatusReport,
     recipe_id,
+    recipe_of,
 )  # fmt: skip
 from .loop import Handler, Steps
 
@@ -69,7 +73,10 @@ class FakeEngine:
         self._path: str | None = None
 
     def handlers(self) -> Mapping[type, Handler]:
-        return {Load: self.load, Plant: self.plant, Offer: self.offer, Learn: self.learn, Status: self.status}
+        return {
+            Load: self.load, Plant: self.plant, Offer: self.offer, Learn: self.learn, Merge: self.merge,
+            Status: self.status,
+        }  # fmt: skip
 
     def load(self, request: Load) -> Steps:
         for done in range(1, 5):
@@ -95,7 +102,7 @@ class FakeEngine:
     def plant(self, request: Plant) -> Steps:
         yield None
         self._require_loaded()
-        made = recipe_id("w", {"model": "fake", **request.model_dump(mode="json")})
+        made = recipe_id("w", {"model": "fake", **recipe_of(request)})
         if made not in self._blobs:
             self._write(made, 0, None)
         return Planted(weights=made)
@@ -154,6 +161,24 @@ class FakeEngine:
         )
         self._write(made, steps, metrics)
         return Learned(weights=made, metrics=metrics)
+
+    def merge(self, request: Merge) -> Steps:
+        self._steps_of(request.weights)
+        into = Path(request.into)
+        into.mkdir()
+        for done in range(1, 21):
+            time.sleep(STEP_SECONDS)
+            yield Progress(stage="merging", fraction=done / 20, message="Merging nothing")
+        (into / "model.safetensors").write_bytes(b"nothing")
+        return Merged(
+            files={"model.safetensors": 7},
+            dtype="none",
+            tokens=len(request.probes),
+            largest_difference=0.0,
+            mean_difference=0.0,
+            agreement=1.0,
+            seconds=0.0,
+        )
 
     def status(self, request: Status) -> Steps:
         yield None

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from ..errors import TrellisError
-from ..messages import Choice, Ranking, Written
+from ..messages import Choice
 from ..params import Learning
 from .adapters import Slot
+from .methods import BETAS, CLIP, METHODS, Verdict, chosen_indexes, k3
 
-BETAS = (0.9, 0.99)
 EPSILON = 1e-8
-CLIP = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,67 +55,6 @@ def answer_logprobs(model: Any, group: Group) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The loss of one group and what it says: all scalars, `loss` with its graph."""
-
-    loss: Tensor
-    share: float
-    kl: float
-
-
-def judge(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
-    """The loss of a choice: a multinomial logit with an outside option, a k3 leash, a pull on the winner.
-
-    logprobs, reference: (G, T) fp32, zero off the mask (G, T). `share` is the probability that the choice
-    model gives to what was chosen. Sources: Luce 1959, Plackett 1975; k3: Schulman 2020; the pull on the
-    winner: arXiv 2402.13228, 2404.19733.
-    """
-    lengths = mask.sum(dim=-1)
-    rewards = options.choice_beta * (logprobs - reference).sum(dim=-1) / lengths
-    utilities = torch.cat([rewards, rewards.new_zeros(1)])  # the outside option last, at zero
-    outside = len(rewards)
-    good = chosen_indexes(choice, outside)
-    winners = good[:1] if isinstance(choice, Ranking) else good
-    chosen = utilities[winners or [outside]].logsumexp(0) - utilities.logsumexp(0)
-    likelihood = chosen
-    remaining = list(range(outside + 1))
-    for index in good if isinstance(choice, Ranking) else ():
-        if index != good[0]:
-            likelihood = likelihood + utilities[index] - utilities[remaining].logsumexp(0)
-        remaining.remove(index)
-    distance = k3(logprobs, reference, mask)
-    loss = -likelihood + options.kl_beta * distance
-    if winners:
-        weight = 1.0 if isinstance(choice, Written) else options.nll_weight
-        loss = loss - weight * (logprobs[winners].sum(dim=-1) / lengths[winners]).mean()
-    return Verdict(loss, float(chosen.detach().exp()), float(distance.detach()))
-
-
-def chosen_indexes(choice: Choice, outside: int) -> list[int]:
-    """The options that a choice calls good, best first; empty for none of these."""
-    match choice:
-        case int():
-            return [choice]
-        case Ranking():
-            return list(choice.ranking)
-        case Written():
-            return [outside - 1]
-        case tuple():
-            return list(choice)
-        case _:
-            return []
-
-
-def k3(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-    """Mean over answer tokens of e^(ref−l) − (ref−l) − 1: an estimate of KL that is never negative.
-
-    The difference is held at 20 nats, where the exponential alone would drown everything else.
-    """
-    gap = (reference - logprobs).clamp(max=20.0)
-    return ((gap.exp() - gap - 1.0) * mask).sum() / mask.sum()
-
-
-@dataclass(frozen=True)
 class Point:
     """Where the optimiser stands: flat fp32 vectors (P,) and the count of steps so far."""
 
@@ -126,15 +64,17 @@ class Point:
     steps: int
 
 
-def adamw_step(point: Point, gradient: Tensor, rate: float) -> Point:
+def adamw_step(
+    point: Point, gradient: Tensor, rate: float, betas: tuple[float, float] = BETAS, clip: float | None = CLIP
+) -> Point:
     """One step of Adam with clipping by norm and without decay (arXiv 1412.6980, 1711.05101), as new tensors."""
-    norm = gradient.norm()
-    gradient = gradient * (CLIP / (norm + 1e-6)).clamp(max=1.0)
+    if clip is not None:
+        gradient = gradient * (clip / (gradient.norm() + 1e-6)).clamp(max=1.0)
     steps = point.steps + 1
-    first = BETAS[0] * point.first + (1 - BETAS[0]) * gradient
-    second = BETAS[1] * point.second + (1 - BETAS[1]) * gradient.square()
-    scale = (second / (1 - BETAS[1] ** steps)).sqrt() + EPSILON
-    flat = point.flat - rate * (first / (1 - BETAS[0] ** steps)) / scale
+    first = betas[0] * point.first + (1 - betas[0]) * gradient
+    second = betas[1] * point.second + (1 - betas[1]) * gradient.square()
+    scale = (second / (1 - betas[1] ** steps)).sqrt() + EPSILON
+    flat = point.flat - rate * (first / (1 - betas[0] ** steps)) / scale
     return Point(flat, first, second, steps)
 
 
@@ -155,14 +95,19 @@ def learn_steps(
     replay: Sequence[Group],
     references: Sequence[Tensor],
     options: Learning,
+    name: str = "",
 ) -> Generator[None, None, Outcome]:
     """Up to `inner_steps` optimiser steps on one choice, with some earlier ones beside it.
 
     Stops when the chosen answer's share reaches the target (none of these: half of it); a step that moves the
     answers further than `step_limit` from where the click began is halved, and is the last. Yields between
     steps: whoever runs it may meanwhile put other weights into the slot, so nothing in it outlives a yield.
-    `references` are the base model's log-probabilities for the group and then for each replayed one.
+    `references` are the base model's log-probabilities for the group and then for each replayed one. `name` is
+    where dropout's random numbers start from.
     """
+    method = METHODS[options.learning_method]
+    most = 1 if method.single else options.inner_steps
+    replay = () if method.single else replay
     rate = options.learning_rate
     if rate is None:
         raise ValueError("a learning rate must have been chosen before a lesson reaches the engine")
@@ -173,20 +118,23 @@ def learn_steps(
 
     def look(flat: Tensor) -> tuple[Tensor, Verdict]:
         slot.install(flat)
-        logprobs = answer_logprobs(slot.model, group)
-        return logprobs, judge(logprobs, reference, mask, group.choice, options)
+        with slot.dropping(name, steps):
+            logprobs = answer_logprobs(slot.model, group)
+        return logprobs, method.judge(logprobs, reference, mask, group.choice, options)
 
+    steps = 0
     logprobs, verdict = look(start.flat)
-    point, before, begun, steps = start, verdict, logprobs.detach(), 0
-    while steps < options.inner_steps:
+    point, before, begun = start, verdict, logprobs.detach()
+    while steps < most:
         steps += 1
         gradient = slot.gradient(verdict.loss)
-        for earlier, earlier_reference in zip(replay, references[1:], strict=True):
+        for number, (earlier, earlier_reference) in enumerate(zip(replay, references[1:], strict=False)):
             yield None
             slot.install(point.flat)
             earlier_mask = earlier.mask(earlier_reference.device)
-            earlier_logprobs = answer_logprobs(slot.model, earlier)
-            again = judge(earlier_logprobs, earlier_reference, earlier_mask, earlier.choice, options)
+            with slot.dropping(name, steps, number):
+                earlier_logprobs = answer_logprobs(slot.model, earlier)
+            again = method.judge(earlier_logprobs, earlier_reference, earlier_mask, earlier.choice, options)
             gradient += slot.gradient(shared * again.loss)
         if not bool(torch.isfinite(gradient).all()):
             raise TrellisError(
@@ -194,11 +142,11 @@ def learn_steps(
                 code="not_finite",
                 next_step="Undo a few steps, or use a lower learning rate.",
             )
-        moved = adamw_step(point, gradient, rate)
+        moved = adamw_step(point, gradient, rate, method.betas, method.clip)
         yield None
         logprobs, verdict = look(moved.flat)
         far = float(k3(logprobs.detach(), begun, mask))
-        if not far <= options.step_limit:
+        if not method.single and not far <= options.step_limit:
             half = point.flat + (moved.flat - point.flat) / 2
             point = Point(half, moved.first, moved.second, moved.steps)
             yield None

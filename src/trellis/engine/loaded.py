@@ -1,33 +1,47 @@
 """Which model is loaded: read from a folder with true progress, and spoken to through its chat template.
 
-It reads safetensors only and runs no code from the folder. It does not know sessions or learning.
+It reads safetensors only, and runs no code from the folder unless that was agreed to. It does not know sessions
+or learning.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import time
 from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 
 from ..errors import Invalid, LoadFailed
-from ..messages import Loaded, Progress, Prompt
+from ..memory import estimate, shape_of
+from ..messages import Load, Loaded, Progress, Prompt
+from ..params import Precision, SessionConfig
+from ..tensors import UNREADABLE, shapes_in
 from .adapters import Slots
 
-READING, PLACING = (
-    0.15,
-    0.85,
-)  # where these stages begin and end as a fraction of a load; reading takes the bulk
+READING, PLACING, WARMING = 0.15, 0.8, 0.95
+"""Where these stages begin as a fraction of a load; reading takes the bulk."""
 
 PROGRESS_SECONDS = 0.05
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass
@@ -41,19 +55,18 @@ class LoadedModel:
     about: Loaded
 
     def prompt_tokens(self, prompt: Prompt, room: int, context_length: int) -> list[int]:
-        """The tokens of a prompt in the model's chat template, or as plain text where it has none.
+        """The tokens of a prompt in the model's chat template, or as plain text where it has none or it is off.
 
         Raises Invalid when the prompt leaves no room for `room` more tokens in the context.
         """
-        if self.tokenizer.chat_template:
-            system = [{"role": "system", "content": prompt.system}] if prompt.system else []
-            turns = [*system, {"role": "user", "content": prompt.text}]
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self.tokenizer.chat_template and prompt.template:
+            tokens = self.tokenizer(self._in_template(prompt) + prompt.opening, add_special_tokens=False)["input_ids"]
         else:
             text = f"{prompt.system}\n\n{prompt.text}" if prompt.system else prompt.text
-            tokens = self.tokenizer(text)["input_ids"]
-        limit = min(context_length, getattr(self.model.config, "max_position_embeddings", None) or context_length)
+            tokens = self.tokenizer(text + prompt.opening)["input_ids"]
+            if len(tokens) > 1 and tokens[-1] in self.ends:  # some tokenizers close every text
+                tokens = tokens[:-1]
+        limit = min(context_length, positions_of(self.model.config) or context_length)
         if len(tokens) + room > limit:
             raise Invalid(
                 f"The prompt has {len(tokens)} tokens; with answers of up to {room} it does not fit into the "
@@ -74,30 +87,201 @@ class LoadedModel:
         own = self.tokenizer.eos_token_id
         return own if own is not None else min(self.ends, default=None)
 
+    def _in_template(self, prompt: Prompt) -> str:
+        """The prompt as the model's own template writes it (in transformers' sandbox). Raises Invalid."""
+        turns = [{"role": "user", "content": prompt.text}]
+        if prompt.system:
+            try:
+                return self._written([{"role": "system", "content": prompt.system}, *turns])
+            except TemplateError:  # Gemma's template, for one, knows no system role: it is said by the user then
+                turns = [{"role": "user", "content": f"{prompt.system}\n\n{prompt.text}"}]
+        try:
+            return self._written(turns)
+        except TemplateError as error:
+            raise Invalid(
+                f"The model's chat template could not write this prompt: {error}",
+                code="bad_template",
+                field="prompt",
+                next_step="Turn the chat template off, or use another model.",
+            ) from None
 
-def read_model(path: Path) -> Generator[Progress | None, None, LoadedModel]:
+    def _written(self, turns: list[dict[str, str]]) -> str:
+        written = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        assert isinstance(written, str)
+        return written
+
+
+def read_model(path: Path, request: Load) -> Generator[Progress | None, None, LoadedModel]:
     """Load a folder: yields progress of true bytes and tensors, returns the model.
 
     Raises LoadFailed with the code of what went wrong and a way out.
     """
     started = time.monotonic()
-    yield Progress(stage="initializing", fraction=0.02, message="Looking at the folder")
+    yield Progress(stage="parsing", fraction=0.11, message="Reading the configuration")
     files = _weight_files(path)
-    config, tokenizer = _read_config(path)
-    yield Progress(stage="initializing", fraction=READING, message="Reading the weights")
+    config, tokenizer = _read_config(path, request.remote_code)
+    device = device_for(request)
+    precision = precision_for(request.precision, device)
+    if precision in ("8-bit", "4-bit"):
+        _require_bitsandbytes(precision)
+    dtype = torch.float32 if precision == "32-bit" or (device == "cpu" and precision != "16-bit") else torch.bfloat16
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    if precision != "32-bit":  # what is grown on rounded weights is not the same
+        digest.update(precision.encode())
+    state = yield from _read_tensors(files, dtype, digest)
+    if precision in ("8-bit", "4-bit"):
+        yield Progress(stage="quantizing", fraction=PLACING, message=f"Rounding the linear layers to {precision}")
+    model = _build(path, config, state, dtype, precision, device, request)
+    del state
+    model.requires_grad_(False)
+    if precision in ("32-bit", "16-bit"):
+        yield from _move(model, device)
+    yield Progress(stage="warming_up", fraction=WARMING, message="Warming up")
+    with torch.inference_mode():
+        model(input_ids=torch.zeros((1, 8), dtype=torch.long, device=device), use_cache=False)
+    about = Loaded(
+        fingerprint=digest.hexdigest()[:32],
+        parameters=sum(p.numel() for p in model.parameters()),
+        architecture=type(model).__name__,
+        device=device,
+        dtype=precision if precision in ("8-bit", "4-bit") else str(dtype).removeprefix("torch."),
+        bytes=sum(p.nbytes for p in model.parameters()),
+        seconds=time.monotonic() - started,
+        has_template=bool(tokenizer.chat_template),
+        positions=positions_of(config),
+    )
+    return LoadedModel(model, tokenizer, Slots(model), _ends(path, config, tokenizer), about)
+
+
+def device_for(request: Load) -> str:
+    """The device to load on. Raises LoadFailed for one that is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if request.device == "auto":
+        return "cuda" if there["cuda"] else "cpu"
+    if not there[request.device]:
+        raise LoadFailed(
+            f"There is no device “{request.device}” here.",
+            code="not_found",
+            field="device",
+            next_step="Choose “auto” or “cpu”; `trellis doctor` says what there is.",
+        )
+    return request.device
+
+
+def precision_for(wanted: Precision, device: str) -> Precision:
+    if wanted == "auto":
+        return "32-bit" if device == "cpu" else "16-bit"
+    return wanted
+
+
+def positions_of(config: Any) -> int | None:
+    """How many tokens a model can look back on, where its configuration says so."""
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold a model: those that its index names, or its one file, or all there are."""
+    index = path / INDEX
+    if index.is_file():
+        named = json.loads(index.read_text())["weight_map"].values()
+        return [path / name for name in sorted(set(named)) if "/" not in name]
+    single = path / "model.safetensors"
+    return [single] if single.is_file() else sorted(path.glob("*.safetensors"))
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        raise LoadFailed(
+            f"There is no folder “{path}”.",
+            code="not_found",
+            next_step="Check the name, or choose another model.",
+        )
+    try:
+        list(path.iterdir())
+        files = weight_files(path)
+    except PermissionError:
+        raise LoadFailed(
+            f"The folder “{path}” may not be read.",
+            code="permission_denied",
+            next_step="Give the studio's user the right to read it.",
+        ) from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise LoadFailed(
+            f"The file “{INDEX}” cannot be read.",
+            code="corrupt_file",
+            next_step="Copy or download it again.",
+        ) from None
+    absent = [file.name for file in files if not file.is_file()]
+    if not files or absent or not (path / "config.json").is_file():
+        missing = "*.safetensors" if not files else absent[0] if absent else "config.json"
+        raise LoadFailed(
+            f"The folder “{path}” has no {missing}.",
+            code="not_found",
+            next_step="Choose a folder with a Hugging Face config and safetensors files.",
+        )
+    return files
+
+
+def _read_config(path: Path, remote_code: bool) -> tuple[Any, Any]:
+    try:
+        about = json.loads((path / "config.json").read_text())
+        wants_code = "auto_map" in about and about.get("model_type") not in CONFIG_MAPPING
+    except PermissionError as error:
+        raise _not_readable(error) from None
+    except (ValueError, OSError, AttributeError, TypeError):
+        wants_code = False
+    if wants_code and not remote_code:
+        raise LoadFailed(
+            "This model brings Python code of its own, which would run on this computer with your rights.",
+            code="remote_code_refused",
+            next_step="Read that code. If you trust it, pin the revision to the commit you read and turn on "
+            "“Run the model's own code”; or choose a model that needs none.",
+        )
+    try:
+        options = {"local_files_only": True, "trust_remote_code": remote_code and wants_code}
+        config = AutoConfig.from_pretrained(path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    except PermissionError as error:
+        raise _not_readable(error) from None
+    except (ValueError, KeyError, OSError, TypeError, AttributeError, ImportError) as error:
+        code = "unsupported_architecture" if "model type" in str(error) else "corrupt_file"
+        raise LoadFailed(
+            f"The model's configuration could not be used: {_first_line(error)}",
+            code=code,
+            next_step="Update transformers if the architecture is new, or choose another model."
+            if code == "unsupported_architecture"
+            else "Check config.json and the tokenizer's files, or copy them again.",
+        ) from None
+    return config, tokenizer
+
+
+def _not_readable(error: PermissionError) -> LoadFailed:
+    return LoadFailed(
+        f"The file “{error.filename}” may not be read.",
+        code="permission_denied",
+        next_step="Give the studio's user the right to read it.",
+    )
+
+
+def _read_tensors(
+    files: list[Path], dtype: torch.dtype, digest: Any
+) -> Generator[Progress | None, None, dict[str, Tensor]]:
+    """All tensors in the precision that is wanted, each copied out of its file as it is read."""
     total = sum(file.stat().st_size for file in files)
     state: dict[str, Tensor] = {}
     done = 0
     begun = told = time.monotonic()
-    digest = hashlib.sha256((path / "config.json").read_bytes())
+    yield Progress(stage="reading", fraction=READING, message="Reading the weights", bytes=0, total_bytes=total)
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
-                    state[name] = tensors.get_tensor(name)
+                    stored = tensors.get_tensor(name)
                     digest.update(name.encode())
-                    digest.update(_sample(state[name]))
-                    done += state[name].nbytes
+                    digest.update(_sample(stored))
+                    done += stored.nbytes
+                    state[name] = stored.to(dtype, copy=True) if stored.is_floating_point() else stored.clone()
                     now = time.monotonic()
                     if now - told < PROGRESS_SECONDS and told > begun:
                         yield None
@@ -118,78 +302,50 @@ def read_model(path: Path) -> Generator[Progress | None, None, LoadedModel]:
                 code="corrupt_file",
                 next_step="Copy or download the file again.",
             ) from None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    yield Progress(stage="placing", fraction=PLACING, message=f"Placing {len(state)} tensors on the {device}")
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model = _place(config, state, dtype).to(device)
-    model.requires_grad_(False)
-    yield Progress(stage="warming_up", fraction=0.92, message="Warming up")
-    with torch.inference_mode():
-        model(input_ids=torch.zeros((1, 8), dtype=torch.long, device=device), use_cache=False)
-    about = Loaded(
-        fingerprint=digest.hexdigest()[:32],
-        parameters=sum(p.numel() for p in model.parameters()),
-        architecture=type(model).__name__,
-        device=device,
-        dtype=str(dtype).removeprefix("torch."),
-        bytes=sum(p.nbytes for p in model.parameters()),
-        seconds=time.monotonic() - started,
-    )
-    return LoadedModel(model, tokenizer, Slots(model), _ends(model, tokenizer), about)
+        except PermissionError:
+            raise _not_readable(PermissionError(0, "", str(file))) from None
+    return state
 
 
-def _weight_files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        raise LoadFailed(
-            f"There is no folder “{path}”.",
-            code="not_found",
-            next_step="Check the name, or choose another model.",
-        )
+def _build(
+    path: Path,
+    config: Any,
+    state: dict[str, Tensor],
+    dtype: torch.dtype,
+    precision: Precision,
+    device: str,
+    request: Load,
+) -> Any:
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": "eager" if request.engine == "transformers-eager" else None,
+    }
+    if precision == "8-bit":
+        options |= {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
+    elif precision == "4-bit":
+        four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        options |= {"quantization_config": four, "device_map": {"": device}}
     try:
-        files = sorted(path.glob("*.safetensors"))
-        list(path.iterdir())
-    except PermissionError:
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        elif request.remote_code:
+            kind, options = AutoModelForCausalLM, options | {"trust_remote_code": True}
+        else:
+            raise ValueError("it is not a causal language model")
+        place = path if kind is AutoModelForCausalLM else None
+        model, info = kind.from_pretrained(
+            place, config=config, state_dict=state, output_loading_info=True, **options
+        )  # fmt: skip
+    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, ZeroDivisionError) as error:
+        if "memory" in str(error).lower():
+            raise
         raise LoadFailed(
-            f"The folder “{path}” may not be read.",
-            code="permission_denied",
-            next_step="Give the studio's user the right to read it.",
-        ) from None
-    if not files or not (path / "config.json").is_file():
-        missing = "config.json" if files else "*.safetensors"
-        raise LoadFailed(
-            f"The folder “{path}” has no {missing}.",
-            code="not_found",
-            next_step="Choose a folder with a Hugging Face config and safetensors files.",
-        )
-    return files
-
-
-def _read_config(path: Path) -> tuple[Any, Any]:
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
-        code = "unsupported_architecture" if "model type" in str(error) else "corrupt_file"
-        raise LoadFailed(
-            f"The model's configuration could not be used: {str(error).splitlines()[0]}",
-            code=code,
-            next_step="Check config.json and the tokenizer's files, or choose another model.",
-        ) from None
-    return config, tokenizer
-
-
-def _place(config: Any, state: dict[str, Tensor], dtype: torch.dtype) -> Any:
-    try:
-        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        model, info = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise LoadFailed(
-            f"The architecture “{config.model_type}” could not be loaded: {str(error).splitlines()[0]}",
+            f"The architecture “{config.model_type}” could not be loaded: {_first_line(error)}",
             code="unsupported_architecture",
-            next_step="Choose a causal language model.",
+            next_step="Choose a causal language model that transformers knows.",
         ) from None
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    if info["missing_keys"] or info.get("mismatched_keys"):
+        missing = sorted(str(key) for key in info["missing_keys"] or info["mismatched_keys"])
         raise LoadFailed(
             f"{len(missing)} tensors are missing from the model's files, the first is “{missing[0]}”.",
             code="corrupt_file",
@@ -198,14 +354,72 @@ def _place(config: Any, state: dict[str, Tensor], dtype: torch.dtype) -> Any:
     return model.eval()
 
 
+def _move(model: Any, device: str) -> Generator[Progress | None, None, None]:
+    """Put a model on its device, module by module, with a true count."""
+    modules = [module for module in model.modules() if not any(True for _ in module.children())]
+    total = sum(p.nbytes for p in model.parameters())
+    done, told = 0, 0.0
+    for number, module in enumerate(modules, 1):
+        module.to(device)
+        done += sum(p.nbytes for p in module.parameters(recurse=False))
+        now = time.monotonic()
+        if now - told >= PROGRESS_SECONDS or number == len(modules):
+            told = now
+            yield Progress(
+                stage="placing",
+                fraction=PLACING + (WARMING - PLACING) * number / len(modules),
+                message=f"Placing part {number} of {len(modules)} on the {device}",
+                bytes=min(done, total),
+                total_bytes=total,
+            )
+    model.to(device)  # what stands in no leaf: buffers, tied weights
+
+
+def _require_bitsandbytes(precision: Precision) -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise LoadFailed(
+            f"{precision} needs bitsandbytes, which is not installed.",
+            code="not_installed",
+            field="precision",
+            next_step="Install it with `pip install 'trellis-studio[quantized]'`, or choose 16-bit.",
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 def _sample(tensor: Tensor, pieces: int = 16) -> bytes:
     """Some values from all over a tensor: enough to tell two models apart without hashing gigabytes."""
     flat = tensor.flatten()
     return flat[:: max(1, flat.numel() // (pieces * 16))].float().numpy().tobytes()
 
 
-def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end an answer: the model's own list, and the tokenizer's."""
-    listed = getattr(model.generation_config, "eos_token_id", None)
-    tokens = listed if isinstance(listed, list) else [listed]
-    return frozenset(token for token in [*tokens, tokenizer.eos_token_id] if token is not None)
+def _ends(path: Path, config: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer: those listed for generation, the model's own, and the tokenizer's."""
+    listed: list[Any] = [getattr(config.get_text_config(), "eos_token_id", None), tokenizer.eos_token_id]
+    with suppress(OSError, ValueError, AttributeError):  # a model without one, or with one that says nothing
+        listed.append(json.loads((path / "generation_config.json").read_text()).get("eos_token_id"))
+    flat = [token for tokens in listed for token in (tokens if isinstance(tokens, list) else [tokens])]
+    return frozenset(token for token in flat if isinstance(token, int))
+
+
+def require_memory(path: Path, request: Load) -> None:
+    """After a download the size is known: raises LoadFailed when it cannot fit, before any of it is read."""
+    device = device_for(request)
+    if device != "cpu":
+        return  # the device says so itself, with its own figures
+    precision = precision_for(request.precision, device)
+    try:
+        config = json.loads((path / "config.json").read_text())
+        shape = shape_of(config, {name: dims for file in weight_files(path) for name, dims in shapes_in(file).items()})
+    except UNREADABLE:
+        return  # reading the model says what is wrong with it
+    needed = estimate(shape, SessionConfig(), precision).loading
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise LoadFailed(
+            f"The model needs about {needed / 1e9:.1f} GB in {precision}, and {free / 1e9:.1f} GB are free.",
+            code="out_of_memory",
+            next_step="Choose fewer bits or a smaller model, or close other programs. The download is kept.",
+        )

@@ -83,6 +83,8 @@ class Loop:
         except Exception as error:
             if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
                 return failed(out_of_memory("the device's memory")), True
+            if isinstance(error, RuntimeError) and "not enough memory" in str(error):  # torch's on a CPU
+                return failed(out_of_memory("this computer's memory")), True
             log.exception("a request failed")
             return Failed(
                 code="engine_bug",

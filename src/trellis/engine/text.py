@@ -20,6 +20,7 @@ from ..messages import (
     Lesson,
     Load,
     Loaded,
+    Merge,
     Metrics,
     Offer,
     Offered,
@@ -30,12 +31,16 @@ from ..messages import (
     StatusReport,
     Written,
     recipe_id,
+    recipe_of,
 )  # fmt: skip
 from .adapters import Shelf, Slot, Weights
 from .decode import Growing, decode_group
+from .download import download
 from .learning import Group, Point, answer_logprobs, learn_steps
-from .loaded import LoadedModel, read_model
+from .loaded import LoadedModel, read_model, require_memory
 from .loop import Handler, Steps
+from .merging import merge
+from .methods import METHODS
 
 DELTA_SECONDS = 0.025
 """Text goes up in batches of about this long: often enough to look alive, seldom enough to cost nothing."""
@@ -44,14 +49,18 @@ DELTA_SECONDS = 0.025
 class TextEngine:
     """One text model and the weights grown on it. All state is a cache of files and of pure functions."""
 
-    def __init__(self, blobs: Blobs) -> None:
+    def __init__(self, blobs: Blobs, hub_timeout: float = 60.0) -> None:
         self._shelf = Shelf(blobs)
+        self._hub_timeout = hub_timeout
         self._loaded: LoadedModel | None = None
         self._path: str | None = None
         self._references: OrderedDict[str, Tensor] = OrderedDict()
 
     def handlers(self) -> Mapping[type, Handler]:
-        return {Load: self.load, Plant: self.plant, Offer: self.offer, Learn: self.learn, Status: self.status}
+        return {
+            Load: self.load, Plant: self.plant, Offer: self.offer, Learn: self.learn, Merge: self.merge,
+            Status: self.status,
+        }  # fmt: skip
 
     @property
     def loaded(self) -> LoadedModel:
@@ -60,14 +69,24 @@ class TextEngine:
         return self._loaded
 
     def load(self, request: Load) -> Steps:
-        self._loaded = yield from read_model(Path(request.path))
-        self._path = request.path
+        path = Path(request.path)
+        if request.repository:
+            path = yield from download(
+                request.repository, request.revision, path, request.remote_code, self._hub_timeout
+            )
+            require_memory(path, request)
+        self._loaded = yield from read_model(path, request)
+        self._path = str(path)
         about: Loaded = self._loaded.about
         return about
 
+    def merge(self, request: Merge) -> Steps:
+        merged = yield from merge(request, self._shelf.blobs.path(request.weights))
+        return merged
+
     def plant(self, request: Plant) -> Steps:
         yield None
-        recipe = {"model": self.loaded.about.fingerprint, **request.model_dump(mode="json", exclude_none=True)}
+        recipe = {"model": self.loaded.about.fingerprint, **recipe_of(request)}
         weights_id = recipe_id("w", recipe)
         slot = self.loaded.slots.get(request.adapter)
         if not self._shelf.readable(slot, weights_id):
@@ -117,13 +136,13 @@ class TextEngine:
             return Learned(weights=made, metrics=known)
         slot, weights = self._weights(request.weights)
         lessons = [request.lesson, *request.replay]
-        groups = [self._group(lesson, request.context_length) for lesson in lessons]
+        groups = [self._group(lesson, request) for lesson in lessons]
         references = []
-        for lesson, group in zip(lessons, groups, strict=True):
-            references.append(self._reference(slot, lesson, group))
+        for group in groups:
+            references.append(self._reference(slot, group))
             yield None
         start = Point(weights.flat, weights.first, weights.second, weights.steps)
-        outcome = yield from learn_steps(slot, start, groups[0], groups[1:], references, request.learning)
+        outcome = yield from learn_steps(slot, start, groups[0], groups[1:], references, request.learning, made)
         end = outcome.point
         metrics = Metrics(
             loss=outcome.loss,
@@ -153,17 +172,18 @@ class TextEngine:
         slot = self.loaded.slots.get(self._shelf.settings(weights_id))
         return self._shelf.readable(slot, weights_id)
 
-    def _group(self, lesson: Lesson, context_length: int) -> Group:
+    def _group(self, lesson: Lesson, request: Learn) -> Group:
         answers = [list(option.tokens) for option in lesson.options]
         if isinstance(lesson.choice, Written):
             answers.append(self.loaded.answer_tokens(lesson.choice.written))
         longest = max(len(answer) for answer in answers)
-        prompt = self.loaded.prompt_tokens(lesson.prompt, longest, context_length)
-        return Group(prompt, answers, lesson.choice, lesson.temperature or 1.0)
+        prompt = self.loaded.prompt_tokens(lesson.prompt, longest, request.context_length)
+        sharpened = METHODS[request.learning.learning_method].tempered
+        return Group(prompt, answers, lesson.choice, (lesson.temperature or 1.0) if sharpened else 1.0)
 
-    def _reference(self, slot: Slot, lesson: Lesson, group: Group) -> Tensor:
+    def _reference(self, slot: Slot, group: Group) -> Tensor:
         """The base model's log-probabilities of a lesson's answers. They never change, so they are kept."""
-        key = recipe_id("r", lesson.model_dump(mode="json"))
+        key = recipe_id("r", [group.prompt, group.answers, group.temperature])
         if key not in self._references:
             with torch.no_grad(), slot.reference():
                 self._references[key] = answer_logprobs(slot.model, group)

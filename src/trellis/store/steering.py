@@ -66,6 +66,28 @@ def set_weights(connection: Connection, node_id: str, weights: str) -> None:
     connection.execute(update(nodes).where(nodes.c.id == node_id).values(weights=weights))
 
 
+def weights_of_others(connection: Connection, session_id: str, weights: Sequence[str]) -> set[str]:
+    """Which of these weights some other session names."""
+    found: set[str] = set()
+    for start in range(0, len(weights), 500):
+        part = weights[start : start + 500]
+        query = select(nodes.c.weights).where(nodes.c.weights.in_(part), nodes.c.session != session_id).distinct()
+        found.update(connection.execute(query).scalars())
+    return found
+
+
+def set_prompts(connection: Connection, session_id: str, prepared: str) -> None:
+    connection.execute(update(sessions).where(sessions.c.id == session_id).values(prompts=prepared))
+
+
+def prompts_are_used(connection: Connection, prepared: str) -> bool:
+    return connection.execute(select(sessions.c.id).where(sessions.c.prompts == prepared)).first() is not None
+
+
+def name_node(connection: Connection, node_id: str, name: str | None) -> None:
+    connection.execute(update(nodes).where(nodes.c.id == node_id).values(name=name))
+
+
 def set_control(connection: Connection, node_id: str, answer: str) -> None:
     connection.execute(update(nodes).where(nodes.c.id == node_id).values(control=answer))
 

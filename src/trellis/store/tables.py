@@ -16,7 +16,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-HEAD = "0001"
+HEAD = "0002"
 """The newest migration, so that a start with nothing to migrate need not import Alembic."""
 
 metadata = MetaData()
@@ -30,6 +30,7 @@ sessions = Table(
     Column("config", JSON, nullable=False),
     Column("head", String),
     Column("offer", String),
+    Column("prompts", String),
     Column("created", Float, nullable=False),
     Column("updated", Float, nullable=False),
 )
@@ -49,6 +50,7 @@ nodes = Table(
     Column("control", Text),
     Column("shown", String),
     Column("forward", String),
+    Column("name", Text),
     Column("created", Float, nullable=False),
     Index("nodes_by_session", "session", "created"),
 )

@@ -6,10 +6,12 @@ what is on the screen.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
 
+from ..blobs import Blobs
 from ..errors import Conflict, WeightsMissing
 from ..messages import (
     Choice,
@@ -24,10 +26,10 @@ from ..messages import (
     Progress,
     Prompt,
 )  # fmt: skip
-from ..params import Adapter, Learning, Sampling, SessionConfig
+from ..params import Adapter, Learning, ModelOptions, Sampling, SessionConfig
 from ..store import steering as rows
 from ..store.store import Store
-from ..workers.worker import Worker
+from ..workers.worker import UNLOADED, Worker
 from .models import Models
 from .shown import options_from
 from .tree import Node, Tree, replayed
@@ -43,24 +45,36 @@ class Growth:
         self,
         store: Store,
         models: Models,
+        weights: Blobs,
         config: SessionConfig,
         tree: Tree,
         loading: Callable[[Progress | None], None],
+        notice: Callable[[str], None],
     ) -> None:
         self._store = store
         self._models = models
+        self._weights = weights
         self._config = config
+        self._model = config.part(ModelOptions)
         self._tree = tree
         self._loading = loading
+        self._notice = notice
         self._planted_on: Worker | None = None
+        self._dismissals = models.dismissals(self._model)
+
+    def welcome(self) -> None:
+        """A person wants something: a model that was unloaded by hand may be loaded again."""
+        self._dismissals = self._models.dismissals(self._model)
 
     async def engine(self) -> Worker:
         """The loaded engine, loading it if need be."""
-        if self._models.state(self._config.model) == "loaded":
-            return await self._models.engine(self._config.model, lambda progress: None)
+        if self._models.state(self._model) == "loaded":
+            return await self._models.engine(self._model, lambda progress: None)
+        if self._models.dismissals(self._model) != self._dismissals:
+            raise UNLOADED
         self._loading(Progress(stage="connecting", fraction=0.0, message="Starting"))
         try:
-            return await self._models.engine(self._config.model, self._loading)
+            return await self._models.engine(self._model, self._loading)
         finally:
             self._loading(None)
 
@@ -143,30 +157,64 @@ class Growth:
         )
 
     def _prompt(self, text: str) -> Prompt:
-        return Prompt(text=text, system=self._config.system_prompt)
+        config = self._config
+        return Prompt(
+            text=config.prompt_prefix + text + config.prompt_suffix, system=config.system_prompt,
+            template=config.chat_template, opening="<think>\n" if config.append_think else "",
+        )  # fmt: skip
+
+    def has(self, weights: str) -> bool:
+        """Whether weights are on disk, as far as can be seen without reading them."""
+        return weights in self._weights
 
     async def regrow(self, missing: WeightsMissing) -> None:
         """Work out weights that are not on disk from the log of choices, from the nearest that are."""
-        wanted = [missing.weights]
-        while wanted:
-            node = self._tree.with_weights(wanted[-1])
-            if node is None or len(wanted) > len(self._tree.nodes):
-                raise missing
-            try:
-                if node.parent is None:
-                    self._planted_on = None
-                    made = await self.plant()
-                else:
-                    parent = self._tree.nodes[node.parent]
-                    assert node.answered is not None
-                    assert node.choice is not None
-                    made = (await self.learn(parent, node.answered, node.choice)).weights
-            except WeightsMissing as also:
-                wanted.append(also.weights)
-                continue
-            if made != wanted.pop():
-                raise Conflict(
-                    f"The weights of step {node.step} are not on disk, and the log of choices leads to others.",
-                    code="weights_changed",
-                    next_step="Go to a step whose weights are on disk; a new branch can be grown from there.",
+        wanted = self._tree.with_weights(missing.weights)
+        if wanted is None:
+            raise missing
+        self.welcome()
+        try:
+            for _ in self._tree.nodes:
+                chain = await asyncio.to_thread(self._chain, wanted)
+                try:
+                    for done, node in enumerate(chain):
+                        message = f"Working out step {node.step} again: {done + 1} of {len(chain)}"
+                        self._loading(Progress(stage="regrowing", fraction=done / len(chain), message=message))
+                        await self._make_again(node)
+                    return
+                except WeightsMissing as also:  # what looked whole was not, and has been put out of sight
+                    missing = also
+            raise missing
+        finally:
+            self._loading(None)
+
+    def _chain(self, node: Node) -> list[Node]:
+        """The nodes whose weights must be made for this one's, in order; always at least itself."""
+        chain = [node]
+        while chain[-1].parent is not None:
+            maker = self._tree.with_weights(self._tree.nodes[chain[-1].parent].weights)
+            if maker is None or maker.weights in self._weights:
+                break
+            chain.append(maker)
+        return chain[::-1]
+
+    async def _make_again(self, node: Node) -> None:
+        if node.parent is None:
+            self._planted_on = None
+            made = await self.plant()
+        else:
+            assert node.answered is not None
+            assert node.choice is not None
+            learned = await self.learn(self._tree.nodes[node.parent], node.answered, node.choice)
+            made = learned.weights
+            if node.metrics and made == node.weights and learned.metrics.drift != node.metrics.drift:
+                self._notice(
+                    f"Step {node.step} was worked out again and came out slightly different on this device: drift "
+                    f"{learned.metrics.drift:.6%} instead of {node.metrics.drift:.6%}."
                 )
+        if made != node.weights:
+            raise Conflict(
+                f"The weights of step {node.step} are not on disk, and the log of choices leads to others.",
+                code="weights_changed",
+                next_step="Go to a step whose weights are on disk; a new branch can be grown from there.",
+            )

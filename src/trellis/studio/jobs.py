@@ -84,6 +84,11 @@ class Jobs:
         await asyncio.sleep(0)  # a task that is cancelled before its first step would never say how it ended
         return job
 
+    async def by_request(self, request: str, kind: str) -> dict[str, Any] | None:
+        """The job that a request of this kind began before, if it did."""
+        row = await self._store.read(rows.job_by_request, request)
+        return row if row and row["kind"] == kind else None
+
     async def get(self, job_id: str) -> dict[str, Any]:
         """A job as the API shows it. Raises NotFound."""
         return as_json(await self._row(job_id))
@@ -182,4 +187,4 @@ def _last_event(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         case "failed":
             return "failed", {"error": row["error"]}
         case _:
-            return "cancelled", {}
+            return "cancelled", {"result": row["result"]}

@@ -19,9 +19,13 @@ FORMATS = ("raw", "trl-preference", "trl-unpaired", "openai-dpo")
 LETTERS = "ABCDEFGH"
 
 
-async def journal(store: Store, session: Session) -> str:
-    """The branch to the head: every prompt, all options, the choice, the figures. Markdown, for people."""
+async def journal(store: Store, session: Session, last: int | None = None) -> str:
+    """The branch to the head: every prompt, all options, the choice, the figures. Markdown, for people.
+
+    `last` leaves out all but so many steps.
+    """
     path = session.tree.path(session.tree.head_id)
+    path = [path[0], *path[1:][-last:]] if last else path
     offers = await store.read(rows.get_offers, [node.answered for node in path if node.answered])
     lines = [
         f"# {_inline(session.name)}",
@@ -32,7 +36,8 @@ async def journal(store: Store, session: Session) -> str:
     ]
     for node in path[1:]:
         offer = offers[node.answered or ""]
-        lines += [f"## Step {node.step}: {describe(node.choice)}", "", _quote(offer["prompt"]), ""]
+        named = f" ({_inline(node.name)})" if node.name else ""
+        lines += [f"## Step {node.step}: {describe(node.choice)}{named}", "", _quote(offer["prompt"]), ""]
         good = _good(node.choice)
         for index, option in enumerate(options_from(offer) or ()):
             mark = " **(chosen)**" if index in good else ""

@@ -1,47 +1,28 @@
-"""The models that the studio knows, and the engines that hold them: one process for each loaded model."""
+"""The engines that hold models: one process for each model as it is loaded, ended when nobody uses it any more."""
 
 from __future__ import annotations
 
 import asyncio
-import importlib.resources
-import json
-import math
-import re
-import struct
+import logging
+import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import Conflict, EngineDied, EngineError, NotFound, shorten
+import psutil
+
+from ..errors import Conflict, EngineDied, EngineError, LoadFailed, TrellisError
+from ..memory import estimate, what_would_fit
 from ..messages import Load, Loaded, Progress, Status, StatusReport
+from ..params import ModelOptions, Precision, SessionConfig
 from ..workers.worker import Spawn, Worker
+from .catalog import Catalog, ModelEntry
+from .devices import free_gpu_memory, free_memory
 from .jobs import Job, Jobs
 
-DEMO = "demo"
-_FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_HEADER_LIMIT = 100 * 1024 * 1024
-
-UNREADABLE = (OSError, ValueError, AttributeError, TypeError, KeyError, IndexError, RecursionError, struct.error)
-"""What reading a file that anyone may have written can raise."""
-
-
-@dataclass(frozen=True)
-class ModelEntry:
-    """A model on disk. Bytes are of its files; parameters are counted from their headers."""
-
-    id: str
-    source: str
-    path: Path
-    bytes: int
-    parameters: int
-    architecture: str
-
-    @property
-    def memory_estimate(self) -> int:
-        """Bytes that an engine needs for it: 32-bit weights, the libraries, and room for answers and gradients."""
-        return 4 * self.parameters + 510_000_000 + 8 * self.parameters
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -49,9 +30,11 @@ class Held:
     """A model that is loaded or being loaded."""
 
     entry: ModelEntry
+    options: ModelOptions
     job: Job
     worker: Worker | None = None
     loaded: Loaded | None = None
+    used: float = field(default_factory=time.monotonic)
 
     @property
     def in_use(self) -> bool:
@@ -62,61 +45,71 @@ class Held:
 
 
 class Models:
-    """Finds models, loads and unloads them. It does not know sessions."""
+    """Loads and unloads models. It does not know sessions.
 
-    def __init__(self, jobs: Jobs, spawn: Spawn, folder: Path) -> None:
+    `memory_limit`: bytes that one engine may take, 0 for no limit. `idle_seconds`: how long a model stays loaded
+    that nobody uses, 0 for always.
+    """
+
+    def __init__(
+        self, jobs: Jobs, spawn: Spawn, catalog: Catalog, memory_limit: int = 0, idle_seconds: float = 0.0
+    ) -> None:
+        self.catalog = catalog
         self._jobs = jobs
         self._spawn = spawn
-        self._folder = folder
-        self._held: dict[str, Held] = {}
+        self._memory_limit = memory_limit
+        self._idle_seconds = idle_seconds
+        self._held: dict[ModelOptions, Held] = {}
+        self._dismissals: Counter[ModelOptions] = Counter()
         self._lock = asyncio.Lock()
+        self._watch: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        if self._idle_seconds:
+            self._watch = asyncio.create_task(self._unload_idle_ones(), name="idle models")
 
     async def close(self) -> None:
+        if self._watch:
+            self._watch.cancel()
         await asyncio.gather(*(held.worker.stop() for held in self._held.values() if held.worker))
         self._held.clear()
 
-    async def find(self, model_id: str, field: str | None = None) -> ModelEntry:
-        """Raises NotFound, which lists what there is."""
-        folders = await asyncio.to_thread(self._folders)
-        if model_id in folders:
-            return await asyncio.to_thread(_read_entry, model_id, *folders[model_id])
-        raise NotFound(
-            f"There is no model “{shorten(model_id)}”. Known: {shorten(', '.join(folders), 400)}.",
-            code="model_not_found",
-            field=field,
-            next_step=f"Choose one of these, or put a model's folder into {self._folder}.",
-        )
-
     async def list(self) -> list[dict[str, Any]]:
-        entries = await asyncio.to_thread(
-            lambda: [_read_entry(name, *place) for name, place in self._folders().items()]
-        )
-        return [await self._describe(entry) for entry in entries]
+        """All models, each with the engines that hold it."""
+        entries = await self.catalog.all()
+        known = {entry.id for entry in entries}
+        coming = [held.entry for held in self._held.values() if held.entry.id not in known]
+        return [await self._describe(entry) for entry in [*entries, *dict.fromkeys(coming)]]
 
-    async def load(self, model_id: str, request: str | None = None) -> Job:
-        """Start loading, or return the job that is at it or has done it."""
-        entry = await self.find(model_id, field="model")
+    async def load(self, options: ModelOptions, request: str | None = None) -> Job:
+        """Start loading, or return the job that is at it or has done it.
+
+        Raises NotFound, or LoadFailed for a model that cannot fit into the memory that is free.
+        """
+        entry = await self.catalog.find(options.model, field="model")
         async with self._lock:
-            held = self._held.get(model_id)
+            held = self._held.get(options)
             if held and held.in_use:
                 return held.job
-            job = await self._jobs.start("load", {"model": model_id}, lambda job: self._load(entry, job), request)
-            if job.row["body"] != {"model": model_id}:
+            self._require_room(entry, options)
+            body = options.model_dump(mode="json", exclude_defaults=True) | {"model": options.model}
+            job = await self._jobs.start("load", body, lambda job: self._load(entry, options, job), request)
+            if job.row["body"] != body:
                 raise Conflict(
                     "This Idempotency-Key was used for another model.",
                     code="key_reused",
                     next_step="Send a key of its own with each action.",
                 )
             if job.task is not None and not job.task.done():  # a repeated request is answered with its old job
-                self._held[model_id] = Held(entry, job)
+                self._held[options] = Held(entry, options, job)
             return job
 
-    async def engine(self, model_id: str, follow: Callable[[Progress], None]) -> Worker:
+    async def engine(self, options: ModelOptions, follow: Callable[[Progress], None]) -> Worker:
         """A loaded engine of a model, loading it if need be. Raises the reason when that fails."""
         for _ in range(3):
-            if (worker := self._worker(model_id)) is not None:
+            if (worker := self._worker(options)) is not None:
                 return worker
-            job = await self.load(model_id)
+            job = await self.load(options)
             job.followers.append(follow)
             try:
                 if job.task and not job.task.done():
@@ -124,7 +117,7 @@ class Models:
             finally:
                 with suppress(ValueError):
                     job.followers.remove(follow)
-            if (worker := self._worker(model_id)) is not None:
+            if (worker := self._worker(options)) is not None:
                 return worker
             if job.failure:
                 raise job.failure
@@ -133,32 +126,118 @@ class Models:
         raise EngineDied("The engine ended right after it had loaded the model.", next_step="Load the model again.")
 
     async def unload(self, model_id: str) -> None:
-        """Stop the engine of a model and give its memory back. Raises Conflict when it is not loaded."""
-        await self.find(model_id)
-        held = self._held.get(model_id)
-        if held is None:
+        """End all engines of a model and give their memory back. Raises Conflict when there is none."""
+        await self.catalog.find(model_id)
+        held = [each for each in self._held.values() if each.entry.id == model_id]
+        if not held:
             raise Conflict(
                 f"The model “{model_id}” is not loaded.",
                 code="not_loaded",
                 next_step="There is nothing to unload.",
             )
-        if held.worker is None:
-            await self._jobs.cancel(held.job.id)
-            return
-        del self._held[model_id]
-        await held.worker.stop()
+        for each in held:
+            self._dismissals[each.options] += 1
+            await self._end(each)
 
-    def _worker(self, model_id: str) -> Worker | None:
-        held = self._held.get(model_id)
-        return held.worker if held and held.worker and held.worker.alive else None
+    async def delete(self, model_id: str) -> None:
+        """Remove a model's files. Raises NotFound, or Conflict while it is loaded or when it is the demo."""
+        if any(held.entry.id == model_id for held in self._held.values()):
+            raise Conflict(f"The model “{model_id}” is loaded.", code="loaded", next_step="Unload it first.")
+        await self.catalog.delete(model_id)
 
-    def state(self, model_id: str) -> str:
-        held = self._held.get(model_id)
+    def dismissals(self, options: ModelOptions) -> int:
+        """How often a person has unloaded it: who was at work with it then must not load it again by itself."""
+        return self._dismissals[options]
+
+    def state(self, options: ModelOptions) -> str:
+        held = self._held.get(options)
         if held is None:
             return "unloaded"
         return "loaded" if held.worker else "loading"
 
-    async def _load(self, entry: ModelEntry, job: Job) -> dict[str, Any]:
+    def loaded(self, options: ModelOptions) -> Loaded | None:
+        """What its engine said of itself."""
+        held = self._held.get(options)
+        return held.loaded if held else None
+
+    def fits(self, entry: ModelEntry, config: SessionConfig) -> dict[str, Any]:
+        """What a session would need, what is free, and under which options it would fit if it does not."""
+        precision, free = self.precision(config), self.free(config)
+        needed = estimate(entry.shape, config, precision)
+        held = self._held.get(config.part(ModelOptions))
+        missing = needed.total - (needed.loading if held and held.worker else 0)
+        fits = missing <= free or not entry.parameters
+        ways = [] if fits else list(what_would_fit(entry.shape, config, precision, free))
+        return {
+            "known": entry.parameters > 0,
+            "precision": precision,
+            "needed": needed.as_json(),
+            "loaded": bool(held and held.worker),
+            "free": free,
+            "fits": fits,
+            "would_fit": [{"change": change, "total": found.total} for change, found in ways],
+        }
+
+    def precision(self, options: ModelOptions) -> Precision:
+        """What “auto” will be, as far as can be told from here."""
+        if options.precision != "auto":
+            return options.precision
+        on_gpu = options.device in ("cuda", "mps") or (options.device == "auto" and free_gpu_memory() is not None)
+        return "16-bit" if on_gpu else "32-bit"
+
+    def free(self, options: ModelOptions) -> int:
+        on_gpu = free_gpu_memory() if options.device in ("auto", "cuda") else None
+        return on_gpu if on_gpu is not None else free_memory(self._memory_limit)
+
+    def _require_room(self, entry: ModelEntry, options: ModelOptions) -> None:
+        """Raises LoadFailed for a model whose weights alone cannot fit."""
+        if not entry.parameters:
+            return
+        config = SessionConfig().model_copy(update=options.model_dump())
+        precision, free = self.precision(options), self.free(options)
+        needed = estimate(entry.shape, config, precision).loading
+        if needed > free:
+            raise LoadFailed(
+                f"“{entry.id}” needs about {needed / 1e9:.1f} GB in {precision}, and {free / 1e9:.1f} GB are free.",
+                code="out_of_memory",
+                next_step=self._smaller(entry, options) or "Close other programs, or choose a smaller model.",
+            )
+
+    def _smaller(self, entry: ModelEntry, options: ModelOptions) -> str:
+        """A way to load it with less, where there is one."""
+        precision, free = self.precision(options), self.free(options)
+        for less in ("16-bit", "8-bit", "4-bit"):
+            needed = estimate(entry.shape, SessionConfig(), less).loading
+            if int(less.split("-")[0]) < int(precision.split("-")[0]) and needed <= free:
+                return f"Load it in {less}, which needs about {needed / 1e9:.1f} GB."
+        return ""
+
+    def _worker(self, options: ModelOptions) -> Worker | None:
+        held = self._held.get(options)
+        if held and held.worker and held.worker.alive:
+            held.used = time.monotonic()
+            return held.worker
+        return None
+
+    async def _end(self, held: Held) -> None:
+        if held.worker is None:
+            with suppress(Conflict):  # it has ended meanwhile
+                await self._jobs.cancel(held.job.id)
+            return
+        self._held.pop(held.options, None)
+        await held.worker.stop()
+
+    async def _unload_idle_ones(self) -> None:
+        while True:
+            await asyncio.sleep(min(30.0, self._idle_seconds / 4))
+            for held in list(self._held.values()):
+                if held.worker and held.worker.busy:
+                    held.used = time.monotonic()
+                elif held.worker and time.monotonic() - held.used > self._idle_seconds:
+                    log.info("unloading %s, which nobody has used for a while", held.entry.id)
+                    await self._end(held)
+
+    async def _load(self, entry: ModelEntry, options: ModelOptions, job: Job) -> dict[str, Any]:
         job.progress(Progress(stage="connecting", fraction=0.0, message="Starting an engine"))
         worker: Worker | None = None
         ready = False
@@ -166,36 +245,54 @@ class Models:
             worker = started = await Worker.start(self._spawn)
             job.progress(Progress(stage="initializing", fraction=0.01, message="Starting the engine"))
             loaded: Loaded | None = None
-            async for event in worker.stream(Load(path=str(entry.path))):
+            async for event in worker.stream(_request(entry, options)):
                 if isinstance(event, Progress):
                     job.progress(event)
                 elif isinstance(event, Loaded):
                     loaded = event
             assert loaded is not None
-            held = self._held[entry.id]
+            held = self._held[options]
             held.worker, held.loaded = worker, loaded
-            worker.on_death = lambda error: self._lost(entry.id, started)
+            held.used = time.monotonic()
+            worker.on_death = lambda error: self._lost(options, started)
             ready = True
             job.progress(Progress(stage="ready", fraction=1.0, message="Ready"))
             return loaded.model_dump(exclude={"type"})
+        except EngineError as error:
+            raise self._explained(error, entry, options) from error
         finally:
             if not ready:
-                self._held.pop(entry.id, None)
+                self._held.pop(options, None)
                 if worker:
+                    before = resident(worker)
                     await asyncio.shield(worker.stop(patience=0.2))
+                    job.row["result"] = {"memory_before": before, "memory_after": resident(worker)}
 
-    def _lost(self, model_id: str, worker: Worker) -> None:
-        held = self._held.get(model_id)
+    def _explained(self, error: EngineError, entry: ModelEntry, options: ModelOptions) -> TrellisError:
+        """A load that ran out of memory names a smaller way, where there is one."""
+        if error.code == "engine_died" and "killed" in error.message:
+            error = LoadFailed(
+                f"The computer ran out of memory while “{entry.id}” was loaded: its engine was killed.",
+                code="out_of_memory",
+                next_step=error.next_step,
+            )
+        if error.code == "out_of_memory" and (smaller := self._smaller(entry, options)):
+            return LoadFailed(error.message, code=error.code, next_step=smaller)
+        return error
+
+    def _lost(self, options: ModelOptions, worker: Worker) -> None:
+        held = self._held.get(options)
         if held and held.worker is worker:
-            del self._held[model_id]
+            del self._held[options]
 
     async def _describe(self, entry: ModelEntry) -> dict[str, Any]:
-        held = self._held.get(entry.id)
-        resident = None
-        if held and held.worker and held.worker.alive:
-            with suppress(EngineError, asyncio.TimeoutError):
-                report = await asyncio.wait_for(held.worker.ask(Status(), priority=-1), 0.25)
-                resident = report.resident_bytes if isinstance(report, StatusReport) else None
+        held = [each for each in self._held.values() if each.entry.id == entry.id]
+        engines = [await self._engine_of(each) for each in held]
+        states = [engine["state"] for engine in engines]
+        state = "loaded" if "loaded" in states else states[0] if states else "unloaded"
+        first = next((engine for engine in engines if engine["state"] == state), None)
+        precision = self.precision(ModelOptions(model=entry.id))
+        needed = estimate(entry.shape, SessionConfig(), precision)
         return {
             "id": entry.id,
             "kind": "text",
@@ -203,41 +300,41 @@ class Models:
             "size": entry.bytes,
             "parameters": entry.parameters,
             "architecture": entry.architecture,
-            "state": self.state(entry.id),
-            "memory_estimate": entry.memory_estimate,
-            "memory": resident,
-            "device": held.loaded.device if held and held.loaded else None,
-            "job": held.job.id if held else None,
+            "state": state,
+            "memory_estimate": needed.total if entry.parameters else None,
+            "memory": first["memory"] if first else None,
+            "device": first["device"] if first else None,
+            "job": first["job"] if first else None,
+            "engines": engines,
         }
 
-    def _folders(self) -> dict[str, tuple[str, Path]]:
-        """Names of models with where they are from and their folders. A name is never a path."""
-        folders = {DEMO: ("shipped", Path(str(importlib.resources.files("trellis.demo"))) / "model")}
-        with suppress(OSError):
-            for folder in sorted(self._folder.iterdir()):
-                if _FOLDER_NAME.fullmatch(folder.name) and folder.name != DEMO and (folder / "config.json").is_file():
-                    folders[folder.name] = ("folder", folder)
-        return folders
+    async def _engine_of(self, held: Held) -> dict[str, Any]:
+        memory = None
+        if held.worker and held.worker.alive:
+            with suppress(EngineError, asyncio.TimeoutError):
+                report = await asyncio.wait_for(held.worker.ask(Status(), priority=-1), 0.25)
+                memory = report.resident_bytes if isinstance(report, StatusReport) else None
+        loaded = held.loaded
+        return {
+            "state": "loaded" if held.worker else "loading",
+            "precision": held.options.precision if not loaded else loaded.dtype,
+            "revision": held.options.revision,
+            "device": loaded.device if loaded else None,
+            "memory": memory,
+            "job": held.job.id,
+        }
 
 
-def _read_entry(name: str, source: str, path: Path) -> ModelEntry:
-    """What a folder says of itself. One that cannot be read is listed all the same; loading it says what is wrong."""
-    architecture, size, parameters = "unreadable", 0, 0
-    with suppress(*UNREADABLE):
-        config = json.loads((path / "config.json").read_text())
-        architecture = str((config.get("architectures") or [config.get("model_type", "unknown")])[0])
-    with suppress(*UNREADABLE):
-        for file in path.glob("*.safetensors"):
-            size += file.stat().st_size
-            parameters += _count_parameters(file)
-    return ModelEntry(name, source, path, size, parameters, architecture)
+def resident(worker: Worker) -> int:
+    """Bytes of memory that an engine takes; 0 when it is gone."""
+    try:
+        return int(psutil.Process(worker.pid).memory_info().rss) if worker.pid else 0
+    except psutil.Error:
+        return 0
 
 
-def _count_parameters(file: Path) -> int:
-    """The number of values in a safetensors file, from its header alone. Raises one of UNREADABLE."""
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        if length > min(_HEADER_LIMIT, file.stat().st_size):
-            raise ValueError("the header is larger than its file")
-        header = json.loads(stream.read(length))
-    return sum(math.prod(about["shape"]) for name, about in header.items() if name != "__metadata__")
+def _request(entry: ModelEntry, options: ModelOptions) -> Load:
+    return Load(
+        path=str(entry.path), repository=entry.repository, revision=options.revision, precision=options.precision,
+        device=options.device, engine=options.engine, remote_code=options.remote_code,
+    )  # fmt: skip

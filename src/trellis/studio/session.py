@@ -15,14 +15,16 @@ from functools import wraps
 from itertools import pairwise
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from ..blobs import Blobs
 from ..errors import Conflict, EngineDied, EngineStopped, Invalid, NotFound, TrellisError, WeightsMissing, shorten
 from ..messages import CHOICE, Choice, Metrics, Progress, Ranking, Written
-from ..params import Sampling, SessionConfig
+from ..params import ModelOptions, Sampling, SessionConfig
 from ..store import steering as rows
 from ..store.store import Store
-from .datasets import Prompts
+from .datasets import Datasets, Prompts
 from .growth import Growth
 from .hub import Hub
+from .keeping import prunable
 from .models import Models
 from .shown import Shown, first_words
 from .tree import Node, Tree, child_id, drift_of, node_json, node_row, offer_id, offer_seed
@@ -59,6 +61,8 @@ class Session:
         store: Store,
         hub: Hub,
         models: Models,
+        datasets: Datasets,
+        weights: Blobs,
         row: dict[str, Any],
         nodes: Iterable[Node],
         offer: dict[str, Any] | None,
@@ -67,18 +71,22 @@ class Session:
         self._store = store
         self._hub = hub
         self._models = models
+        self._datasets = datasets
+        self._weights = weights
         self.id: str = row["id"]
         self.name: str = row["name"]
         self.created: float = row["created"]
         self.config = SessionConfig.model_validate(row["config"])
-        self.prompts = Prompts(self.config.dataset, self.config.seed)
+        self._model = self.config.part(ModelOptions)
+        self.prepared: str | None = row["prompts"]
+        self.prompts: Prompts | None = None
         self.tree = Tree(nodes, row["head"])
         self.offer = Shown.from_row(offer, self.config.group_size) if offer else None
         self.intent = intent
         self.error: TrellisError | None = None
         self.loading: Progress | None = None
         self.tokens_per_second: float | None = None
-        self._growth = Growth(store, models, self.config, self.tree, self._loading_moves)
+        self._growth = Growth(store, models, weights, self.config, self.tree, self._loading_moves, self._notice)
         self._lock = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._stream: asyncio.Task[Any] | None = None
@@ -125,9 +133,9 @@ class Session:
             "learning": self.intent["body"] if self.busy and self.intent else None,
             **self._can(),
             "dataset": {
-                "source": self.prompts.source,
+                "source": self.config.dataset.source,
                 "position": self._position(),
-                "total": self.prompts.total,
+                "total": self.prompts.total if self.prompts else None,
             },
             "control": (
                 {"prompt": self.config.control_prompt, "original": original, "current": current}
@@ -253,6 +261,7 @@ class Session:
     async def resume(self) -> None:
         """Try again after a failure, or go on after the model was unloaded."""
         async with self._lock:
+            self._growth.welcome()
             if self.error:
                 self.error = None
                 self._publish("state", self.state())
@@ -265,6 +274,29 @@ class Session:
             await self._store.write(rows.rename_session, self.id, name, time.time())
             self.name = name
             self._publish("state", self.state())
+
+    @to_its_end
+    async def name_node(self, node: str, name: str) -> None:
+        """Give a node a name of its own, or take it away; the weights of a node with a name stay on disk."""
+        async with self._lock:
+            self._require_open()
+            found = self.node(node)
+            await self._store.write(rows.name_node, found.id, name or None)
+            self.tree.note(found.id, name=name or None)
+            self._publish("node_named", {"node": found.id, "name": name})
+
+    async def open_prompts(self) -> None:
+        """Have the prompts at hand, if they were made ready before."""
+        if self.prepared is not None and self.prompts is None:
+            try:
+                self.prompts = await self._datasets.open(self.prepared, self.config.dataset, self.config.seed)
+            except (OSError, ValueError):
+                log.warning("session %s: its prompts are gone and must be read again", self.id)
+
+    async def at_hand(self, node: Node) -> None:
+        """Have the weights of a node on disk, working them out again if need be."""
+        if not self._growth.has(node.weights):
+            await self._growth.regrow(WeightsMissing(node.weights))
 
     async def sample(self, prompt: str, node: str | None, n: int, sampling: Sampling, seed: int) -> list[str]:
         """Answers from any node without moving the session."""
@@ -284,16 +316,16 @@ class Session:
         found = await self._store.read(rows.get_offers, [node.answered for node in missing if node.answered])
         for node in missing:
             self._labels[node.id] = first_words(node, found.get(node.answered or ""))
-        return self._labels
+        return self._labels | {node.id: node.name for node in self.tree.nodes.values() if node.name}
 
     def warm(self) -> None:
         """Somebody looks at the session: have its model ready before they choose. Never waits."""
-        if self._models.state(self.config.model) == "unloaded" and not self._closed:
+        if self._models.state(self._model) == "unloaded" and not self._closed and not self.error:
             self._warming = asyncio.create_task(self._load_ahead())
 
     async def _load_ahead(self) -> None:
         try:
-            await self._models.load(self.config.model)
+            await self._models.load(self._model)
         except TrellisError as error:
             log.warning("could not load ahead: %s", error.message)
 
@@ -415,6 +447,7 @@ class Session:
         """What was wanted has changed: drop work that no longer matters, and do what is missing."""
         if self._stream and not self._stream.done():
             self._stream.cancel()
+        self._growth.welcome()
         self.wake()
 
     async def _run(self) -> None:
@@ -442,6 +475,8 @@ class Session:
                 deaths += 1
                 if deaths > 2:
                     self._fail(error)
+                else:
+                    self._notice(f"{error.message} It is started again; nothing is lost.")
             except TrellisError as error:
                 self._fail(error)
             except Exception:
@@ -452,8 +487,12 @@ class Session:
         """The next piece of work, most urgent first; None when a person has to say something."""
         if self.error or self._closed:
             return None
+        if self.prompts is None:
+            return self._prepare
         if not self.tree.root.weights:
             return self._plant
+        if not self._growth.has(self.tree.head.weights):
+            return self._fetch
         if self.intent:
             return self._learn
         if self.offer is None:
@@ -469,6 +508,35 @@ class Session:
             if node.control is None:
                 return node
         return None
+
+    async def _prepare(self) -> None:
+        """Have the prompts at hand, made ready from where they come from if they are not."""
+        config = self.config
+        await self.open_prompts()
+        if self.prompts is not None:
+            return
+        try:
+            prepared = await self._interruptible(self._datasets.prepare(config.dataset, self._loading_moves))
+        finally:
+            self._loading_moves(None)
+        async with self._lock:
+            await self._store.write(rows.set_prompts, self.id, prepared)
+            self.prepared = prepared
+            self.prompts = await self._datasets.open(prepared, config.dataset, config.seed)
+            self._publish("state", self.state())
+
+    async def _fetch(self) -> None:
+        """Work out the head's weights again, which were pruned."""
+        await self._interruptible(self.at_hand(self.tree.head))
+        await self._prune()
+
+    async def _prune(self) -> None:
+        """Delete the weights that need not stay on disk and that no other session names."""
+        spare = [weights for weights in prunable(self.tree, self.config) if weights in self._weights]
+        if spare:
+            others = await self._store.read(rows.weights_of_others, self.id, spare)
+            for weights in set(spare) - others:
+                await asyncio.to_thread(self._weights.discard, weights)
 
     async def _plant(self) -> None:
         root = self.tree.root
@@ -496,11 +564,14 @@ class Session:
             notes = {parent.id: {"forward": node.id, "shown": body["offer"]}}
             await self._store.write(self._commit_node, node, notes, intent)
             self._arrive(node, notes)
+            await self._prune()
 
     async def _begin_offer(self) -> None:
+        assert self.prompts is not None
         async with self._lock:
             if self.offer is None:
-                await self._new_offer(self.prompts.at(self.tree.head.position), None)
+                prompt = await asyncio.to_thread(self.prompts.at, self.tree.head.position)
+                await self._new_offer(prompt, None)
 
     async def _new_offer(self, prompt: str, intent: dict[str, Any] | None) -> None:
         """Put a new offer on the screen, empty as yet, and close the intent that asked for it. The lock is held."""
@@ -579,6 +650,10 @@ class Session:
         else:
             self._publish("state", self.state())
 
+    def _notice(self, message: str) -> None:
+        """Something that a person should know of and need do nothing about."""
+        self._publish("notice", {"message": message})
+
     def _option_grows(self, index: int, text: str) -> None:
         assert self.offer is not None
         self.offer.texts[index] += text
@@ -590,7 +665,7 @@ class Session:
 
     def _position(self) -> int:
         """Which prompt of the round stands at the head, counted from 0."""
-        return self.tree.head.position % self.prompts.total
+        return self.tree.head.position % self.prompts.total if self.prompts else self.tree.head.position
 
     def _publish(self, name: str, data: dict[str, Any]) -> None:
         if not self._closed:

@@ -6,17 +6,18 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
 
 from ..blobs import Blobs
-from ..errors import NotFound, TrellisError, shorten
+from ..errors import Invalid, NotFound, TrellisError, shorten
 from ..messages import derived_seed
 from ..params import Sampling, SessionConfig, default_learning_rate, invalid_from
 from ..store import steering as rows
 from ..store.store import Store
+from .datasets import Datasets
 from .hub import Hub, HubEvent
 from .jobs import timestamp
 from .models import Models
@@ -37,8 +38,9 @@ NAMES = (
 class Steering:
     """All sessions. One that was asked for stays in memory; every one is in the store."""
 
-    def __init__(self, store: Store, hub: Hub, models: Models, weights: Blobs) -> None:
+    def __init__(self, store: Store, hub: Hub, models: Models, datasets: Datasets, weights: Blobs) -> None:
         self._store = store
+        self._datasets = datasets
         self._weights = weights
         self._hub = hub
         self._models = models
@@ -66,7 +68,15 @@ class Steering:
         if request and (known := await self._store.read(rows.session_by_request, request)):
             return await self.session(known)
         parsed = SessionConfig.parse(config)
-        entry = await self._models.find(parsed.model, field="config.model")
+        entry = await self._models.catalog.find(parsed.model, field="config.model")
+        if parsed.remote_code and not entry.repository:
+            raise Invalid(
+                "config.remote_code: only a model on the hub, pinned to a commit, may run its own code.",
+                field="config.remote_code",
+                next_step="Turn it off.",
+            )
+        if parsed.dataset.source != "demo":
+            await self._datasets.preview(parsed.dataset)
         if parsed.learning_rate is None:
             parsed = parsed.model_copy(update={"learning_rate": default_learning_rate(entry.parameters)})
         now = time.time()
@@ -77,13 +87,31 @@ class Steering:
         )  # fmt: skip
         row = {
             "id": session_id, "request": request, "name": name or await self._free_name(),
-            "config": parsed.model_dump(mode="json"), "head": root.id, "offer": None, "created": now, "updated": now,
+            "config": parsed.model_dump(mode="json"), "head": root.id, "offer": None,
+            "prompts": "" if parsed.dataset.source == "demo" else None,
+            "created": now, "updated": now,
         }  # fmt: skip
         await self._store.write(rows.add_session, row, node_row(root))
-        session = Session(self._store, self._hub, self._models, row, [root], None, None)
+        session = self._session(row, [root], None, None)
+        await session.open_prompts()
         self._sessions[session_id] = session
         session.wake()
         return session
+
+    async def check(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What is wrong with a partial configuration, and what its model would take: nothing is loaded or changed."""
+        errors: list[dict[str, str]] = []
+        try:
+            parsed = SessionConfig.parse(config)
+        except Invalid as error:
+            errors, parsed = error.fields, SessionConfig.as_far_as_valid(config)
+        memory = None
+        try:
+            entry = await self._models.catalog.find(parsed.model, field="config.model")
+            memory = await asyncio.to_thread(self._models.fits, entry, parsed)
+        except NotFound as error:
+            errors = [*errors, {"field": "config.model", "message": error.message}]
+        return {"errors": errors, "memory": memory}
 
     async def session(self, session_id: str) -> Session:
         """A session by its id. Raises NotFound."""
@@ -99,14 +127,16 @@ class Steering:
                         next_step="Your sessions are listed on the first page.",
                     )
                 await self._let_idle_ones_go()
-                self._sessions[session_id] = self._read(*found)
+                read = self._read(*found)
+                await read.open_prompts()
+                self._sessions[session_id] = read
         session = self._sessions[session_id]
         session.used = time.monotonic()
         return session
 
     def _read(self, row: rows.Row, nodes: list[rows.Row], offer: rows.Row | None, intent: rows.Row | None) -> Session:
         try:
-            return Session(self._store, self._hub, self._models, row, map(node_from, nodes), offer, intent)
+            return self._session(row, map(node_from, nodes), offer, intent)
         except ValidationError as error:
             problem = invalid_from(error, prefix="config")
             raise TrellisError(
@@ -114,6 +144,13 @@ class Steering:
                 code="session_unreadable",
                 next_step="Open it with the version that wrote it. Nothing was changed.",
             ) from None
+
+    def _session(
+        self, row: rows.Row, nodes: Iterable[Node], offer: rows.Row | None, intent: rows.Row | None
+    ) -> Session:
+        return Session(
+            self._store, self._hub, self._models, self._datasets, self._weights, row, nodes, offer, intent
+        )  # fmt: skip
 
     async def _let_idle_ones_go(self) -> None:
         """Sessions that nobody has used for a while leave memory; the store has all of them."""
@@ -148,6 +185,8 @@ class Steering:
         own = {node.weights for node in session.tree.nodes.values() if node.weights}
         for unused in own - await self._store.read(rows.all_weights):
             await asyncio.to_thread(self._weights.discard, unused)
+        if session.prepared and not await self._store.read(rows.prompts_are_used, session.prepared):
+            await self._datasets.discard(session.prepared)
 
     async def events(self, session_id: str, after: str | None) -> AsyncIterator[HubEvent]:
         """What happens in a session, from an event id on; the whole state first where there is none."""
@@ -157,12 +196,15 @@ class Steering:
             yield event
 
     async def sample(
-        self, session_id: str, prompt: str, node: str | None, n: int, sampling: Mapping[str, Any]
+        self, session_id: str, prompt: str, node: str | None, n: int, sampling: Mapping[str, Any], key: str = ""
     ) -> list[str]:
-        """Answers from any node (the head, where none is named) without moving the session."""
+        """Answers from any node (the head, where none is named) without moving the session.
+
+        With a `key`, the random numbers follow from it instead of from the node: what differs is the weights alone.
+        """
         session = await self.session(session_id)
         config = SessionConfig.parse(session.config.model_dump(mode="json") | dict(sampling))
-        seed = derived_seed("sample", config.seed, node or session.tree.head_id, prompt)
+        seed = derived_seed("sample", config.seed, key or node or session.tree.head_id, prompt)
         return await session.sample(prompt, node, n, config.part(Sampling), seed)
 
     async def tree(self, session_id: str) -> dict[str, Any]:
@@ -177,6 +219,7 @@ class Steering:
                     "choice": node_row(node)["choice"],
                     "drift": drift_of(node, tree),
                     "metrics": node.metrics.model_dump() if node.metrics else None,
+                    "name": node.name,
                     "created": timestamp(node.created),
                 }
                 for node in tree.nodes.values()

@@ -3,29 +3,48 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
 from ..blobs import Blobs
+from ..settings import Settings
 from ..store.store import Store
+from ..workers.reader import Reader
 from ..workers.worker import Spawn
+from .catalog import Catalog
+from .comparing import Comparisons
+from .datasets import Datasets
+from .exports import Exports
 from .hub import Hub
 from .jobs import Jobs
 from .models import Models
 from .steering import Steering
+from .uploads import Uploads
 
 
 class Studio:
     """Everything that outlives a request."""
 
-    def __init__(self, store: Store, spawn: Spawn, models_folder: Path, weights: Blobs) -> None:
+    def __init__(self, store: Store, spawn: Spawn, settings: Settings) -> None:
+        hub_files = settings.save_dir / "hub"
+        weights = Blobs(settings.weights_dir)
         self.store = store
         self.hub = Hub()
         self.jobs = Jobs(store, self.hub)
-        self.models = Models(self.jobs, spawn, models_folder)
-        self.steering = Steering(store, self.hub, self.models, weights)
+        catalog = Catalog(settings.models_folders, hub_files)
+        self.models = Models(self.jobs, spawn, catalog, settings.engine_memory, settings.idle_minutes * 60)
+        reader = Reader(hub_files, settings.hub_timeout)
+        self.datasets = Datasets(reader, settings.prompts_folders, Blobs(settings.save_dir / "prepared"))
+        self.steering = Steering(store, self.hub, self.models, self.datasets, weights)
+        self.comparisons = Comparisons(self.jobs, self.steering)
+        self.exports = Exports(self.jobs, self.steering, catalog, spawn, weights, settings.save_dir / "exports")
+        self.uploads = Uploads(
+            settings.save_dir / "uploads", settings.prompts_folders[0], settings.models_folders[0],
+            int(settings.upload_gb * 1e9),
+        )  # fmt: skip
 
     async def open(self) -> None:
         await self.jobs.open()
+        await self.models.open()
+        await asyncio.to_thread(self.exports.sweep)
         await self.steering.open()
 
     async def close(self) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 from ..messages import CHOICE, Choice, Metrics, derived_seed, recipe_id
@@ -33,6 +33,7 @@ class Node:
     shown: str | None
     forward: str | None
     created: float
+    name: str | None = None
 
     @property
     def learned(self) -> bool:
@@ -121,6 +122,7 @@ def node_json(node: Node, tree: Tree) -> dict[str, Any]:
         "choice": None if node.choice is None else CHOICE.dump_python(node.choice, mode="json"),
         "metrics": node.metrics.model_dump() if node.metrics else None,
         "drift": drift_of(node, tree),
+        "name": node.name,
     }
 
 
@@ -160,14 +162,20 @@ def replayed(config: SessionConfig, path: list[Node]) -> list[Node]:
     return random.Random(derived_seed("replay", config.seed, path[-1].weights)).sample(earlier, count)
 
 
-def prompt_order(seed: int, total: int, position: int) -> int:
-    """Which prompt stands at a position: a seeded shuffle, another one for each round through the prompts."""
-    round_number, place = divmod(position, total)
-    return _order(seed, total, round_number)[place]
+def shuffled(place: int, total: int, seed: int) -> int:
+    """Where a seeded permutation of `total` things takes one of them, without making a list of all.
 
-
-@lru_cache(maxsize=16)
-def _order(seed: int, total: int, round_number: int) -> tuple[int, ...]:
-    order = list(range(total))
-    random.Random(derived_seed("prompts", seed, round_number)).shuffle(order)
-    return tuple(order)
+    A Feistel network over the next power of four, walked until it lands inside (Black and Rogaway 2002, "Ciphers
+    with arbitrary finite domains"): at most four tries on average, and no memory, for a million prompts as for ten.
+    """
+    half = max(1, ((total - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    at = place
+    while True:
+        left, right = at >> half, at & mask
+        for turn in range(4):
+            digest = hashlib.blake2b(f"{seed}.{turn}.{right}".encode(), digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(digest, "big") & mask)
+        at = left << half | right
+        if at < total:
+            return at

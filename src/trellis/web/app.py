@@ -15,11 +15,15 @@ from ..settings import Settings
 from ..studio.studio import Studio
 from . import failures
 from .access import MAX_BODY, Access, Guard
+from .api import exports as exports_api
 from .api import health
+from .api import jobs as jobs_api
 from .api import models as models_api
 from .api import steering as steering_api
-from .pages import login, models, steering
-from .render import STATIC, Render
+from .api import uploads as uploads_api
+from .limits import Expense
+from .pages import login, models, review, setup, steering
+from .render import STATIC, VERSION, Render
 
 
 class VersionedFiles(StaticFiles):
@@ -54,9 +58,23 @@ def create_app(studio: Studio, settings: Settings) -> ASGIApp:
     guard = Guard(settings, studio.store)
     app.state.studio = studio
     app.state.guard = guard
+    app.state.expense = Expense(settings.rate_limit)
     app.state.render = Render(guard.wanted)
     failures.install(app, app.state.render)
-    for part in (steering_api, models_api, health, steering, models, login):
+    parts = (
+        steering_api,
+        models_api,
+        jobs_api,
+        uploads_api,
+        exports_api,
+        health,
+        setup,
+        steering,
+        review,
+        models,
+        login,
+    )
+    for part in parts:
         app.include_router(part.router)
-    app.mount("/static", VersionedFiles(directory=STATIC), name="static")
+    app.mount(f"/static/{VERSION}", VersionedFiles(directory=STATIC), name="static")
     return Access(app, settings, guard)

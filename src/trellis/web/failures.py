@@ -24,7 +24,11 @@ STATUS: tuple[tuple[type[TrellisError], int], ...] = (
     (Refused, 403),
     (EngineError, 503),
 )
-BY_CODE = {"too_many_tries": 429, "wrong_password": 401, "too_large": 413}
+BY_CODE = {
+    "too_many_tries": 429, "too_many_requests": 429, "wrong_password": 401, "too_large": 413,
+    "out_of_memory": 409, "disk_full": 507, "not_found": 404, "permission_denied": 403, "timeout": 504, "network": 502,
+    "corrupt_file": 422,
+}  # fmt: skip
 
 
 def status_of(error: TrellisError) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
 from .. import __version__
@@ -25,6 +26,10 @@ def _version() -> str:
     return digest.hexdigest()[:12]
 
 
+VERSION = _version()
+"""Part of the address of every static file, so that modules that import each other are of one version."""
+
+
 class Render:
     """Templates, loaded once and kept."""
 
@@ -38,7 +43,7 @@ class Render:
             auto_reload=False,
         )
         self._environment.globals.update(
-            version=__version__, static=_version(), letters=LETTERS, can_log_out=logged_in, times=times
+            version=__version__, static=f"/static/{VERSION}", letters=LETTERS, can_log_out=logged_in, times=times
         )
         self._environment.filters.update(
             percent=percent, size=size, ago=ago, count=lambda value: f"{value:,}".replace(",", " ")
@@ -49,6 +54,11 @@ class Render:
 
     def text(self, template: str, /, **values: Any) -> str:
         return self._environment.get_template(template).render(values)
+
+
+def render_of(request: Request) -> Render:
+    render: Render = request.app.state.render
+    return render
 
 
 def percent(value: float | None, digits: int = 0) -> str:

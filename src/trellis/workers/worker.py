@@ -55,7 +55,9 @@ class ProcessEngine:
         self._process.kill()
 
 
-def process_spawner(weights: Path, logs: Path, threads: int, fake: bool) -> Spawn:
+def process_spawner(
+    weights: Path, logs: Path, threads: int = 0, fake: bool = False, memory_limit: int = 0, hub_timeout: float = 60.0
+) -> Spawn:
     """Engines as child processes of this interpreter, each with a log of its own."""
     numbers = itertools.count(1)
 
@@ -63,7 +65,8 @@ def process_spawner(weights: Path, logs: Path, threads: int, fake: bool) -> Spaw
         logs.mkdir(parents=True, exist_ok=True)
         log = logs / f"engine-{os.getpid()}-{next(numbers)}.log"
         command = [sys.executable, "-m", "trellis.engine", "--fd", str(sock.fileno()), "--weights", str(weights),
-                   "--threads", str(threads), *(["--fake"] if fake else [])]  # fmt: skip
+                   "--threads", str(threads), "--memory-limit", str(memory_limit), "--hub-timeout", str(hub_timeout),
+                   *(["--fake"] if fake else [])]  # fmt: skip
         with log.open("wb") as output:
             process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
                 command,
@@ -134,6 +137,11 @@ class Worker:
     @property
     def pid(self) -> int | None:
         return self._engine.pid
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody waits for an answer."""
+        return bool(self._waiting)
 
     @property
     def alive(self) -> bool:

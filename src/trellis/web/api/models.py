@@ -1,4 +1,4 @@
-"""The JSON API of models and jobs."""
+"""The JSON API of models."""
 
 from __future__ import annotations
 
@@ -6,62 +6,47 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 from pydantic import Field
-from starlette.responses import StreamingResponse
+from starlette.responses import Response
 
+from ...params import ModelOptions
 from ...studio.jobs import as_json
-from ..live import event_stream, resume_point
-from .steering import Body, OfStudio, RequestId
+from ..limits import expensive
+from .steering import OfStudio, RequestId
 
-router = APIRouter(prefix="/api", tags=["models and jobs"])
+router = APIRouter(prefix="/api/models", tags=["models"])
 
 
-class LoadModel(Body):
+class LoadModel(ModelOptions):
+    """Which model, and how it is loaded. `context_length` is taken for the estimate alone."""
+
     model: str = Field(min_length=1, max_length=200)
+    context_length: int | None = Field(None, ge=64, le=131_072)
+
+    def options(self) -> ModelOptions:
+        return ModelOptions.model_validate({name: getattr(self, name) for name in ModelOptions.model_fields})
 
 
-@router.get("/models")
+@router.get("")
 async def models(studio: OfStudio) -> list[dict[str, Any]]:
-    """Known models: id, kind, source, size, state, memory estimate."""
+    """Known models: id, kind, source, size, state, memory estimate, and the engines that hold each."""
     return await studio.models.list()
 
 
-@router.post("/models/load", status_code=202)
+@router.post("/load", status_code=202, dependencies=[Depends(expensive)])
 async def load(body: LoadModel, studio: OfStudio, request: RequestId) -> dict[str, Any]:
     """Start loading a model. A loaded one answers with the job that loaded it."""
-    return as_json((await studio.models.load(body.model, request)).row)
+    return as_json((await studio.models.load(body.options(), request)).row)
 
 
-@router.post("/models/{model}/unload", status_code=202)
-async def unload(model: str, studio: OfStudio) -> dict[str, str]:
+@router.post("/{model:path}/unload", status_code=202)
+async def unload(model: Annotated[str, Field(max_length=200)], studio: OfStudio) -> dict[str, str]:
+    """End all engines of a model and give their memory back."""
     await studio.models.unload(model)
     return {"model": model, "state": "unloaded"}
 
 
-@router.get("/jobs")
-async def jobs(studio: OfStudio) -> list[dict[str, Any]]:
-    return await studio.jobs.list()
-
-
-async def job_of(job: str, studio: OfStudio) -> dict[str, Any]:
-    return await studio.jobs.get(job)
-
-
-OfJob = Annotated[dict[str, Any], Depends(job_of)]
-
-
-@router.get("/jobs/{job}")
-async def job(found: OfJob) -> dict[str, Any]:
-    return found
-
-
-@router.post("/jobs/{job}/cancel", status_code=202)
-async def cancel(found: OfJob, studio: OfStudio) -> dict[str, Any]:
-    return await studio.jobs.cancel(found["id"])
-
-
-@router.get("/jobs/{job}/events", response_class=StreamingResponse)
-async def events(
-    found: OfJob, studio: OfStudio, after: Annotated[str | None, Depends(resume_point)]
-) -> StreamingResponse:
-    """Progress, then how it ended (SSE); a finished job answers with its last event."""
-    return event_stream(studio.jobs.events(found["id"], after))
+@router.delete("/{model:path}", status_code=204)
+async def delete(model: Annotated[str, Field(max_length=200)], studio: OfStudio) -> Response:
+    """Remove the files of a model that was uploaded, put here, or fetched from the hub."""
+    await studio.models.delete(model)
+    return Response(status_code=204)

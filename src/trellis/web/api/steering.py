@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
 from ...messages import Choice
-from ...params import PROMPT_LIMIT, SessionConfig, storable
+from ...params import SessionConfig
 from ...studio import journal as journals
+from ...studio.jobs import as_json
+from ...studio.presets import all_presets
 from ...studio.session import Session
 from ...studio.studio import Studio
+from ...texts import PROMPT_LIMIT, storable
+from ..limits import expensive
 from ..live import event_stream, resume_point
 
 router = APIRouter(prefix="/api/steering", tags=["steering"])
@@ -46,6 +50,30 @@ class Goto(Body):
 
 class NewPrompt(Body):
     text: Words
+
+
+class Check(Body):
+    config: dict[str, Any] = {}
+
+
+class Preview(Body):
+    dataset: dict[str, Any] = {}
+
+
+class NodeName(Body):
+    name: Annotated[str, Field(max_length=200), AfterValidator(storable)]
+
+
+class Compare(Body):
+    left: str = Field(max_length=100)
+    right: str = Field(max_length=100)
+    prompts: list[Words] = Field([], max_length=12)
+
+
+class Export(Body):
+    kind: Literal["adapter", "merged"]
+    name: str = Field(min_length=1, max_length=100)
+    node: str | None = Field(None, max_length=100)
 
 
 class Sample(Body):
@@ -89,10 +117,34 @@ async def defaults() -> dict[str, Any]:
     return SessionConfig().model_dump(mode="json")
 
 
-@router.post("/sessions", status_code=201)
+@router.post("/sessions", status_code=201, dependencies=[Depends(expensive)])
 async def create(body: NewSession, studio: OfStudio, request: RequestId) -> dict[str, Any]:
     """A new session; loads the model if needed, then offers the first options."""
     return (await studio.steering.create(body.name, body.config, request)).state()
+
+
+@router.post("/check")
+async def check(body: Check, studio: OfStudio) -> dict[str, Any]:
+    """What is wrong with a partial configuration, field by field, and whether its model would fit into memory."""
+    return await studio.steering.check(body.config)
+
+
+@router.get("/presets")
+async def presets() -> list[dict[str, Any]]:
+    """Sets of options to begin with."""
+    return [preset.as_json() for preset in all_presets()]
+
+
+@router.get("/files")
+async def files(studio: OfStudio) -> list[dict[str, Any]]:
+    """Files of prompts that a dataset can name."""
+    return await studio.datasets.files()
+
+
+@router.post("/preview", dependencies=[Depends(expensive)])
+async def preview(body: Preview, studio: OfStudio) -> dict[str, Any]:
+    """The first prompts of a dataset, the column they are from, and what else there is to choose."""
+    return await studio.datasets.preview(SessionConfig.parse({"dataset": body.dataset}).dataset)
 
 
 @router.get("/sessions")
@@ -163,7 +215,27 @@ async def prompt(body: NewPrompt, session: OfSession, request: RequestId) -> dic
     return {"request": request}
 
 
-@router.post("/sessions/{session}/sample")
+@router.patch("/sessions/{session}/nodes/{node}")
+async def name_node(body: NodeName, session: OfSession, node: str) -> dict[str, Any]:
+    """Give a node a name; an empty one takes it away."""
+    await session.name_node(node, body.name.strip())
+    return {"node": node, "name": body.name.strip() or None}
+
+
+@router.post("/sessions/{session}/compare", status_code=202, dependencies=[Depends(expensive)])
+async def compare(body: Compare, session: OfSession, studio: OfStudio, request: RequestId) -> dict[str, Any]:
+    """Answer prompts from two nodes with the same seed: a job whose result has both answers to each."""
+    prompts = list(body.prompts) or await studio.comparisons.usual_prompts(session.id)
+    return as_json((await studio.comparisons.start(session.id, body.left, body.right, prompts, request)).row)
+
+
+@router.post("/sessions/{session}/exports", status_code=202, dependencies=[Depends(expensive)])
+async def export(body: Export, session: OfSession, studio: OfStudio, request: RequestId) -> dict[str, Any]:
+    """Take a node away as a folder: a job whose result is {path, files, bytes, checks}."""
+    return as_json((await studio.exports.start(session.id, body.kind, body.name, body.node, request)).row)
+
+
+@router.post("/sessions/{session}/sample", dependencies=[Depends(expensive)])
 async def sample(body: Sample, session: OfSession, studio: OfStudio) -> dict[str, list[str]]:
     """Answers from any node (default: the head) without moving the session."""
     answers = await studio.steering.sample(session.id, body.prompt, body.node, body.n, body.sampling)
@@ -176,10 +248,11 @@ async def tree(session: OfSession, studio: OfStudio) -> dict[str, Any]:
 
 
 @router.get("/sessions/{session}/journal", response_class=PlainTextResponse)
-async def journal(session: OfSession, studio: OfStudio) -> Response:
+async def journal(session: OfSession, studio: OfStudio, download: bool = False) -> Response:
     """The branch to the head as Markdown."""
     text = await journals.journal(studio.store, session)
-    return Response(text, media_type="text/markdown; charset=utf-8")
+    headers = {"content-disposition": f'attachment; filename="{session.id}-journal.md"'} if download else {}
+    return Response(text, media_type="text/markdown; charset=utf-8", headers=headers)
 
 
 @router.get("/sessions/{session}/choices")

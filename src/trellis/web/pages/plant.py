@@ -33,19 +33,44 @@ class Plant:
     stems: list[Stem]
     width: int
     height: int
+    hidden: int = 0
 
 
-def grow(tree: Tree) -> Plant:
-    """Lay a tree out: a child stands above its parent, each branch in a lane of its own, the newest at the top."""
+def grow(tree: Tree, most: int | None = None) -> Plant:
+    """Lay a tree out: a child stands above its parent, each branch in a lane of its own, the newest at the top.
+
+    Of a tree with more than `most` nodes the long stretches are left out: what stays are the newest, those around
+    the head, the root, and all that have a name or where branches part. A node stands above its nearest ancestor.
+    """
     order = sorted(tree.nodes.values(), key=lambda node: (-node.created, -node.step))
+    total = len(order)
+    if most is not None and total > most:
+        order = _worth_showing(tree, order, most)
     rows = {node.id: row for row, node in enumerate(order)}
     lanes = _lanes(tree)
     path = {node.id for node in tree.path(tree.head_id)}
     at = {node.id: (EDGE + lanes[node.id] * LANE, ROW // 2 + rows[node.id] * ROW) for node in order}
     leaves = [Leaf(node, *at[node.id], node.id in path, node.id == tree.head_id) for node in order]
-    stems = [Stem(_stem(at[node.parent], at[node.id]), node.id in path) for node in order if node.parent is not None]
+    stems = []
+    for node in order:
+        parent = node.parent
+        while parent is not None and parent not in at:
+            parent = tree.nodes[parent].parent
+        if parent is not None:
+            stems.append(Stem(_stem(at[parent], at[node.id]), node.id in path))
     stems.sort(key=lambda stem: stem.on_path)  # the way to the head is drawn over the others
-    return Plant(leaves, stems, 2 * EDGE + max(lanes.values()) * LANE, len(order) * ROW)
+    widest = max(lanes[node.id] for node in order)
+    return Plant(leaves, stems, 2 * EDGE + widest * LANE, len(order) * ROW, total - len(order))
+
+
+def _worth_showing(tree: Tree, order: list[Node], most: int) -> list[Node]:
+    """The nodes to show, in their order: never more than twice `most`."""
+    wanted = [node.id for node in reversed(tree.path(tree.head_id))][: most // 3]
+    wanted += [node.id for node in order if node.name][: most // 3]
+    wanted += [node.id for node in order if len(tree.children(node.id)) > 1][: most // 3]
+    wanted += [tree.root.id, *(node.id for node in order[: most // 2])]
+    shown = set(wanted)
+    return [node for node in order if node.id in shown]
 
 
 def _lanes(tree: Tree) -> dict[str, int]:
@@ -80,3 +105,33 @@ def curve(values: list[float], width: int, height: int) -> str:
     top = max(*values, 0.01)
     step = width / (len(values) - 1)
     return " ".join(f"{i * step:.1f},{height - 2 - value / top * (height - 4):.1f}" for i, value in enumerate(values))
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A curve with its axes, in a box of 320 by 120: points, marks on the left, and the first and last step."""
+
+    title: str
+    unit: str
+    points: str
+    top: str
+    first: int
+    last: int
+    latest: str
+
+
+def chart(title: str, unit: str, values: list[tuple[int, float]], most: int = 400) -> Chart:
+    """A chart of (step, value) pairs; at most `most` points are drawn, the last among them."""
+    if len(values) < 2:
+        latest = f"{values[0][1]:.3g}" if values else "–"
+        return Chart(title, unit, "", "", 0, 0, latest)
+    stride = -(-len(values) // most)
+    kept = [*values[::stride][:-1], values[-1]] if stride > 1 else values
+    top = max(1e-9, *(value for _, value in values))
+    low = min(0.0, *(value for _, value in values))
+    first, last = values[0][0], max(values[-1][0], values[0][0] + 1)
+    points = " ".join(
+        f"{(step - first) / (last - first) * 320:.1f},{116 - (value - low) / (top - low or 1) * 110:.1f}"
+        for step, value in kept
+    )
+    return Chart(title, unit, points, f"{top:.3g}", first, last, f"{values[-1][1]:.3g}")

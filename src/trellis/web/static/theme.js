@@ -1,4 +1,5 @@
 // Runs before the first paint, so that a page never flashes in the wrong theme. The switch is remembered.
+document.documentElement.classList.add("js");
 const chosen = localStorage.getItem("theme");
 if (chosen) document.documentElement.dataset.theme = chosen;
 document.addEventListener("click", (event) => {

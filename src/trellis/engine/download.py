@@ -1,0 +1,263 @@
+"""A model's files from the Hugging Face hub: listed first, then fetched with true bytes, resumed where they broke off.
+
+Address and token come from the environment that huggingface_hub itself reads (HF_ENDPOINT, HF_TOKEN). It does
+not load models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ..errors import LoadFailed, TrellisError
+from ..messages import Progress
+
+WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
+          "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja", "*.tiktoken", "*.model",
+          "LICENSE*", "README.md"]  # fmt: skip
+POLL_SECONDS = 0.1
+ROOM = 200_000_000
+"""Bytes that a download leaves free on the disk."""
+
+
+def marker(cache: Path, repository: str, commit: str) -> Path:
+    """The file that says of a commit that all of it is here."""
+    return cache / "complete" / f"{repository.replace('/', '--')}@{commit}.json"
+
+
+def download(
+    repository: str, revision: str, cache: Path, with_code: bool, patience: float
+) -> Generator[Progress | None, None, Path]:
+    """The folder of a repository at a revision, fetched as far as it is not there. Raises LoadFailed."""
+    revision = revision or "main"
+    if known := _kept(cache, repository, revision):
+        return known
+    yield Progress(stage="connecting", fraction=0.01, message=f"Asking the hub for {repository}")
+    patterns = [*WANTED, "*.py"] if with_code else WANTED
+    try:
+        info = yield from _beside(patience, "The hub did not answer", _info, repository, revision)
+    except LoadFailed as error:
+        kept = _latest(cache, repository, revision) if error.code in ("network", "timeout") else None
+        if kept is None:
+            raise
+        return kept  # without the hub, what was fetched before is as good
+    commit, sizes = str(info.sha), _wanted_sizes(info, patterns)
+    if not any(name.endswith(".safetensors") for name in sizes):
+        raise LoadFailed(
+            f"The repository “{repository}” has no safetensors files.",
+            code="not_found",
+            next_step="Choose a model that is published as safetensors; other formats can carry code and are not read.",
+        )
+    if known := _kept(cache, repository, commit):
+        _remember(cache, repository, commit, revision, known)
+        return known
+    total = sum(sizes.values())
+    store = cache / f"models--{repository.replace('/', '--')}" / "blobs"
+    store.mkdir(parents=True, exist_ok=True)
+    have = _bytes_in(store)
+    _require_room(cache, total - have, repository)
+    begun, moved = time.monotonic(), time.monotonic()
+    done = have
+    fetching = _Thread(
+        lambda: snapshot_download(
+            repository,
+            revision=commit,
+            cache_dir=cache,
+            allow_patterns=list(sizes),
+            max_workers=4,
+            etag_timeout=patience,
+        )
+    )
+    while fetching.is_alive():
+        fetching.join(POLL_SECONDS)
+        now, found = time.monotonic(), _bytes_in(store)
+        if found != done:
+            done, moved = found, now
+        if now - moved > patience:
+            raise _timeout(f"No byte of “{repository}” has come for {patience:.0f} seconds.")
+        rate = max(done - have, 0) / max(now - begun, 1e-6)
+        yield Progress(
+            stage="downloading",
+            fraction=0.01 + 0.09 * min(done / max(total, 1), 1.0),
+            message=f"Downloading {repository}",
+            bytes=min(done, total),
+            total_bytes=total,
+            rate=rate,
+            seconds_left=max(total - done, 0) / rate if rate else None,
+        )
+    folder = Path(fetching.result(repository, revision))
+    for name, size in sizes.items():
+        if not (folder / name).is_file() or (size and (folder / name).stat().st_size != size):
+            raise LoadFailed(
+                f"The file “{name}” of “{repository}” did not arrive whole.",
+                code="corrupt_file",
+                next_step="Load it again: what has arrived is kept, and the rest is fetched.",
+            )
+    _remember(cache, repository, commit, revision, folder)
+    return folder
+
+
+class _Thread(threading.Thread):
+    """Work beside the loop; its result, or its error as one a person can be shown."""
+
+    def __init__(self, work: Any) -> None:
+        super().__init__(daemon=True)
+        self._work = work
+        self._result: Any = None
+        self._error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._result = self._work()
+        except Exception as error:  # noqa: BLE001 - carried over to the thread that asked
+            self._error = error
+
+    def result(self, repository: str, revision: str) -> Any:
+        if self._error:
+            raise _in_words(self._error, repository, revision) from self._error
+        return self._result
+
+
+def _beside(patience: float, what: str, work: Any, repository: str, revision: str) -> Generator[None, None, Any]:
+    thread = _Thread(lambda: work(repository, revision, patience))
+    begun = time.monotonic()
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        if time.monotonic() - begun > patience:
+            raise _timeout(f"{what} for {patience:.0f} seconds.")
+        yield None
+    return thread.result(repository, revision)
+
+
+def _info(repository: str, revision: str, patience: float) -> Any:
+    return HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=patience)
+
+
+def _wanted_sizes(info: Any, patterns: list[str]) -> dict[str, int]:
+    """Files to fetch with their sizes. Files in folders are other formats of the same model."""
+    from fnmatch import fnmatch
+
+    names = {file.rfilename: int(file.size or 0) for file in info.siblings or []}
+    flat = {name: size for name, size in names.items() if "/" not in name}
+    return {name: size for name, size in flat.items() if any(fnmatch(name, pattern) for pattern in patterns)}
+
+
+def _kept(cache: Path, repository: str, commit: str) -> Path | None:
+    """The folder of a commit that was fetched whole before."""
+    try:
+        about = json.loads(marker(cache, repository, commit).read_text())
+    except (OSError, ValueError):
+        return None
+    folder = Path(about["folder"])
+    return folder if (folder / "config.json").is_file() else None
+
+
+def _latest(cache: Path, repository: str, revision: str) -> Path | None:
+    """What was last fetched of a branch."""
+    found: list[tuple[float, Path]] = []
+    for file in (cache / "complete").glob(f"{repository.replace('/', '--')}@*.json"):
+        about = json.loads(file.read_text())
+        if about["revision"] == revision and Path(about["folder"]).is_dir():
+            found.append((file.stat().st_mtime, Path(about["folder"])))
+    return max(found)[1] if found else None
+
+
+def _remember(cache: Path, repository: str, commit: str, revision: str, folder: Path) -> None:
+    place = marker(cache, repository, commit)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    about = {"repository": repository, "commit": commit, "revision": revision, "folder": str(folder)}
+    part = place.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(about))
+    part.replace(place)
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for file in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a part that has just become whole
+            total += file.stat().st_size
+    return total
+
+
+def _require_room(folder: Path, needed: int, repository: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed + ROOM > free:
+        raise LoadFailed(
+            f"“{repository}” needs {needed / 1e9:.2f} GB on the disk of “{folder}”, and {free / 1e9:.2f} GB are free.",
+            code="disk_full",
+            next_step="Make room there, or start the studio with another --save-dir.",
+        )
+
+
+def _timeout(message: str) -> LoadFailed:
+    return LoadFailed(
+        message, code="timeout",
+        next_step="Check the connection and load again: what has arrived is kept. TRELLIS_HUB_TIMEOUT waits longer.",
+    )  # fmt: skip
+
+
+def _in_words(error: Exception, repository: str, revision: str) -> TrellisError:
+    """What the hub's library raised, as the codes that a load can fail with."""
+    if isinstance(error, TrellisError):
+        return error
+    if isinstance(error, GatedRepoError) or _status(error) in (401, 403):
+        if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
+            return _no_repository(repository)
+        return LoadFailed(
+            f"The hub does not give “{repository}” to you.", code="permission_denied",
+            next_step="Accept its terms on the hub, and start the studio with a token that may read it in HF_TOKEN.",
+        )  # fmt: skip
+    if isinstance(error, RevisionNotFoundError):
+        return LoadFailed(
+            f"“{repository}” has no revision “{revision}”.", code="not_found",
+            next_step="Use a branch, a tag or a whole commit that its page on the hub lists.", field="revision",
+        )  # fmt: skip
+    if isinstance(error, RepositoryNotFoundError):
+        return _no_repository(repository)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return LoadFailed(
+            f"The disk became full while “{repository}” was fetched.", code="disk_full",
+            next_step="Make room and load again: what has arrived is kept.",
+        )  # fmt: skip
+    if "timed out" in str(error).lower() or "timeout" in type(error).__name__.lower():
+        return _timeout(f"The hub did not answer in time about “{repository}”.")
+    status = f" (status {_status(error)})" if _status(error) else ""
+    if isinstance(error, (HfHubHTTPError, LocalEntryNotFoundError, OSError)) or "httpx" in type(error).__module__:
+        return LoadFailed(
+            f"The hub could not be reached for “{repository}”{status}: {str(error).splitlines()[0][:200]}",
+            code="network",
+            next_step="Check the connection and load again: what has arrived is kept.",
+        )  # fmt: skip
+    return LoadFailed(
+        f"“{repository}” could not be fetched: {type(error).__name__}: {str(error)[:200]}", code="network",
+        next_step="Load it again: what has arrived is kept.",
+    )  # fmt: skip
+
+
+def _no_repository(repository: str) -> LoadFailed:
+    return LoadFailed(
+        f"There is no model “{repository}” on the hub, or it is private.", code="not_found",
+        next_step="Check the name. A private model needs HF_TOKEN set when the studio starts.",
+    )  # fmt: skip
+
+
+def _status(error: Exception) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)

@@ -1,0 +1,134 @@
+"""How much memory a model needs, before it is loaded: from the shapes in its files and the options of a session.
+
+Pure numbers; it does not know files, engines or devices. The same rows serve the form, the check before a load
+and the engine's own check after a download.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .params import Precision, SessionConfig
+
+LIBRARIES = 510_000_000
+"""Bytes that an engine's libraries take before any model is there (measured, docs/log.md)."""
+
+BYTES: Mapping[Precision, float] = {"32-bit": 4.0, "16-bit": 2.0, "8-bit": 1.03, "4-bit": 0.57}
+"""Bytes for each weight of a linear layer, scales included; embeddings stay in 16 or 32 bits."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model decides its memory. `linear` counts the weights of linear layers, `reach` is the sum of
+    inputs and outputs over them, from which an adapter's size follows."""
+
+    parameters: int = 0
+    linear: int = 0
+    reach: int = 0
+    layers: int = 0
+    hidden: int = 0
+    key_values: int = 0
+    vocabulary: int = 0
+    positions: int | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes. `loading` is what must be free to load at all; the rest comes with the longest prompt and answers."""
+
+    weights: int
+    adapter: int
+    answers: int
+    learning: int
+    libraries: int = LIBRARIES
+
+    @property
+    def loading(self) -> int:
+        return self.weights + self.libraries
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapter + self.answers + self.learning + self.libraries
+
+    def as_json(self) -> dict[str, int]:
+        return {
+            "weights": self.weights, "adapter": self.adapter, "answers": self.answers, "learning": self.learning,
+            "libraries": self.libraries, "loading": self.loading, "total": self.total,
+        }  # fmt: skip
+
+
+def shape_of(config: Mapping[str, Any], tensors: Mapping[str, list[int]]) -> Shape:
+    """A model's shape from its config.json and the shapes of its tensors by name."""
+
+    def number(*names: str) -> int:
+        inner = config.get("text_config")
+        places = [config, inner if isinstance(inner, Mapping) else {}]
+        found = [place[name] for place in places for name in names if isinstance(place.get(name), int)]
+        return max(0, found[0]) if found else 0
+
+    sizes = {name: _product(shape) for name, shape in tensors.items()}
+    linear = {name: shape for name, shape in tensors.items() if len(shape) == 2 and not _is_table(name)}
+    hidden, heads = number("hidden_size", "n_embd", "d_model"), number("num_attention_heads", "n_head") or 1
+    key_heads = number("num_key_value_heads") or heads
+    return Shape(
+        parameters=sum(sizes.values()),
+        linear=sum(sizes[name] for name in linear),
+        reach=sum(shape[0] + shape[1] for shape in linear.values()),
+        layers=number("num_hidden_layers", "n_layer"),
+        hidden=hidden,
+        key_values=2 * key_heads * (number("head_dim") or hidden // heads),
+        vocabulary=number("vocab_size"),
+        positions=number("max_position_embeddings", "n_positions") or None,
+    )
+
+
+def estimate(shape: Shape, config: SessionConfig, precision: Precision) -> Estimate:
+    """Bytes that an engine needs for a session with these options; `precision` is never “auto” here."""
+    wide = 4 if precision == "32-bit" else 2
+    per_weight = BYTES[precision]
+    weights = shape.linear * per_weight + (shape.parameters - shape.linear) * wide
+    adapter = 4 * config.lora_rank * shape.reach
+    tokens = config.group_size * min(config.context_length, shape.positions or config.context_length)
+    # Answers: keys and values for each token, and one row of logits for each option.
+    answers = tokens * shape.layers * shape.key_values * wide + config.group_size * shape.vocabulary * 4
+    # Learning: what the backward pass keeps of each layer (about 17 vectors of the hidden size for a token, after
+    # Korthikanti et al., arXiv 2205.05198, without attention scores) and three copies of the answers' logits.
+    logits = 3 * 4 * config.group_size * config.max_new_tokens * shape.vocabulary
+    learning = 17 * wide * tokens * shape.hidden * shape.layers + logits
+    return Estimate(int(weights), 8 * adapter, answers, learning)
+
+
+def what_would_fit(
+    shape: Shape, config: SessionConfig, precision: Precision, available: int
+) -> Iterator[tuple[dict[str, Any], Estimate]]:
+    """Changes of options under which a session would fit, the gentlest first, each with its estimate."""
+    ladder: list[Precision] = ["32-bit", "16-bit", "8-bit", "4-bit"]
+    changes: list[dict[str, Any]] = []
+    shorter = max(64, config.context_length // 2)
+    if config.max_new_tokens < shorter < config.context_length:
+        changes.append({"context_length": shorter})
+    if config.group_size > 2:
+        changes.append({"group_size": 2})
+    smaller: list[dict[str, Any]] = [{"precision": step} for step in ladder[ladder.index(precision) + 1 :]]
+    changes += smaller
+    if changes and smaller:
+        changes.append(changes[0] | smaller[-1] | ({"group_size": 2} if config.group_size > 2 else {}))
+    for change in changes:
+        changed = config.model_copy(update=change)
+        found = estimate(shape, changed, change.get("precision", precision))
+        if found.total <= available:
+            yield change, found
+
+
+def _is_table(name: str) -> bool:
+    """Whether a tensor is an embedding or the output layer, which get no adapter and are not quantised."""
+    return any(part in name for part in ("embed", "wte", "wpe", "lm_head"))
+
+
+def _product(shape: list[int]) -> int:
+    total = 1
+    for side in shape:
+        total *= side
+    return total

@@ -1,0 +1,87 @@
+"""The lineage of a session as a person would tell it: how it began, what each choice was, and where it led."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..messages import Written
+from ..store import steering as rows
+from ..store.store import Store
+from .jobs import timestamp
+from .journal import LETTERS
+from .session import Session
+from .shown import first_words
+from .tree import Node, drift_of
+
+
+@dataclass(frozen=True)
+class Story:
+    """`opening` and `ending` are sentences; `steps` has (step, sentence, node id) for each choice on the way."""
+
+    opening: list[str]
+    steps: list[tuple[int, str, str]]
+    ending: list[str]
+
+
+async def tell(store: Store, session: Session) -> Story:
+    """The story of the branch to the head, and a word on what was left aside."""
+    tree = session.tree
+    path = tree.path(tree.head_id)
+    offers = await store.read(rows.get_offers, [node.answered for node in path if node.answered])
+    model = "the demo model" if session.config.model == "demo" else f"“{session.config.model}”"
+    opening = [f"It began on {timestamp(session.created)[:16].replace('T', ' at ')} UTC with {model}."]
+    if session.config.system_prompt:
+        opening.append("Before every prompt it was told how to behave, by a system prompt.")
+    steps = [(node.step, _sentence(node, offers.get(node.answered or "")), node.id) for node in path[1:]]
+    return Story(opening, steps, _ending(session, path))
+
+
+def _sentence(node: Node, offer: dict[str, object] | None) -> str:
+    asked = f"Asked “{_short(str(offer['prompt']))}”, " if offer else ""
+    words = first_words(node, offer, 80)
+    said = f": “{words}”" if words else ""
+    match node.choice:
+        case "skip":
+            return f"{asked}you moved on without choosing."
+        case "none":
+            what = "you took none of the answers"
+        case Written():
+            what = f"you wrote the answer yourself{said}"
+        case int():
+            what = f"you chose {LETTERS[node.choice]}{said}"
+        case _:
+            what = f"you called several answers good, {'first of all' if said else ''}{said.removeprefix(':')}".strip()
+    effect = ""
+    if node.metrics and node.metrics.share_before:
+        times = node.metrics.share_after / node.metrics.share_before
+        if times >= 1.05:
+            effect = f" It became {times:.1f} times as likely a choice."
+        else:
+            effect = " It stayed about as likely a choice."
+    name = f" You named this step “{node.name}”." if node.name else ""
+    return f"{asked}{what}.{effect}{name}"
+
+
+def _ending(session: Session, path: list[Node]) -> list[str]:
+    tree = session.tree
+    learned = [node for node in path if node.learned]
+    none = sum(node.choice == "none" for node in path)
+    written = sum(isinstance(node.choice, Written) for node in path)
+    skipped = sum(node.choice == "skip" for node in path)
+    aside = len(tree.nodes) - len(path)
+    counts = [f"{len(learned)} choice{'s' if len(learned) != 1 else ''} led here"]
+    counts += [f"{none} of them “none of these”"] if none else []
+    counts += [f"{written} written by hand"] if written else []
+    counts += [f"{skipped} prompt{'s' if skipped != 1 else ''} skipped"] if skipped else []
+    ending = [", ".join(counts) + "."]
+    ending.append(f"The weights have moved {drift_of(tree.head, tree):.2%} from the base model.")
+    if aside:
+        ending.append(
+            f"{aside} other step{'s' if aside != 1 else ''} stand{'s' if aside == 1 else ''} on other branches."
+        )
+    return ending
+
+
+def _short(text: str, limit: int = 90) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,31 @@
+"""The headers of safetensors files, read without the library and without trust: names and shapes, no values."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+HEADER_LIMIT = 100 * 1024 * 1024
+
+UNREADABLE = (OSError, ValueError, AttributeError, TypeError, KeyError, IndexError, RecursionError, struct.error)
+"""What reading a file that anyone may have written can raise."""
+
+
+def header_of(file: Path) -> dict[str, dict[str, Any]]:
+    """What a file says of each tensor (dtype, shape, data_offsets). Raises one of UNREADABLE for what is not one."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > min(HEADER_LIMIT, file.stat().st_size):
+            raise ValueError("the header is larger than its file")
+        header = json.loads(stream.read(length))
+    return {name: about for name, about in header.items() if name != "__metadata__"}
+
+
+def shapes_in(file: Path) -> dict[str, list[int]]:
+    """The shapes of the tensors in a file, by name. Raises one of UNREADABLE."""
+    shapes = {name: list(about["shape"]) for name, about in header_of(file).items()}
+    if not all(isinstance(side, int) and side >= 0 for shape in shapes.values() for side in shape):
+        raise ValueError("a shape is not one")
+    return shapes

@@ -1,0 +1,17 @@
+"""What text may be, wherever it comes from. It imports nothing, so that the lightest process can ask."""
+
+from __future__ import annotations
+
+PROMPT_LIMIT = 100_000
+"""Characters in one prompt or one written answer; more is refused before it reaches a tokenizer."""
+
+
+def storable(text: str) -> str:
+    """Text as it can be stored and encoded. Raises ValueError for NUL and lone surrogates."""
+    if "\x00" in text:
+        raise ValueError("must not hold the character NUL")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be text that can be encoded as UTF-8") from None
+    return text

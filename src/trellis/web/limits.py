@@ -1,0 +1,34 @@
+"""How often one client may ask for what is expensive: sessions, loads, exports, uploads, comparisons."""
+
+from __future__ import annotations
+
+from fastapi import Request
+from limits import parse
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
+
+from ..errors import Refused
+
+
+class Expense:
+    """Counts in a moving window of a minute, for each client. `most` of 0 is no limit."""
+
+    def __init__(self, most: int) -> None:
+        self._rate = parse(f"{most} per minute") if most else None
+        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+        self._most = most
+
+    def take(self, client: str) -> None:
+        """Raises Refused when this client has asked too often."""
+        if self._rate is not None and not self._limiter.hit(self._rate, "expensive", client):
+            raise Refused(
+                f"More than {self._most} expensive actions in a minute came from you.",
+                code="too_many_requests",
+                next_step="Wait a minute. TRELLIS_RATE_LIMIT sets how many are taken.",
+            )
+
+
+async def expensive(request: Request) -> None:
+    """A dependency of routes that start long work."""
+    expense: Expense = request.app.state.expense
+    expense.take(request.client.host if request.client else "unknown")

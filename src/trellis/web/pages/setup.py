@@ -1,0 +1,153 @@
+"""Where steering begins: the first page with the sessions, and the form of all options."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import TypeAdapter, ValidationError
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+
+from ...errors import TrellisError
+from ...params import SessionConfig, invalid_from
+from ...studio.presets import all_presets, preset
+from ...studio.studio import Studio
+from ..api.steering import Name, OfStudio
+from ..failures import status_of
+from ..limits import expensive
+from ..render import render_of
+from .forms import errors_of, flat, groups_of, nested
+
+router = APIRouter(include_in_schema=False)
+
+NAME: TypeAdapter[str] = TypeAdapter(Name)
+LAST = "trellis_last"
+SHOWN = 40
+"""Sessions on the first page before a person asks for all."""
+
+
+@router.get("/")
+async def start(request: Request, studio: OfStudio, q: str = "", all: bool = False) -> HTMLResponse:
+    """Start with the demo, or go on where you were."""
+    sessions = await studio.steering.sessions()
+    words = q.lower().split()[:10]
+    found = [each for each in sessions if all_in(words, f"{each['name']} {each['model']}")]
+    last = next((each for each in sessions if each["id"] == request.cookies.get(LAST)), None)
+    template = "setup/_sessions.html" if "hx-request" in request.headers else "setup/start.html"
+    return render_of(request).page(
+        template,
+        place="steer",
+        sessions=found if all else found[:SHOWN],
+        found=len(found),
+        total=len(sessions),
+        q=q[:200],
+        last=last,
+        request_id=secrets.token_hex(12),
+    )
+
+
+def all_in(words: list[str], text: str) -> bool:
+    return all(word in text.lower() for word in words)
+
+
+@router.get("/new")
+async def new(request: Request, studio: OfStudio, preset: str = "", clone: str = "", model: str = "") -> HTMLResponse:
+    """The form of all options: from the defaults, a preset, or the settings of an earlier session."""
+    values, title = await _beginning(studio, preset, clone)
+    if model:
+        values["model"] = model[:200]
+    return await form_page(request, studio, values, chosen=preset, cloned=title)
+
+
+@router.post("/new/preview")
+async def preview(request: Request, studio: OfStudio) -> HTMLResponse:
+    """The first prompts of what the form names: for an open page a part of it, else the whole form again."""
+    await expensive(request)
+    sent = await sent_by(request)
+    found: dict[str, Any] | None = None
+    problem: TrellisError | None = None
+    try:
+        dataset = SessionConfig.parse({"dataset": nested(sent).get("dataset", {})}).dataset
+        found = await studio.datasets.preview(dataset)
+    except TrellisError as error:
+        problem = error
+    if "hx-request" in request.headers:
+        said = problem.as_json() if problem else None
+        return render_of(request).page("setup/_preview.html", preview=found, problem=said)
+    return await form_page(request, studio, sent, error=problem, preview=found, name=sent.get("name", ""))
+
+
+@router.post("/steer")
+async def begin(request: Request, studio: OfStudio) -> Response:
+    """Make a session from the form and go to its page."""
+    await expensive(request)
+    sent = await sent_by(request)
+    name = sent.pop("name", "").strip()
+    key = sent.pop("request", "")
+    try:
+        chosen = name_from(name)
+        session = await studio.steering.create(chosen, nested(sent), key if 8 <= len(key) <= 64 else None)
+    except TrellisError as error:
+        return await form_page(request, studio, sent, error=error, name=name[:1000])
+    return RedirectResponse(f"/steer/{session.id}", 303)
+
+
+async def sent_by(request: Request) -> dict[str, str]:
+    async with request.form(max_fields=100, max_part_size=100_000) as form:
+        return {name: value for name, value in form.items() if isinstance(value, str)}
+
+
+async def form_page(
+    request: Request,
+    studio: Studio,
+    values: Mapping[str, Any],
+    *,
+    name: str = "",
+    chosen: str = "",
+    cloned: str = "",
+    error: TrellisError | None = None,
+    preview: dict[str, Any] | None = None,
+) -> HTMLResponse:
+    """The form, with what was sent and what was wrong with it, when something was."""
+    known = {
+        "model": tuple(entry.id for entry in await studio.models.catalog.all()),
+        "dataset.id": tuple(file["name"] for file in await studio.datasets.files()),
+    }
+    check = await studio.steering.check(nested({key: str(value) for key, value in values.items() if value is not None}))
+    groups = groups_of(values, error, known)
+    named = errors_of(error)
+    return render_of(request).page(
+        "setup/new.html",
+        status_of(error) if error else 200,
+        place="steer",
+        groups=groups,
+        presets=all_presets(),
+        chosen=chosen,
+        cloned=cloned,
+        name=name,
+        name_error=named.get("name", ""),
+        error=error.as_json() if error else None,
+        memory=check["memory"],
+        preview=preview,
+        problem=None,
+        request_id=secrets.token_hex(12),
+    )
+
+
+async def _beginning(studio: Studio, preset_id: str, clone: str) -> tuple[dict[str, Any], str]:
+    if clone:
+        session = await studio.steering.session(clone)
+        return flat(session.config.model_dump(mode="json")), session.name
+    if preset_id:
+        return flat(preset(preset_id).config), ""
+    return {}, ""
+
+
+def name_from(sent: str) -> str | None:
+    """The name in a form; None where it was left empty. Raises Invalid."""
+    try:
+        return NAME.validate_python(sent) if sent else None
+    except ValidationError as error:
+        raise invalid_from(error, prefix="name") from None

@@ -1,0 +1,87 @@
+// What every page shares: finding things, notices, announcements, errors in one shape, confirmations.
+
+export const $ = (selector, root = document) => root.querySelector(selector);
+export const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
+export const LETTERS = "ABCDEFGH";
+
+/** A notice in the corner. It replaces the last one, and an error that it has made old. */
+export function toast(message, { more = "", error = false, kind = "" } = {}) {
+  const box = document.createElement("div");
+  box.className = `toast ${error ? "error" : kind}`;
+  for (const text of [message, more].filter(Boolean)) {
+    const line = document.createElement("p");
+    line.textContent = text;
+    box.append(line);
+  }
+  for (const old of $$(".toast")) old.remove();
+  $(".toasts").append(box);
+  setTimeout(() => box.remove(), error ? 9000 : 3000);
+}
+
+/** Say something to a screen reader alone. Streams of tokens never come here. */
+export function announce(text) {
+  const place = $("[data-announce]");
+  if (place.textContent !== text) place.textContent = text;
+}
+
+export const bytes = (count) => {
+  let amount = count, unit = 0;
+  const units = ["bytes", "kB", "MB", "GB", "TB"];
+  while (amount >= 1000 && unit < units.length - 1) { amount /= 1000; unit += 1; }
+  return `${amount >= 100 || unit === 0 ? Math.round(amount) : amount.toFixed(1)} ${units[unit]}`;
+};
+
+/** Ask the JSON API. Throws an Error whose `told` is the error in the one shape. */
+export async function ask(method, url, body, options = {}) {
+  let answer;
+  try {
+    const headers = body instanceof Blob ? {} : { "content-type": "application/json" };
+    answer = await fetch(url, { method, headers, body: body instanceof Blob || body === undefined ? body : JSON.stringify(body), ...options });
+  } catch (cause) {
+    throw Object.assign(new Error("The studio does not answer."), { cause, offline: cause.name !== "AbortError", aborted: cause.name === "AbortError", told: { message: "The studio does not answer.", next_step: "It is tried again by itself." } });
+  }
+  const said = answer.status === 204 ? null : await answer.json().catch(() => null);
+  if (!answer.ok) throw Object.assign(new Error(said?.error?.message), { status: answer.status, told: said?.error ?? { message: "The studio could not do that.", next_step: "Try again." }, said });
+  return said;
+}
+
+export function bindPage() {
+  document.addEventListener("htmx:responseError", (event) => {
+    if (event.detail.xhr.status === 404 && event.target.closest("[data-session]")) {
+      // The session is gone, or this was never one: the first page knows what there is.
+      setTimeout(() => { location.href = "/"; }, 2500);
+    }
+    let error = { message: "The studio could not do that.", next_step: "Try again." };
+    try { error = JSON.parse(event.detail.xhr.responseText).error ?? error; } catch { /* not ours: the plain words stand */ }
+    toast(error.message, { more: error.next_step, error: true });
+  });
+  document.addEventListener("htmx:sendError", () =>
+    toast("The studio does not answer.", { more: "Try again in a moment; nothing is lost.", error: true }));
+
+  document.addEventListener("submit", (event) => {
+    const question = event.target.dataset?.confirm;
+    if (question && !confirm(question)) event.preventDefault();
+    else if ("once" in (event.target.dataset ?? {})) {
+      // A second press of a button that starts something must not start two.
+      if (event.target.dataset.sent) event.preventDefault();
+      event.target.dataset.sent = "1";
+    }
+  });
+  addEventListener("pageshow", () => $$("[data-once]").forEach((form) => delete form.dataset.sent));
+
+  // A part of the page that is fetched again keeps the focus where it was.
+  let focused = null;
+  document.addEventListener("htmx:beforeSwap", (event) => {
+    const at = document.activeElement;
+    focused = event.detail.target?.contains(at)
+      ? { target: event.detail.target, value: at.value, name: at.name, id: at.id, mark: at.dataset?.focus } : null;
+  });
+  document.addEventListener("htmx:afterSettle", () => {
+    if (!focused) return;
+    const { target, value, name, id, mark } = focused;
+    focused = null;
+    const same = (id && document.getElementById(id)) || (mark && $(`[data-focus="${CSS.escape(mark)}"]`, target))
+      || (name && $$("button, input, select", target).find((each) => each.name === name && each.value === value));
+    (same || $("button, a, input", target))?.focus({ preventScroll: true });
+  });
+}

@@ -1,0 +1,142 @@
+// The form of all options: checked while it is filled in, with the memory it would take and what would fit.
+
+import { $, $$, announce, ask, bytes } from "./page.js";
+
+class Setup {
+  constructor(root) {
+    this.root = root;
+    this.form = $("[data-setup-form]", root);
+    this.touched = new Set($$(".field-error", this.form).filter((each) => each.textContent).map((each) => each.closest("[data-field]")?.dataset.field));
+    this.form.addEventListener("input", (event) => { this.touched.add(event.target.name); this.later(); });
+    this.form.addEventListener("change", () => this.later());
+    $$("[data-group] select[name='dataset.source']", this.form).forEach((select) => select.addEventListener("change", () => this.showSource()));
+    document.addEventListener("trellis:uploaded", ({ detail }) => this.takeUpload(detail));
+    $$(".presets a", root).forEach((link, index) => link.addEventListener("click", (event) => { event.preventDefault(); this.preset(index, link); }));
+    this.presets = JSON.parse($("[data-presets]", root).textContent);
+    this.defaults = new Map([...this.fields()].map((field) => [field.name, field.placeholder && field.type === "number" ? field.placeholder : null]));
+    this.showSource();
+    this.check();
+  }
+
+  fields() {
+    return $$("[data-field] input, [data-field] select, [data-field] textarea", this.form);
+  }
+
+  values() {
+    const config = {};
+    for (const field of this.fields()) {
+      const value = field.type === "checkbox" ? field.checked : field.value;
+      const text = field.tagName === "TEXTAREA" || (field.tagName === "INPUT" && field.type === "text");
+      if (value === "" && !text) continue;
+      const [outer, inner] = field.name.split(".");
+      if (inner) (config[outer] ??= {})[inner] = value;
+      else config[outer] = value;
+    }
+    return config;
+  }
+
+  later() {
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.check(), 250);
+  }
+
+  async check() {
+    this.asking?.abort();
+    this.asking = new AbortController();
+    try {
+      const found = await ask("POST", "/api/steering/check", { config: this.values() }, { signal: this.asking.signal });
+      this.showErrors(found.errors);
+      if (found.memory) this.showMemory(found.memory);
+    } catch { /* the server checks again when the form is sent */ }
+  }
+
+  showErrors(errors) {
+    const wrong = new Map(errors.map((entry) => [entry.field.replace(/^config\./, ""), entry.message]));
+    for (const place of $$("[data-field]", this.form)) {
+      const message = wrong.get(place.dataset.field) ?? "";
+      const shown = this.touched.has(place.dataset.field) || !message ? message : "";
+      const input = $("input, select, textarea", place);
+      $("[data-error]", place).textContent = shown;
+      if (shown) input.setAttribute("aria-invalid", "true");
+      else input.removeAttribute("aria-invalid");
+    }
+    const named = [...wrong.keys()].map((name) => $(`[data-field="${CSS.escape(name)}"] label`, this.form)?.textContent.trim() ?? name);
+    const text = named.length ? `Still to be put right: ${named.join(", ")}.` : "";
+    const place = $("[data-problems]", this.form);
+    if (place.textContent !== text) place.textContent = text;
+    const model = $("[name=model]", this.form).value.trim();
+    $("[data-begin]", this.form).textContent = model ? `Load ${model} and start` : "Load the model and start";
+  }
+
+  showMemory(memory) {
+    const box = $("[data-memory]", this.form);
+    const text = $("[data-memory-text]", box), parts = $("[data-memory-parts]", box), ways = $("[data-memory-ways]", box);
+    box.classList.toggle("tight", memory.known && !memory.fits);
+    ways.replaceChildren();
+    if (!memory.known) {
+      text.textContent = "How much memory it needs is not known before its files are here. The check comes after the download, before anything is read.";
+      parts.textContent = "";
+      return;
+    }
+    const need = memory.needed;
+    text.textContent = `${bytes(need.total)} at most in ${memory.precision}, ${bytes(memory.free)} free. ${memory.fits ? "It fits." : "It may not fit."}`;
+    parts.textContent = `Weights ${bytes(need.weights)}, adapter and optimiser ${bytes(need.adapter)}, answers ${bytes(need.answers)}, learning ${bytes(need.learning)}, libraries ${bytes(need.libraries)}; with the longest prompts and answers that these options allow.`;
+    $("[data-memory-bar]", box)?.setAttribute("width", Math.min(100, 100 * need.total / Math.max(memory.free, 1)).toFixed(1));
+    for (const way of memory.would_fit) {
+      const line = document.createElement("li");
+      const what = Object.entries(way.change).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`).join(", ");
+      const button = document.createElement("button");
+      button.type = "button";
+      button.className = "quiet";
+      button.textContent = `Use ${what}: ${bytes(way.total)}, which fits`;
+      button.addEventListener("click", () => { this.set(way.change); this.check(); });
+      line.append(button);
+      ways.append(line);
+    }
+  }
+
+  set(values) {
+    for (const [name, value] of Object.entries(values)) {
+      const field = this.fields().find((each) => each.name === name);
+      if (!field) continue;
+      if (field.type === "checkbox") field.checked = Boolean(value);
+      else field.value = value;
+    }
+  }
+
+  preset(index, link) {
+    // What was typed by hand stays; all else goes back to what a preset means: its options over the defaults.
+    for (const field of this.fields()) {
+      if (this.touched.has(field.name)) continue;
+      if (field.type === "number" && this.defaults.get(field.name) && !["automatic", "all"].includes(this.defaults.get(field.name))) field.value = this.defaults.get(field.name);
+    }
+    this.set(this.presets[index]);
+    $$(".presets a", this.root).forEach((each) => { each.classList.toggle("chosen", each === link); each.removeAttribute("aria-current"); });
+    link.setAttribute("aria-current", "true");
+    announce(`Preset ${link.textContent} is set.`);
+    this.check();
+  }
+
+  showSource() {
+    const source = $("[name='dataset.source']", this.form)?.value;
+    const shown = { demo: ["source", "shuffle"], file: ["source", "id", "split", "column", "rows", "shuffle"] }[source];
+    for (const place of $$("[data-field^='dataset.']", this.form)) {
+      place.hidden = Boolean(shown) && !shown.includes(place.dataset.field.split(".")[1]);
+    }
+    $("[data-upload=prompts]", this.form).hidden = source === "hub";
+  }
+
+  takeUpload({ kind, name }) {
+    if (kind !== "prompts") return;
+    this.set({ "dataset.source": "file", "dataset.id": name });
+    this.touched.add("dataset.id");
+    this.showSource();
+    this.check();
+    $("[data-preview]", this.form).click();
+  }
+}
+
+export function bindSetup() {
+  const root = $("[data-setup]");
+  if (root) new Setup(root);
+}

@@ -1,0 +1,92 @@
+"""The reader of prompts seen from the web side: a process for each request, ended when nobody waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import Invalid, TrellisError, shorten
+from ..params import Dataset
+
+LINE = 32 * 1024 * 1024
+
+
+class Reader:
+    """Starts `python -m trellis.reader`. `cache` is where the hub's library keeps its files."""
+
+    def __init__(self, cache: Path, patience: float) -> None:
+        self._cache = cache
+        self._patience = patience
+
+    async def preview(self, dataset: Dataset, path: Path | None, count: int = 3) -> dict[str, Any]:
+        """The first prompts, the columns, splits and subsets. Raises Invalid or another error for a person."""
+        try:
+            async with asyncio.timeout(self._patience):
+                return await self._last(dataset, path, {"do": "preview", "count": count}, lambda data: None)
+        except TimeoutError:
+            raise TrellisError(
+                f"“{shorten(dataset.id)}” could not be read within {self._patience:.0f} seconds.",
+                code="timeout",
+                field="dataset.id",
+                next_step="Check the connection and try again, or use a file.",
+            ) from None
+
+    async def prepare(
+        self, dataset: Dataset, path: Path | None, into: Path, told: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        """Write all prompts into a folder. Raises as `preview` does."""
+        return await self._last(dataset, path, {"do": "prepare", "into": str(into)}, told)
+
+    async def _last(
+        self, dataset: Dataset, path: Path | None, request: dict[str, Any], told: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        body = request | {"dataset": dataset.model_dump(mode="json"), "path": str(path) if path else ""}
+        async with contextlib.aclosing(self._events(body)) as events:
+            async for event, data in events:
+                if event == "progress":
+                    told(data)
+                elif event == "failed":
+                    raise _error(data)
+                else:
+                    return data
+        raise TrellisError(
+            "The reader of prompts ended without an answer.", code="reader_died",
+            field="dataset.id", next_step="Try again. If it comes back, the file may be broken or far too large.",
+        )  # fmt: skip
+
+    async def _events(self, body: dict[str, Any]) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
+        environment = {
+            "HF_HOME": str(self._cache),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        }
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "trellis.reader", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL, limit=LINE, env=environment | dict(os.environ),
+        )  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(body).encode())
+            process.stdin.close()
+            async for line in process.stdout:
+                said = json.loads(line)
+                yield said["event"], said["data"]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+
+def _error(data: dict[str, Any]) -> TrellisError:
+    field = f"config.{data['field']}" if data["field"] else None
+    if "fields" in data:
+        fields = [{"field": f"config.{entry['field']}", "message": entry["message"]} for entry in data["fields"]]
+        return Invalid(data["message"], next_step=data["next_step"], field=field, code=data["code"], fields=fields)
+    return TrellisError(data["message"], next_step=data["next_step"], field=field, code=data["code"])

@@ -1,0 +1,206 @@
+"""The whole engine on a tiny model of each common layout and precision: it offers, learns, and merges."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import KINDS, make_model
+from trellis.blobs import Blobs
+from trellis.engine.text import TextEngine
+from trellis.errors import Invalid, TrellisError
+from trellis.messages import (
+    Event,
+    Learn,
+    Learned,
+    Lesson,
+    Load,
+    Loaded,
+    Merge,
+    Merged,
+    Offer,
+    Offered,
+    Plant,
+    Planted,
+    Progress,
+    Prompt,
+)
+from trellis.params import Adapter, Learning, Sampling
+
+pytestmark = pytest.mark.engine
+
+
+def run(steps: Generator[Event | None, None, Event], seen: list[Event] | None = None) -> Any:
+    while True:
+        try:
+            event = next(steps)
+        except StopIteration as stop:
+            return stop.value
+        if event is not None and seen is not None:
+            seen.append(event)
+
+
+def offer(engine: TextEngine, weights: str, text: str = "Tell me about the sea.", **prompt: Any) -> Offered:
+    request = Offer(
+        weights=weights, prompt=Prompt(text=text, **prompt), sampling=Sampling(max_new_tokens=12), group_size=3, seed=5,
+        context_length=512,
+    )  # fmt: skip
+    offered: Offered = run(engine.offer(request))
+    return offered
+
+
+def learn(engine: TextEngine, weights: str, offered: Offered, **options: Any) -> tuple[Learn, Learned]:
+    lesson = Lesson(prompt=Prompt(text="Tell me about the sea."), options=offered.options, choice=1, temperature=1.0)
+    learning = Learning(**({"learning_rate": 1e-3, "kl_beta": 0.0} | options))
+    request = Learn(weights=weights, lesson=lesson, learning=learning, context_length=512)
+    learned: Learned = run(engine.learn(request))
+    return request, learned
+
+
+def grown(folder: Path, blobs: Path, adapter: Adapter | None = None, **options: Any) -> tuple[TextEngine, str, Loaded]:
+    engine = TextEngine(Blobs(blobs))
+    loaded: Loaded = run(engine.load(Load(path=str(folder), **options)))
+    planted: Planted = run(engine.plant(Plant(adapter=adapter or Adapter(lora_rank=4), seed=1)))
+    return engine, planted.weights, loaded
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_layout_offers_learns_and_merges(kind: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", kind, pad_is_end=kind in ("gpt2", "mistral"))
+    engine, root, _ = grown(folder, tmp_path / "weights")
+    offered = offer(engine, root)
+    assert offered.options == offer(engine, root).options
+    _, learned = learn(engine, root, offered)
+    assert learned.metrics.share_after > learned.metrics.share_before
+    assert learned.metrics.drift > 0
+    into = tmp_path / "merged"
+    request = Merge(path=str(folder), weights=learned.weights, into=str(into), probes=(Prompt(text="Why?"),))
+    seen: list[Event] = []
+    merged: Merged = run(engine.merge(request), seen)
+    assert merged.mean_difference < 1e-4
+    assert merged.agreement == 1.0
+    stages = [event.stage for event in seen if isinstance(event, Progress)]
+    assert list(dict.fromkeys(stages)) == [
+        "parsing",
+        "reading",
+        "placing",
+        "warming_up",
+        "merging",
+        "checking",
+        "writing",
+    ]
+    assert stages[-1] == "checking"
+    again: Loaded = run(TextEngine(Blobs(tmp_path / "other")).load(Load(path=str(into))))
+    assert again.parameters == engine.loaded.about.parameters
+
+
+def test_the_end_is_learned_where_pad_and_end_are_one_token(tmp_path: Path) -> None:
+    engine, _, _ = grown(make_model(tmp_path / "model", "llama", pad_is_end=True), tmp_path / "weights")
+    assert engine.loaded.tokenizer.pad_token_id == engine.loaded.end_token == 1
+    assert engine.loaded.answer_tokens("Yes.")[-1] == 1
+
+
+@pytest.mark.parametrize("precision", ["16-bit", "8-bit", "4-bit"])
+def test_fewer_bits_offer_and_learn_and_repeat_themselves(precision: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    engine, root, loaded = grown(folder, tmp_path / "weights", precision=precision)
+    _, exact_root, exact = grown(folder, tmp_path / "exact")
+    assert loaded.bytes < exact.bytes
+    assert root != exact_root, "weights grown on rounded numbers must not be taken for others"
+    offered = offer(engine, root)
+    assert offered.options == offer(engine, root).options
+    request, learned = learn(engine, root, offered)
+    assert learned.metrics.share_after > learned.metrics.share_before
+    assert 0 < learned.metrics.drift < 1
+    other, _, _ = grown(folder, tmp_path / "other", precision=precision)
+    assert run(other.learn(request)).weights == learned.weights
+    one, two = (
+        (tmp_path / place / learned.weights / "adapter_model.safetensors").read_bytes()
+        for place in ("weights", "other")
+    )
+    assert one == two, "learning again must give the same bits"
+
+
+def test_plain_attention_answers_like_the_fused_one(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    plain, root, _ = grown(folder, tmp_path / "weights", engine="transformers-eager")
+    fused, _, _ = grown(folder, tmp_path / "weights")
+    assert plain.loaded.model.config._attn_implementation == "eager"
+    assert [o.tokens for o in offer(plain, root).options] == [o.tokens for o in offer(fused, root).options]
+
+
+def test_dropout_changes_what_is_learned_and_repeats_itself(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    engine, root, _ = grown(folder, tmp_path / "a", Adapter(lora_rank=4, lora_dropout=0.5))
+    plain, plain_root, _ = grown(folder, tmp_path / "b", Adapter(lora_rank=4))
+    assert root != plain_root
+    offered = offer(engine, root)
+    state = torch.get_rng_state()
+    request, learned = learn(engine, root, offered)
+    assert torch.equal(torch.get_rng_state(), state), "the step must leave the global random state alone"
+    again, _, _ = grown(folder, tmp_path / "c", Adapter(lora_rank=4, lora_dropout=0.5))
+    run(again.learn(request))
+    _, other = learn(plain, plain_root, offered)
+    read = [
+        (tmp_path / place / name / "adapter_model.safetensors").read_bytes()
+        for place, name in (("a", learned.weights), ("c", learned.weights), ("b", other.weights))
+    ]
+    assert read[0] == read[1]
+    assert read[0] != read[2]
+    assert offer(engine, root).options == offered.options, "answers are drawn without dropout"
+
+
+def test_named_layers_alone_get_an_adapter(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    engine, _, _ = grown(folder, tmp_path / "weights", Adapter(lora_rank=4, target_modules="q_proj, v_proj"))
+    slot = engine.loaded.slots.get(Adapter(lora_rank=4, target_modules="q_proj, v_proj"))
+    assert {name.split(".")[-3] for name, _, _ in slot.slices} == {"q_proj", "v_proj"}
+
+
+def test_a_layer_that_is_not_there_is_refused_with_a_list(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "gpt2")
+    with pytest.raises(Invalid, match=r"no linear layer “q_proj”\. It has: c_attn, c_fc, c_proj"):
+        grown(folder, tmp_path / "weights", Adapter(lora_rank=4, target_modules="q_proj"))
+
+
+@pytest.mark.parametrize("method", ["dpo", "grpo", "trellis-classic"])
+def test_each_method_learns_and_names_its_weights(method: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    engine, root, _ = grown(folder, tmp_path / "weights")
+    offered = offer(engine, root)
+    _, one = learn(engine, root, offered)
+    _, two = learn(engine, root, offered, learning_method=method)
+    assert one.weights != two.weights
+    assert two.metrics.share_after > two.metrics.share_before
+    if method == "trellis-classic":
+        assert two.metrics.inner_steps == 1
+
+
+def test_a_merge_that_does_not_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import LoraModel
+
+    folder = make_model(tmp_path / "model", "llama")
+    engine, root, _ = grown(folder, tmp_path / "weights")
+    _, learned = learn(engine, root, offer(engine, root), learning_rate=0.1)
+    monkeypatch.setattr(LoraModel, "merge_and_unload", lambda both: both.unload())
+    request = Merge(path=str(folder), weights=learned.weights, into=str(tmp_path / "m"), probes=(Prompt(text="Why?"),))
+    with pytest.raises(TrellisError) as raised:
+        run(engine.merge(request))
+    assert raised.value.code == "not_proved"
+
+
+def test_a_half_precision_base_is_merged_in_its_own_precision(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = make_model(tmp_path / "model", "llama")
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    engine, root, _ = grown(folder, tmp_path / "weights")
+    _, learned = learn(engine, root, offer(engine, root))
+    request = Merge(path=str(folder), weights=learned.weights, into=str(tmp_path / "m"), probes=(Prompt(text="Why?"),))
+    merged: Merged = run(engine.merge(request))
+    assert merged.dtype == "bfloat16"
+    assert 0 < merged.mean_difference < 5e-2
