@@ -23,7 +23,10 @@ ADDRESS = re.compile(r"http://\S+:\d+")
 class Server:
     """`trellis` on a free port over a save folder of the test's own."""
 
-    def __init__(self, save_dir: Path, *, fake: bool = True, port: int = 0, **environment: str) -> None:
+    def __init__(
+        self, save_dir: Path, *, fake: bool = True, port: int = 0, within: tuple[str, ...] = (), **environment: str
+    ) -> None:
+        self._within = within
         self.save_dir = save_dir
         self._environment = os.environ | {"TRELLIS_FAKE_ENGINE": "1" if fake else "0", "COLUMNS": "200"} | environment
         self._port = port
@@ -32,7 +35,7 @@ class Server:
     def start(self) -> None:
         """Start, and wait until the address has been printed and answers."""
         started = time.perf_counter()
-        command = [sys.executable, "-m", "trellis", "--no-open", "--port", str(self._port)]
+        command = [*self._within, sys.executable, "-m", "trellis", "--no-open", "--port", str(self._port)]
         command += ["--save-dir", str(self.save_dir)]
         self.process = subprocess.Popen(command, env=self._environment, stderr=subprocess.PIPE, text=True)
         self.output = ""

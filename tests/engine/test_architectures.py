@@ -33,6 +33,8 @@ from trellis.params import Adapter, Learning, Sampling
 
 pytestmark = pytest.mark.engine
 
+STAGES = ["initializing", "reading", "parsing", "placing", "warming_up", "merging", "checking", "writing"]
+
 
 def run(steps: Generator[Event | None, None, Event], seen: list[Event] | None = None) -> Any:
     while True:
@@ -84,15 +86,7 @@ def test_each_layout_offers_learns_and_merges(kind: str, tmp_path: Path) -> None
     assert merged.mean_difference < 1e-4
     assert merged.agreement == 1.0
     stages = [event.stage for event in seen if isinstance(event, Progress)]
-    assert list(dict.fromkeys(stages)) == [
-        "parsing",
-        "reading",
-        "placing",
-        "warming_up",
-        "merging",
-        "checking",
-        "writing",
-    ]
+    assert list(dict.fromkeys(stages)) == STAGES
     assert stages[-1] == "checking"
     again: Loaded = run(TextEngine(Blobs(tmp_path / "other")).load(Load(path=str(into))))
     assert again.parameters == engine.loaded.about.parameters

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
 import threading
 import time
 from collections.abc import Generator
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -25,6 +28,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import build_hf_headers
+from tqdm import tqdm
 
 from ..errors import LoadFailed, TrellisError
 from ..messages import Progress
@@ -33,6 +39,8 @@ WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generatio
           "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja", "*.tiktoken", "*.model",
           "LICENSE*", "README.md"]  # fmt: skip
 POLL_SECONDS = 0.1
+PIECE = 1 << 18
+"""Bytes that are written at a time: what a broken connection can cost."""
 ROOM = 200_000_000
 """Bytes that a download leaves free on the disk."""
 
@@ -49,7 +57,7 @@ def download(
     revision = revision or "main"
     if known := _kept(cache, repository, revision):
         return known
-    yield Progress(stage="connecting", fraction=0.01, message=f"Asking the hub for {repository}")
+    yield Progress(stage="initializing", fraction=0.01, message=f"Asking the hub for {repository}")
     patterns = [*WANTED, "*.py"] if with_code else WANTED
     try:
         info = yield from _beside(patience, "The hub did not answer", _info, repository, revision)
@@ -58,7 +66,7 @@ def download(
         if kept is None:
             raise
         return kept  # without the hub, what was fetched before is as good
-    commit, sizes = str(info.sha), _wanted_sizes(info, patterns)
+    commit, sizes = str(info.sha), _wanted(info, patterns)
     if not any(name.endswith(".safetensors") for name in sizes):
         raise LoadFailed(
             f"The repository “{repository}” has no safetensors files.",
@@ -68,50 +76,79 @@ def download(
     if known := _kept(cache, repository, commit):
         _remember(cache, repository, commit, revision, known)
         return known
-    total = sum(sizes.values())
-    store = cache / f"models--{repository.replace('/', '--')}" / "blobs"
-    store.mkdir(parents=True, exist_ok=True)
-    have = _bytes_in(store)
+    total = sum(file.size for file in sizes.values())
+    folder = cache / repository.replace("/", "--") / commit
+    folder.mkdir(parents=True, exist_ok=True)
+    have = _bytes_in(folder)
     _require_room(cache, total - have, repository)
-    begun, moved = time.monotonic(), time.monotonic()
-    done = have
-    fetching = _Thread(
-        lambda: snapshot_download(
-            repository,
-            revision=commit,
-            cache_dir=cache,
-            allow_patterns=list(sizes),
-            max_workers=4,
-            etag_timeout=patience,
-        )
-    )
+    begun, moved, done = time.monotonic(), time.monotonic(), have
+    fetching = _Thread(lambda: _fetch(repository, commit, sizes, folder))
     while fetching.is_alive():
         fetching.join(POLL_SECONDS)
-        now, found = time.monotonic(), _bytes_in(store)
+        now, found = time.monotonic(), _bytes_in(folder)
         if found != done:
             done, moved = found, now
-        if now - moved > patience:
+        if done < total and now - moved > patience:
             raise _timeout(f"No byte of “{repository}” has come for {patience:.0f} seconds.")
         rate = max(done - have, 0) / max(now - begun, 1e-6)
         yield Progress(
             stage="downloading",
             fraction=0.01 + 0.09 * min(done / max(total, 1), 1.0),
-            message=f"Downloading {repository}",
+            message=f"Downloading {repository}" if done < total else f"Checking what came of {repository}",
             bytes=min(done, total),
             total_bytes=total,
             rate=rate,
             seconds_left=max(total - done, 0) / rate if rate else None,
         )
-    folder = Path(fetching.result(repository, revision))
-    for name, size in sizes.items():
-        if not (folder / name).is_file() or (size and (folder / name).stat().st_size != size):
-            raise LoadFailed(
-                f"The file “{name}” of “{repository}” did not arrive whole.",
-                code="corrupt_file",
-                next_step="Load it again: what has arrived is kept, and the rest is fetched.",
-            )
+    fetching.result(repository, revision)
     _remember(cache, repository, commit, revision, folder)
     return folder
+
+
+@dataclass(frozen=True)
+class _File:
+    size: int
+    sha256: str | None
+
+
+def _fetch(repository: str, commit: str, files: dict[str, _File], folder: Path) -> None:
+    """Every file that is not whole yet, from where it broke off. The hub's own downloader begins a file again after
+    a failure, so its transfer is used here with a part file that stays."""
+    headers = build_hf_headers()
+    constants.DOWNLOAD_CHUNK_SIZE = PIECE  # the library's own ten megabytes are lost with every broken connection
+    for name, about in files.items():
+        whole, part = folder / name, folder / f"{name}.part"
+        if whole.is_file() and whole.stat().st_size == about.size:
+            continue
+        part.touch()
+        with part.open("r+b") as out:
+            start = out.seek(0, os.SEEK_END)
+            if start < about.size:
+                url = hf_hub_url(repository, name, revision=commit)
+                http_get(url, out, resume_size=start, headers=headers, expected_size=about.size, tqdm_class=_Silent)
+            out.flush()
+            os.fsync(out.fileno())
+        if part.stat().st_size != about.size or (about.sha256 and _sha256(part) != about.sha256):
+            part.unlink()
+            raise LoadFailed(
+                f"The file “{name}” of “{repository}” did not arrive as the hub describes it.",
+                code="corrupt_file",
+                next_step="Load it again: this file is fetched anew, the others are kept.",
+            )
+        part.rename(whole)
+
+
+class _Silent(tqdm):
+    """The library's progress bar, which has nobody to look at it here."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        options.pop("name", None)
+        super().__init__(*args, **(options | {"disable": True}))
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class _Thread(threading.Thread):
@@ -151,13 +188,16 @@ def _info(repository: str, revision: str, patience: float) -> Any:
     return HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=patience)
 
 
-def _wanted_sizes(info: Any, patterns: list[str]) -> dict[str, int]:
-    """Files to fetch with their sizes. Files in folders are other formats of the same model."""
-    from fnmatch import fnmatch
-
-    names = {file.rfilename: int(file.size or 0) for file in info.siblings or []}
-    flat = {name: size for name, size in names.items() if "/" not in name}
-    return {name: size for name, size in flat.items() if any(fnmatch(name, pattern) for pattern in patterns)}
+def _wanted(info: Any, patterns: list[str]) -> dict[str, _File]:
+    """Files to fetch. Those in folders are other formats of the same model."""
+    files = {
+        file.rfilename: _File(int(file.size or 0), getattr(file.lfs, "sha256", None)) for file in info.siblings or []
+    }
+    return {
+        name: about
+        for name, about in files.items()
+        if "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)
+    }
 
 
 def _kept(cache: Path, repository: str, commit: str) -> Path | None:

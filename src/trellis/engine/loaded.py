@@ -37,7 +37,7 @@ from ..params import Precision, SessionConfig
 from ..tensors import UNREADABLE, shapes_in
 from .adapters import Slots
 
-READING, PLACING, WARMING = 0.15, 0.8, 0.95
+INITIALIZING, READING, PARSING, PLACING, WARMING = 0.11, 0.15, 0.78, 0.8, 0.95
 """Where these stages begin as a fraction of a load; reading takes the bulk."""
 
 PROGRESS_SECONDS = 0.05
@@ -117,7 +117,7 @@ def read_model(path: Path, request: Load) -> Generator[Progress | None, None, Lo
     Raises LoadFailed with the code of what went wrong and a way out.
     """
     started = time.monotonic()
-    yield Progress(stage="parsing", fraction=0.11, message="Reading the configuration")
+    yield Progress(stage="initializing", fraction=INITIALIZING, message="Reading the configuration")
     files = _weight_files(path)
     config, tokenizer = _read_config(path, request.remote_code)
     device = device_for(request)
@@ -129,6 +129,7 @@ def read_model(path: Path, request: Load) -> Generator[Progress | None, None, Lo
     if precision != "32-bit":  # what is grown on rounded weights is not the same
         digest.update(precision.encode())
     state = yield from _read_tensors(files, dtype, digest)
+    yield Progress(stage="parsing", fraction=PARSING, message=f"Putting {len(state)} tensors into their places")
     if precision in ("8-bit", "4-bit"):
         yield Progress(stage="quantizing", fraction=PLACING, message=f"Rounding the linear layers to {precision}")
     model = _build(path, config, state, dtype, precision, device, request)
@@ -289,7 +290,7 @@ def _read_tensors(
                     told, seconds = now, max(now - begun, 1e-6)
                     yield Progress(
                         stage="reading",
-                        fraction=READING + (PLACING - READING) * min(done / total, 1.0),
+                        fraction=READING + (PARSING - READING) * min(done / total, 1.0),
                         message=f"Reading {file.name}",
                         bytes=done,
                         total_bytes=total,

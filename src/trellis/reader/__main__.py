@@ -120,8 +120,8 @@ def _open(
 ) -> tuple[files.Source | hub.HubSource, Iterator[files.Row], int | None, bool]:
     if path is None:
         there = hub.source_of(dataset)
-        total = hub.count(there)
-        return there, hub.rows(there), total, total is not None
+        streamed, total = hub.rows(there)
+        return there, streamed, total, total is not None
     source = files.source_of(path, dataset.split)
     return source, files.rows(source, told), *files.count(source)
 

@@ -113,9 +113,7 @@ def count(source: Source) -> tuple[int, bool]:
     for file in source.files:
         kind = KINDS[file.suffix.lower()]
         if kind == "parquet":
-            import pyarrow.parquet as parquet
-
-            total += parquet.ParquetFile(file).metadata.num_rows
+            total += _parquet(file).metadata.num_rows
         else:
             lines = _line_ends(file)
             total += max(0, lines - (kind == "csv"))
@@ -217,17 +215,26 @@ def _read_text(file: Path) -> Iterator[tuple[Row, int]]:
 
 def _read_parquet(file: Path) -> Iterator[tuple[Row, int]]:
     import pyarrow
-    import pyarrow.parquet as parquet
 
-    size = file.stat().st_size
+    size, table = file.stat().st_size, _parquet(file)
     try:
-        table = parquet.ParquetFile(file)
         total = max(table.metadata.num_rows, 1)
         read = 0
         for batch in table.iter_batches(batch_size=256):
             for row in batch.to_pylist():
                 read += 1
                 yield row, size * read // total
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _broken(file, f"it is not a whole Parquet file ({shorten(error, 100)})") from None
+
+
+def _parquet(file: Path) -> Any:
+    """An open Parquet file, of which only the end has been read. Raises Invalid."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        return parquet.ParquetFile(file)
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, PermissionError):
             raise

@@ -37,26 +37,23 @@ def source_of(dataset: Dataset) -> HubSource:
     return HubSource(dataset.id, subset, _choose("split", dataset.split, splits, "train"), subsets, splits)
 
 
-def rows(source: HubSource) -> Iterator[Row]:
-    stream = _asked(source.id, lambda: iter(_stream(source)))
+def rows(source: HubSource) -> tuple[Iterator[Row], int | None]:
+    """All rows, streamed, and how many the hub says there are."""
+    import datasets
+
+    stream = _asked(
+        source.id, lambda: datasets.load_dataset(source.id, source.subset, split=source.split, streaming=True)
+    )
+    split = (stream.info.splits or {}).get(source.split)
+    return _each(source, iter(stream)), int(split.num_examples) if split is not None and split.num_examples else None
+
+
+def _each(source: HubSource, stream: Iterator[Any]) -> Iterator[Row]:
     while True:
         row = _asked(source.id, lambda: next(stream, None))
         if row is None:
             return
         yield row
-
-
-def count(source: HubSource) -> int | None:
-    """How many rows the hub says there are."""
-    info = _asked(source.id, lambda: _stream(source).info)
-    split = (info.splits or {}).get(source.split)
-    return int(split.num_examples) if split is not None and split.num_examples else None
-
-
-def _stream(source: HubSource) -> Any:
-    import datasets
-
-    return datasets.load_dataset(source.id, source.subset, split=source.split, streaming=True)
 
 
 def _choose(what: str, wanted: str, there: list[str], usual: str) -> str:
@@ -71,8 +68,12 @@ def _choose(what: str, wanted: str, there: list[str], usual: str) -> str:
 def _asked(name: str, work: Callable[[], R]) -> R:
     """Ask the hub; its library's errors become ones that a person can be shown."""
     import datasets
-    import httpx
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
     try:
         return work()
@@ -80,8 +81,8 @@ def _asked(name: str, work: Callable[[], R]) -> R:
         raise
     except GatedRepoError:
         raise _refused(name) from None
-    except datasets.exceptions.DatasetNotFoundError as error:
-        if "gated" in str(error):
+    except (datasets.exceptions.DatasetNotFoundError, RepositoryNotFoundError) as error:
+        if "is a gated dataset" in str(error) or isinstance(error.__cause__, GatedRepoError):
             raise _refused(name) from None
         raise Invalid(
             f"There is no dataset “{shorten(name)}” on the hub, or it is private.", code="not_found",
@@ -96,7 +97,11 @@ def _asked(name: str, work: Callable[[], R]) -> R:
             f"The dataset “{shorten(name)}” cannot be read: {shorten(error, 200)}", code="unreadable",
             field="dataset.id", next_step="Choose one with JSON, CSV, Parquet or text files.",
         ) from None  # fmt: skip
-    except (httpx.HTTPError, HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except Exception as error:
+        # The HTTP library under the hub's own has changed its name before, so its errors are known by their module.
+        told = isinstance(error, (HfHubHTTPError, OfflineModeIsEnabled, OSError))
+        if not told and not type(error).__module__.startswith("httpx"):
+            raise
         raise TrellisError(
             f"The hub could not be reached for “{shorten(name)}”: {shorten(error, 160)}", code="network",
             field="dataset.id", next_step="Check the connection and try again, or use a file.",

@@ -118,7 +118,7 @@ class Catalog:
             name = entry.repository.replace("/", "--")
             for file in (self._hub / "complete").glob(f"{name}@*.json"):
                 file.unlink()
-            shutil.rmtree(self._hub / f"models--{name}", ignore_errors=True)
+            shutil.rmtree(self._hub / name, ignore_errors=True)
             return
         aside = entry.path.with_name(f".deleted-{entry.path.name}")
         shutil.rmtree(aside, ignore_errors=True)

@@ -19,6 +19,9 @@ from .models import Models
 from .steering import Steering
 from .uploads import Uploads
 
+START_SECONDS = 30.0
+"""What a reader of prompts may take to start on a busy computer, before it asks anyone."""
+
 
 class Studio:
     """Everything that outlives a request."""
@@ -31,7 +34,7 @@ class Studio:
         self.jobs = Jobs(store, self.hub)
         catalog = Catalog(settings.models_folders, hub_files)
         self.models = Models(self.jobs, spawn, catalog, settings.engine_memory, settings.idle_minutes * 60)
-        reader = Reader(hub_files, settings.hub_timeout)
+        reader = Reader(hub_files, START_SECONDS + settings.hub_timeout)
         self.datasets = Datasets(reader, settings.prompts_folders, Blobs(settings.save_dir / "prepared"))
         self.steering = Steering(store, self.hub, self.models, self.datasets, weights)
         self.comparisons = Comparisons(self.jobs, self.steering)

@@ -1,0 +1,211 @@
+"""Files of prompts in every format that is read: what comes out, what is refused, and that nothing is read whole."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trellis.errors import Invalid
+from trellis.params import Dataset
+from trellis.reader.__main__ import prepare, preview
+from trellis.reader.columns import asked_in, column_of, prompt_in
+from trellis.reader.files import count, rows, source_of
+
+QUESTIONS = ["Why?", "What is rain?", "Ärger, 東京 and 🌱?"]
+
+
+def write(folder: Path, kind: str) -> Path:
+    file = folder / f"prompts.{kind}"
+    table = [{"id": number, "question": question, "answer": "x"} for number, question in enumerate(QUESTIONS)]
+    if kind == "jsonl":
+        file.write_text("\n".join(json.dumps(row) for row in table) + "\n\n")
+    elif kind == "json":
+        file.write_text(json.dumps(table))
+    elif kind in ("csv", "tsv"):
+        with file.open("w", newline="", encoding="utf-8-sig") as out:
+            writer = csv.DictWriter(out, ["id", "question", "answer"], delimiter="\t" if kind == "tsv" else ";")
+            writer.writeheader()
+            writer.writerows(table)
+    elif kind == "parquet":
+        import pyarrow
+        import pyarrow.parquet as parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(table), file)
+    else:
+        file.write_text("\n".join(QUESTIONS))
+    return file
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet", "txt"])
+def test_each_format_gives_its_prompts(tmp_path: Path, kind: str) -> None:
+    file = write(tmp_path, kind)
+    found = preview(Dataset(source="file", id=file.name), file, 3)
+    assert found["samples"] == QUESTIONS
+    assert found["column"] == ("text" if kind == "txt" else "question")
+    into = tmp_path / "into"
+    into.mkdir()
+    assert prepare(Dataset(source="file", id=file.name), file, into)["total"] == 3
+    assert [json.loads(line) for line in (into / "prompts.jsonl").read_text().splitlines()] == QUESTIONS
+    assert (into / "offsets.u64").stat().st_size == 3 * 8
+
+
+@pytest.mark.parametrize(
+    ("value", "asked"),
+    [
+        (" Why? ", "Why?"),
+        ([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}], "Why?"),
+        ([{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}], "Why?"),
+        ([{"role": "user", "content": [{"type": "text", "text": "Why?"}, {"type": "image"}]}], "Why?"),
+        (["Why?", "So."], "Why?"),
+        ([], ""),
+        (None, ""),
+        (7, ""),
+        ([{"role": "assistant", "content": "So."}], ""),
+    ],
+)
+def test_a_prompt_is_found_in_the_usual_shapes(value: Any, asked: str) -> None:
+    assert asked_in(value) == asked
+
+
+def test_an_instruction_has_what_it_is_about_beside_it() -> None:
+    row = {"instruction": "Translate.", "input": "Hund", "output": "dog"}
+    assert prompt_in(row, "instruction") == "Translate.\n\nHund"
+
+
+def test_the_surest_name_wins() -> None:
+    assert column_of("", [{"text": "a", "Prompt": "b"}]) == "Prompt"
+    assert column_of("", [{"text": "a", "prompt": ""}]) == "text"
+    assert column_of("", [{"zebra": "a", "n": 1}]) == "zebra"
+
+
+@pytest.mark.parametrize("wanted", ["nope", "n"])
+def test_a_wrong_column_lists_what_there_is(wanted: str) -> None:
+    with pytest.raises(Invalid, match="“text”, “n”") as raised:
+        column_of(wanted, [{"text": "a", "n": 1}])
+    assert raised.value.field == "dataset.column"
+
+
+def test_columns_without_a_usual_name_are_listed() -> None:
+    with pytest.raises(Invalid, match="“zebra”, “yak”"):
+        column_of("", [{"zebra": "a", "yak": "b"}])
+
+
+def folder_of(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("Why?\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted", "split", "files"),
+    [
+        (["train.txt", "test.txt"], "", "train", 1),
+        (["train-00000-of-00002.txt", "train-00001-of-00002.txt"], "", "train", 2),
+        (["train/a.txt", "dev/b.txt"], "validation", "validation", 1),
+        (["a.txt", "b.txt"], "", "all", 2),
+    ],
+)
+def test_a_folder_has_the_splits_that_its_names_tell(
+    tmp_path: Path, names: list[str], wanted: str, split: str, files: int
+) -> None:
+    source = source_of(folder_of(tmp_path, *names), wanted)
+    assert (source.split, len(source.files)) == (split, files)
+
+
+def test_a_wrong_split_lists_what_there_is(tmp_path: Path) -> None:
+    folder_of(tmp_path, "train.txt", "test.txt")
+    with pytest.raises(Invalid, match=r"no split “dev”\. The splits are “test”, “train”") as raised:
+        source_of(tmp_path, "dev")
+    assert raised.value.field == "dataset.split"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("a.jsonl", b'{"prompt": "a"}\n{nope\n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"prompt": "\xff"}', "not UTF-8"),
+        ("a.json", b"[1, 2", "not JSON"),
+        ("a.parquet", b"PAR1 and nothing", "not a whole Parquet file"),
+        ("a.txt", b"\xff\xfe", "not UTF-8"),
+        ("a.jsonl", b"[" * 100_000, "not JSON"),
+        ("a.txt", b"\n\n", "no prompts"),
+        ("a.jsonl", b"", "no prompts"),
+        ("a.exe", b"MZ", "no format"),
+    ],
+)
+def test_what_is_broken_is_named(tmp_path: Path, name: str, content: bytes, what: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(Invalid, match=what):
+        preview(Dataset(source="file", id=name), file, 3)
+
+
+def test_a_line_without_an_end_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trellis.reader import files
+
+    monkeypatch.setattr(files, "LINE_LIMIT", 1000)
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"a" * 5000)
+    with pytest.raises(Invalid, match="line 1 is longer"):
+        list(rows(source_of(file, "")))
+
+
+def test_a_link_that_leads_out_of_a_folder_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("secret")
+    inside = folder_of(tmp_path / "in", "a.txt")
+    (inside / "b.txt").symlink_to(tmp_path / "secret.txt")
+    assert [file.name for file in source_of(inside, "").files] == ["a.txt"]
+
+
+def test_what_cannot_be_a_prompt_is_skipped_and_counted(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    lines = [
+        {"prompt": "ok"},
+        {"prompt": ""},
+        {"prompt": "a\x00b"},
+        {"prompt": "x" * 100_001},
+        {"prompt": None},
+        {"n": 1},
+    ]
+    file.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"prompt": "\\ud800"}\n')
+    into = tmp_path / "into"
+    into.mkdir()
+    made = prepare(Dataset(source="file", id=file.name), file, into)
+    assert (made["total"], made["skipped"]) == (1, 6)
+
+
+def test_only_the_first_rows_are_taken(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("\n".join(str(number) for number in range(500)))
+    into = tmp_path / "into"
+    into.mkdir()
+    assert prepare(Dataset(source="file", id=file.name, rows=30), file, into)["total"] == 30
+    assert preview(Dataset(source="file", id=file.name, rows=30), file, 3)["total"] == 30
+
+
+@given(
+    st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=40).filter(str.strip), min_size=1
+    )
+)
+def test_any_text_comes_back_as_it_was(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    file, into = folder / "a.jsonl", folder / "into"
+    into.mkdir()
+    file.write_text("\n".join(json.dumps({"prompt": text}) for text in texts), encoding="utf-8")
+    prepare(Dataset(source="file", id=file.name), file, into)
+    lines = (into / "prompts.jsonl").read_bytes().split(b"\n")[:-1]
+    assert [json.loads(line) for line in lines] == [text.strip() for text in texts]
+
+
+def test_rows_are_counted_without_reading_them(tmp_path: Path) -> None:
+    assert count(source_of(write(tmp_path, "parquet"), "")) == (3, True)
+    assert count(source_of(write(tmp_path, "txt"), "")) == (3, True)
+    assert count(source_of(write(tmp_path, "csv"), ""))[0] == 3

@@ -1,0 +1,161 @@
+"""Prompts made ready: an order that survives everything, folders that are not left, a million rows at once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import open_studio, ready, until
+from trellis.errors import Invalid, TrellisError
+from trellis.messages import Progress
+from trellis.params import Dataset
+from trellis.studio.datasets import inside
+from trellis.studio.studio import Studio
+from trellis.workers.worker import Spawn
+
+pytestmark = pytest.mark.anyio
+
+
+def put(folder: Path, name: str = "mine.jsonl", count: int = 40) -> Path:
+    file = folder / "prompts" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps({"prompt": f"Question {number}?"}) + "\n" for number in range(count)))
+    return file
+
+
+FILE = {"source": "file", "id": "mine.jsonl"}
+
+
+async def test_a_session_is_steered_on_a_file(tmp_path: Path, studio: Studio) -> None:
+    put(tmp_path)
+    session = await studio.steering.create(None, {"dataset": FILE, "control_prompt": ""})
+    state = await ready(session)
+    assert state["offer"]["prompt"].startswith("Question ")
+    assert state["dataset"] == {"source": "file", "position": 0, "total": 40}
+
+
+async def test_the_order_survives_a_restart_and_the_loss_of_the_file(tmp_path: Path, fake_spawn: Spawn) -> None:
+    file = put(tmp_path)
+    asked: list[str] = []
+    async with open_studio(tmp_path, fake_spawn) as studio:
+        session = await studio.steering.create(None, {"dataset": FILE, "control_prompt": "", "seed": 7})
+        for _ in range(3):
+            asked.append((await ready(session))["offer"]["prompt"])
+            await session.skip(f"s{len(asked)}")
+    file.write_text('{"prompt": "Something else?"}\n')
+    file.unlink()
+    async with open_studio(tmp_path, fake_spawn) as studio:
+        again = await studio.steering.session(session.id)
+        again.wake()
+        for step in range(3):
+            asked.append((await ready(again))["offer"]["prompt"])
+            await again.skip(f"t{step}")
+        assert again.prompts is not None
+        assert asked == [again.prompts.at(place) for place in range(6)]
+        assert len(set(asked)) == 6
+
+
+async def test_prompts_that_are_gone_are_read_again(tmp_path: Path, fake_spawn: Spawn) -> None:
+    put(tmp_path)
+    async with open_studio(tmp_path, fake_spawn) as studio:
+        session = await studio.steering.create(None, {"dataset": FILE})
+        await ready(session)
+        assert session.prepared
+        await studio.datasets.discard(session.prepared)
+    async with open_studio(tmp_path, fake_spawn) as studio:
+        again = await studio.steering.session(session.id)
+        again.wake()
+        await again.resume()
+        await ready(again)
+        await again.skip("s1")
+        assert (await ready(again))["dataset"]["total"] == 40
+
+
+async def test_deleting_the_last_session_frees_its_prompts(tmp_path: Path, studio: Studio) -> None:
+    put(tmp_path)
+    one = await studio.steering.create(None, {"dataset": FILE})
+    two = await studio.steering.create(None, {"dataset": FILE | {"shuffle": False}})
+    await ready(one)
+    await ready(two)
+    assert one.prepared == two.prepared, "the same prompts are made ready once"
+    place = tmp_path / "prepared" / str(one.prepared)
+    await studio.steering.delete(one.id)
+    assert place.is_dir()
+    await studio.steering.delete(two.id)
+    assert not place.exists()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "field", "what"),
+    [
+        ({"source": "file", "id": "nope.jsonl"}, "config.dataset.id", "There are: mine.jsonl"),
+        ({"source": "file", "id": "mine.jsonl", "column": "nope"}, "config.dataset.column", "“prompt”"),
+        ({"source": "file", "id": "mine.jsonl", "split": "dev"}, "config.dataset.split", "“all”"),
+        ({"source": "file", "id": ""}, "config.dataset.id", "is empty"),
+        ({"source": "hub", "id": "../../etc"}, "config.dataset.id", "not the name of a dataset"),
+    ],
+)
+async def test_what_is_wrong_is_said_before_anything_is_loaded(
+    tmp_path: Path, studio: Studio, dataset: dict[str, str], field: str, what: str
+) -> None:
+    put(tmp_path)
+    with pytest.raises(Invalid) as raised:
+        await studio.steering.create(None, {"dataset": dataset})
+    assert what in str(raised.value.fields) + raised.value.message
+    assert field in {raised.value.field, *(entry["field"] for entry in raised.value.fields)}
+    assert await studio.steering.sessions() == []
+    assert await studio.jobs.list() == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../secret.txt", "/etc/passwd", "a/../../secret.txt", "link.txt", "a\x00b", "", ".", "..", "C:\\x", "x" * 500],
+)
+def test_no_name_leads_out_of_a_folder(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "prompts"
+    (root / "a").mkdir(parents=True)
+    (tmp_path / "secret.txt").write_text("secret")
+    (root / "link.txt").symlink_to(tmp_path / "secret.txt")
+    assert inside(root, name) is None
+
+
+async def test_another_folder_that_is_named_may_be_read(tmp_path: Path, fake_spawn: Spawn) -> None:
+    file = put(tmp_path / "elsewhere", "deep/down.txt", 5)
+    async with open_studio(tmp_path / "save", fake_spawn, data_dirs=str(file.parent.parent)) as studio:
+        names = {entry["name"] for entry in await studio.datasets.files()}
+        assert names == {"deep", "deep/down.txt"}
+        assert (await studio.datasets.preview(Dataset(source="file", id="deep")))["total"] == 5
+
+
+async def test_a_million_prompts_preview_in_the_first_rows(tmp_path: Path, studio: Studio) -> None:
+    put(tmp_path, "million.jsonl", 1_000_000)
+    begun = time.monotonic()
+    found = await studio.datasets.preview(Dataset(source="file", id="million.jsonl"))
+    assert found["samples"] == ["Question 0?", "Question 1?", "Question 2?"]
+    assert found["total"] == 1_000_000
+    assert time.monotonic() - begun < 20, "it must not read all rows; bench/scale.py measures how long it takes"
+
+
+async def test_preparing_can_be_cancelled_and_leaves_nothing_behind(tmp_path: Path, studio: Studio) -> None:
+    put(tmp_path, "large.jsonl", 400_000)
+    told: list[Progress] = []
+    work = asyncio.create_task(studio.datasets.prepare(Dataset(source="file", id="large.jsonl"), told.append))
+    await until(lambda: len(told) > 1)
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    assert list((tmp_path / "prepared").iterdir()) == []
+    assert 0 < told[-1].fraction < 1
+
+
+async def test_a_reader_that_dies_is_told_about(
+    studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path)
+    monkeypatch.setattr("trellis.workers.reader.sys.executable", "/bin/false")
+    with pytest.raises(TrellisError, match="ended without an answer"):
+        await studio.datasets.preview(Dataset(source="file", id="mine.jsonl"))

@@ -1,0 +1,217 @@
+"""Models and datasets from a hub, through the real server and the real engine; the hub is one on this computer that
+speaks the hub's protocol, breaks off, hangs and refuses."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.hub import COMMIT, FakeHub
+from tests.server import Server, new_session, read_events, wait_ready
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
+    from tests.tiny import make_llama, make_model
+
+    root = tmp_path_factory.mktemp("hub")
+    make_llama(root / "models" / "org" / "tiny", hidden=128)
+    make_llama(root / "models" / "org" / "broken", hidden=256)
+    make_model(root / "models" / "org" / "slow", "gpt2")
+    make_model(root / "models" / "org" / "gated", "gpt2")
+    pickled = root / "models" / "org" / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text("{}")
+    (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    data = root / "datasets" / "org" / "qa" / "data"
+    data.mkdir(parents=True)
+    rows = [json.dumps({"question": f"Question {number}?", "answer": "x"}) for number in range(60)]
+    (data / "train.jsonl").write_text("\n".join(rows))
+    (data / "test.jsonl").write_text(rows[0])
+    hub = FakeHub(root)
+    hub.gated.add("org/gated")
+    yield hub
+    hub.close()
+
+
+@pytest.fixture(scope="module")
+def server(hub: FakeHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(
+        tmp_path_factory.mktemp("save"), fake=False, HF_ENDPOINT=hub.url, HF_TOKEN="hf_secret", TRELLIS_HUB_TIMEOUT="3",
+        TRELLIS_RATE_LIMIT="0",
+    )  # fmt: skip
+    yield server
+    assert server.stop() == 0
+    assert "Traceback" not in server.output, server.output
+    assert "hf_secret" not in server.output
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[httpx.Client]:
+    with server.client() as client:
+        yield client
+
+
+def load(client: httpx.Client, **body: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The job of a load when it has ended, and all its progress."""
+    answer = client.post("/api/models/load", json=body)
+    assert answer.status_code == 202, answer.text
+    seen = []
+    with client.stream("GET", f"/api/jobs/{answer.json()['id']}/events", timeout=60) as response:
+        for _, name, data in read_events(response):
+            if name != "progress":
+                break
+            seen.append(data)
+    return client.get(f"/api/jobs/{answer.json()['id']}").json(), seen
+
+
+def test_a_model_comes_from_the_hub_with_true_figures_and_is_steered(client: httpx.Client, hub: FakeHub) -> None:
+    job, seen = load(client, model="org/tiny")
+    assert job["state"] == "done", job["error"]
+    stages = list(dict.fromkeys(step["stage"] for step in seen))
+    assert stages[-7:] == ["initializing", "downloading", "reading", "parsing", "placing", "warming_up", "ready"]
+    loading = [step for step in seen if step["stage"] == "downloading"]
+    total = sum(file.stat().st_size for file in (hub.root / "models" / "org" / "tiny").iterdir())
+    assert loading[-1]["total_bytes"] == total
+    assert [step["fraction"] for step in seen] == sorted(step["fraction"] for step in seen)
+    found = {model["id"]: model for model in client.get("/api/models").json()}["org/tiny"]
+    assert (found["source"], found["state"]) == ("hub", "loaded")
+    assert found["size"] > 100_000
+    state = new_session(client, model="org/tiny", control_prompt="", max_new_tokens=12, context_length=256)
+    client.post(f"/api/steering/sessions/{state['id']}/choose", json={"offer": state["offer"]["id"], "choice": 1})
+    assert wait_ready(client, state["id"])["head"]["step"] == 1
+    assert hub.tokens == {"hf_secret"}
+
+
+def test_what_was_fetched_is_not_fetched_again_and_needs_no_hub(client: httpx.Client, hub: FakeHub) -> None:
+    load(client, model="org/tiny")
+    client.post("/api/models/org/tiny/unload")
+    sent = dict(hub.sent)
+    hub.hang = True
+    try:
+        job, seen = load(client, model="org/tiny")
+    finally:
+        hub.hang = False
+    assert job["state"] == "done", job["error"]
+    assert "downloading" not in {step["stage"] for step in seen}
+    client.post("/api/models/org/tiny/unload")
+    pinned, _ = load(client, model="org/tiny", revision=COMMIT)
+    assert pinned["state"] == "done", pinned["error"]
+    assert hub.sent == sent
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_was(client: httpx.Client, hub: FakeHub) -> None:
+    from trellis.engine.download import PIECE
+
+    size = (hub.root / "models" / "org" / "broken" / "model.safetensors").stat().st_size
+    hub.sent.pop("model.safetensors", None)
+    hub.break_after = size // 2
+    try:
+        job, _ = load(client, model="org/broken")
+    finally:
+        hub.break_after = None
+    assert size > 4 * PIECE
+    assert job["state"] == "failed"
+    assert job["error"]["code"] in ("network", "timeout")
+    assert "what has arrived is kept" in job["error"]["next_step"]
+    job, _ = load(client, model="org/broken")
+    assert job["state"] == "done", job["error"]
+    assert size <= hub.sent["model.safetensors"] < size + PIECE, "bytes that had arrived were fetched again"
+
+
+def test_a_download_can_be_cancelled_and_gives_its_memory_back(
+    client: httpx.Client, hub: FakeHub, server: Server
+) -> None:
+    hub.seconds_per_piece = 0.3
+    try:
+        job = client.post("/api/models/load", json={"model": "org/slow"}).json()["id"]
+        deadline = time.monotonic() + 30
+        while client.get(f"/api/jobs/{job}").json()["progress"]["stage"] != "downloading":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        engines = len(server.engines())
+        ended = client.post(f"/api/jobs/{job}/cancel").json()
+    finally:
+        hub.seconds_per_piece = 0.0
+    assert ended["state"] == "cancelled"
+    assert ended["result"]["memory_before"] > 100_000_000
+    assert ended["result"]["memory_after"] == 0
+    assert len(server.engines()) == engines - 1
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "message"),
+    [
+        ({"model": "org/nothing"}, "not_found", "no model “org/nothing” on the hub"),
+        ({"model": "org/tiny", "revision": "v9"}, "not_found", "no revision “v9”"),
+        ({"model": "org/gated"}, "permission_denied", "does not give “org/gated”"),
+        ({"model": "org/pickled"}, "not_found", "no safetensors files"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_apart(
+    client: httpx.Client, body: dict[str, str], code: str, message: str
+) -> None:
+    job, _ = load(client, **body)
+    assert (job["state"], job["error"]["code"]) == ("failed", code)
+    assert message in job["error"]["message"]
+    assert job["error"]["next_step"]
+    assert "hf_secret" not in json.dumps(job)
+
+
+def test_a_hub_that_hangs_is_given_up(client: httpx.Client, hub: FakeHub) -> None:
+    hub.hang = True
+    try:
+        job, _ = load(client, model="org/other")
+    finally:
+        hub.hang = False
+    assert (job["state"], job["error"]["code"]) == ("failed", "timeout")
+    assert "TRELLIS_HUB_TIMEOUT" in job["error"]["next_step"]
+
+
+@pytest.mark.parametrize("name", ["../secrets", "org/../x", "a/b/c", "/etc/passwd", "org/na me", "org//x", "a\x00b"])
+def test_no_name_of_a_model_leads_elsewhere(client: httpx.Client, name: str) -> None:
+    assert client.post("/api/models/load", json={"model": name}).status_code in (404, 422)
+
+
+def test_a_dataset_on_the_hub_is_previewed_and_steered_on(client: httpx.Client) -> None:
+    dataset = {"source": "hub", "id": "org/qa"}
+    found = client.post("/api/steering/preview", json={"dataset": dataset}).json()
+    assert found["samples"] == ["Question 0?", "Question 1?", "Question 2?"]
+    assert (found["column"], found["split"], found["splits"]) == ("question", "train", ["train", "test"])
+    state = new_session(client, dataset=dataset | {"rows": 50}, control_prompt="")
+    assert state["dataset"] == {"source": "hub", "position": 0, "total": 50}
+    assert state["offer"]["prompt"].startswith("Question ")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "field", "message"),
+    [
+        ({"id": "org/qa", "split": "dev"}, "config.dataset.split", "The splits are “train”, “test”."),
+        ({"id": "org/qa", "subset": "big"}, "config.dataset.subset", "The subsets are “default”."),
+        ({"id": "org/qa", "column": "nope"}, "config.dataset.column", "“question”, “answer”"),
+        ({"id": "org/none"}, "config.dataset.id", "no dataset “org/none”"),
+    ],
+)
+def test_a_wrong_name_in_a_dataset_lists_what_there_is(
+    client: httpx.Client, dataset: dict[str, str], field: str, message: str
+) -> None:
+    answer = client.post("/api/steering/sessions", json={"config": {"dataset": {"source": "hub"} | dataset}})
+    assert answer.status_code in (404, 422), answer.text
+    assert answer.json()["error"]["field"] == field
+    assert message in answer.json()["error"]["message"]
+
+
+def test_files_of_a_model_can_be_deleted(client: httpx.Client) -> None:
+    load(client, model="org/broken")
+    assert client.delete("/api/models/org/broken").status_code == 409
+    client.post("/api/models/org/broken/unload")
+    assert client.delete("/api/models/org/broken").status_code == 204
+    assert "org/broken" not in {model["id"] for model in client.get("/api/models").json()}
+    assert client.delete("/api/models/demo").status_code == 409
