@@ -221,6 +221,11 @@ def _weight_files(path: Path) -> list[Path]:
             code="not_found",
             next_step="Choose a folder with a Hugging Face config and safetensors files.",
         )
+    for file in files:
+        try:
+            file.open("rb").close()  # the library that reads them says of a file without rights that it is not there
+        except PermissionError as error:
+            raise _not_readable(error) from None
     return files
 
 
@@ -303,8 +308,6 @@ def _read_tensors(
                 code="corrupt_file",
                 next_step="Copy or download the file again.",
             ) from None
-        except PermissionError:
-            raise _not_readable(PermissionError(0, "", str(file))) from None
     return state
 
 

@@ -83,8 +83,10 @@ class Loop:
         except Exception as error:
             if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
                 return failed(out_of_memory("the device's memory")), True
-            if isinstance(error, RuntimeError) and "not enough memory" in str(error):  # torch's on a CPU
+            if "not enough memory" in str(error) or "can't allocate memory" in str(error):  # torch's on a CPU
                 return failed(out_of_memory("this computer's memory")), True
+            if "os error 28" in str(error):  # safetensors', which hides the kind of the error in its words
+                return failed(disk_trouble(OSError(errno.ENOSPC, "No space left on device"))), True
             log.exception("a request failed")
             return Failed(
                 code="engine_bug",

@@ -6,6 +6,7 @@ SQLite in WAL mode by default, with every acknowledged write on the disk; any ot
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,9 +14,12 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
 
+from ..errors import TrellisError, shorten
 from .tables import HEAD
 
+log = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -44,8 +48,11 @@ class Store:
         **kwargs: P.kwargs,
     ) -> R:
         def run() -> R:
-            with self._engine.begin() as connection:
-                return work(connection, *args, **kwargs)
+            try:
+                with self._engine.begin() as connection:
+                    return work(connection, *args, **kwargs)
+            except OperationalError as error:
+                raise _in_words(error) from error
 
         # A write that has begun is let finish even when nobody waits any more: half an action is worse than one.
         return await asyncio.shield(asyncio.get_running_loop().run_in_executor(threads, run))
@@ -54,6 +61,23 @@ class Store:
         self._writer.shutdown()
         self._readers.shutdown()
         self._engine.dispose()
+
+
+def _in_words(error: OperationalError) -> TrellisError:
+    """A database that cannot be read or written just now. Nothing of the transaction has been kept."""
+    said = str(error.orig)
+    if "full" in said or "No space left" in said:
+        return TrellisError(
+            "The disk is full: this could not be written down.",
+            code="disk_full",
+            next_step="Make room on the disk, then do it again. What was there before is safe.",
+        )
+    log.error("the database answered: %s", said)
+    return TrellisError(
+        f"The database could not be used: {shorten(said, 160)}.",
+        code="database",
+        next_step="Check the disk of the studio's save folder, then do it again.",
+    )
 
 
 def open_engine(url: str) -> Engine:
