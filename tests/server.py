@@ -24,9 +24,16 @@ class Server:
     """`trellis` on a free port over a save folder of the test's own."""
 
     def __init__(
-        self, save_dir: Path, *, fake: bool = True, port: int = 0, within: tuple[str, ...] = (), **environment: str
+        self,
+        save_dir: Path,
+        *,
+        fake: bool = True,
+        port: int = 0,
+        within: tuple[str, ...] = (),
+        command: tuple[str, ...] = (),
+        **environment: str,
     ) -> None:
-        self._within = within
+        self._within, self._command = within, command
         self.save_dir = save_dir
         self._environment = os.environ | {"TRELLIS_FAKE_ENGINE": "1" if fake else "0", "COLUMNS": "200"} | environment
         self._port = port
@@ -35,7 +42,16 @@ class Server:
     def start(self) -> None:
         """Start, and wait until the address has been printed and answers."""
         started = time.perf_counter()
-        command = [*self._within, sys.executable, "-m", "trellis", "--no-open", "--port", str(self._port)]
+        command = [
+            *self._within,
+            sys.executable,
+            "-m",
+            "trellis",
+            *self._command,
+            "--no-open",
+            "--port",
+            str(self._port),
+        ]
         command += ["--save-dir", str(self.save_dir)]
         self.process = subprocess.Popen(command, env=self._environment, stderr=subprocess.PIPE, text=True)
         self.output = ""

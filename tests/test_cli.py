@@ -13,6 +13,7 @@ import pytest
 
 from tests.server import Server
 from trellis.cli import _listen
+from trellis.params import option_rows
 from trellis.settings import Settings
 
 
@@ -133,3 +134,40 @@ def test_small_answers_do_not_wait_for_an_acknowledgement() -> None:
         assert listening.proto == socket.IPPROTO_TCP
     finally:
         listening.close()
+
+
+def test_every_option_of_a_session_is_a_flag() -> None:
+    done = trellis("steer", "--help")
+    assert done.returncode == 0
+    text = " ".join(done.stdout.split())
+    for name, row in option_rows():
+        assert f"--{name.replace('_', '-').replace('.', '-')}" in text, name
+        assert str(row.description).split(".")[0][:20] in text, name
+
+
+def test_flags_have_the_same_validation_as_the_form(tmp_path: Path) -> None:
+    done = trellis("steer", "--save-dir", str(tmp_path), "--group-size", "99", "--dataset-source", "file")
+    assert done.returncode == 2
+    assert "--group-size: Input should be less than or equal to 8, got “99”" in done.stderr
+    assert "--dataset-id: is empty" not in done.stderr  # what does not go together is looked at once each is valid
+    done = trellis("steer", "--save-dir", str(tmp_path), "--dataset-source", "file")
+    assert "--dataset-id: is empty" in done.stderr
+    done = trellis("steer", "--save-dir", str(tmp_path), "--no-open", "--port", "0", "--model", "nope")
+    assert done.returncode == 2
+    assert "There is no model “nope”" in done.stderr
+
+
+def test_a_session_begins_with_the_flags(tmp_path: Path) -> None:
+    server = Server(tmp_path, command=("steer", "--name", "By flags", "--group-size", "3", "--no-chat-template"))
+    try:
+        with server.client() as client:
+            (made,) = client.get("/api/steering/sessions").json()
+            state = client.get(f"/api/steering/sessions/{made['id']}").json()
+            assert (state["name"], state["config"]["group_size"], state["config"]["chat_template"]) == (
+                "By flags",
+                3,
+                False,
+            )
+            assert f"{server.url}/steer/{made['id']}" in server.output
+    finally:
+        server.stop()

@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 import webbrowser
+from collections.abc import Callable
+from inspect import Parameter, Signature
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +18,7 @@ import typer
 from rich.console import Console
 
 from . import __version__
-from .errors import TrellisError
+from .errors import Invalid, TrellisError
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -92,7 +94,49 @@ def doctor(save_dir: SaveDir = None) -> None:
 
 
 def main() -> None:
+    """The commands above, and `steer`, whose flags are the rows of params.py."""
+    app.command("steer", help="Start the studio with a new session: a flag for each option.")(_with_flags(_steer))
     app()
+
+
+def _with_flags(begin: Callable[..., None]) -> Callable[..., None]:
+    """A function with a keyword for each option of a session, as Typer reads it."""
+    from .params import flag_rows
+
+    def steer(**given: Any) -> None:
+        begin(**given)
+
+    flags: dict[str, Any] = {"host": Host, "port": Port, "save_dir": SaveDir}
+    flags["name"] = Annotated[str | None, typer.Option(help="Name of the session.")]
+    for name, row in flag_rows():
+        about = typer.Option(*row.declarations, help=row.help, show_default=row.shown or False)
+        flags[name.replace(".", "_")] = Annotated[row.type | None, about]
+    rows = [Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind) for name, kind in flags.items()]
+    rows.append(Parameter("open", Parameter.KEYWORD_ONLY, default=True, annotation=Open))
+    steer.__signature__ = Signature(rows)  # type: ignore[attr-defined]
+    steer.__annotations__ = {row.name: row.annotation for row in rows}
+    return steer
+
+
+def _steer(
+    host: str | None, port: int | None, save_dir: Path | None, name: str | None, open: bool, **given: Any
+) -> None:
+    from .params import SessionConfig, config_from_flags
+
+    settings = _settings(host=host, port=port, save_dir=save_dir)
+    try:
+        settings.require_password_beyond_loopback()
+        config = config_from_flags(given)
+        SessionConfig.parse(config)
+        _serve(settings, open, (name, config))
+    except Invalid as error:
+        for field in error.fields:
+            flag = "--" + field["field"].removeprefix("config.").replace(".", "-").replace("_", "-")
+            console.print(f"[red]{flag}[/red]: {field['message']}", soft_wrap=True)
+        raise typer.Exit(2) from None
+    except TrellisError as error:
+        _say(error)
+        raise typer.Exit(2) from None
 
 
 def _settings(**given: Any) -> Settings:
@@ -111,7 +155,8 @@ def _say(error: TrellisError) -> None:
     console.print(f"[red]{error.message}[/red]\n{error.next_step}", soft_wrap=True)
 
 
-def _serve(settings: Settings, open_page: bool) -> None:
+def _serve(settings: Settings, open_page: bool, first: tuple[str | None, dict[str, Any]] | None = None) -> None:
+    """Run the studio until it is ended; `first` is the name and configuration of a session to begin with."""
     import uvicorn
 
     from .store.store import Store, migrate
@@ -140,7 +185,19 @@ def _serve(settings: Settings, open_page: bool) -> None:
         proxy_headers=settings.behind_proxy,
     )
 
+    refused: list[TrellisError] = []
+
     class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if first:
+                try:
+                    session = await studio.steering.create(*first)
+                    console.print(f"The session “{session.name}” is at [bold]{address}/steer/{session.id}[/bold]")
+                except TrellisError as error:
+                    refused.append(error)
+                    self.should_exit = True
+
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             _let_readers_go(studio)
             super().handle_exit(sig, frame)
@@ -156,6 +213,8 @@ def _serve(settings: Settings, open_page: bool) -> None:
         pass  # the server has ended in order; Ctrl-C is how it is meant to end
     finally:
         lock.close()
+    if refused:
+        raise refused[0]
 
 
 def _let_readers_go(studio: Studio) -> None:

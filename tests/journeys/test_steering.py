@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def test_the_whole_loop_by_keyboard(open_page: Open, server: Server) -> None:
     expect(page.locator("#figures .figures dd").first).to_have_text("1")
     press(page, "n")
     expect(page.locator("#tree li")).to_have_count(3)
+    expect(page.locator("#tree [aria-current]")).to_contain_text("none of these")
     press(page, "s")
     expect(page.locator("#tree li")).to_have_count(4)
     for _ in range(3):
@@ -191,10 +193,11 @@ def test_deleting_asks_first(open_page: Open, server: Server) -> None:
     page.goto(server.url)
     page.once("dialog", lambda dialog: dialog.dismiss())
     page.get_by_role("button", name=f"Delete {name}", exact=True).click()
-    expect(page.get_by_role("link", name=name)).to_have_count(1)
+    row = page.locator(".session-link strong", has_text=re.compile(f"^{re.escape(name)}$"))
+    expect(row).to_have_count(1)
     page.once("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name=f"Delete {name}", exact=True).click()
-    expect(page.get_by_role("link", name=name)).to_have_count(0)
+    expect(row).to_have_count(0)
 
 
 def test_it_works_on_a_phone(open_page: Open, server: Server) -> None:
@@ -204,11 +207,11 @@ def test_it_works_on_a_phone(open_page: Open, server: Server) -> None:
     page.get_by_role("button", name="Choose B").tap()
     expect(page.locator("[name=offer]").first).not_to_have_value(before)
     is_ready(page)
-    page.get_by_role("button", name="Tree", exact=True).tap()
+    page.get_by_role("link", name="Tree", exact=True).tap()
     expect(page.locator("#tree li")).to_have_count(2)
-    page.get_by_role("button", name="Figures", exact=True).tap()
+    page.get_by_role("link", name="Figures", exact=True).tap()
     expect(page.locator("#figures")).to_be_visible()
-    page.get_by_role("button", name="Answers", exact=True).tap()
+    page.get_by_role("link", name="Answers", exact=True).tap()
     undo = page.get_by_role("button", name="Undo")
     box = undo.bounding_box()
     assert box is not None
@@ -226,16 +229,26 @@ def test_every_page_passes_axe_and_fits_its_screen(open_page: Open, server: Serv
         client.post(f"/api/steering/sessions/{session}/choose", json={"offer": offer, "choice": 0})
         wait_ready(client, session)
     page = open_page(viewport={"width": width, "height": 800}, color_scheme=scheme, reduced_motion="reduce")
-    for path in ("/", f"/steer/{session}", "/models", "/steer/nope", "/login"):
+    steering = f"/steer/{session}"
+    for path in (
+        "/",
+        "/new",
+        steering,
+        f"{steering}/review",
+        f"{steering}/compare",
+        "/models",
+        "/steer/nope",
+        "/login",
+    ):
         page.goto(server.url + path)
-        if path == "/":
-            page.locator("details.options > summary").click()
+        for summary in page.locator("main details:not([data-edit], [data-write]) > summary").all():
+            summary.click()
         found = Axe().run(page)
         assert found.violations_count == 0, f"{path}: {found.generate_report()}"
         assert page.evaluate("document.documentElement.scrollWidth") <= width, path
     page.goto(f"{server.url}/steer/{session}")
     for tab in ("Tree", "Figures") if width == 375 else ():
-        page.get_by_role("button", name=tab, exact=True).click()
+        page.get_by_role("link", name=tab, exact=True).click()
         found = Axe().run(page)
         assert found.violations_count == 0, f"{tab}: {found.generate_report()}"
 

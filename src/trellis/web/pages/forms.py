@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic.fields import FieldInfo
-
 from ...errors import Invalid, TrellisError
-from ...params import Dataset, SessionConfig
+from ...params import option_rows
 
 GROUPS = ("Model", "Prompts", "Answers", "Learning", "Adapter", "History")
 LONG = ("system_prompt", "control_prompt", "prompt_prefix", "prompt_suffix")
@@ -66,7 +64,7 @@ def groups_of(
     """All options in their groups, with these values (by flat name) and what was wrong with them."""
     wrong = errors_of(error)
     groups = {title: Group(title) for title in GROUPS}
-    for name, row in _rows():
+    for name, row in option_rows():
         about = row.json_schema_extra
         assert isinstance(about, dict)
         limits = {key: getattr(rule, key) for rule in row.metadata for key in ("ge", "le", "gt", "lt")
@@ -114,10 +112,10 @@ def nested(sent: Mapping[str, str]) -> dict[str, Any]:
     """What a form sent as a partial configuration. A whole form says so, since a switch that is off sends nothing."""
     config: dict[str, Any] = {}
     if sent.get("form") == "whole":
-        for name, row in _rows():
+        for name, row in option_rows():
             if row.annotation is bool:
                 _set(config, name, name in sent)
-    switches = {name for name, row in _rows() if row.annotation is bool}
+    switches = {name for name, row in option_rows() if row.annotation is bool}
     for name, value in sent.items():
         if name == "form":
             continue
@@ -128,18 +126,14 @@ def nested(sent: Mapping[str, str]) -> dict[str, Any]:
     return config
 
 
+def shown(sent: Mapping[str, str]) -> dict[str, Any]:
+    """What a form sent, as the form shows it again: with the switches that were off, and with what was wrong."""
+    return flat(nested(sent)) | {name: value for name, value in sent.items() if value != "on"}
+
+
 def _set(config: dict[str, Any], name: str, value: Any) -> None:
     outer, _, inner = name.partition(".")
     if inner:
         config.setdefault(outer, {})[inner] = value
     else:
         config[outer] = value
-
-
-def _rows() -> Iterator[tuple[str, FieldInfo]]:
-    for name, row in SessionConfig.model_fields.items():
-        if name == "dataset":
-            for inner, each in Dataset.model_fields.items():
-                yield f"dataset.{inner}", each
-        else:
-            yield name, row

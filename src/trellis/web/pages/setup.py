@@ -18,7 +18,7 @@ from ..api.steering import Name, OfStudio
 from ..failures import status_of
 from ..limits import expensive
 from ..render import render_of
-from .forms import errors_of, flat, groups_of, nested
+from .forms import errors_of, flat, groups_of, nested, shown
 
 router = APIRouter(include_in_schema=False)
 
@@ -76,7 +76,7 @@ async def preview(request: Request, studio: OfStudio) -> HTMLResponse:
     if "hx-request" in request.headers:
         said = problem.as_json() if problem else None
         return render_of(request).page("setup/_preview.html", preview=found, problem=said)
-    return await form_page(request, studio, sent, error=problem, preview=found, name=sent.get("name", ""))
+    return await form_page(request, studio, shown(sent), error=problem, preview=found, name=sent.get("name", ""))
 
 
 @router.post("/steer")
@@ -90,7 +90,7 @@ async def begin(request: Request, studio: OfStudio) -> Response:
         chosen = name_from(name)
         session = await studio.steering.create(chosen, nested(sent), key if 8 <= len(key) <= 64 else None)
     except TrellisError as error:
-        return await form_page(request, studio, sent, error=error, name=name[:1000])
+        return await form_page(request, studio, shown(sent), error=error, name=name[:1000])
     return RedirectResponse(f"/steer/{session.id}", 303)
 
 

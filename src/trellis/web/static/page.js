@@ -46,6 +46,16 @@ export async function ask(method, url, body, options = {}) {
 }
 
 export function bindPage() {
+  // htmx knows only the last button that was pressed inside a form; what was pressed may stand outside of it.
+  document.addEventListener("htmx:configRequest", (event) => {
+    const pressed = event.detail.triggeringEvent?.submitter;
+    if (pressed?.name) event.detail.formData.set(pressed.name, pressed.value);
+  });
+  // Each action has a name of its own, so that a press that is sent twice is done once.
+  const name = () => $$("[name=request]").forEach((input) => { input.value = crypto.randomUUID?.() ?? String(Math.random()).slice(2).padEnd(12, "0"); });
+  name();
+  document.addEventListener("htmx:afterRequest", name);
+
   document.addEventListener("htmx:responseError", (event) => {
     if (event.detail.xhr.status === 404 && event.target.closest("[data-session]")) {
       // The session is gone, or this was never one: the first page knows what there is.

@@ -204,10 +204,7 @@ export class Workbench {
   // What a person does
 
   bindForms() {
-    // Each action has a name of its own, so that a press that is sent twice is done once.
-    const name = () => $$("[name=request]", this.root).forEach((input) => { input.value = crypto.randomUUID?.() ?? String(Math.random()).slice(2).padEnd(12, "0"); });
     this.root.addEventListener("htmx:afterRequest", (event) => {
-      name();
       if (!event.detail.successful) { this.showChoice(); this.showStatus(); return; }
       for (const details of $$("[data-edit], [data-write]", this.root)) {
         if (details.contains(event.target)) { details.open = false; $("textarea", details).value = ""; this.dropDrafts(); }
@@ -234,7 +231,6 @@ export class Workbench {
         else { $("summary", details).focus(); this.showAll(); }
       });
     }
-    name();
   }
 
   bindKeys() {
@@ -279,6 +275,8 @@ export class Workbench {
   bindMarks() {
     $$("[data-mark]", this.root).forEach((box, index) => {
       box.checked = false;
+      // Enter in a form presses its first button, which here would be a choice that nobody made.
+      box.addEventListener("keydown", (event) => { if (event.key === "Enter") { event.preventDefault(); box.click(); } });
       box.addEventListener("change", () => {
         this.marks = this.marks.filter((mark) => mark !== index);
         if (box.checked) this.marks.push(index);

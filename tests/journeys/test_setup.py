@@ -1,0 +1,175 @@
+"""Setting a session up in a real browser: the form, its checks, presets, cloned settings, files, and what it costs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.journeys.conftest import Open
+from tests.journeys.test_steering import is_ready
+from tests.server import Server, new_session
+
+pytestmark = pytest.mark.browser
+
+
+def field(page: Page, name: str) -> object:
+    return page.locator(f"[name='{name}']").input_value()
+
+
+def test_the_form_is_checked_while_it_is_filled_in_and_when_it_is_sent(open_page: Open, server: Server) -> None:
+    page = open_page()
+    page.goto(f"{server.url}/new")
+    size = page.get_by_label("Options per prompt")
+    size.fill("99")
+    expect(page.locator("#error-option-group_size")).to_contain_text("less than or equal to 8, got “99”")
+    expect(size).to_have_attribute("aria-invalid", "true")
+    expect(page.locator("[data-problems]")).to_contain_text("Options per prompt")
+    page.get_by_role("button", name="Load demo and start").click()
+    expect(page.get_by_role("alert")).to_contain_text("config.group_size")
+    size = page.get_by_label("Options per prompt")
+    expect(size).to_have_value("99")
+    size.fill("3")
+    expect(page.locator("[data-problems]")).to_be_empty()
+    page.get_by_label("Name of the session").fill("Of my own")
+    page.get_by_role("button", name="Load demo and start").click()
+    page.wait_for_url("**/steer/*")
+    is_ready(page)
+    expect(page.locator(".option")).to_have_count(3)
+    expect(page.get_by_label("Name of the session")).to_have_value("Of my own")
+
+
+def test_a_preset_fills_the_form_and_keeps_what_was_typed(open_page: Open, server: Server) -> None:
+    page = open_page()
+    page.goto(f"{server.url}/new")
+    page.get_by_label("Temperature").fill("0.33")
+    page.get_by_role("link", name="Thinking model").click()
+    expect(page.get_by_label("Longest answer")).to_have_value("1024")
+    expect(page.get_by_label("Options per prompt")).to_have_value("3")
+    assert page.locator("[name=append_think]").is_checked()
+    page.get_by_role("link", name="Small model").click()
+    expect(page.get_by_label("Context length")).to_have_value("2048")
+    expect(page.get_by_label("Options per prompt")).to_have_value("4")
+
+
+def test_without_javascript_presets_clones_previews_and_the_form_work(open_page: Open, server: Server) -> None:
+    page = open_page(java_script_enabled=False)
+    page.goto(f"{server.url}/new")
+    page.get_by_role("link", name="Base model").click()
+    expect(page.get_by_label("Longest answer")).to_have_value("80")
+    page.get_by_role("button", name="Preview three prompts").click()
+    expect(page.locator(".samples li")).to_have_count(3)
+    expect(page.get_by_label("Longest answer")).to_have_value("80")
+    page.get_by_role("button", name="Load the model and start").click()
+    page.wait_for_url("**/steer/*")
+    page.goto(server.url)
+    page.get_by_role("link", name=re.compile("^Clone the settings")).first.click()
+    expect(page.get_by_label("Longest answer")).to_have_value("80")
+    assert not page.locator("[name=chat_template]").is_checked()
+
+
+def test_memory_follows_the_options_and_what_would_fit_can_be_taken(
+    open_page: Open, tiny_llama: Path, tmp_path: Path
+) -> None:
+    server = Server(tmp_path, TRELLIS_ENGINE_MEMORY_GB="0.75")
+    try:
+        page = open_page()
+        page.goto(f"{server.url}/new")
+        memory = page.locator("[data-memory-text]")
+        expect(memory).to_contain_text("It may not fit")
+        before = memory.inner_text()
+        page.get_by_label("Longest answer").fill("64")
+        expect(memory).not_to_have_text(before)
+        page.get_by_role("button", name=re.compile("^Use .*which fits")).first.click()
+        expect(memory).to_contain_text("It fits")
+    finally:
+        server.stop()
+
+
+def test_a_file_of_prompts_is_uploaded_previewed_and_steered_on(
+    open_page: Open, server: Server, tmp_path: Path
+) -> None:
+    file = tmp_path / "garden.jsonl"
+    file.write_text(
+        "".join(json.dumps({"prompt": f"How does plant {number} grow? {'x' * 900}"}) + "\n" for number in range(2500))
+    )
+    page = open_page()
+    page.goto(f"{server.url}/new")
+    page.locator("#upload-prompts").set_input_files(file)
+    expect(page.locator("[data-upload-status]")).to_contain_text("“garden.jsonl” is here")
+    expect(page.locator("[name='dataset.source']")).to_have_value("file")
+    expect(page.locator("[name='dataset.id']")).to_have_value("garden.jsonl")
+    expect(page.locator(".samples li")).to_have_count(3)
+    expect(page.locator("#preview")).to_contain_text("2 500 prompts")
+    page.get_by_role("button", name="Load demo and start").click()
+    page.wait_for_url("**/steer/*")
+    expect(page.locator("[data-prompt]")).to_contain_text("How does plant")
+    expect(page.locator("[data-position]")).to_contain_text("of 2500")
+
+
+def test_an_upload_goes_on_after_the_connection_broke(open_page: Open, server: Server, tmp_path: Path) -> None:
+    file = tmp_path / "broken.txt"
+    file.write_text("".join(f"Question {number}? {'y' * 100}\n" for number in range(30_000)))
+    page = open_page()
+    page.goto(f"{server.url}/new")
+    failures = {"left": 2}
+
+    def sometimes(route: object) -> None:
+        if failures["left"]:
+            failures["left"] -= 1
+            route.abort()  # type: ignore[attr-defined]
+        else:
+            route.continue_()  # type: ignore[attr-defined]
+
+    page.route("**/api/uploads/*/files/*", sometimes)
+    page.locator("#upload-prompts").set_input_files(file)
+    expect(page.locator("[data-upload-status]")).to_contain_text("“broken.txt” is here")
+    assert (server.save_dir / "prompts" / "broken.txt").read_bytes() == file.read_bytes()
+
+
+def test_what_cannot_be_uploaded_is_told_in_place(open_page: Open, server: Server, tmp_path: Path) -> None:
+    file = tmp_path / "program.exe"
+    file.write_bytes(b"MZ")
+    page = open_page()
+    page.goto(f"{server.url}/new")
+    page.locator("#upload-prompts").set_input_files(file)
+    expect(page.locator("[data-upload-status] .field-error")).to_contain_text("“program.exe” is not a file of prompts")
+
+
+def test_a_wrong_split_is_told_with_what_there_is(open_page: Open, server: Server) -> None:
+    folder = server.save_dir / "prompts" / "parted"
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        (folder / f"{split}.txt").write_text("Why?\n")
+    page = open_page()
+    page.goto(f"{server.url}/new")
+    page.locator("[name='dataset.source']").select_option("file")
+    page.locator("[name='dataset.id']").fill("parted")
+    page.get_by_text("Advanced: prompts").click()
+    page.locator("[name='dataset.split']").fill("dev")
+    page.get_by_role("button", name="Preview three prompts").click()
+    expect(page.locator("#preview")).to_contain_text("The splits are “test”, “train”.")
+
+
+def test_sessions_are_searched_and_gone_on_with(open_page: Open, server: Server) -> None:
+    with server.client() as client:
+        for name in ("Needle in the hay", "Hay one", "Hay two", "Hay three", "Hay four", "Hay five"):
+            made = new_session(client)
+            client.patch(f"/api/steering/sessions/{made['id']}", json={"name": name})
+            if name.startswith("Needle"):
+                needle = made["id"]
+    page = open_page()
+    page.goto(server.url)
+    page.get_by_label("Search your sessions").fill("needle")
+    expect(page.locator(".session-link")).to_have_count(1)
+    page.locator(".session-link").click()
+    page.wait_for_url(f"**/steer/{needle}")
+    page.goto(server.url)
+    expect(page.get_by_role("link", name="Go on with Needle in the hay")).to_be_visible()
+    cookies = {cookie["name"]: cookie for cookie in page.context.cookies()}  # type: ignore[typeddict-item]
+    assert cookies["trellis_last"]["httpOnly"]
+    page.goto(f"{server.url}/?q=nothing+like+it")
+    expect(page.locator(".empty")).to_contain_text("No session has “nothing like it”")
