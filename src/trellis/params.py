@@ -401,9 +401,8 @@ def flag_rows() -> Iterator[tuple[str, Flag]]:
         declaration = f"--{flag}/--no-{flag}" if is_switch else f"--{flag}"
         shown = "automatic" if row.default is None else "" if row.default == "" else str(row.default)
         kind = bool if is_switch else str  # what a value may be is said by the one validation, in the same words
-        help = (
-            f"{row.description} One of: {', '.join(get_args(row.annotation))}." if is_choice else str(row.description)
-        )
+        listed = f" One of: {', '.join(get_args(row.annotation))}." if is_choice else ""
+        help = f"{row.description}{listed}"
         yield name, Flag((declaration,), help, kind, shown)
 
 
