@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 JOBS ?= 2
+SUDO = $(if $(filter 0,$(shell id -u)),,sudo)
 DEV := $(VENV)/.installed-dev
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -46,10 +47,13 @@ test-fast: $(DEV) ## The tests that need neither torch nor a browser nor patienc
 test: check browser ## Everything
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
-browser: $(DEV) # The browser that the tests drive: Debian's where apt is there, else Playwright's own
+browser: $(DEV) # nginx and the browser that the tests drive: Debian's where apt is there, else Playwright's own
+	@test -x /usr/sbin/nginx || command -v nginx >/dev/null \
+	  || { command -v apt-get >/dev/null && $(SUDO) apt-get update -qq \
+	       && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends nginx-light; }
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
-	  || { command -v apt-get >/dev/null && $(if $(filter 0,$(shell id -u)),,sudo) apt-get update -qq \
-	       && $(if $(filter 0,$(shell id -u)),,sudo) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } \
+	  || { command -v apt-get >/dev/null && $(SUDO) apt-get update -qq \
+	       && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } \
 	  || $(BIN)/python -m playwright install --with-deps chromium
 
 bench: $(DEV) ## Measure: the loop's speed, and how soon a model takes up a voice

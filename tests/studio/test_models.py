@@ -155,7 +155,7 @@ async def test_a_repeated_request_to_load_is_one_job(studio: Studio, tmp_path: P
     assert as_json(again.row)["id"] == first.id
     (tmp_path / "models" / "other").mkdir(parents=True)
     (tmp_path / "models" / "other" / "config.json").write_text("{}")
-    with pytest.raises(Conflict, match="used for another model"):
+    with pytest.raises(Conflict, match="used for another action"):
         await studio.models.load(ModelOptions(model="other"), "once")
     assert studio.models.state(ModelOptions(model="other")) == "unloaded"
 

@@ -65,6 +65,8 @@ class Catalog:
             raise Conflict(
                 "The demo model belongs to the studio.", code="shipped", next_step="Other models can be deleted."
             )
+        if entry.repository and entry.bytes == 0:
+            raise NotFound(f"No files of “{shorten(model_id)}” are here.", next_step="There is nothing to delete.")
         await asyncio.to_thread(self._remove, entry)
 
     def fetched(self, repository: str, revision: str) -> Path | None:
@@ -122,7 +124,8 @@ class Catalog:
             return
         aside = entry.path.with_name(f".deleted-{entry.path.name}")
         shutil.rmtree(aside, ignore_errors=True)
-        entry.path.rename(aside)
+        with suppress(FileNotFoundError):  # deleted twice at once is deleted
+            entry.path.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -93,7 +93,8 @@ class Exports:
 
         def remove() -> None:
             aside = self.folder / f".work-deleted-{os.getpid()}-{name}"
-            (self.folder / name).rename(aside)
+            with suppress(FileNotFoundError):  # deleted twice at once is deleted
+                (self.folder / name).rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
 
         await asyncio.to_thread(remove)

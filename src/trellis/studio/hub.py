@@ -17,6 +17,9 @@ from typing import Any
 
 RING = 1024
 
+LINE_ENDS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+"""What some readers of event streams take for the end of a line, though the standard does not."""
+
 
 @dataclass(frozen=True)
 class HubEvent:
@@ -29,7 +32,10 @@ class HubEvent:
     @cached_property
     def json(self) -> str:
         """The data as compact JSON, made once for all readers."""
-        return json.dumps(self.data, ensure_ascii=False, separators=(",", ":"))
+        text = json.dumps(self.data, ensure_ascii=False, separators=(",", ":"))
+        for mark, escaped in LINE_ENDS.items():
+            text = text.replace(mark, escaped)
+        return text
 
 
 Snapshot = Callable[[], tuple[str, dict[str, Any]]]

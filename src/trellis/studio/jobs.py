@@ -70,8 +70,15 @@ class Jobs:
         await asyncio.gather(*(job.task for job in self._running.values() if job.task), return_exceptions=True)
 
     async def start(self, kind: str, body: dict[str, Any], work: Work, request: str | None = None) -> Job:
-        """Begin work as a task of the studio's own. The same request is one job."""
+        """Begin work as a task of the studio's own. The same request is one job. Raises Conflict for a request that
+        was used for something else."""
         if request and (row := await self._store.read(rows.job_by_request, request)):
+            if (row["kind"], row["body"]) != (kind, body):
+                raise Conflict(
+                    f"This Idempotency-Key was used for another action: {row['kind']}.",
+                    code="key_reused",
+                    next_step="Send a key of its own with each action.",
+                )
             return self._running.get(row["id"]) or Job(self._hub, row)
         row = {
             "id": f"j{secrets.token_hex(8)}", "request": request, "kind": kind, "body": body, "state": "running",

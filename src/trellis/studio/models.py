@@ -94,12 +94,6 @@ class Models:
             self._require_room(entry, options)
             body = options.model_dump(mode="json", exclude_defaults=True) | {"model": options.model}
             job = await self._jobs.start("load", body, lambda job: self._load(entry, options, job), request)
-            if job.row["body"] != body:
-                raise Conflict(
-                    "This Idempotency-Key was used for another model.",
-                    code="key_reused",
-                    next_step="Send a key of its own with each action.",
-                )
             if job.task is not None and not job.task.done():  # a repeated request is answered with its old job
                 self._held[options] = Held(entry, options, job)
             return job

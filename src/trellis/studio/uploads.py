@@ -52,7 +52,8 @@ class Uploads:
 
     async def state(self, upload_id: str) -> dict[str, Any]:
         """How far each file has come. Raises NotFound."""
-        return await asyncio.to_thread(self._state, upload_id)
+        async with self._lock(upload_id):
+            return await asyncio.to_thread(self._state, upload_id)
 
     async def append(self, upload_id: str, number: int, offset: int, piece: bytes) -> dict[str, Any]:
         """Add a piece to a file where it ends. Raises NotFound, Invalid, or Conflict with what there is already."""

@@ -206,7 +206,7 @@ def check_origin(headers: Headers) -> None:
     """A change must come from our own pages, or from a program (which sends neither header)."""
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
     foreign = site is not None and site not in {"same-origin", "none"}
-    if origin is not None and origin_name(origin) != headers.get("host", "").lower():
+    if origin is not None and origin_name(origin) not in _names_of(headers.get("host", "").lower(), origin):
         foreign = True
     if foreign:
         raise Refused(
@@ -214,6 +214,12 @@ def check_origin(headers: Headers) -> None:
             code="foreign_origin",
             next_step="Do this from Trellis' own pages.",
         )
+
+
+def _names_of(host: str, origin: str) -> set[str]:
+    """A Host as an Origin may write it: with the scheme's own port, which a proxy may have added, and without."""
+    port = ":443" if origin.lower().startswith("https:") else ":80"
+    return {host, host.removesuffix(port)}
 
 
 def check_length(headers: Headers) -> None:
