@@ -56,9 +56,10 @@ browser: $(DEV) # nginx and the browser that the tests drive: Debian's where apt
 	       && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } \
 	  || $(BIN)/python -m playwright install --with-deps chromium
 
-bench: $(DEV) ## Measure: the loop's speed, and how soon a model takes up a voice
+bench: $(DEV) ## Measure: the loop's speed, how soon a model takes up a voice, how it scales
 	$(BIN)/python bench/speed.py
 	$(BIN)/python bench/people.py
+	$(BIN)/python bench/scale.py
 
 demo-model: $(STAMP) ## Train the demo model from nothing (about 12 minutes on two cores)
 	$(BIN)/python -m trellis.demo.make

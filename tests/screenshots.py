@@ -59,16 +59,24 @@ def main() -> None:
         steer(first, "pirate", 10)
         first.wait_for_function("!document.querySelector('.control blockquote:last-of-type').textContent.includes('…')")
         session = first.url
+        first.goto(f"{session}/compare")
+        first.get_by_role("button", name="Answer from both").click()
+        first.locator(".round").first.wait_for(timeout=60_000)
+        compared = first.url.split("job=")[1]
         for name, options in SCREENS.items():
             page = browser.new_context(**options).new_page()  # type: ignore[arg-type]
-            for path, what in (("/", "start"), (session.removeprefix(server.url), "steering"), ("/models", "models")):
+            steering = session.removeprefix(server.url)
+            for path, what in (
+                ("/", "start"), ("/new", "new"), (steering, "steering"), (f"{steering}/review", "review"),
+                (f"{steering}/compare?job={compared}", "compare"), ("/models", "models"),
+            ):  # fmt: skip
                 page.goto(server.url + path)
                 page.wait_for_timeout(800)
                 page.screenshot(path=IMAGES / f"{what}-{name}.png")
             if name == "phone":
                 page.goto(session)
                 for tab in ("Tree", "Figures"):
-                    page.get_by_role("button", name=tab, exact=True).click()
+                    page.get_by_role("link", name=tab, exact=True).click()
                     page.wait_for_timeout(300)
                     page.screenshot(path=IMAGES / f"steering-{name}-{tab.lower()}.png")
         browser.close()

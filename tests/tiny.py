@@ -37,7 +37,7 @@ def make_tokenizer(folder: Path, *, template: str | None = TEMPLATE) -> int:
     return len(tokenizer)
 
 
-def make_llama(folder: Path, *, seed: int = 0, hidden: int = 32, layers: int = 2) -> Path:
+def make_llama(folder: Path, *, seed: int = 0, hidden: int = 32, layers: int = 2, positions: int = 512) -> Path:
     """Write a Llama of about 40,000 random weights to a folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -46,7 +46,7 @@ def make_llama(folder: Path, *, seed: int = 0, hidden: int = 32, layers: int = 2
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=positions, tie_word_embeddings=True,
         eos_token_id=1, pad_token_id=0, bos_token_id=None,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)

@@ -353,3 +353,18 @@ def test_undo_is_a_way_out_of_a_failure_that_came_back(open_page: Open, save_dir
         is_ready(page)
     finally:
         server.stop()
+
+
+def test_a_page_shows_that_its_model_was_unloaded_elsewhere(open_page: Open, save_dir: Path) -> None:
+    server = Server(save_dir)
+    try:
+        page = open_page()
+        start(page, server)
+        expect(page.locator("[data-engine-text]")).to_have_text("demo · ready")
+        with server.client() as client:
+            client.post("/api/models/demo/unload")
+        expect(page.locator("[data-engine-text]")).to_have_text("demo · unloaded")
+        press(page, "a")
+        expect(page.locator("[data-engine-text]")).to_have_text("demo · ready")
+    finally:
+        server.stop()

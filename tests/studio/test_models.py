@@ -215,3 +215,25 @@ async def test_a_model_that_is_unloaded_under_a_session_stays_unloaded_until_it_
         assert studio.models.state(ModelOptions(model="demo")) == "unloaded"
         await session.resume()
         await until(lambda: session.status == "ready")
+
+
+async def test_a_model_that_nobody_uses_is_unloaded_and_comes_back_by_itself(tmp_path: Path, fake_spawn: Spawn) -> None:
+    async with open_studio(tmp_path, fake_spawn, idle_minutes=0.4 / 60) as studio:
+        session = await studio.steering.create(None, {"control_prompt": ""})
+        await until(lambda: session.status == "ready")
+        await until(lambda: studio.models.state(ModelOptions()) == "unloaded")
+        assert session.status == "ready", "the session stays as it was"
+        assert session.offer is not None
+        await session.choose(session.offer.id, 0, "r1")
+        await until(lambda: session.status == "ready" and session.tree.head.step == 1)
+
+
+async def test_the_same_model_in_another_precision_has_an_engine_of_its_own(studio: Studio) -> None:
+    one = await studio.models.engine(ModelOptions(), lambda progress: None)
+    two = await studio.models.engine(ModelOptions(precision="16-bit"), lambda progress: None)
+    assert one is not two
+    (demo,) = await studio.models.list()
+    assert [engine["state"] for engine in demo["engines"]] == ["loaded", "loaded"]
+    await studio.models.unload("demo")
+    assert not one.alive
+    assert not two.alive

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -22,14 +24,21 @@ def free_memory(limit: int = 0) -> int:
 
 def free_gpu_memory() -> int | None:
     """Free bytes of the first GPU; None where there is none, or where nvidia-ml-py is not installed to ask it."""
-    try:
-        nvml = importlib.import_module("pynvml")
-        nvml.nvmlInit()
-    except Exception:  # noqa: BLE001 - the library raises a type of its own for every driver's trouble
+    nvml = _nvml()
+    if nvml is None:
         return None
     try:
         return int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(0)).free)
     except nvml.NVMLError:
         return None
-    finally:
-        nvml.nvmlShutdown()
+
+
+@cache
+def _nvml() -> Any:
+    """NVIDIA's library, ready to be asked; None where it or a driver is missing. Looked for once."""
+    try:
+        nvml = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+    except Exception:  # noqa: BLE001 - the library raises a type of its own for every driver's trouble
+        return None
+    return nvml

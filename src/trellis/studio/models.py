@@ -63,6 +63,7 @@ class Models:
         self._dismissals: Counter[ModelOptions] = Counter()
         self._lock = asyncio.Lock()
         self._watch: asyncio.Task[None] | None = None
+        self.changed: Callable[[ModelOptions], None] = lambda options: None
 
     async def open(self) -> None:
         if self._idle_seconds:
@@ -219,6 +220,7 @@ class Models:
                 await self._jobs.cancel(held.job.id)
             return
         self._held.pop(held.options, None)
+        self.changed(held.options)
         await held.worker.stop()
 
     async def _unload_idle_ones(self) -> None:
@@ -250,6 +252,7 @@ class Models:
             held.used = time.monotonic()
             worker.on_death = lambda error: self._lost(options, started)
             ready = True
+            self.changed(options)
             job.progress(Progress(stage="ready", fraction=1.0, message="Ready"))
             return loaded.model_dump(exclude={"type"})
         except EngineError as error:
@@ -265,10 +268,10 @@ class Models:
     def _explained(self, error: EngineError, entry: ModelEntry, options: ModelOptions) -> TrellisError:
         """A load that ran out of memory names a smaller way, where there is one."""
         if error.code == "engine_died" and "killed" in error.message:
-            error = LoadFailed(
-                f"The computer ran out of memory while “{entry.id}” was loaded: its engine was killed.",
+            return EngineDied(  # which is tried again, since it may have been killed for another reason
+                f"The engine was killed while it loaded “{entry.id}”, most often because memory ran out.",
                 code="out_of_memory",
-                next_step=error.next_step,
+                next_step=self._smaller(entry, options) or error.next_step,
             )
         if error.code == "out_of_memory" and (smaller := self._smaller(entry, options)):
             return LoadFailed(error.message, code=error.code, next_step=smaller)
@@ -278,6 +281,7 @@ class Models:
         held = self._held.get(options)
         if held and held.worker is worker:
             del self._held[options]
+            self.changed(options)
 
     async def _describe(self, entry: ModelEntry) -> dict[str, Any]:
         held = [each for each in self._held.values() if each.entry.id == entry.id]

@@ -74,7 +74,7 @@ def _ending(session: Session, path: list[Node]) -> list[str]:
     counts += [f"{written} written by hand"] if written else []
     counts += [f"{skipped} prompt{'s' if skipped != 1 else ''} skipped"] if skipped else []
     ending = [", ".join(counts) + "."]
-    ending.append(f"The weights have moved {drift_of(tree.head, tree):.2%} from the base model.")
+    ending.append(f"The weights have moved {100 * drift_of(tree.head, tree):.2f} % from the base model.")
     if aside:
         ending.append(
             f"{aside} other step{'s' if aside != 1 else ''} stand{'s' if aside == 1 else ''} on other branches."

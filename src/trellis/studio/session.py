@@ -143,6 +143,7 @@ class Session:
                 else None
             ),
             "figures": self.figures(),
+            "engine": self._models.state(self._model),
             "load": self.loading.model_dump(exclude={"type"}) if self.loading else None,
         }
 
@@ -338,6 +339,11 @@ class Session:
                 next_step="The nodes are listed in the session's tree.",
             )
         return self.tree.nodes[node_id]
+
+    def engine_changed(self, options: ModelOptions) -> None:
+        """The engine of a model was started or ended."""
+        if options == self._model:
+            self._publish("engine", {"state": self._models.state(options)})
 
     @property
     def idle(self) -> bool:

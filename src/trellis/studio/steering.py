@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from ..blobs import Blobs
 from ..errors import Invalid, NotFound, TrellisError, shorten
 from ..messages import derived_seed
-from ..params import Sampling, SessionConfig, default_learning_rate, invalid_from
+from ..params import ModelOptions, Sampling, SessionConfig, default_learning_rate, invalid_from
 from ..store import steering as rows
 from ..store.store import Store
 from .datasets import Datasets
@@ -45,6 +45,7 @@ class Steering:
         self._hub = hub
         self._models = models
         self._sessions: dict[str, Session] = {}
+        models.changed = self._engine_changed
         self._opening = asyncio.Lock()
         self._creating = asyncio.Lock()
 
@@ -55,6 +56,11 @@ class Steering:
                 (await self.session(session_id)).wake()
             except TrellisError as error:  # one session that cannot be read must not keep the others from opening
                 log.error("session %s: %s", session_id, error.message)
+
+    def _engine_changed(self, options: ModelOptions) -> None:
+        """A model was loaded or let go: the sessions on it say so on their pages."""
+        for session in self._sessions.values():
+            session.engine_changed(options)
 
     async def close(self) -> None:
         await asyncio.gather(*(session.close() for session in self._sessions.values()))

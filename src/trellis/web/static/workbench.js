@@ -30,6 +30,7 @@ export class Workbench {
       option_delta: (delta) => this.optionDelta(delta),
       offer_ready: (ready) => this.offerReady(ready),
       learning: (what) => { this.state.learning = what; this.state.status = "learning"; this.learned = null; this.showStatus(); this.showChoice(); },
+      engine: ({ state }) => { this.state.engine = state; this.showStatus(); },
       notice: ({ message }) => toast(message),
       node_named: () => this.refresh("tree"),
       node_added: (node) => this.nodeAdded(node),
@@ -173,7 +174,9 @@ export class Workbench {
     $("[data-load]", strip).toggleAttribute("hidden", !load);
     if (load) showProgress(strip, load);
     $("[data-resume]", strip).hidden = status !== "failed";
-    $("[data-engine-text]").textContent = `${this.state.config.model} · ${status}`;
+    const asleep = this.state.engine === "unloaded" && status === "ready";
+    $("[data-engine-text]").textContent = `${this.state.config.model} · ${asleep ? "unloaded" : status}`;
+    $("[data-engine]").classList.toggle("asleep", asleep);
     const can = {
       ready: status === "ready", marked: status === "ready" && this.marks.length > 0, ranked: status === "ready" && this.marks.length > 1, undo: this.state.can_undo && status !== "learning", redo: this.state.can_redo && status !== "learning",
       skip: Boolean(this.state.offer) && ["ready", "offering", "failed"].includes(status),
