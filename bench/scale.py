@@ -201,7 +201,7 @@ def long_prompt(tokens: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_llama(Path(folder) / "models" / "long", hidden=128, layers=8, positions=8192)
         server = Server(Path(folder), fake=False, TRELLIS_RATE_LIMIT="0")
-        with server.client(timeout=300) as client:
+        with server.client() as client:
             config = {
                 "model": "long",
                 "context_length": 8192,

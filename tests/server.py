@@ -112,7 +112,7 @@ class Server:
         return []
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=20, **options)
+        return httpx.Client(**({"base_url": self.url, "timeout": 60} | options))
 
 
 def new_session(client: httpx.Client, **config: Any) -> dict[str, Any]:

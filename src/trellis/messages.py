@@ -99,22 +99,28 @@ class Load(Message):
     remote_code: bool = False
 
 
-class Merge(Message):
-    """Merge an adapter into a freshly loaded base in its own precision, write it, and prove it (docs/exports.md)."""
-
-    type: Literal["merge"] = "merge"
-    path: str
-    weights: str
-    into: str
-    probes: tuple[Prompt, ...] = Field(max_length=32)
-
-
 class Plant(Message):
     """Make the weights a session starts from: an adapter that changes nothing yet."""
 
     type: Literal["plant"] = "plant"
     adapter: Adapter
     seed: int
+
+
+class Merge(Message):
+    """Merge an adapter into a freshly loaded base in its own precision, write it, and prove it (docs/exports.md).
+
+    `root` and `plant` name what the adapter grew from: another base than that one is refused.
+    """
+
+    type: Literal["merge"] = "merge"
+    path: str
+    weights: str
+    into: str
+    root: str
+    plant: Plant
+    probes: tuple[Prompt, ...] = Field(max_length=32)
+    remote_code: bool = False
 
 
 class Offer(Message):

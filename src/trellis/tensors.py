@@ -13,19 +13,21 @@ UNREADABLE = (OSError, ValueError, AttributeError, TypeError, KeyError, IndexErr
 """What reading a file that anyone may have written can raise."""
 
 
-def header_of(file: Path) -> dict[str, dict[str, Any]]:
+def header_of(file: Path, limit: int = HEADER_LIMIT) -> dict[str, dict[str, Any]]:
     """What a file says of each tensor (dtype, shape, data_offsets). Raises one of UNREADABLE for what is not one."""
+    if not file.is_file():
+        raise ValueError("it is not a file")
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
-        if length > min(HEADER_LIMIT, file.stat().st_size):
-            raise ValueError("the header is larger than its file")
+        if length > min(limit, file.stat().st_size):
+            raise ValueError("the header is larger than its file, or than any model's")
         header = json.loads(stream.read(length))
     return {name: about for name, about in header.items() if name != "__metadata__"}
 
 
-def shapes_in(file: Path) -> dict[str, list[int]]:
+def shapes_in(file: Path, limit: int = HEADER_LIMIT) -> dict[str, list[int]]:
     """The shapes of the tensors in a file, by name. Raises one of UNREADABLE."""
-    shapes = {name: list(about["shape"]) for name, about in header_of(file).items()}
-    if not all(isinstance(side, int) and side >= 0 for shape in shapes.values() for side in shape):
+    shapes = {name: list(about["shape"]) for name, about in header_of(file, limit).items()}
+    if not all(isinstance(side, int) and 0 <= side < 2**40 for shape in shapes.values() for side in shape):
         raise ValueError("a shape is not one")
     return shapes

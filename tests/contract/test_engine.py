@@ -285,7 +285,10 @@ async def test_merging_writes_a_model_and_says_how_far_it_is_from_base_and_adapt
 ) -> None:
     root = await plant(worker)
     into = tmp_path / "merged"
-    request = Merge(path=str(tiny_llama), weights=root, into=str(into), probes=(Prompt(text="Tell me about the sea."),))
+    request = Merge(
+        path=str(tiny_llama), weights=root, into=str(into), probes=(Prompt(text="Tell me about the sea."),),
+        root=root, plant=Plant(adapter=Adapter(lora_rank=4), seed=1),
+    )  # fmt: skip
     events = [event async for event in worker.stream(request)]
     merged = events[-1]
     assert isinstance(merged, Merged)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.tiny import KINDS, make_model
 from trellis.blobs import Blobs
@@ -70,6 +71,11 @@ def grown(folder: Path, blobs: Path, adapter: Adapter | None = None, **options: 
     return engine, planted.weights, loaded
 
 
+def merge_of(folder: Path, root: str, weights: str, into: str) -> Merge:
+    plant = Plant(adapter=Adapter(lora_rank=4), seed=1)
+    return Merge(path=str(folder), weights=weights, into=into, root=root, plant=plant, probes=(Prompt(text="Why?"),))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_layout_offers_learns_and_merges(kind: str, tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", kind, pad_is_end=kind in ("gpt2", "mistral"))
@@ -80,7 +86,7 @@ def test_each_layout_offers_learns_and_merges(kind: str, tmp_path: Path) -> None
     assert learned.metrics.share_after > learned.metrics.share_before
     assert learned.metrics.drift > 0
     into = tmp_path / "merged"
-    request = Merge(path=str(folder), weights=learned.weights, into=str(into), probes=(Prompt(text="Why?"),))
+    request = merge_of(folder, root, learned.weights, str(into))
     seen: list[Event] = []
     merged: Merged = run(engine.merge(request), seen)
     assert merged.mean_difference < 1e-4
@@ -181,20 +187,44 @@ def test_a_merge_that_does_not_hold_is_refused(tmp_path: Path, monkeypatch: pyte
     engine, root, _ = grown(folder, tmp_path / "weights")
     _, learned = learn(engine, root, offer(engine, root), learning_rate=0.1)
     monkeypatch.setattr(LoraModel, "merge_and_unload", lambda both: both.unload())
-    request = Merge(path=str(folder), weights=learned.weights, into=str(tmp_path / "m"), probes=(Prompt(text="Why?"),))
+    request = merge_of(folder, root, learned.weights, str(tmp_path / "m"))
     with pytest.raises(TrellisError) as raised:
         run(engine.merge(request))
     assert raised.value.code == "not_proved"
 
 
-def test_a_half_precision_base_is_merged_in_its_own_precision(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_half_precision_base_is_merged_in_its_own_precision(tmp_path: Path, dtype: str) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = make_model(tmp_path / "model", "llama")
-    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).save_pretrained(folder)
     engine, root, _ = grown(folder, tmp_path / "weights")
     _, learned = learn(engine, root, offer(engine, root))
-    request = Merge(path=str(folder), weights=learned.weights, into=str(tmp_path / "m"), probes=(Prompt(text="Why?"),))
+    request = merge_of(folder, root, learned.weights, str(tmp_path / "m"))
     merged: Merged = run(engine.merge(request))
-    assert merged.dtype == "bfloat16"
+    assert merged.dtype == dtype
     assert 0 < merged.mean_difference < 5e-2
+    tensors = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "m"))
+    one, two = (each["model.embed_tokens.weight"] for each in tensors)
+    assert torch.equal(one, two), "what the adapter does not touch must stay as it was, to the bit"
+
+
+def test_another_base_than_the_adapters_own_is_not_merged_into(tmp_path: Path) -> None:
+    from tests.tiny import make_llama
+
+    engine, root, _ = grown(make_llama(tmp_path / "model"), tmp_path / "weights")
+    _, learned = learn(engine, root, offer(engine, root))
+    other = make_llama(tmp_path / "other", seed=9)
+    with pytest.raises(TrellisError) as raised:
+        run(engine.merge(merge_of(other, root, learned.weights, str(tmp_path / "m"))))
+    assert raised.value.code == "model_changed"
+
+
+def test_an_adapter_grown_in_few_bits_is_merged_into_the_whole_base(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    engine, root, _ = grown(folder, tmp_path / "weights", precision="4-bit")
+    _, learned = learn(engine, root, offer(engine, root))
+    merged: Merged = run(engine.merge(merge_of(folder, root, learned.weights, str(tmp_path / "m"))))
+    assert merged.dtype == "float32"
+    assert merged.mean_difference < 1e-4

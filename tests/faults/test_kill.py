@@ -20,7 +20,7 @@ from tests.server import Server, new_session, wait_ready
 
 API = "/api/steering/sessions"
 WHOLE = {
-    "fake": {"weights.json"},
+    "fake": {"adapter_config.json", "adapter_model.safetensors", "weights.json"},
     "real": {"adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "weights.json"},
 }
 

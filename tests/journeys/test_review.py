@@ -218,3 +218,16 @@ def test_the_focus_stays_where_it_was_when_a_part_is_renewed(open_page: Open, se
     page.evaluate("htmx.trigger('#tree', 'trellis:tree')")
     page.wait_for_timeout(500)
     assert page.evaluate("document.activeElement.value") == focused
+
+
+def test_marks_do_not_outlive_the_answers_they_were_made_for(open_page: Open, server: Server) -> None:
+    page = open_page()
+    start(page, server)
+    page.keyboard.press("Shift+A")
+    expect(page.locator(".option.marked")).to_have_count(1)
+    session = page.url.rsplit("/", 1)[1]
+    before = page.locator("[name=offer]").first.input_value()
+    with server.client() as client:
+        client.post(f"/api/steering/sessions/{session}/prompt", json={"text": "Asked in another tab?"})
+    expect(page.locator("[name=offer]").first).not_to_have_value(before)
+    expect(page.locator(".option.marked")).to_have_count(0)

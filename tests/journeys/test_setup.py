@@ -53,6 +53,12 @@ def test_a_preset_fills_the_form_and_keeps_what_was_typed(open_page: Open, serve
     page.get_by_role("link", name="Small model").click()
     expect(page.get_by_label("Context length")).to_have_value("2048")
     expect(page.get_by_label("Options per prompt")).to_have_value("4")
+    assert not page.locator("[name=append_think]").is_checked()
+    expect(page.get_by_label("Temperature")).to_have_value("0.33")
+    page.get_by_role("link", name="Large model").click()
+    expect(page.locator("[name=precision]")).to_have_value("4-bit")
+    page.get_by_role("link", name="The demo").click()
+    expect(page.locator("[name=precision]")).to_have_value("auto")
 
 
 def test_without_javascript_presets_clones_previews_and_the_form_work(open_page: Open, server: Server) -> None:

@@ -97,6 +97,8 @@ async def test_deleting_the_last_session_frees_its_prompts(tmp_path: Path, studi
         ({"source": "file", "id": "mine.jsonl", "split": "dev"}, "config.dataset.split", "“all”"),
         ({"source": "file", "id": ""}, "config.dataset.id", "is empty"),
         ({"source": "hub", "id": "../../etc"}, "config.dataset.id", "not the name of a dataset"),
+        ({"source": "hub", "id": "json"}, "config.dataset.id", "not the name of a dataset"),
+        ({"source": "hub", "id": "secret"}, "config.dataset.id", "not the name of a dataset"),
     ],
 )
 async def test_what_is_wrong_is_said_before_anything_is_loaded(
@@ -159,3 +161,40 @@ async def test_a_reader_that_dies_is_told_about(
     monkeypatch.setattr("trellis.workers.reader.sys.executable", "/bin/false")
     with pytest.raises(TrellisError, match="ended without an answer"):
         await studio.datasets.preview(Dataset(source="file", id="mine.jsonl"))
+
+
+async def test_a_folder_beside_the_studio_is_not_taken_for_a_dataset_on_the_hub(
+    tmp_path: Path, studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "org" / "secret").mkdir(parents=True)
+    (tmp_path / "org" / "secret" / "data.jsonl").write_text('{"prompt": "the secret"}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(TrellisError) as raised:
+        await studio.datasets.preview(Dataset(source="hub", id="org/secret"))
+    assert raised.value.code in ("network", "not_found", "timeout")
+
+
+async def test_prompts_of_megabytes_preview_in_part(tmp_path: Path, studio: Studio) -> None:
+    file = tmp_path / "prompts" / "huge.jsonl"
+    file.parent.mkdir()
+    file.write_text("".join(json.dumps({"prompt": "x" * 9_000_000}) + "\n" for _ in range(3)))
+    found = await studio.datasets.preview(Dataset(source="file", id="huge.jsonl"))
+    assert [len(sample) for sample in found["samples"]] == [2001] * 3
+
+
+@pytest.mark.parametrize("damage", [b"", b"1234567"])
+async def test_damaged_offsets_are_read_again(tmp_path: Path, fake_spawn: Spawn, damage: bytes) -> None:
+    put(tmp_path)
+    async with open_studio(tmp_path, fake_spawn) as studio:
+        session = await studio.steering.create(None, {"dataset": FILE})
+        await ready(session)
+        place = tmp_path / "prepared" / str(session.prepared)
+    (place / "offsets.u64").write_bytes(damage)
+    async with open_studio(tmp_path, fake_spawn) as studio:
+        again = await studio.steering.session(session.id)
+        assert again.prompts is None
+        studio_discards = studio.datasets.discard(str(session.prepared))
+        await studio_discards
+        again.wake()
+        await until(lambda: again.prompts is not None)

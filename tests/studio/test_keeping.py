@@ -145,3 +145,23 @@ async def test_a_session_of_many_steps_stays_bounded_on_disk_and_on_the_page(tmp
         assert plant.leaves[0].is_head
         assert plant.leaves[-1].node.parent is None
         assert len(plant.stems) == len(plant.leaves) - 1
+
+
+async def test_weights_that_are_being_taken_away_are_not_pruned(tmp_path: Path, studio: Studio) -> None:
+    session = await studio.steering.create(None, KEEP)
+    await choose(session, 7)
+    old = session.tree.path(session.tree.head_id)[2]
+    assert old.weights not in on_disk(tmp_path)
+    async with session.holding(old):
+        assert old.weights in on_disk(tmp_path)
+        await choose(session, 2)
+        assert old.weights in on_disk(tmp_path)
+    await choose(session, 1)
+    assert old.weights not in on_disk(tmp_path)
+
+
+async def test_a_model_unloaded_by_hand_comes_back_when_a_person_asks(studio: Studio) -> None:
+    session = await studio.steering.create(None, KEEP)
+    await choose(session, 1)
+    await studio.models.unload("demo")
+    assert await studio.steering.sample(session.id, "Why?", None, 1, {})

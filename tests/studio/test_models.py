@@ -237,3 +237,40 @@ async def test_the_same_model_in_another_precision_has_an_engine_of_its_own(stud
     await studio.models.unload("demo")
     assert not one.alive
     assert not two.alive
+
+
+@pytest.mark.parametrize(
+    "shape", ["[1e400]", "[10000000000000000000000000000000000000000]", "[1048576, 1048576, 1048576]"]
+)
+async def test_a_header_that_lies_of_its_size_hides_nothing_else(tmp_path: Path, fake_spawn: Spawn, shape: str) -> None:
+    folder = tmp_path / "models" / "liar"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"hidden_size": 8}')
+    header = f'{{"a.weight": {{"dtype": "F32", "shape": {shape}, "data_offsets": [0, 4]}}}}'.encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    async with open_studio(tmp_path, fake_spawn) as studio:
+        found = {model["id"]: model for model in await studio.models.list()}
+        assert set(found) == {"demo", "liar"}
+        assert found["liar"]["parameters"] == 0
+        assert (await studio.steering.check({"model": "liar"}))["memory"]["known"] is False
+
+
+async def test_a_pipe_that_is_called_like_a_file_is_not_waited_for(tmp_path: Path, fake_spawn: Spawn) -> None:
+    import os
+
+    folder = tmp_path / "models" / "pipe"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    os.mkfifo(folder / "model.safetensors")
+    async with open_studio(tmp_path, fake_spawn) as studio:
+        assert {model["id"] for model in await studio.models.list()} == {"demo", "pipe"}
+
+
+async def test_one_key_sent_twice_at_once_is_one_job(studio: Studio) -> None:
+    import asyncio
+
+    session = await studio.steering.create(None, {})
+    await until(lambda: session.status == "ready")
+    starts = [studio.exports.start(session.id, "adapter", "one", None, "the same key") for _ in range(5)]
+    jobs = await asyncio.gather(*starts, return_exceptions=True)
+    assert len({job.id for job in jobs}) == 1  # type: ignore[union-attr]

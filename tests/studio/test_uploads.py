@@ -32,7 +32,9 @@ async def test_a_file_comes_in_pieces_and_is_seen_when_it_is_whole(uploads: Uplo
     state = await uploads.append(state["id"], 0, 5, b"So")
     assert (state["state"], state["result"]) == ("done", "mine.txt")
     assert (tmp_path / "prompts" / "mine.txt").read_bytes() == b"Why?\nSo"
-    assert list((tmp_path / "uploads").iterdir()) == []
+    assert [file.suffix for file in (tmp_path / "uploads").iterdir()] == [".done"]
+    assert await uploads.state(state["id"]) == state, "an answer that was lost is given again"
+    assert await uploads.append(state["id"], 0, 5, b"So") == state
 
 
 async def test_it_goes_on_after_a_restart_where_it_broke_off(tmp_path: Path) -> None:
@@ -71,6 +73,8 @@ async def test_a_piece_in_the_wrong_place_is_answered_with_what_is_here(uploads:
         ("model", "m", [("config.json", 1), ("modeling.py", 1)], "files.1.path"),
         ("model", "m", [("config.json", 1), ("deep/model.safetensors", 1)], "files.1.path"),
         ("model", "m", [("model.safetensors", 1)], "files"),
+        ("model", "My Model (v2)", [("config.json", 1)], "name"),
+        ("model", "demo", [("config.json", 1)], "name"),
         ("model", "m", [("config.json", 1), ("config.json", 1)], "files"),
         ("model", ".hidden", [("config.json", 1)], "name"),
         ("model", "a\x00b", [("config.json", 1)], "name"),
@@ -129,3 +133,33 @@ async def test_any_pattern_of_lost_answers_gives_the_same_bytes(
                 await uploads.append(state["id"], 0, at, piece)
             state = raised.value.details["upload"]
     assert (root / "prompts" / "a.txt").read_bytes() == data
+
+
+async def test_what_came_meanwhile_is_not_written_over(uploads: Uploads, tmp_path: Path) -> None:
+    one = await uploads.begin("prompts", "p", [("p.txt", 1)])
+    two = await uploads.begin("prompts", "p", [("p.txt", 2)])
+    await uploads.append(two["id"], 0, 0, b"22")
+    with pytest.raises(Conflict, match="came while this was sent"):
+        await uploads.append(one["id"], 0, 0, b"1")
+    assert (tmp_path / "prompts" / "p.txt").read_bytes() == b"22"
+
+
+async def test_files_are_told_apart_by_more_than_names_and_sizes(uploads: Uploads) -> None:
+    files = [("config.json", 2), ("model.safetensors", 4)]
+    one = await uploads.begin("model", "m", files, "monday")
+    assert (await uploads.begin("model", "m", files[::-1], "monday"))["id"] == one["id"]
+    assert (await uploads.begin("model", "m", files, "tuesday"))["id"] != one["id"]
+    assert [file["path"] for file in one["files"]] == ["config.json", "model.safetensors"]
+
+
+async def test_a_crash_between_the_last_moves_loses_nothing(uploads: Uploads, tmp_path: Path) -> None:
+    state = await uploads.begin("model", "m", [("config.json", 2), ("model.safetensors", 4)])
+    await uploads.append(state["id"], 0, 0, b"{}")
+    place = tmp_path / "uploads" / state["id"]
+    (place / "whole").mkdir()
+    (place / "0").rename(place / "whole" / "config.json")
+    again = await make(tmp_path).begin("model", "m", [("config.json", 2), ("model.safetensors", 4)])
+    assert [file["received"] for file in again["files"]] == [2, 0]
+    done = await make(tmp_path).append(state["id"], 1, 0, b"abcd")
+    assert done["state"] == "done"
+    assert {file.name for file in (tmp_path / "models" / "m").iterdir()} == {"config.json", "model.safetensors"}

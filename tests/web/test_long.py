@@ -18,7 +18,7 @@ def test_a_prompt_of_eight_thousand_tokens_is_steered_on_and_resumed(tmp_path: P
     make_llama(tmp_path / "models" / "long", positions=8192)
     server = Server(tmp_path, fake=False)
     try:
-        with server.client(timeout=120) as client:
+        with server.client() as client:
             state = new_session(
                 client, model="long", context_length=8192, max_new_tokens=16, control_prompt="", inner_steps=1
             )
@@ -41,7 +41,7 @@ def test_a_prompt_of_eight_thousand_tokens_is_steered_on_and_resumed(tmp_path: P
             assert state["figures"]["share_after"] > state["figures"]["share_before"]
         server.kill()
         server.start()
-        with server.client(timeout=120) as client:
+        with server.client() as client:
             again = wait_ready(client, state["id"], 120)
             assert again["offer"] == state["offer"]
             client.post(f"{url}/undo")

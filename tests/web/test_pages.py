@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import httpx
 import pytest
 
-from tests.server import new_session, wait_ready
+from tests.server import Server, new_session, wait_ready
 from trellis.params import Dataset, SessionConfig
 from trellis.web.render import ago, percent, size, times
 
@@ -195,3 +195,20 @@ def test_an_empty_prompt_is_said_to_be_empty(client: httpx.Client) -> None:
     state = new_session(client)
     answer = client.post(f"/steer/{state['id']}/prompt", data={"text": "  "}, headers={"HX-Request": "true"})
     assert answer.json()["error"]["message"] == "text: is empty."
+
+
+def test_hostile_forms_are_refused_and_not_a_bug(client: httpx.Client) -> None:
+    for data in ({"dataset": "x", "dataset.id": "y"}, {"dataset.id.more": "x"}, {"nope": "1"}, {"model": "   "}):
+        for path in ("/steer", "/new/preview", "/models/load"):
+            answer = client.post(path, data=data, headers=HTML)
+            assert answer.status_code in (200, 303, 404, 422), (path, data)
+
+
+def test_a_folder_that_is_no_export_hides_none(client: httpx.Client, server: Server) -> None:
+    state = new_session(client)
+    for name, text in (("odd-list", "[]"), ("odd-empty", "{}"), ("odd-text", "nope")):
+        folder = server.save_dir / "exports" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "trellis.json").write_text(text)
+    assert client.get(f"/steer/{state['id']}/review").status_code == 200
+    assert not any(each["name"].startswith("odd") for each in client.get("/api/exports").json())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -55,7 +56,7 @@ def download(
 ) -> Generator[Progress | None, None, Path]:
     """The folder of a repository at a revision, fetched as far as it is not there. Raises LoadFailed."""
     revision = revision or "main"
-    if known := _kept(cache, repository, revision):
+    if known := _kept(cache, repository, revision, with_code):
         return known
     yield Progress(stage="initializing", fraction=0.01, message=f"Asking the hub for {repository}")
     patterns = [*WANTED, "*.py"] if with_code else WANTED
@@ -73,8 +74,8 @@ def download(
             code="not_found",
             next_step="Choose a model that is published as safetensors; other formats can carry code and are not read.",
         )
-    if known := _kept(cache, repository, commit):
-        _remember(cache, repository, commit, revision, known)
+    if known := _kept(cache, repository, commit, with_code):
+        _remember(cache, repository, commit, revision, known, with_code)
         return known
     total = sum(file.size for file in sizes.values())
     folder = cache / repository.replace("/", "--") / commit
@@ -82,11 +83,12 @@ def download(
     have = _bytes_in(folder)
     _require_room(cache, total - have, repository)
     begun, moved, done = time.monotonic(), time.monotonic(), have
-    fetching = _Thread(lambda: _fetch(repository, commit, sizes, folder))
+    hashing = threading.Event()
+    fetching = _Thread(lambda: _fetch(repository, commit, sizes, folder, hashing))
     while fetching.is_alive():
         fetching.join(POLL_SECONDS)
         now, found = time.monotonic(), _bytes_in(folder)
-        if found != done:
+        if found != done or hashing.is_set():  # no byte comes while one file is being checked
             done, moved = found, now
         if done < total and now - moved > patience:
             raise _timeout(f"No byte of “{repository}” has come for {patience:.0f} seconds.")
@@ -101,7 +103,7 @@ def download(
             seconds_left=max(total - done, 0) / rate if rate else None,
         )
     fetching.result(repository, revision)
-    _remember(cache, repository, commit, revision, folder)
+    _remember(cache, repository, commit, revision, folder, with_code)
     return folder
 
 
@@ -111,9 +113,18 @@ class _File:
     sha256: str | None
 
 
-def _fetch(repository: str, commit: str, files: dict[str, _File], folder: Path) -> None:
+def _fetch(repository: str, commit: str, files: dict[str, _File], folder: Path, hashing: threading.Event) -> None:
     """Every file that is not whole yet, from where it broke off. The hub's own downloader begins a file again after
-    a failure, so its transfer is used here with a part file that stays."""
+    a failure, so its transfer is used here with a part file that stays. Two engines that want the same wait for
+    each other."""
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _fetch_missing(repository, commit, files, folder, hashing)
+
+
+def _fetch_missing(
+    repository: str, commit: str, files: dict[str, _File], folder: Path, hashing: threading.Event
+) -> None:
     headers = build_hf_headers()
     constants.DOWNLOAD_CHUNK_SIZE = PIECE  # the library's own ten megabytes are lost with every broken connection
     for name, about in files.items():
@@ -128,7 +139,10 @@ def _fetch(repository: str, commit: str, files: dict[str, _File], folder: Path) 
                 http_get(url, out, resume_size=start, headers=headers, expected_size=about.size, tqdm_class=_Silent)
             out.flush()
             os.fsync(out.fileno())
-        if part.stat().st_size != about.size or (about.sha256 and _sha256(part) != about.sha256):
+        hashing.set()
+        right = part.stat().st_size == about.size and about.sha256 in (None, _sha256(part) if about.sha256 else None)
+        hashing.clear()
+        if not right:
             part.unlink()
             raise LoadFailed(
                 f"The file “{name}” of “{repository}” did not arrive as the hub describes it.",
@@ -200,13 +214,15 @@ def _wanted(info: Any, patterns: list[str]) -> dict[str, _File]:
     }
 
 
-def _kept(cache: Path, repository: str, commit: str) -> Path | None:
-    """The folder of a commit that was fetched whole before."""
+def _kept(cache: Path, repository: str, commit: str, with_code: bool) -> Path | None:
+    """The folder of a commit that was fetched whole before, with the model's own code where that is wanted."""
     try:
         about = json.loads(marker(cache, repository, commit).read_text())
     except (OSError, ValueError):
         return None
     folder = Path(about["folder"])
+    if with_code and not about.get("with_code"):
+        return None
     return folder if (folder / "config.json").is_file() else None
 
 
@@ -220,10 +236,16 @@ def _latest(cache: Path, repository: str, revision: str) -> Path | None:
     return max(found)[1] if found else None
 
 
-def _remember(cache: Path, repository: str, commit: str, revision: str, folder: Path) -> None:
+def _remember(cache: Path, repository: str, commit: str, revision: str, folder: Path, with_code: bool) -> None:
     place = marker(cache, repository, commit)
     place.parent.mkdir(parents=True, exist_ok=True)
-    about = {"repository": repository, "commit": commit, "revision": revision, "folder": str(folder)}
+    about = {
+        "repository": repository,
+        "commit": commit,
+        "revision": revision,
+        "folder": str(folder),
+        "with_code": with_code,
+    }
     part = place.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(about))
     part.replace(place)

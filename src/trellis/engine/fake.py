@@ -192,6 +192,8 @@ class FakeEngine:
         about = {"steps": steps, "metrics": metrics.model_dump(mode="json") if metrics else None}
         with self._blobs.writing(weights_id) as folder:
             (folder / "weights.json").write_text(json.dumps(about))
+            (folder / "adapter_config.json").write_text("{}")
+            (folder / "adapter_model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
 
     def _steps_of(self, weights_id: str) -> int:
         about = self._about(weights_id)

@@ -111,8 +111,11 @@ class LoadedModel:
         return written
 
 
-def read_model(path: Path, request: Load) -> Generator[Progress | None, None, LoadedModel]:
-    """Load a folder: yields progress of true bytes and tensors, returns the model.
+def read_model(
+    path: Path, request: Load, own: torch.dtype | None = None
+) -> Generator[Progress | None, None, LoadedModel]:
+    """Load a folder: yields progress of true bytes and tensors, returns the model. `own` is a precision to keep
+    instead of the one that the request names.
 
     Raises LoadFailed with the code of what went wrong and a way out.
     """
@@ -125,9 +128,8 @@ def read_model(path: Path, request: Load) -> Generator[Progress | None, None, Lo
     if precision in ("8-bit", "4-bit"):
         _require_bitsandbytes(precision)
     dtype = torch.float32 if precision == "32-bit" or (device == "cpu" and precision != "16-bit") else torch.bfloat16
-    digest = hashlib.sha256((path / "config.json").read_bytes())
-    if precision != "32-bit":  # what is grown on rounded weights is not the same
-        digest.update(precision.encode())
+    dtype = own or dtype
+    digest = _digest(path, precision)
     state = yield from _read_tensors(files, dtype, digest)
     yield Progress(stage="parsing", fraction=PARSING, message=f"Putting {len(state)} tensors into their places")
     if precision in ("8-bit", "4-bit"):
@@ -152,6 +154,38 @@ def read_model(path: Path, request: Load) -> Generator[Progress | None, None, Lo
         positions=positions_of(config),
     )
     return LoadedModel(model, tokenizer, Slots(model), _ends(path, config, tokenizer), about)
+
+
+def _digest(path: Path, precision: Precision) -> Any:
+    """Where a fingerprint begins: what is grown on rounded weights is not the same."""
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    if precision != "32-bit":
+        digest.update(precision.encode())
+    return digest
+
+
+def fingerprints(path: Path) -> list[str]:
+    """The fingerprints that a folder has in each precision. Raises LoadFailed."""
+    digests = [_digest(path, precision) for precision in ("32-bit", "16-bit", "8-bit", "4-bit")]
+    for file in _weight_files(path):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
+                    sampled = _sample(tensors.get_tensor(name))
+                    for digest in digests:
+                        digest.update(name.encode())
+                        digest.update(sampled)
+        except SafetensorError as error:
+            raise _torn(file, error) from None
+    return [digest.hexdigest()[:32] for digest in digests]
+
+
+def _torn(file: Path, error: Exception) -> LoadFailed:
+    return LoadFailed(
+        f"The file “{file.name}” is not a whole safetensors file: {error}",
+        code="corrupt_file",
+        next_step="Copy or download the file again.",
+    )
 
 
 def device_for(request: Load) -> str:
@@ -303,11 +337,7 @@ def _read_tensors(
                         seconds_left=max(total - done, 0) * seconds / done if done else None,
                     )
         except SafetensorError as error:
-            raise LoadFailed(
-                f"The file “{file.name}” is not a whole safetensors file: {error}",
-                code="corrupt_file",
-                next_step="Copy or download the file again.",
-            ) from None
+            raise _torn(file, error) from None
     return state
 
 

@@ -17,12 +17,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ..blobs import fsync
-from ..errors import LoadFailed
-from ..messages import Load, Merge, Merged, Progress
+from ..errors import Invalid, LoadFailed
+from ..messages import Load, Merge, Merged, Progress, recipe_id, recipe_of
 from ..tensors import UNREADABLE, header_of
 from .learning import Group, answer_logprobs
-from .loaded import LoadedModel, read_model, weight_files
+from .loaded import LoadedModel, fingerprints, read_model, weight_files
 
+PROBE_CONTEXT = 4096
 PROBE_TOKENS = 32
 """Tokens of each answer on which the merged model is compared with base and adapter."""
 
@@ -37,9 +38,10 @@ def merge(request: Merge, adapter: Path) -> Generator[Progress | None, None, Mer
     started = time.monotonic()
     base, into = Path(request.path), Path(request.into)
     dtype = stored_dtype(base)
-    wide = Load(path=request.path, precision="32-bit" if dtype == torch.float32 else "16-bit", device="cpu")
-    loaded = yield from _scaled(read_model(base, wide), 0.0, 0.4)
-    model = loaded.model.to(dtype)
+    _require_same_base(request)
+    plain = Load(path=request.path, precision="32-bit", device="cpu", remote_code=request.remote_code)
+    loaded = yield from _scaled(read_model(base, plain, dtype), 0.0, 0.4)
+    model = loaded.model
     yield Progress(stage="merging", fraction=0.4, message="Putting the adapter beside the base")
     both = PeftModel.from_pretrained(model, adapter).eval()
     probes = yield from _answers(both, loaded, request)
@@ -55,7 +57,9 @@ def merge(request: Merge, adapter: Path) -> Generator[Progress | None, None, Mer
     _copy_the_rest(base, into)
     del both, merged, model, loaded
     yield Progress(stage="checking", fraction=0.8, message="Reading the merged model again")
-    again = AutoModelForCausalLM.from_pretrained(into, dtype=dtype, local_files_only=True).eval()
+    again = AutoModelForCausalLM.from_pretrained(
+        into, dtype=dtype, local_files_only=True, trust_remote_code=request.remote_code
+    ).eval()
     gaps: list[Tensor] = []
     agreed = 0.0
     for number, (probe, expected) in enumerate(zip(probes, before, strict=True)):
@@ -84,6 +88,18 @@ def merge(request: Merge, adapter: Path) -> Generator[Progress | None, None, Mer
             next_step="Nothing was kept. Export the adapter instead.",
         )
     return result
+
+
+def _require_same_base(request: Merge) -> None:
+    """Raises LoadFailed when the folder does not hold the base that the adapter was grown on."""
+    for fingerprint in fingerprints(Path(request.path)):
+        if recipe_id("w", {"model": fingerprint, **recipe_of(request.plant)}) == request.root:
+            return
+    raise LoadFailed(
+        "The files of the base model are not the ones this session was grown on.",
+        code="model_changed",
+        next_step="Put the original model back, or export the adapter.",
+    )
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -122,7 +138,10 @@ def _answers(both: Any, loaded: LoadedModel, request: Merge) -> Generator[None, 
     """For each probe the likeliest answer of base and adapter: what the two models are compared on."""
     probes = []
     for probe in request.probes:
-        prompt = loaded.prompt_tokens(probe, PROBE_TOKENS, 1 << 30)
+        try:
+            prompt = loaded.prompt_tokens(probe, PROBE_TOKENS, PROBE_CONTEXT)
+        except Invalid:
+            continue  # one that is too long proves no more than the others
         with torch.inference_mode():
             written = both.generate(
                 input_ids=torch.tensor([prompt]), attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),

@@ -22,6 +22,8 @@ from .columns import column_of, prompt_in
 
 LOOKED_AT = 20
 """Rows that are looked at to find the column."""
+SHOWN = 2000
+"""Characters of a prompt in a preview."""
 MEMORY_LIMIT = 4_000_000_000
 TELL_SECONDS = 0.2
 
@@ -57,9 +59,9 @@ def preview(dataset: Dataset, path: Path | None, wanted: int) -> dict[str, Any]:
     if dataset.rows and total is not None:
         total = min(total, dataset.rows)
     return {
-        "samples": prompts[:wanted],
-        "column": column,
-        "columns": list(dict.fromkeys(name for row in first for name in row)),
+        "samples": [text if len(text) <= SHOWN else f"{text[:SHOWN]}…" for text in prompts[:wanted]],
+        "column": column[:SHOWN],
+        "columns": [name[:100] for name in itertools.islice(dict.fromkeys(name for row in first for name in row), 100)],
         "split": source.split,
         "splits": source.splits,
         "subset": getattr(source, "subset", ""),

@@ -13,14 +13,18 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from ..errors import Conflict, NotFound, shorten
 from ..memory import Shape, shape_of
 from ..tensors import UNREADABLE, shapes_in
 
 DEMO = "demo"
-_FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+HEADER_LIMIT = 16 * 1024 * 1024
+"""Bytes of a header that is read to list a model; the largest known ones have a tenth of it."""
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
@@ -57,6 +61,10 @@ class Catalog:
 
     async def all(self) -> list[ModelEntry]:
         return await asyncio.to_thread(lambda: [_read_entry(*found) for found in self._known()])
+
+    async def names(self) -> list[str]:
+        """The ids of all models that are here; no file of theirs is read."""
+        return await asyncio.to_thread(lambda: [found[0] for found in self._known()])
 
     async def delete(self, model_id: str) -> None:
         """Remove the files of a model that was put here or fetched. Raises NotFound, or Conflict for the demo."""
@@ -101,7 +109,7 @@ class Catalog:
         for place in self._folders:
             with suppress(OSError):
                 for folder in sorted(place.iterdir()):
-                    named = _FOLDER_NAME.fullmatch(folder.name) and folder.name not in seen
+                    named = FOLDER_NAME.fullmatch(folder.name) and folder.name not in seen
                     if named and (folder / "config.json").is_file():
                         seen.add(folder.name)
                         yield folder.name, "folder", folder, folder
@@ -131,15 +139,31 @@ class Catalog:
 
 def _read_entry(name: str, source: str, look: Path, load: Path) -> ModelEntry:
     """What a folder says of itself. One that cannot be read is listed all the same; loading it says what is wrong."""
-    architecture, size, shape = "unreadable", 0, Shape()
-    config: dict[str, object] = {}
-    with suppress(*UNREADABLE):
-        config = json.loads((look / "config.json").read_text())
-        architecture = str((config.get("architectures") or [config.get("model_type", "unknown")])[0])  # type: ignore[index]
-    with suppress(*UNREADABLE):
-        tensors: dict[str, list[int]] = {}
-        for file in sorted(look.glob("*.safetensors")):
-            size += file.stat().st_size
-            tensors |= shapes_in(file)
-        shape = shape_of(config, tensors)
+    files = sorted(look.glob("*.safetensors"))
+    marks = []
+    for file in (look / "config.json", *files):
+        with suppress(OSError):
+            stat = file.stat()
+            marks.append((str(file), stat.st_size, stat.st_mtime_ns))
+    size = sum(mark[1] for mark in marks if mark[0].endswith(".safetensors"))
+    architecture, shape = _look_at(look, tuple(marks))
     return ModelEntry(name, source, load, name if source == "hub" else "", size, shape, architecture)
+
+
+@lru_cache(maxsize=256)
+def _look_at(folder: Path, marks: tuple[tuple[str, int, int], ...]) -> tuple[str, Shape]:
+    """Architecture and shape from the headers of files, read once for each change of them."""
+    architecture, shape = "unreadable", Shape()
+    config: dict[str, Any] = {}
+    with suppress(*UNREADABLE):
+        config = json.loads((folder / "config.json").read_text())
+        architecture = str((config.get("architectures") or [config.get("model_type", "unknown")])[0])[:100]
+    with suppress(*UNREADABLE, OverflowError):
+        tensors: dict[str, list[int]] = {}
+        for name, _, _ in marks:
+            if name.endswith(".safetensors"):
+                tensors |= shapes_in(Path(name), HEADER_LIMIT)
+        shape = shape_of(config, tensors)
+        if shape.parameters > 10**15:  # no model is that large
+            shape = Shape()
+    return architecture, shape

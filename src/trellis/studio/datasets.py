@@ -12,6 +12,7 @@ import mmap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 from ..blobs import Blobs
 from ..demo.prompts import load_prompts
@@ -39,6 +40,8 @@ class Prepared:
 
     def __init__(self, folder: Path) -> None:
         offsets = (folder / "offsets.u64").read_bytes()
+        if not offsets or len(offsets) % 8:
+            raise ValueError("the offsets are damaged")
         self._starts = memoryview(offsets).cast("Q")
         with (folder / "prompts.jsonl").open("rb") as stream:
             self._lines = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
@@ -80,7 +83,7 @@ class Datasets:
         self._reader = reader
         self._roots = roots
         self._prepared = prepared
-        self._at_work: dict[str, asyncio.Lock] = {}
+        self._at_work: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def files(self) -> list[dict[str, Any]]:
         """What can be named as a file: name and bytes, files and folders with files in them."""
@@ -191,7 +194,7 @@ def inside(root: Path, name: str) -> Path | None:
 
 def _is_repository(name: str) -> bool:
     parts = name.split("/")
-    return len(parts) <= 2 and all(part.replace("-", "").replace("_", "").replace(".", "").isalnum() for part in parts)
+    return len(parts) == 2 and all(part.replace("-", "").replace("_", "").replace(".", "").isalnum() for part in parts)
 
 
 def _mark(path: Path | None) -> list[Any]:

@@ -12,24 +12,28 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from .. import __version__
 from ..blobs import Blobs, fsync
 from ..errors import Conflict, EngineError, Invalid, LoadFailed, NotFound, shorten
-from ..messages import Merge, Merged, Progress, Prompt
+from ..memory import LIBRARIES
+from ..messages import Merge, Merged, Plant, Progress, Prompt
 from ..params import Adapter
 from ..tensors import shapes_in
 from ..workers.worker import Spawn, Worker
 from .catalog import Catalog, ModelEntry
+from .devices import free_memory
 from .jobs import Job, Jobs, timestamp
 from .session import Session
 from .steering import Steering
 from .tree import Node, drift_of
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Kind = Literal["adapter", "merged"]
 ROOM = 200_000_000
 ABOUT = "trellis.json"
@@ -48,6 +52,7 @@ class Exports:
         self._steering = steering
         self._catalog = catalog
         self._spawn = spawn
+        self._working: set[str] = set()
         self._weights = weights
         self.folder = folder
 
@@ -74,8 +79,10 @@ class Exports:
                 "The session is not ready yet.", code="offer_not_ready", next_step="Wait for the first options."
             )
         body = {"session": session_id, "kind": kind, "name": name, "node": node.id}
-        known = await self._jobs.by_request(request, "export") if request else None
-        if known is None and (self.folder / name).exists():
+        if request and (known := await self._jobs.by_request(request, "export")):
+            if (known["body"]["session"], known["body"]["kind"], known["body"]["name"]) == (session_id, kind, name):
+                body = known["body"]  # the head may have moved since; it is the same action all the same
+        elif name in self._working or (self.folder / name).exists():
             raise Conflict(f"There is an export “{name}” already.", code="exists", next_step="Choose another name.")
         return await self._jobs.start("export", body, lambda job: self._run(job, session, node, kind, name), request)
 
@@ -113,16 +120,18 @@ class Exports:
 
     async def _run(self, job: Job, session: Session, node: Node, kind: Kind, name: str) -> dict[str, Any]:
         job.progress(Progress(stage="reading", fraction=0.0, message="Getting the weights of this step"))
-        await session.at_hand(node)
-        entry = await self._catalog.find(session.config.model)
         work = self.folder / f".work-{job.id}"
+        self._working.add(name)
         try:
-            if kind == "adapter":
-                checks = await self._adapter(job, session, node, entry, work)
-            else:
-                checks = await self._merged(job, session, node, entry, work)
-            return await asyncio.to_thread(self._publish, work, session, node, kind, name, checks)
+            async with session.holding(node):
+                entry = await self._catalog.find(session.config.model)
+                if kind == "adapter":
+                    checks = await self._adapter(job, session, node, entry, work)
+                else:
+                    checks = await self._merged(job, session, node, entry, work)
+                return await _whole(self._publish, work, session, node, kind, name, checks)
         finally:
+            self._working.discard(name)
             await asyncio.shield(asyncio.to_thread(shutil.rmtree, work, True))
 
     async def _adapter(self, job: Job, session: Session, node: Node, entry: ModelEntry, work: Path) -> dict[str, Any]:
@@ -132,25 +141,22 @@ class Exports:
         def write() -> dict[str, Any]:
             work.mkdir(parents=True)
             for file in ("adapter_model.safetensors", "adapter_config.json"):
-                with suppress(FileNotFoundError):
-                    shutil.copyfile(source / file, work / file)
+                shutil.copyfile(source / file, work / file)
             config = work / "adapter_config.json"
-            if config.is_file():
-                about = json.loads(config.read_text())
-                about["base_model_name_or_path"] = entry.repository or str(entry.path)
-                about["revision"] = session.config.revision or None
-                config.write_text(json.dumps(about, indent=2))
+            about = json.loads(config.read_text())
+            about["base_model_name_or_path"] = entry.repository or str(entry.path)
+            about["revision"] = session.config.revision or None
+            config.write_text(json.dumps(about, indent=2))
             tensors = work / "adapter_model.safetensors"
-            if not tensors.is_file():
-                return {"tensors": 0}
             same = tensors.read_bytes() == (source / tensors.name).read_bytes()
             return {"tensors": len(shapes_in(tensors)), "same_as_in_the_session": same}
 
-        return await asyncio.to_thread(write)
+        return await _whole(write)
 
     async def _merged(self, job: Job, session: Session, node: Node, entry: ModelEntry, work: Path) -> dict[str, Any]:
         folder = await self._model_folder(session, entry)
-        self._require_room(entry)
+        size = await asyncio.to_thread(lambda: sum(file.stat().st_size for file in folder.glob("*.safetensors")))
+        self._require_room(size)
         await asyncio.to_thread(self.folder.mkdir, parents=True, exist_ok=True)
         prompts = [session.prompts.at(place) for place in range(8)] if session.prompts else []
         probes = tuple(
@@ -161,7 +167,11 @@ class Exports:
         job.progress(Progress(stage="connecting", fraction=0.0, message="Starting an engine for the merge"))
         worker = await Worker.start(self._spawn)
         try:
-            request = Merge(path=str(folder), weights=node.weights, into=str(work), probes=probes)
+            request = Merge(
+                path=str(folder), weights=node.weights, into=str(work), probes=probes,
+                root=session.tree.root.weights, remote_code=session.config.remote_code,
+                plant=Plant(adapter=session.config.part(Adapter), seed=session.config.seed),
+            )  # fmt: skip
             async for event in worker.stream(request):
                 if isinstance(event, Progress):
                     job.progress(event)
@@ -182,12 +192,19 @@ class Exports:
             )
         return found
 
-    def _require_room(self, entry: ModelEntry) -> None:
-        """Raises LoadFailed when the disk cannot hold the merged model."""
+    def _require_room(self, size: int) -> None:
+        """Raises LoadFailed when disk or memory cannot hold the merged model, whose base has files of this size."""
+        needed_memory, free_now = 2 * size + LIBRARIES, free_memory()  # the merged model, and what was written of it
+        if needed_memory > free_now:
+            raise LoadFailed(
+                f"Merging needs about {needed_memory / 1e9:.1f} GB of memory, and {free_now / 1e9:.1f} GB are free.",
+                code="out_of_memory",
+                next_step="Unload models that are not needed, or export the adapter.",
+            )
         place = self.folder
         while not place.exists():
             place = place.parent
-        free, needed = shutil.disk_usage(place).free, int(entry.bytes * 1.05) + ROOM
+        free, needed = shutil.disk_usage(place).free, int(size * 1.05) + ROOM
         if needed > free:
             raise LoadFailed(
                 f"The merged model needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on the disk of "
@@ -233,11 +250,25 @@ class Exports:
             if not _NAME.fullmatch(name):
                 raise ValueError
             about: dict[str, Any] = json.loads((self.folder / name / ABOUT).read_text())
+            if not isinstance(about, dict) or not {"created", "session", "kind", "checks", "files", "bytes"} <= set(
+                about
+            ):
+                raise ValueError
         except (OSError, ValueError):
             raise NotFound(
                 f"There is no export “{shorten(name)}”.", next_step="Exports are listed on a session's review page."
             ) from None
         return about | {"path": str(self.folder / name)}
+
+
+async def _whole(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Run in a thread, and do not let go before it has ended, cancelled or not: it writes into a folder of ours."""
+    running = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
 
 
 def model_card(session: Session, node: Node, kind: Kind, name: str, checks: dict[str, Any]) -> str:

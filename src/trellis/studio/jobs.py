@@ -55,6 +55,7 @@ class Jobs:
         self._store = store
         self._hub = hub
         self._running: dict[str, Job] = {}
+        self._starting = asyncio.Lock()
 
     async def open(self) -> None:
         """Say of jobs that a crash cut off that they ended."""
@@ -72,6 +73,10 @@ class Jobs:
     async def start(self, kind: str, body: dict[str, Any], work: Work, request: str | None = None) -> Job:
         """Begin work as a task of the studio's own. The same request is one job. Raises Conflict for a request that
         was used for something else."""
+        async with self._starting:
+            return await self._start(kind, body, work, request)
+
+    async def _start(self, kind: str, body: dict[str, Any], work: Work, request: str | None) -> Job:
         if request and (row := await self._store.read(rows.job_by_request, request)):
             if (row["kind"], row["body"]) != (kind, body):
                 raise Conflict(

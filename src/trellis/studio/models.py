@@ -122,9 +122,9 @@ class Models:
 
     async def unload(self, model_id: str) -> None:
         """End all engines of a model and give their memory back. Raises Conflict when there is none."""
-        await self.catalog.find(model_id)
         held = [each for each in self._held.values() if each.entry.id == model_id]
         if not held:
+            await self.catalog.find(model_id)
             raise Conflict(
                 f"The model “{model_id}” is not loaded.",
                 code="not_loaded",

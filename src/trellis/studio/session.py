@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager
 from functools import wraps
 from itertools import pairwise
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -91,6 +93,7 @@ class Session:
         self._task: asyncio.Task[None] | None = None
         self._stream: asyncio.Task[Any] | None = None
         self._labels: dict[str, str] = {}
+        self._pins: Counter[str] = Counter()
         self._warming: asyncio.Task[None] | None = None
         self.used = time.monotonic()
         self._closed = False
@@ -286,6 +289,17 @@ class Session:
             self.tree.note(found.id, name=name or None)
             self._publish("node_named", {"node": found.id, "name": name})
 
+    @asynccontextmanager
+    async def holding(self, node: Node) -> AsyncIterator[None]:
+        """Have the weights of a node on disk, and keep them there until the block ends."""
+        self._pins[node.weights] += 1
+        try:
+            if not self._growth.has(node.weights):
+                await self._growth.regrow(WeightsMissing(node.weights))
+            yield
+        finally:
+            self._pins[node.weights] -= 1
+
     async def open_prompts(self) -> None:
         """Have the prompts at hand, if they were made ready before."""
         if self.prepared is not None and self.prompts is None:
@@ -294,21 +308,18 @@ class Session:
             except (OSError, ValueError):
                 log.warning("session %s: its prompts are gone and must be read again", self.id)
 
-    async def at_hand(self, node: Node) -> None:
-        """Have the weights of a node on disk, working them out again if need be."""
-        if not self._growth.has(node.weights):
-            await self._growth.regrow(WeightsMissing(node.weights))
-
     async def sample(self, prompt: str, node: str | None, n: int, sampling: Sampling, seed: int) -> list[str]:
         """Answers from any node without moving the session."""
         place = self.node(node) if node else self.tree.head
         if not place.weights:
             raise self._conflict("The session is not ready yet.", "offer_not_ready", "Wait for the first options.")
-        try:
-            offered = await self._growth.offer(prompt, place.weights, sampling, n, seed)
-        except WeightsMissing as missing:
-            await self._growth.regrow(missing)
-            offered = await self._growth.offer(prompt, place.weights, sampling, n, seed)
+        self._growth.welcome()
+        async with self.holding(place):
+            try:
+                offered = await self._growth.offer(prompt, place.weights, sampling, n, seed)
+            except WeightsMissing as missing:  # what looked whole was not
+                await self._growth.regrow(missing)
+                offered = await self._growth.offer(prompt, place.weights, sampling, n, seed)
         return [option.text for option in offered.options]
 
     async def labels(self) -> dict[str, str]:
@@ -472,6 +483,7 @@ class Session:
                     await step()
                 deaths = 0
             except Interrupted:
+                lost = None
                 continue
             except WeightsMissing as missing:
                 if lost:
@@ -533,12 +545,14 @@ class Session:
 
     async def _fetch(self) -> None:
         """Work out the head's weights again, which were pruned."""
-        await self._interruptible(self.at_hand(self.tree.head))
+        head = self.tree.head
+        await self._interruptible(self._growth.regrow(WeightsMissing(head.weights)))
         await self._prune()
 
     async def _prune(self) -> None:
         """Delete the weights that need not stay on disk and that no other session names."""
-        spare = [weights for weights in prunable(self.tree, self.config) if weights in self._weights]
+        prunable_now = prunable(self.tree, self.config) - set(+self._pins)
+        spare = [weights for weights in prunable_now if weights in self._weights]
         if spare:
             others = await self._store.read(rows.weights_of_others, self.id, spare)
             for weights in set(spare) - others:

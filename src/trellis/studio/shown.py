@@ -60,16 +60,16 @@ def options_from(row: dict[str, Any]) -> tuple[Option, ...] | None:
 
 def first_words(node: Node, offer: dict[str, Any] | None, limit: int = 42) -> str:
     """How the answer began that a choice called good; empty where there is none."""
-    options = options_from(offer) if offer else None
+    options: list[dict[str, Any]] = (offer or {}).get("options") or []  # as stored: hundreds are read at once
     match node.choice:
         case Written():
             text = node.choice.written
         case int() if options:
-            text = options[node.choice].text
+            text = options[node.choice]["text"]
         case Ranking() if options:
-            text = options[node.choice.ranking[0]].text
+            text = options[node.choice.ranking[0]]["text"]
         case (int() as index, *_) if options:
-            text = options[index].text
+            text = options[index]["text"]
         case _:
             return ""
     return shorten(text, limit)

@@ -54,8 +54,8 @@ class Steering:
         for session_id in await self._store.read(rows.sessions_with_open_intents):
             try:
                 (await self.session(session_id)).wake()
-            except TrellisError as error:  # one session that cannot be read must not keep the others from opening
-                log.error("session %s: %s", session_id, error.message)
+            except Exception:  # one session that cannot be read must not keep the others from opening
+                log.exception("session %s could not be taken up", session_id)
 
     def _engine_changed(self, options: ModelOptions) -> None:
         """A model was loaded or let go: the sessions on it say so on their pages."""
@@ -67,12 +67,16 @@ class Steering:
 
     async def create(self, name: str | None, config: Mapping[str, Any], request: str | None = None) -> Session:
         """A new session from a partial configuration. Raises Invalid, or NotFound for an unknown model."""
-        async with self._creating:
-            return await self._create(name, config, request)
-
-    async def _create(self, name: str | None, config: Mapping[str, Any], request: str | None) -> Session:
         if request and (known := await self._store.read(rows.session_by_request, request)):
             return await self.session(known)
+        parsed = await self._checked(config)
+        async with self._creating:  # names are given one after another, and one request makes one session
+            if request and (known := await self._store.read(rows.session_by_request, request)):
+                return await self.session(known)
+            return await self._create(name, parsed, request)
+
+    async def _checked(self, config: Mapping[str, Any]) -> SessionConfig:
+        """A whole configuration whose model and prompts are there. Raises Invalid or NotFound."""
         parsed = SessionConfig.parse(config)
         entry = await self._models.catalog.find(parsed.model, field="config.model")
         if parsed.remote_code and not entry.repository:
@@ -85,6 +89,9 @@ class Steering:
             await self._datasets.preview(parsed.dataset)
         if parsed.learning_rate is None:
             parsed = parsed.model_copy(update={"learning_rate": default_learning_rate(entry.parameters)})
+        return parsed
+
+    async def _create(self, name: str | None, parsed: SessionConfig, request: str | None) -> Session:
         now = time.time()
         session_id = f"s{secrets.token_hex(8)}"
         root = Node(
@@ -186,8 +193,10 @@ class Steering:
         """Forget a session, its log, and the weights that no other session names. Raises NotFound."""
         session = await self.session(session_id)
         await session.close("deleted")
-        await self._store.write(rows.delete_session, session_id)
-        self._sessions.pop(session_id, None)
+        try:
+            await self._store.write(rows.delete_session, session_id)
+        finally:
+            self._sessions.pop(session_id, None)  # if it could not be deleted, it is read again from the store
         own = {node.weights for node in session.tree.nodes.values() if node.weights}
         for unused in own - await self._store.read(rows.all_weights):
             await asyncio.to_thread(self._weights.discard, unused)

@@ -14,10 +14,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 from ..errors import Conflict, Invalid, NotFound, shorten
 from ..messages import recipe_id
 from ..params import invalid_entries
+from .catalog import DEMO, FOLDER_NAME
 from .datasets import SUFFIXES
 
 PIECE = 1_000_000
@@ -28,6 +30,7 @@ STALE_SECONDS = 7 * 86_400.0
 MODEL_FILES = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9._-]{0,150}\.(safetensors|json|jsonl|txt|md|jinja|model|tiktoken|vocab|bpe)|LICENSE|NOTICE"
 )
+_ID = re.compile(r"u[0-9a-f]{32}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._()+-]{0,150}")
 
 Kind = Literal["prompts", "model"]
@@ -41,12 +44,16 @@ class Uploads:
         self._prompts = prompts
         self._models = models
         self._limit = limit
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def begin(self, kind: Kind, name: str, files: Sequence[tuple[str, int]]) -> dict[str, Any]:
-        """Start an upload, or find the one that was begun. Raises Invalid, or Conflict for a name that is taken."""
+    async def begin(self, kind: Kind, name: str, files: Sequence[tuple[str, int]], mark: str = "") -> dict[str, Any]:
+        """Start an upload, or find the one that was begun. Raises Invalid, or Conflict for a name that is taken.
+
+        `mark` is whatever else tells these files from others with the same names and sizes, such as their times.
+        """
         self._check(kind, name, files)
-        upload_id = recipe_id("u", [kind, name, sorted(files)])
+        files = sorted(files)
+        upload_id = recipe_id("u", [kind, name, files, mark])
         async with self._lock(upload_id):
             return await asyncio.to_thread(self._begin, upload_id, kind, name, files)
 
@@ -69,10 +76,12 @@ class Uploads:
 
     def _check(self, kind: Kind, name: str, files: Sequence[tuple[str, int]]) -> None:
         wrong: list[dict[str, str]] = []
-        if not _NAME.fullmatch(name):
-            wrong.append(
-                {"field": "name", "message": f"“{shorten(name)}” is not a name of letters, digits and “.-_ ”."}
-            )
+        if kind == "model" and (not FOLDER_NAME.fullmatch(name) or name == DEMO):
+            message = f"“{shorten(name)}” cannot be a model's name: letters, digits and “.-_” can, and not “{DEMO}”."
+            wrong.append({"field": "name", "message": message})
+        elif not _NAME.fullmatch(name):
+            message = f"“{shorten(name)}” is not a name of letters, digits and “.-_ ”."
+            wrong.append({"field": "name", "message": message})
         if not files or len(files) > (1 if kind == "prompts" else MOST_FILES):
             wrong.append({"field": "files", "message": f"there are {len(files)}; 1 to {MOST_FILES} can be sent."})
         for number, (path, _size) in enumerate(files):
@@ -99,6 +108,7 @@ class Uploads:
     def _begin(self, upload_id: str, kind: Kind, name: str, files: Sequence[tuple[str, int]]) -> dict[str, Any]:
         self._forget_stale_ones()
         place = self._folder / upload_id
+        (self._folder / f"{upload_id}.done").unlink(missing_ok=True)  # what was sent before may be gone since
         if not place.is_dir():
             target = self._target(kind, name, files)
             if target.exists():
@@ -125,6 +135,8 @@ class Uploads:
 
     def _append(self, upload_id: str, number: int, offset: int, piece: bytes) -> dict[str, Any]:
         state = self._state(upload_id)
+        if state["state"] == "done":
+            return state
         if not 0 <= number < len(state["files"]):
             raise NotFound(f"The upload has no file {number}.", next_step="Its files are counted from 0.")
         file = state["files"][number]
@@ -148,36 +160,43 @@ class Uploads:
         if any(file["received"] < file["bytes"] for file in state["files"]):
             return state
         place = self._place(upload_id)
-        files = [(file["path"], file["bytes"]) for file in state["files"]]
-        target = self._target(state["kind"], state["name"], files)
+        target = self._target(state["kind"], state["name"], [(file["path"], file["bytes"]) for file in state["files"]])
+        if target.exists():
+            raise Conflict(
+                f"There is “{target.name}” already; it came while this was sent.",
+                code="exists",
+                next_step="Delete the old one and begin again, or send this under another name.",
+            )
+        whole = place / "whole"
+        whole.mkdir(exist_ok=True)
+        for number, file in enumerate(state["files"]):
+            part = place / str(number)
+            if part.is_file() or file["bytes"] == 0:  # else a crash came after it had been moved
+                part.touch()
+                part.rename(whole / file["path"])
         target.parent.mkdir(parents=True, exist_ok=True)
-        for number, (path, size) in enumerate(files):
-            if size == 0:
-                (place / str(number)).touch()
-            (place / str(number)).rename(place / f"file-{path}")
-        if state["kind"] == "prompts":
-            (place / f"file-{files[0][0]}").rename(target)
-        else:
-            work = target.parent / f".upload-{upload_id}"
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
-            for path, _ in files:
-                shutil.move(place / f"file-{path}", work / path)
-            work.rename(target)
+        (whole if state["kind"] == "model" else whole / state["files"][0]["path"]).rename(target)
+        done = state | {"state": "done", "result": target.name}
+        (self._folder / f"{upload_id}.done").write_text(json.dumps(done))
         shutil.rmtree(place, ignore_errors=True)
-        return state | {"state": "done", "result": target.name}
+        return done
 
     def _state(self, upload_id: str) -> dict[str, Any]:
+        finished = self._folder / f"{upload_id}.done"
+        if _ID.fullmatch(upload_id) and finished.is_file():  # an answer that was lost on its way is given again
+            done: dict[str, Any] = json.loads(finished.read_text())
+            return done
         place = self._place(upload_id)
         about: dict[str, Any] = json.loads((place / "upload.json").read_text())
         for number, file in enumerate(about["files"]):
-            part = place / str(number)
-            file["received"] = part.stat().st_size if part.is_file() else 0
+            part, moved = place / str(number), place / "whole" / file["path"]
+            here = part if part.is_file() else moved
+            file["received"] = here.stat().st_size if here.is_file() else 0
         return {"id": upload_id, "state": "open", "piece": PIECE, **about}
 
     def _place(self, upload_id: str) -> Path:
         place = self._folder / upload_id
-        if not re.fullmatch(r"u[0-9a-f]{32}", upload_id) or not (place / "upload.json").is_file():
+        if not _ID.fullmatch(upload_id) or not (place / "upload.json").is_file():
             raise NotFound(
                 f"There is no upload “{shorten(upload_id)}” that is not finished.", next_step="Begin it again."
             )
@@ -190,5 +209,10 @@ class Uploads:
         """Uploads that nobody has gone on with for a week."""
         if self._folder.is_dir():
             for place in self._folder.iterdir():
-                if time.time() - place.stat().st_mtime > STALE_SECONDS:
+                parts = [place, *place.iterdir()] if place.is_dir() else [place]
+                if time.time() - max(part.stat().st_mtime for part in parts) < STALE_SECONDS:
+                    continue
+                if place.is_dir():
                     shutil.rmtree(place, ignore_errors=True)
+                else:
+                    place.unlink(missing_ok=True)

@@ -22,20 +22,12 @@ class Reader:
 
     def __init__(self, cache: Path, patience: float) -> None:
         self._cache = cache
+        self._empty = cache / "empty"  # the hub's library takes a folder beside it for a dataset of that name
         self._patience = patience
 
     async def preview(self, dataset: Dataset, path: Path | None, count: int = 3) -> dict[str, Any]:
         """The first prompts, the columns, splits and subsets. Raises Invalid or another error for a person."""
-        try:
-            async with asyncio.timeout(self._patience):
-                return await self._last(dataset, path, {"do": "preview", "count": count}, lambda data: None)
-        except TimeoutError:
-            raise TrellisError(
-                f"“{shorten(dataset.id)}” could not be read within {self._patience:.0f} seconds.",
-                code="timeout",
-                field="dataset.id",
-                next_step="Check the connection and try again, or use a file.",
-            ) from None
+        return await self._last(dataset, path, {"do": "preview", "count": count}, lambda data: None)
 
     async def prepare(
         self, dataset: Dataset, path: Path | None, into: Path, told: Callable[[dict[str, Any]], None]
@@ -57,10 +49,22 @@ class Reader:
                     return data
         raise TrellisError(
             "The reader of prompts ended without an answer.", code="reader_died",
-            field="dataset.id", next_step="Try again. If it comes back, the file may be broken or far too large.",
+            field="config.dataset.id",
+            next_step="Try again. If it comes back, the file may be broken or far too large.",
         )  # fmt: skip
 
+    async def _line(self, output: asyncio.StreamReader, body: dict[str, Any]) -> bytes:
+        """The next line, empty at the end. A reader that says nothing, or far too much, is given up."""
+        try:
+            async with asyncio.timeout(self._patience):
+                return await output.readline()
+        except TimeoutError:
+            raise _silent(body["dataset"]["id"], self._patience) from None
+        except ValueError:
+            return b""
+
     async def _events(self, body: dict[str, Any]) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
+        self._empty.mkdir(parents=True, exist_ok=True)
         environment = {
             "HF_HOME": str(self._cache),
             "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -68,20 +72,27 @@ class Reader:
         }
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "trellis.reader", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL, limit=LINE, env=environment | dict(os.environ),
+            stderr=asyncio.subprocess.DEVNULL, limit=LINE, env=environment | dict(os.environ), cwd=self._empty,
         )  # fmt: skip
         assert process.stdin is not None
         assert process.stdout is not None
         try:
             process.stdin.write(json.dumps(body).encode())
             process.stdin.close()
-            async for line in process.stdout:
+            while line := await self._line(process.stdout, body):
                 said = json.loads(line)
                 yield said["event"], said["data"]
         finally:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
+
+
+def _silent(name: str, seconds: float) -> TrellisError:
+    return TrellisError(
+        f"Nothing was heard of “{shorten(name)}” for {seconds:.0f} seconds.", code="timeout",
+        field="config.dataset.id", next_step="Check the connection and try again, or use a file.",
+    )  # fmt: skip
 
 
 def _error(data: dict[str, Any]) -> TrellisError:

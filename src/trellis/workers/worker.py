@@ -55,6 +55,9 @@ class ProcessEngine:
         self._process.kill()
 
 
+KEPT_LOGS = 50
+
+
 def process_spawner(
     weights: Path, logs: Path, threads: int = 0, fake: bool = False, memory_limit: int = 0, hub_timeout: float = 60.0
 ) -> Spawn:
@@ -63,6 +66,8 @@ def process_spawner(
 
     def spawn(sock: socket.socket) -> tuple[Engine, Path | None]:
         logs.mkdir(parents=True, exist_ok=True)
+        for old in sorted(logs.glob("engine-*.log"), key=lambda file: file.stat().st_mtime)[:-KEPT_LOGS]:
+            old.unlink(missing_ok=True)
         log = logs / f"engine-{os.getpid()}-{next(numbers)}.log"
         command = [sys.executable, "-m", "trellis.engine", "--fd", str(sock.fileno()), "--weights", str(weights),
                    "--threads", str(threads), "--memory-limit", str(memory_limit), "--hub-timeout", str(hub_timeout),

@@ -25,12 +25,13 @@ class NewUpload(Body):
     kind: Literal["prompts", "model"]
     name: str = Field(min_length=1, max_length=200)
     files: list[File] = Field(min_length=1, max_length=MOST_FILES)
+    mark: str = Field("", max_length=20_000, description="Tells these files from others of the same names and sizes.")
 
 
 @router.post("", dependencies=[Depends(expensive)])
 async def begin(body: NewUpload, studio: OfStudio) -> dict[str, Any]:
     """Begin an upload. The same names and sizes again are the same upload, with what has been received."""
-    return await studio.uploads.begin(body.kind, body.name, [(file.path, file.bytes) for file in body.files])
+    return await studio.uploads.begin(body.kind, body.name, [(file.path, file.bytes) for file in body.files], body.mark)
 
 
 @router.get("/{upload}")

@@ -115,11 +115,11 @@ def nested(sent: Mapping[str, str]) -> dict[str, Any]:
         for name, row in option_rows():
             if row.annotation is bool:
                 _set(config, name, name in sent)
-    switches = {name for name, row in option_rows() if row.annotation is bool}
+    known = dict(option_rows())
     for name, value in sent.items():
-        if name == "form":
+        if name in ("form", "dataset"):
             continue
-        if name in switches:
+        if name in known and known[name].annotation is bool:
             _set(config, name, True)
         elif value.strip() or name in KEPT_EMPTY:
             _set(config, name, value)
@@ -134,6 +134,8 @@ def shown(sent: Mapping[str, str]) -> dict[str, Any]:
 def _set(config: dict[str, Any], name: str, value: Any) -> None:
     outer, _, inner = name.partition(".")
     if inner:
-        config.setdefault(outer, {})[inner] = value
+        place = config.setdefault(outer, {})
+        if isinstance(place, dict):
+            place[inner] = value
     else:
         config[outer] = value

@@ -21,7 +21,7 @@ router = APIRouter(include_in_schema=False)
 
 
 class LoadForm(Sent):
-    model: str = Field(min_length=1, max_length=200)
+    model: str = Field(min_length=1, max_length=200, pattern=r"\S")
     revision: str = Field("", max_length=100, pattern=r"^[A-Za-z0-9._/-]*$")
     precision: Precision = "auto"
     device: Device = "auto"

@@ -180,7 +180,6 @@ async def compare_page(
         right=about.get("right") or right or tree.head_id,
         prompts="\n".join(" ".join(line.split()) for line in lines),
         job=running,
-        after=studio.hub.last(f"jobs/{job}") if running else "",
         request_id=secrets.token_hex(12),
     )
 

@@ -112,7 +112,7 @@ async def form_page(
 ) -> HTMLResponse:
     """The form, with what was sent and what was wrong with it, when something was."""
     known = {
-        "model": tuple(entry.id for entry in await studio.models.catalog.all()),
+        "model": tuple(await studio.models.catalog.names()),
         "dataset.id": tuple(file["name"] for file in await studio.datasets.files()),
     }
     check = await studio.steering.check(nested({key: str(value) for key, value in values.items() if value is not None}))
@@ -124,6 +124,7 @@ async def form_page(
         place="steer",
         groups=groups,
         presets=all_presets(),
+        defaults=flat(SessionConfig().model_dump(mode="json")),
         chosen=chosen,
         cloned=cloned,
         name=name,

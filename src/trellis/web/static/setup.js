@@ -13,7 +13,7 @@ class Setup {
     document.addEventListener("trellis:uploaded", ({ detail }) => this.takeUpload(detail));
     $$(".presets a", root).forEach((link, index) => link.addEventListener("click", (event) => { event.preventDefault(); this.preset(index, link); }));
     this.presets = JSON.parse($("[data-presets]", root).textContent);
-    this.defaults = new Map([...this.fields()].map((field) => [field.name, field.placeholder && field.type === "number" ? field.placeholder : null]));
+    this.defaults = JSON.parse($("[data-defaults]", root).textContent);
     this.showSource();
     this.check();
   }
@@ -100,17 +100,18 @@ class Setup {
       const field = this.fields().find((each) => each.name === name);
       if (!field) continue;
       if (field.type === "checkbox") field.checked = Boolean(value);
-      else field.value = value;
+      else field.value = value ?? "";
     }
   }
 
   preset(index, link) {
-    // What was typed by hand stays; all else goes back to what a preset means: its options over the defaults.
-    for (const field of this.fields()) {
-      if (this.touched.has(field.name)) continue;
-      if (field.type === "number" && this.defaults.get(field.name) && !["automatic", "all"].includes(this.defaults.get(field.name))) field.value = this.defaults.get(field.name);
+    // What was typed by hand stays, and so do the model and the prompts; all else becomes what a preset means: its
+    // options over the defaults.
+    const values = { ...this.defaults, ...this.presets[index] };
+    for (const name of Object.keys(values)) {
+      if (this.touched.has(name) || name === "model" || name.startsWith("dataset.")) delete values[name];
     }
-    this.set(this.presets[index]);
+    this.set(values);
     $$(".presets a", this.root).forEach((each) => { each.classList.toggle("chosen", each === link); each.removeAttribute("aria-current"); });
     link.setAttribute("aria-current", "true");
     announce(`Preset ${link.textContent} is set.`);

@@ -23,7 +23,7 @@ class Upload {
     this.abort = new AbortController();
     this.show(name, 0, 1, 0);
     try {
-      let state = await ask("POST", "/api/uploads", { kind: this.kind, name, files: chosen.map((file) => ({ path: file.name, bytes: file.size })) });
+      let state = await ask("POST", "/api/uploads", { kind: this.kind, name, files: chosen.map((file) => ({ path: file.name, bytes: file.size })), mark: chosen.map((file) => file.lastModified).sort().join(",") });
       this.id = state.id;
       state = await this.send(state, chosen, name);
       this.done(state.result);
@@ -42,8 +42,8 @@ class Upload {
     let wait = 0.5;
     while (state.state !== "done") {
       const number = state.files.findIndex((file) => file.received < file.bytes);
-      const { received } = state.files[number];
-      const piece = files[number].slice(received, received + state.piece);
+      const { path, received } = state.files[number];
+      const piece = files.find((file) => file.name === path).slice(received, received + state.piece);
       try {
         state = await ask("PUT", `/api/uploads/${state.id}/files/${number}?offset=${received}`, piece, { signal: this.abort.signal });
         wait = 0.5;

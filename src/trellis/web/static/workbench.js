@@ -20,6 +20,7 @@ export class Workbench {
     this.showAll();
     follow(`/api/steering/sessions/${this.id}/events`, root.dataset.after, {
       state: (state) => {
+        if (state.offer?.id !== this.state.offer?.id) this.clearMarks();
         this.state = state;
         document.title = `${state.name} · Trellis`;
         this.showAll();
@@ -50,8 +51,8 @@ export class Workbench {
         const state = await ask("GET", `/api/steering/sessions/${this.id}`);
         if (JSON.stringify(state) === before) return false;
         const moved = state.head.node !== this.state.head.node;
+        if (state.offer?.id !== this.state.offer?.id) this.clearMarks();
         this.state = state;
-        if (moved) this.clearMarks();
         this.showAll();
         if (moved) this.refresh("tree", "figures");
         return true;
