@@ -197,7 +197,7 @@ def long_prompt(tokens: int) -> None:
     from tests.server import Server
     from tests.tiny import make_llama
 
-    print(f"\na prompt of about {tokens} tokens (a random Llama of 8 layers)")
+    print(f"\na prompt of {tokens} tokens (a random Llama of 8 layers)")
     with tempfile.TemporaryDirectory() as folder:
         make_llama(Path(folder) / "models" / "long", hidden=128, layers=8, positions=8192)
         server = Server(Path(folder), fake=False, TRELLIS_RATE_LIMIT="0")
@@ -211,7 +211,7 @@ def long_prompt(tokens: int) -> None:
             }
             session = client.post(API, json={"config": config}).json()["id"]
             wait_ready(client, session)
-            text = "sea " * (tokens // 2)
+            text = "sea " * tokens
             begun = time.perf_counter()
             client.post(f"{API}/{session}/prompt", json={"text": text}).raise_for_status()
             state = wait_ready(client, session)
@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, default=200)
     parser.add_argument("--tabs", type=int, default=20)
     parser.add_argument("--prompts", type=int, default=1_000_000)
-    parser.add_argument("--tokens", type=int, default=8000)
+    parser.add_argument("--tokens", type=int, default=7980)
     chosen = parser.parse_args()
     print(f"{platform.platform()}, {psutil.cpu_count()} cores, Python {platform.python_version()}")
     many_sessions(chosen.sessions)

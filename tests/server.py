@@ -134,6 +134,17 @@ def wait_ready(client: httpx.Client, session: str, seconds: float = 30) -> dict[
         time.sleep(0.01)
 
 
+def wait_failed(client: httpx.Client, session: str) -> dict[str, Any]:
+    """The state of a session once it has failed."""
+    deadline = time.monotonic() + 60
+    while True:
+        state: dict[str, Any] = client.get(f"/api/steering/sessions/{session}").json()
+        if state["status"] == "failed":
+            return state
+        assert time.monotonic() < deadline, state["status"]
+        time.sleep(0.05)
+
+
 def read_events(response: httpx.Response) -> Iterator[tuple[str, str, Any]]:
     """(id, name, data) of each event of a stream."""
     event: dict[str, str] = {}

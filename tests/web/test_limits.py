@@ -52,7 +52,7 @@ def test_an_upload_comes_through_the_api(client: httpx.Client, server: Server) -
         assert answer.status_code == 200, answer.text
         upload = answer.json()
     assert (server.save_dir / "prompts" / "via-api.txt").read_bytes() == data
-    assert client.get(f"/api/uploads/{upload['id']}").status_code == 404
+    assert client.get(f"/api/uploads/{upload['id']}").json()["state"] == "done"
     assert "via-api.txt" in {file["name"] for file in client.get("/api/steering/files").json()}
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server import Server, new_session, read_events, wait_ready
+from tests.server import Server, new_session, read_events, wait_failed, wait_ready
 from trellis.errors import LOAD_CODES
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -61,17 +60,6 @@ def failure(client: httpx.Client, **body: Any) -> dict[str, Any]:
     assert last[0] == "failed", last
     found: dict[str, Any] = last[1]["error"]
     return found
-
-
-def wait_failed(client: httpx.Client, session: str) -> dict[str, Any]:
-    """The state of a session once it has failed."""
-    deadline = time.monotonic() + 60
-    while True:
-        state: dict[str, Any] = client.get(f"/api/steering/sessions/{session}").json()
-        if state["status"] == "failed":
-            return state
-        assert time.monotonic() < deadline, state["status"]
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(

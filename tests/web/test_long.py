@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server import Server, new_session, wait_ready
+from tests.server import Server, new_session, wait_failed, wait_ready
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 API = "/api/steering/sessions"
@@ -23,15 +23,12 @@ def test_a_prompt_of_eight_thousand_tokens_is_steered_on_and_resumed(tmp_path: P
                 client, model="long", context_length=8192, max_new_tokens=16, control_prompt="", inner_steps=1
             )
             url = f"{API}/{state['id']}"
-            too_long = "sea " * 4200
+            too_long = "sea " * 8300
             client.post(f"{url}/prompt", json={"text": too_long})
-            for _ in range(2000):
-                state = client.get(url).json()
-                if state["status"] == "failed":
-                    break
+            state = wait_failed(client, state["id"])
             assert state["error"]["code"] == "prompt_too_long"
             assert "context of 8192" in state["error"]["message"]
-            text = "sea " * 4000
+            text = "sea " * 7980
             client.post(f"{url}/prompt", json={"text": text})
             state = wait_ready(client, state["id"], 120)
             assert state["offer"]["prompt"] == text.strip() or state["offer"]["prompt"] == text
