@@ -86,7 +86,8 @@ def doctor(save_dir: SaveDir = None) -> None:
 
     findings = examine(_settings(save_dir=save_dir))
     for finding in findings:
-        mark = "[green]ok [/green]" if finding.ok else "[red]no [/red]"
+        missing = "[yellow]–  [/yellow]" if finding.optional else "[red]no [/red]"
+        mark = "[green]ok [/green]" if finding.ok else missing
         console.print(f"{mark} {finding.what}: {finding.found}", soft_wrap=True)
         if not finding.ok:
             console.print(f"    → {finding.next_step}", soft_wrap=True)

@@ -17,7 +17,9 @@ import psutil
 
 from .settings import Settings
 
-PARTS = ("torch", "transformers", "peft", "safetensors", "fastapi", "uvicorn", "sqlalchemy")
+PARTS = ("torch", "transformers", "peft", "safetensors", "datasets", "fastapi", "uvicorn", "sqlalchemy")
+EXTRAS = (("bitsandbytes", "8-bit and 4-bit", "quantized"), ("nvidia-ml-py", "how much of a GPU is free", "gpu"))
+"""Parts that one can do without: what each is for, and the extra that brings it."""
 ENOUGH_DISK = 2_000_000_000
 ENOUGH_MEMORY = 2_000_000_000
 
@@ -42,6 +44,7 @@ def examine(settings: Settings) -> list[Finding]:
     return [
         _python(),
         *(_part(name) for name in PARTS),
+        *(_extra(*row) for row in EXTRAS),
         _devices(),
         _memory(),
         _folder(settings.save_dir),
@@ -59,6 +62,14 @@ def _part(name: str) -> Finding:
         return Finding(name, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         return Finding(name, "not installed", False, f"Install it: pip install {name} (or run `make install`).")
+
+
+def _extra(name: str, purpose: str, extra: str) -> Finding:
+    try:
+        return Finding(name, f"{importlib.metadata.version(name)} ({purpose})")
+    except importlib.metadata.PackageNotFoundError:
+        way = f"If you want it: pip install 'trellis-studio[{extra}]'."
+        return Finding(name, f"not installed ({purpose})", False, way, optional=True)
 
 
 def _devices() -> Finding:

@@ -16,24 +16,27 @@ from .tree import Node, drift_of
 
 @dataclass(frozen=True)
 class Story:
-    """`opening` and `ending` are sentences; `steps` has (step, sentence, node id) for each choice on the way."""
+    """`opening` and `ending` are sentences; `steps` has (step, sentence, node id) for each choice on the way, but for
+    the first `left_out`."""
 
     opening: list[str]
     steps: list[tuple[int, str, str]]
     ending: list[str]
+    left_out: int = 0
 
 
-async def tell(store: Store, session: Session) -> Story:
-    """The story of the branch to the head, and a word on what was left aside."""
+async def tell(store: Store, session: Session, last: int) -> Story:
+    """The story of the branch to the head, its last steps one by one, and a word on what was left aside."""
     tree = session.tree
     path = tree.path(tree.head_id)
-    offers = await store.read(rows.get_offers, [node.answered for node in path if node.answered])
+    told = path[1:][-last:]
+    offers = await store.read(rows.get_offers, [node.answered for node in told if node.answered])
     model = "the demo model" if session.config.model == "demo" else f"“{session.config.model}”"
     opening = [f"It began on {timestamp(session.created)[:16].replace('T', ' at ')} UTC with {model}."]
     if session.config.system_prompt:
         opening.append("Before every prompt it was told how to behave, by a system prompt.")
-    steps = [(node.step, _sentence(node, offers.get(node.answered or "")), node.id) for node in path[1:]]
-    return Story(opening, steps, _ending(session, path))
+    steps = [(node.step, _sentence(node, offers.get(node.answered or "")), node.id) for node in told]
+    return Story(opening, steps, _ending(session, path), len(path) - 1 - len(told))
 
 
 def _sentence(node: Node, offer: dict[str, object] | None) -> str:

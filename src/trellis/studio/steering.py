@@ -22,7 +22,7 @@ from .hub import Hub, HubEvent
 from .jobs import timestamp
 from .models import Models
 from .session import Session
-from .tree import Node, drift_of, node_from, node_row, root_id
+from .tree import Node, Tree, drift_of, node_from, node_row, root_id, said
 
 log = logging.getLogger(__name__)
 
@@ -224,23 +224,8 @@ class Steering:
 
     async def tree(self, session_id: str) -> dict[str, Any]:
         session = await self.session(session_id)
-        tree = session.tree
-        return {
-            "nodes": [
-                {
-                    "id": node.id,
-                    "parent": node.parent,
-                    "step": node.step,
-                    "choice": node_row(node)["choice"],
-                    "drift": drift_of(node, tree),
-                    "metrics": node.metrics.model_dump() if node.metrics else None,
-                    "name": node.name,
-                    "created": timestamp(node.created),
-                }
-                for node in tree.nodes.values()
-            ],
-            "head": tree.head_id,
-        }
+        # From a copy, in a thread: a session goes on growing, and hundreds of nodes take a while.
+        return await asyncio.to_thread(_tree_json, Tree(session.tree.nodes.values(), session.tree.head_id))
 
     async def _free_name(self) -> str:
         taken = {row["name"] for row in await self._store.read(rows.list_sessions)}
@@ -250,3 +235,22 @@ class Steering:
                 if candidate not in taken:
                     return candidate
         raise AssertionError("more names than sessions")
+
+
+def _tree_json(tree: Tree) -> dict[str, Any]:
+    return {
+        "nodes": [
+            {
+                "id": node.id,
+                "parent": node.parent,
+                "step": node.step,
+                "choice": said(node),
+                "drift": drift_of(node, tree),
+                "metrics": node.metrics.model_dump() if node.metrics else None,
+                "name": node.name,
+                "created": timestamp(node.created),
+            }
+            for node in tree.nodes.values()
+        ],
+        "head": tree.head_id,
+    }

@@ -99,9 +99,14 @@ class Tree:
         return next((node for node in self.nodes.values() if node.weights == weights), None)
 
 
+def said(node: Node) -> Any:
+    """The choice of a node as JSON."""
+    return None if node.choice is None else CHOICE.dump_python(node.choice, mode="json")
+
+
 def node_row(node: Node) -> dict[str, Any]:
     row = asdict(node)
-    row["choice"] = None if node.choice is None else CHOICE.dump_python(node.choice, mode="json")
+    row["choice"] = said(node)
     row["metrics"] = node.metrics.model_dump() if node.metrics else None
     return row
 
@@ -119,7 +124,7 @@ def node_json(node: Node, tree: Tree) -> dict[str, Any]:
         "parent": node.parent,
         "step": node.step,
         "weights": node.weights,
-        "choice": None if node.choice is None else CHOICE.dump_python(node.choice, mode="json"),
+        "choice": said(node),
         "metrics": node.metrics.model_dump() if node.metrics else None,
         "drift": drift_of(node, tree),
         "name": node.name,

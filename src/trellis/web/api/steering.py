@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import secrets
 from typing import Annotated, Any, Literal
 
@@ -243,8 +245,11 @@ async def sample(body: Sample, session: OfSession, studio: OfStudio) -> dict[str
 
 
 @router.get("/sessions/{session}/tree")
-async def tree(session: OfSession, studio: OfStudio) -> dict[str, Any]:
-    return await studio.steering.tree(session.id)
+async def tree(session: OfSession, studio: OfStudio) -> Response:
+    """All nodes `{id, parent, step, choice, drift, metrics, name, created}`, and which one is the head."""
+    found = await studio.steering.tree(session.id)
+    text = await asyncio.to_thread(json.dumps, found)  # hundreds of nodes take longer than the event loop may be held
+    return Response(text, media_type="application/json")
 
 
 @router.get("/sessions/{session}/journal", response_class=PlainTextResponse)

@@ -29,7 +29,8 @@ from .steering import Sent
 
 router = APIRouter(include_in_schema=False)
 
-JOURNAL_STEPS = 40
+STORY_STEPS = 60
+JOURNAL_STEPS = 20
 """Steps of the journal that the page shows; the download has all."""
 
 
@@ -58,13 +59,12 @@ async def review_page(
     sent: ExportForm | None = None,
 ) -> HTMLResponse:
     await session.open_prompts()
-    story = await tell(studio.store, session)
+    story = await tell(studio.store, session, STORY_STEPS)
     text = await journals.journal(studio.store, session, last=JOURNAL_STEPS)
     shown = await asyncio.to_thread(to_html, text)
     config = flat(session.config.model_dump(mode="json"))
-    return render_of(
-        request
-    ).page(
+    return await asyncio.to_thread(
+        render_of(request).page,
         "review/page.html",
         status_of(error) if error else 200,
         place="steer",

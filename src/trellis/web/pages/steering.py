@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from typing import Annotated, Any, Literal
 
@@ -108,7 +109,10 @@ async def side(
 ) -> HTMLResponse:
     """The tree or the figures, as they are now."""
     values = await side_values(session, all)
-    return render_of(request).page(f"steering/_{part}.html", state=session.state(), **values)
+    page = render_of(request).page
+    if all:  # hundreds of rows take longer than the event loop may be held
+        return await asyncio.to_thread(page, f"steering/_{part}.html", state=session.state(), **values)
+    return page(f"steering/_{part}.html", state=session.state(), **values)
 
 
 async def side_values(session: Session, all: bool = False) -> dict[str, Any]:
