@@ -57,7 +57,9 @@ def _sentence(node: Node, offer: dict[str, object] | None) -> str:
     effect = ""
     if node.metrics and node.metrics.share_before:
         times = node.metrics.share_after / node.metrics.share_before
-        if times >= 1.05:
+        if node.choice == "none":
+            effect = " Answers like these became less likely." if times >= 1.05 else " That changed little."
+        elif times >= 1.05:
             effect = f" It became {times:.1f} times as likely a choice."
         else:
             effect = " It stayed about as likely a choice."
