@@ -148,7 +148,7 @@ def test_every_option_of_a_session_is_a_flag() -> None:
 def test_flags_have_the_same_validation_as_the_form(tmp_path: Path) -> None:
     done = trellis("steer", "--save-dir", str(tmp_path), "--group-size", "99", "--dataset-source", "file")
     assert done.returncode == 2
-    assert "--group-size: Input should be less than or equal to 8, got “99”" in done.stderr
+    assert "--group-size: must be 8 or less, got “99”" in done.stderr
     assert "--dataset-id: is empty" not in done.stderr  # what does not go together is looked at once each is valid
     done = trellis("steer", "--save-dir", str(tmp_path), "--dataset-source", "file")
     assert "--dataset-id: is empty" in done.stderr

@@ -356,6 +356,18 @@ def invalid_entries(fields: list[dict[str, str]]) -> Invalid:
     return Invalid(message, next_step="Correct the named fields and send again.", field=first["field"], fields=fields)
 
 
+BOUNDS = {
+    "greater_than_equal": ("ge", "{} or more"), "less_than_equal": ("le", "{} or less"),
+    "greater_than": ("gt", "more than {}"), "less_than": ("lt", "less than {}"),
+}  # fmt: skip
+NUMBERS = {
+    "int_parsing": "a whole number", "int_type": "a whole number", "int_from_float": "a whole number",
+    "float_parsing": "a number", "float_type": "a number", "bool_parsing": "on or off", "bool_type": "on or off",
+    "string_type": "text",
+}  # fmt: skip
+"""What Pydantic says for programs, as a form says it to a person."""
+
+
 def _sentence(finding: Mapping[str, Any]) -> str:
     message = str(finding["msg"]).removeprefix("Value error, ")
     value = finding.get("input")
@@ -363,6 +375,12 @@ def _sentence(finding: Mapping[str, Any]) -> str:
         finding["type"] == "string_pattern_mismatch" and not str(value).strip()
     ):
         return "is empty."
+    limits = finding.get("ctx") or {}
+    if finding["type"] in BOUNDS:
+        name, words = BOUNDS[finding["type"]]
+        return f"must be {words.format(limits[name])}, got “{shorten(value)}”."
+    if finding["type"] in NUMBERS:
+        return f"must be {NUMBERS[finding['type']]}, got “{shorten(value)}”."
     if finding["type"] == "literal_error":
         return f"must be {finding['ctx']['expected']}, got “{shorten(value)}”."
     if finding["type"] == "missing":

@@ -102,7 +102,7 @@ def test_errors_are_pages_for_people_and_json_for_scripts(client: httpx.Client) 
     assert client.get("/nothing/here", headers=HTML).status_code == 404
     wrong = client.post("/steer", data={"group_size": "99"}, headers=HTML)
     assert wrong.status_code == 422
-    assert "config.group_size" in wrong.text
+    assert "Options per prompt</a>: must be 8 or less, got “99”." in wrong.text
 
 
 @pytest.mark.parametrize(

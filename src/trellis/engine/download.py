@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -304,7 +305,7 @@ def _in_words(error: Exception, repository: str, revision: str) -> TrellisError:
     status = f" (status {_status(error)})" if _status(error) else ""
     if isinstance(error, (HfHubHTTPError, LocalEntryNotFoundError, OSError)) or "httpx" in type(error).__module__:
         return LoadFailed(
-            f"The hub could not be reached for “{repository}”{status}: {str(error).splitlines()[0][:200]}",
+            f"The hub could not be reached for “{repository}”{status}: {_reason(error)}.",
             code="network",
             next_step="Check the connection and load again: what has arrived is kept.",
         )  # fmt: skip
@@ -312,6 +313,12 @@ def _in_words(error: Exception, repository: str, revision: str) -> TrellisError:
         f"“{repository}” could not be fetched: {type(error).__name__}: {str(error)[:200]}", code="network",
         next_step="Load it again: what has arrived is kept.",
     )  # fmt: skip
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, without the number that systems put before it."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[Errno -?\d+\] ", "", line)[:200].rstrip(".")
 
 
 def _no_repository(repository: str) -> LoadFailed:

@@ -289,7 +289,7 @@ class Models:
         states = [engine["state"] for engine in engines]
         state = "loaded" if "loaded" in states else states[0] if states else "unloaded"
         first = next((engine for engine in engines if engine["state"] == state), None)
-        precision = self.precision(ModelOptions(model=entry.id))
+        precision = self.precision(held[0].options if held else ModelOptions(model=entry.id))
         needed = estimate(entry.shape, SessionConfig(), precision)
         return {
             "id": entry.id,

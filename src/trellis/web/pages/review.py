@@ -119,8 +119,11 @@ async def export(
     request: Request, session: OfSession, studio: OfStudio, form: Annotated[ExportForm, Form()]
 ) -> Response:
     await expensive(request)
+    name = form.name.strip()
+    if form.kind == "merged" and not name.endswith("merged"):  # so that both buttons work one after the other
+        name = f"{name}-merged"[:100]
     try:
-        await studio.exports.start(session.id, form.kind, form.name.strip(), form.node or None, form.request)
+        await studio.exports.start(session.id, form.kind, name, form.node or None, form.request)
     except TrellisError as error:
         if "hx-request" in request.headers:
             raise

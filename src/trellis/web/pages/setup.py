@@ -118,6 +118,7 @@ async def form_page(
     check = await studio.steering.check(nested({key: str(value) for key, value in values.items() if value is not None}))
     groups = groups_of(values, error, known)
     named = errors_of(error)
+    titles = {row.name: (row.title, row.id) for group in groups for row in group.fields}
     return render_of(request).page(
         "setup/new.html",
         status_of(error) if error else 200,
@@ -130,6 +131,7 @@ async def form_page(
         name=name,
         name_error=named.get("name", ""),
         error=error.as_json() if error else None,
+        wrong=[(*titles[name], message) for name, message in named.items() if name in titles],
         memory=check["memory"],
         preview=preview,
         problem=None,

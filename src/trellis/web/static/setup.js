@@ -16,6 +16,7 @@ class Setup {
     this.defaults = JSON.parse($("[data-defaults]", root).textContent);
     this.showSource();
     this.check();
+    $("[aria-invalid=true]", this.form)?.focus();
   }
 
   fields() {
@@ -60,6 +61,7 @@ class Setup {
       if (shown) input.setAttribute("aria-invalid", "true");
       else input.removeAttribute("aria-invalid");
     }
+    if (!wrong.size) $$(".problem[role=alert]", this.root).forEach((old) => old.remove());
     const named = [...wrong.keys()].map((name) => $(`[data-field="${CSS.escape(name)}"] label`, this.form)?.textContent.trim() ?? name);
     const text = named.length ? `Still to be put right: ${named.join(", ")}.` : "";
     const place = $("[data-problems]", this.form);

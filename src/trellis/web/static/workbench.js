@@ -103,7 +103,9 @@ export class Workbench {
       : node.choice === "none" ? "none of these" : node.choice?.written ? "your answer"
       : node.choice?.ranking ? LETTERS[node.choice.ranking[0]] : "what you marked";
     const times = after / before;
-    this.learned = times < 1.05 && times > 0.95
+    this.learned = node.choice === "none" && times >= 1.05
+      ? `Learned: none of these. Answers like them are now less likely (${percent(before)} → ${percent(after)} for refusing).`
+      : times < 1.05 && times > 0.95
       ? `Learned: ${what} stays about as likely a choice (${percent(before)} → ${percent(after)}).`
       : `Learned: ${what} is now ${times.toFixed(1)} times as likely a choice (${percent(before)} → ${percent(after)}).`;
     toast(`Step ${node.step}: learned from ${what}.`, { kind: "learned" });
@@ -240,6 +242,12 @@ export class Workbench {
   bindKeys() {
     document.addEventListener("keydown", (event) => {
       if (event.key === "Escape") { $$("details[open]", this.root).forEach((details) => { details.open = false; }); return; }
+      const box = event.target.closest("textarea");
+      if (box && event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+        event.preventDefault();
+        $(".primary:not(:disabled)", box.form)?.click();
+        return;
+      }
       if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
       const typing = event.target.closest("input, textarea, select, [contenteditable]");
       if (typing && typing.type !== "checkbox") return;
