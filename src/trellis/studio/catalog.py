@@ -10,6 +10,7 @@ import importlib.resources
 import json
 import re
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -130,8 +131,7 @@ class Catalog:
                 file.unlink()
             shutil.rmtree(self._hub / name, ignore_errors=True)
             return
-        aside = entry.path.with_name(f".deleted-{entry.path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
+        aside = entry.path.with_name(f".deleted-{uuid.uuid4().hex}")
         with suppress(FileNotFoundError):  # deleted twice at once is deleted
             entry.path.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
@@ -139,8 +139,10 @@ class Catalog:
 
 def _read_entry(name: str, source: str, look: Path, load: Path) -> ModelEntry:
     """What a folder says of itself. One that cannot be read is listed all the same; loading it says what is wrong."""
-    files = sorted(look.glob("*.safetensors"))
+    files: list[Path] = []
     marks = []
+    with suppress(OSError):  # a folder that is being deleted has no files
+        files = sorted(look.glob("*.safetensors"))
     for file in (look / "config.json", *files):
         with suppress(OSError):
             stat = file.stat()

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -99,7 +99,7 @@ class Exports:
         await self.get(name)
 
         def remove() -> None:
-            aside = self.folder / f".work-deleted-{os.getpid()}-{name}"
+            aside = self.folder / f".work-deleted-{uuid.uuid4().hex}"
             with suppress(FileNotFoundError):  # deleted twice at once is deleted
                 (self.folder / name).rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
