@@ -112,7 +112,7 @@ class Server:
         return []
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(**({"base_url": self.url, "timeout": 60} | options))
+        return httpx.Client(base_url=self.url, timeout=20, **options)
 
 
 def new_session(client: httpx.Client, **config: Any) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def new_session(client: httpx.Client, **config: Any) -> dict[str, Any]:
     return wait_ready(client, made["id"])
 
 
-def wait_ready(client: httpx.Client, session: str, seconds: float = 90) -> dict[str, Any]:
+def wait_ready(client: httpx.Client, session: str, seconds: float = 30) -> dict[str, Any]:
     """The state of a session once a person can choose. Fails when it does not come to that."""
     deadline = time.monotonic() + seconds
     while True:

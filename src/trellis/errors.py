@@ -104,13 +104,6 @@ class LoadFailed(EngineError):
     code = "load_failed"
 
 
-LOAD_CODES = (
-    "out_of_memory", "not_found", "permission_denied", "corrupt_file", "unsupported_architecture", "disk_full",
-    "network", "cancelled", "timeout", "remote_code_refused", "not_installed",
-)  # fmt: skip
-"""How a load can fail, for programs; each comes with a way out in words."""
-
-
 def shorten(value: object, limit: int = 60) -> str:
     """A value as it is quoted in a message: never long, on one line, and always text that can be encoded."""
     text = " ".join(str(value)[: 20 * limit].encode("utf-8", "replace").decode().split())

@@ -150,11 +150,6 @@ class Models:
             return "unloaded"
         return "loaded" if held.worker else "loading"
 
-    def loaded(self, options: ModelOptions) -> Loaded | None:
-        """What its engine said of itself."""
-        held = self._held.get(options)
-        return held.loaded if held else None
-
     def fits(self, entry: ModelEntry, config: SessionConfig) -> dict[str, Any]:
         """What a session would need, what is free, and under which options it would fit if it does not."""
         precision, free = self.precision(config), self.free(config)
