@@ -24,7 +24,7 @@ from trellis.demo.voices import voice_of
 from trellis.store.store import Store, migrate
 from trellis.studio.session import Session
 from trellis.studio.studio import Studio
-from trellis.workers.worker import process_spawner
+from trellis.workers.processes import ProcessSpawner
 
 HELD_OUT = load_prompts("held_out")[:5]
 ANSWERS = 16
@@ -86,7 +86,7 @@ async def main() -> None:
         migrate(url)
         studio = Studio(
             Store(url),
-            process_spawner(save / "weights", save / "logs", arguments.threads, fake=False),
+            ProcessSpawner(save / "weights", save / "logs", arguments.threads, fake=False),
             save / "models",
             Blobs(save / "weights"),
         )

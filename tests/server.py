@@ -104,12 +104,15 @@ class Server:
         self.process.stderr.close()
 
     def engines(self) -> list[int]:
-        """The process ids of its engines."""
+        """The process ids of its engines: its children, and the children of the one that forks engines."""
         import psutil
 
+        found = []
         with contextlib.suppress(psutil.NoSuchProcess):
-            return [child.pid for child in psutil.Process(self.process.pid).children()]
-        return []
+            for child in psutil.Process(self.process.pid).children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    found += child.children() if "--forks" in child.cmdline() else [child]
+        return [process.pid for process in found]
 
     def client(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=20, **options)

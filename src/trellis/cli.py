@@ -163,7 +163,7 @@ def _serve(settings: Settings, open_page: bool, first: tuple[str | None, dict[st
     from .store.store import Store, migrate
     from .studio.studio import Studio
     from .web.app import create_app
-    from .workers.worker import process_spawner
+    from .workers.processes import ProcessSpawner
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     for noisy in ("alembic", "httpx"):
@@ -171,7 +171,7 @@ def _serve(settings: Settings, open_page: bool, first: tuple[str | None, dict[st
     listening = _listen(settings)
     lock = _lock(settings)
     migrate(settings.database)
-    spawn = process_spawner(
+    spawn = ProcessSpawner(
         settings.weights_dir, settings.logs_dir, settings.engine_threads, settings.fake_engine,
         settings.engine_memory, settings.hub_timeout,
     )  # fmt: skip
@@ -208,11 +208,13 @@ def _serve(settings: Settings, open_page: bool, first: tuple[str | None, dict[st
     console.print(f"Trellis {__version__} is at [bold]{address}[/bold]  (Ctrl-C ends it)")
     if open_page and sys.stdout.isatty():
         threading.Thread(target=_open_later, args=(address,), daemon=True).start()
+    spawn.warm()
     try:
         Server(config).run(sockets=[listening])
     except KeyboardInterrupt:
         pass  # the server has ended in order; Ctrl-C is how it is meant to end
     finally:
+        spawn.close()
         lock.close()
     if refused:
         raise refused[0]

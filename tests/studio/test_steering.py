@@ -18,7 +18,8 @@ from trellis.params import ModelOptions, default_learning_rate
 from trellis.store import steering as rows
 from trellis.studio.session import Session
 from trellis.studio.studio import Studio
-from trellis.workers.worker import Spawn, process_spawner
+from trellis.workers.processes import ProcessSpawner
+from trellis.workers.worker import Spawn
 
 pytestmark = pytest.mark.anyio
 
@@ -322,7 +323,7 @@ async def test_weights_that_were_lost_are_worked_out_again_from_the_log(tmp_path
 
 
 async def test_an_engine_that_dies_in_mid_step_is_replaced_and_the_step_is_made(tmp_path: Path) -> None:
-    spawn = process_spawner(tmp_path / "weights", tmp_path / "logs", 0, fake=True)
+    spawn = ProcessSpawner(tmp_path / "weights", tmp_path / "logs", 0, fake=True)
     async with open_studio(tmp_path, spawn) as studio:
         session = await studio.steering.create(None, {})
         state = await ready(session)

@@ -143,13 +143,16 @@ def test_a_load_that_cannot_fit_is_refused_with_the_figures(large: Path, tmp_pat
 
 async def run_out_of_memory(large: Path, tmp_path: Path) -> Any:
     from trellis.messages import Load
-    from trellis.workers.worker import Worker, process_spawner
+    from trellis.workers.processes import ProcessSpawner
+    from trellis.workers.worker import Worker
 
-    worker = await Worker.start(process_spawner(tmp_path / "w", tmp_path / "logs", memory_limit=700_000_000))
+    spawn = ProcessSpawner(tmp_path / "w", tmp_path / "logs", memory_limit=700_000_000)
+    worker = await Worker.start(spawn)
     try:
         return await worker.ask(Load(path=str(large)))
     finally:
         await worker.stop()
+        spawn.close()
 
 
 @pytest.mark.anyio

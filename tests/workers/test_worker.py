@@ -18,14 +18,20 @@ from tests.conftest import until
 from trellis.errors import EngineDied, EngineError
 from trellis.messages import Load, Status
 from trellis.workers.exits import explain_exit
-from trellis.workers.worker import Spawn, Worker, process_spawner
+from trellis.workers.processes import ProcessSpawner
+from trellis.workers.worker import Spawn, Worker
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
 def spawn(tmp_path: Path) -> Spawn:
-    return process_spawner(tmp_path / "weights", tmp_path / "logs", 1, fake=True)
+    return ProcessSpawner(tmp_path / "weights", tmp_path / "logs", 1, fake=True)
+
+
+def ended(pid: int) -> bool:
+    """An orphan may wait to be buried by a parent that it was given."""
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 async def test_an_engine_answers_and_stops(spawn: Spawn) -> None:
@@ -69,9 +75,10 @@ def test_an_engine_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
 import asyncio, os, signal
 from pathlib import Path
 from trellis.messages import Status
-from trellis.workers.worker import Worker, process_spawner
+from trellis.workers.processes import ProcessSpawner
+from trellis.workers.worker import Worker
 async def main():
-    worker = await Worker.start(process_spawner(Path({str(tmp_path)!r}), Path({str(tmp_path)!r}), 1, fake=True))
+    worker = await Worker.start(ProcessSpawner(Path({str(tmp_path)!r}), Path({str(tmp_path)!r}), 1, fake=True))
     await worker.ask(Status())
     print(worker.pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -80,7 +87,7 @@ asyncio.run(main())
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     pid = int(done.stdout)
     for _ in range(500):
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie":
+        if ended(pid):
             return
         time.sleep(0.01)
     raise AssertionError("the engine outlived its parent")
@@ -126,3 +133,57 @@ def test_an_exit_becomes_a_sentence_with_a_next_step(tmp_path: Path, code: int |
     assert said in error.message
     assert str(log) in error.next_step
     assert explain_exit(code, None).next_step
+
+
+@pytest.mark.engine
+async def test_real_engines_are_forked_and_say_how_they_ended(tmp_path: Path) -> None:
+    spawn = ProcessSpawner(tmp_path / "weights", tmp_path / "logs", 1)
+    spawn.warm()
+    try:
+        first, second = await Worker.start(spawn), await Worker.start(spawn)
+        await asyncio.gather(first.ask(Status()), second.ask(Status()))
+        assert first.pid
+        assert second.pid
+        (forks,) = {psutil.Process(pid).ppid() for pid in (first.pid, second.pid)}
+        assert psutil.Process(forks).ppid() == os.getpid()
+        deaths: list[EngineError] = []
+        first.on_death = deaths.append
+        os.kill(first.pid, signal.SIGKILL)
+        await until(lambda: len(deaths) == 1)
+        assert "was killed" in str(deaths[0])
+
+        os.kill(forks, signal.SIGKILL)  # what it forked goes on, and ends in order
+        await second.ask(Status())
+        await second.stop()
+        assert ended(second.pid)
+
+        third = await Worker.start(spawn)
+        await third.ask(Status())
+        assert third.pid
+        assert psutil.Process(third.pid).ppid() != forks
+        await third.stop(patience=2)
+        assert not psutil.pid_exists(third.pid)
+        logs = [file.read_text() for file in (tmp_path / "logs").glob("engine-*.log")]
+        assert len(logs) == 3
+        assert not any("Traceback" in log for log in logs)
+    finally:
+        spawn.close()
+
+
+@pytest.mark.engine
+def test_what_forks_engines_ends_with_its_parent(tmp_path: Path) -> None:
+    code = f"""
+import os, signal
+from pathlib import Path
+from trellis.workers.processes import ProcessSpawner
+spawn = ProcessSpawner(Path({str(tmp_path)!r}), Path({str(tmp_path)!r}))
+spawn.warm()
+print(spawn._forks.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    pid = int(done.stdout)
+    deadline = time.monotonic() + 60
+    while not ended(pid):
+        assert time.monotonic() < deadline, "it outlived its parent"
+        time.sleep(0.05)

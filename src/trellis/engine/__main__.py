@@ -1,30 +1,39 @@
-"""`python -m trellis.engine --fd 3 --weights FOLDER`: one engine on an inherited socket, while its parent lives."""
+"""`python -m trellis.engine --fd 3 --weights FOLDER`: one engine on an inherited socket, while its parent lives.
+
+With `--forks` it is no engine but a process that forks engines, which then start in milliseconds.
+"""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import os
-import signal
 import socket
 from pathlib import Path
 
 from ..blobs import Blobs
+from .forks import ignore_interrupts, serve
 from .loop import Loop
 from .wire import Wire
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="trellis.engine")
     parser.add_argument("--fd", type=int, required=True, help="the inherited socket")
-    parser.add_argument("--weights", type=Path, required=True, help="the folder of weights")
+    parser.add_argument("--weights", type=Path, help="the folder of weights")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes one per core")
     parser.add_argument("--memory-limit", type=int, default=0, help="bytes that this process may take; 0 is no limit")
     parser.add_argument("--hub-timeout", type=float, default=60.0, help="seconds to wait for a silent hub")
     parser.add_argument("--fake", action="store_true", help="answer the same messages without a model")
-    arguments = parser.parse_args()
+    parser.add_argument("--forks", action="store_true", help="fork engines as they are asked for over the socket")
+    arguments = parser.parse_args(words)
+    ignore_interrupts()
+    if arguments.forks:
+        _fork_engines(socket.socket(fileno=arguments.fd))
+        return
+    if arguments.weights is None:
+        parser.error("--weights is required")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the studio, which then closes the socket
     # The socket closes when the parent is gone, however it went: then nobody needs the rest.
     wire = Wire(socket.socket(fileno=arguments.fd), closed=lambda: os._exit(0))
     if arguments.memory_limit:
@@ -38,9 +47,7 @@ def main() -> None:
 
         Loop(wire, FakeEngine(blobs).handlers()).run()
         return
-    # Threads that wait for each other by spinning are ten times slower on a computer that is also doing something
-    # else; a short spin costs an idle one nothing (docs/log.md). Read by libgomp when torch is first imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    _prepare_torch()
     # torch is only imported from here on, so that a fake engine starts in milliseconds.
     import torch
     import transformers
@@ -51,6 +58,19 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     Loop(wire, TextEngine(blobs, arguments.hub_timeout).handlers()).run()
+
+
+def _prepare_torch() -> None:
+    # Threads that wait for each other by spinning are ten times slower on a computer that is also doing something
+    # else; a short spin costs an idle one nothing (docs/log.md). Read by libgomp when torch is first imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def _fork_engines(control: socket.socket) -> None:
+    _prepare_torch()
+    from . import text  # noqa: F401 - imported for the children
+
+    serve(control, main)
 
 
 if __name__ == "__main__":

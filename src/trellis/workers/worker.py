@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Protocol
@@ -33,56 +30,6 @@ class Engine(Protocol):
 
 Spawn = Callable[[socket.socket], tuple[Engine, Path | None]]
 """Start an engine on its end of a socket. Returns it and its log."""
-
-
-class ProcessEngine:
-    """An engine in a process of its own."""
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
-
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid
-
-    def wait(self, timeout: float) -> int | None:
-        try:
-            return self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return None
-
-    def kill(self) -> None:
-        self._process.kill()
-
-
-KEPT_LOGS = 50
-
-
-def process_spawner(
-    weights: Path, logs: Path, threads: int = 0, fake: bool = False, memory_limit: int = 0, hub_timeout: float = 60.0
-) -> Spawn:
-    """Engines as child processes of this interpreter, each with a log of its own."""
-    numbers = itertools.count(1)
-
-    def spawn(sock: socket.socket) -> tuple[Engine, Path | None]:
-        logs.mkdir(parents=True, exist_ok=True)
-        for old in sorted(logs.glob("engine-*.log"), key=lambda file: file.stat().st_mtime)[:-KEPT_LOGS]:
-            old.unlink(missing_ok=True)
-        log = logs / f"engine-{os.getpid()}-{next(numbers)}.log"
-        command = [sys.executable, "-m", "trellis.engine", "--fd", str(sock.fileno()), "--weights", str(weights),
-                   "--threads", str(threads), "--memory-limit", str(memory_limit), "--hub-timeout", str(hub_timeout),
-                   *(["--fake"] if fake else [])]  # fmt: skip
-        with log.open("wb") as output:
-            process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                command,
-                pass_fds=[sock.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-        return ProcessEngine(process), log
-
-    return spawn
 
 
 def _spawn_behind_socket(spawn: Spawn) -> tuple[socket.socket, Engine, Path | None]:

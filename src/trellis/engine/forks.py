@@ -1,0 +1,80 @@
+"""A process that has imported what engines need, and forks one whenever it is asked to.
+
+Importing torch and its friends takes seconds; a fork takes milliseconds and shares their memory. It loads no model
+and starts no threads, and ends when its parent is gone. It speaks JSON over a SOCK_SEQPACKET socket: down come the
+arguments of an engine with its socket, up go `{"started": pid}` and, later, `{"ended": pid, "code": code}`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+
+MESSAGE = 65536
+
+
+def serve(control: socket.socket, engine: Callable[[list[str]], None]) -> None:
+    """Fork for every request until the parent closes its end. `engine` runs in the child with its arguments."""
+    gc.collect()
+    gc.freeze()  # what is here now is shared with the children, and stays shared when they collect their garbage
+    children: dict[int, int] = {}  # by the file descriptor that tells of their end
+    with select.epoll() as poll:
+        poll.register(control, select.EPOLLIN)
+        while True:
+            for descriptor, _ in poll.poll():
+                if descriptor in children:
+                    poll.unregister(descriptor)
+                    os.close(descriptor)
+                    pid, status = os.waitpid(children.pop(descriptor), 0)
+                    _send(control, {"ended": pid, "code": os.waitstatus_to_exitcode(status)})
+                    continue
+                message, sockets, _, _ = socket.recv_fds(control, MESSAGE, 1)
+                if not message:
+                    return
+                asked = json.loads(message)
+                pid = os.fork()
+                if pid == 0:
+                    poll.close()
+                    control.close()
+                    for other in children:
+                        os.close(other)
+                    _become(engine, [*asked["arguments"], "--fd", str(sockets[0])], asked["log"])
+                os.close(sockets[0])
+                ends = os.pidfd_open(pid)
+                children[ends] = pid
+                poll.register(ends, select.EPOLLIN)
+                _send(control, {"started": pid})
+
+
+def _become(engine: Callable[[list[str]], None], arguments: list[str], log: str) -> None:
+    """Be an engine from here on; never comes back."""
+    code = 1
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.close(output)
+        engine(arguments)
+        code = 0
+    except BaseException:  # noqa: BLE001 - whatever it is, the child must not go on as its parent
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _send(control: socket.socket, message: dict[str, int]) -> None:
+    try:
+        control.send(json.dumps(message).encode())
+    except (BrokenPipeError, ConnectionResetError):
+        os._exit(0)
+
+
+def ignore_interrupts() -> None:
+    """Ctrl-C is for the studio, which then closes the socket."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
