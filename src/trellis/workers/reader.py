@@ -69,6 +69,9 @@ class Reader:
             "HF_HOME": str(self._cache),
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "USE_TORCH": "0",  # the hub's library would import it, which takes seconds, to read text
+            "USE_TF": "0",
+            "USE_JAX": "0",
         }
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "trellis.reader", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
