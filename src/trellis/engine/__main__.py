@@ -64,6 +64,8 @@ def _prepare_torch() -> None:
     # Threads that wait for each other by spinning are ten times slower on a computer that is also doing something
     # else; a short spin costs an idle one nothing (docs/log.md). Read by libgomp when torch is first imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Nothing here is compiled; bitsandbytes would have the compiler imported, which takes two seconds.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def _fork_engines(control: socket.socket) -> None:
