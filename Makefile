@@ -58,7 +58,7 @@ browser: $(DEV) # nginx and the browser that the tests drive: Debian's where apt
 
 bench: $(DEV) ## Measure: the loop's speed, how soon a model takes up a voice, how it scales
 	$(BIN)/python bench/speed.py
-	$(BIN)/python bench/people.py
+	$(BIN)/python bench/learning.py --methods choice --seeds 1
 	$(BIN)/python bench/scale.py
 
 demo-model: $(STAMP) ## Train the demo model from nothing (about 12 minutes on two cores)

@@ -19,6 +19,8 @@ from .texts import PROMPT_LIMIT, storable
 Precision = Literal["auto", "32-bit", "16-bit", "8-bit", "4-bit"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 EngineName = Literal["transformers", "transformers-eager"]
+MethodName = Literal["choice", "dpo", "dpo-norm", "ipo", "simpo", "kto", "apo-zero", "sft", "grpo", "dr-grpo", "rloo",
+                     "trellis-classic"]  # fmt: skip
 
 
 def option(
@@ -135,10 +137,12 @@ class Sampling(Options):
 class Learning(Options):
     """How one choice changes the weights (docs/learning.md)."""
 
-    learning_method: Literal["choice", "dpo", "grpo", "trellis-classic"] = option(
+    learning_method: MethodName = option(
         "choice", "Learning method",
-        "“choice” takes a click for what it is, with “none of these” as one more option. “dpo” sets the chosen answer "
-        "against each other one, “grpo” scores each against the group, “trellis-classic” is the first Trellis' rule.",
+        "How a click becomes a change. “choice”, the default, takes “none of these” as one more option and needs the "
+        "fewest clicks. “dpo”, “dpo-norm”, “ipo” and “simpo” set the chosen answer against each other one; “kto” and "
+        "“apo-zero” call each answer good or bad by itself; “sft” only imitates what was chosen; “grpo”, “dr-grpo” and "
+        "“rloo” reward it; “trellis-classic” is the first Trellis' rule.",
         group="Learning", advanced=True, later=True,
     )  # fmt: skip
     learning_rate: float | None = option(
@@ -146,27 +150,41 @@ class Learning(Options):
         group="Learning", gt=0.0, le=0.1,
     )  # fmt: skip
     kl_beta: float = option(
-        0.02, "KL strength", "How hard the model is held to the base model's way of speaking.",
+        0.04, "KL strength", "How hard the model is held to the base model's way of speaking.",
         group="Learning", ge=0.0, le=10.0,
     )  # fmt: skip
     choice_beta: float = option(
-        2.0, "Choice sharpness", "How strongly a difference in likelihood counts as a preference.",
+        1.0, "Choice sharpness", "How strongly a difference in likelihood counts as a preference.",
         group="Learning", advanced=True, gt=0.0, le=100.0,
     )  # fmt: skip
     inner_steps: int = option(
-        4, "Inner steps", "At most so many optimiser steps for one click; it stops sooner when the click has taken.",
+        5, "Inner steps", "At most so many optimiser steps for one click; it stops sooner when the click has taken.",
         unit="steps", group="Learning", advanced=True, ge=1, le=64,
     )  # fmt: skip
+    refusal_steps: int = option(
+        2, "Steps for a refusal",
+        "At most so many for “none of these”: it says what is wrong and not what is right, and pushed as far as a "
+        "choice it tears down more than it teaches.",
+        unit="steps", group="Learning", advanced=True, later=True, ge=1, le=64,
+    )  # fmt: skip
+    settling: int = option(
+        8, "Settling",
+        "After so many choices a click counts half as much, after three times as many a quarter, so that a model that "
+        "has found its voice is not worn down. 0: every click counts the same.",
+        unit="choices", group="Learning", advanced=True, later=True, ge=0, le=10_000,
+    )  # fmt: skip
     target_share: float = option(
-        0.6, "Target share", "A click has taken when the chosen answer holds this share among the options.",
+        0.9, "Target share", "A click has taken when the chosen answer holds this share among the options.",
         group="Learning", advanced=True, gt=0.0, lt=1.0,
     )  # fmt: skip
     step_limit: float = option(
-        2.0, "Step limit", "A click moves the answers at most this far (mean k3 distance); a step over it is halved.",
+        10.0, "Step limit", "A click moves the answers at most this far (mean k3 distance); a step over it is halved.",
         unit="nats", group="Learning", advanced=True, gt=0.0, le=100.0,
     )  # fmt: skip
     nll_weight: float = option(
-        0.05, "Pull on the winner", "A small pull that keeps the chosen answer itself from becoming less likely.",
+        1.5, "Pull on the winner",
+        "How much the chosen answer itself becomes likelier, beside being set against the others. It is what makes few "
+        "clicks enough.",
         group="Learning", advanced=True, ge=0.0, le=10.0,
     )  # fmt: skip
     replay: int = option(
@@ -328,10 +346,10 @@ Text = Annotated[str, Field(min_length=1, max_length=PROMPT_LIMIT), AfterValidat
 def default_learning_rate(parameters: int) -> float:
     """A rate by model size. Adam moves each weight by about the rate, so larger models want a smaller one.
 
-    Measured at 2 million parameters (docs/log.md); above, the usual fall with the square root of the
-    size, held between 2e-5 and 1e-3. Larger models have not been measured.
+    Measured at 1 to 3 million parameters (docs/learning.md); above, the usual fall with the square root of
+    the size, held between 5e-5 and 3e-3. Larger models have not been measured.
     """
-    return float(f"{min(1e-3, max(2e-5, 1e-3 * (1e7 / max(parameters, 1)) ** 0.5)):.2g}")
+    return float(f"{min(3e-3, max(5e-5, 3e-3 * (2.5e6 / max(parameters, 1)) ** 0.5)):.2g}")
 
 
 def invalid_from(error: ValidationError, prefix: str = "") -> Invalid:

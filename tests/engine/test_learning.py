@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trellis.engine.learning import Group, Point, adamw_step, answer_logprobs, learn_steps
+from trellis.engine.learning import (
+    Group,
+    Point,
+    adamw_step,
+    answer_logprobs,
+    answers_logprobs,
+    learn_steps,
+    passes,
+    settled,
+)
 from trellis.engine.methods import judge_choice as judge
 from trellis.engine.methods import k3
 from trellis.errors import TrellisError
@@ -126,6 +136,7 @@ class TableSlot:
     def __init__(self, size: int) -> None:
         self.flat = torch.zeros(size * size)
         self.model = Table(self.flat.view(size, size))
+        self.vocabulary = size
         self.installs = 0
 
     def dropping(self, *seed: Any) -> Any:
@@ -151,11 +162,36 @@ def test_log_probabilities_are_of_each_answers_own_tokens() -> None:
     assert logprobs[1].tolist() == pytest.approx([expected[2, 4].item(), 0.0, 0.0])
 
 
-def learn(options: Learning, group: Group, replay: tuple[Group, ...] = ()) -> Any:
+def test_groups_that_share_a_pass_come_out_as_if_each_were_alone() -> None:
+    table = torch.randn(5, 5, generator=torch.Generator().manual_seed(3))
+    dice = random.Random(3)
+    groups = [
+        Group(
+            prompt=[dice.randrange(5) for _ in range(dice.randint(1, 40))],
+            answers=[[dice.randrange(5) for _ in range(dice.randint(1, 90))] for _ in range(4)],
+            choice=0,
+            temperature=dice.choice([0.5, 1.0]),
+        )
+        for _ in range(5)
+    ]
+    together = answers_logprobs(Table(table), groups)
+    for group, logprobs in zip(groups, together, strict=True):
+        assert torch.allclose(logprobs, answer_logprobs(Table(table), group))
+        assert logprobs.shape == group.mask(logprobs.device).shape
+
+
+def test_a_pass_holds_as_many_groups_as_its_logits_allow() -> None:
+    groups = [Group(prompt=[1] * 10, answers=[[2] * 50] * 4, choice=0, temperature=1.0)] * 5
+    assert passes(groups, 1000) == [range(5)]
+    assert passes(groups, 150_000) == [range(1), range(1, 2), range(2, 3), range(3, 4), range(4, 5)]
+    assert passes(groups, 100_000) == [range(2), range(2, 4), range(4, 5)]
+
+
+def learn(options: Learning, group: Group, replay: tuple[Group, ...] = (), steps_before: int = 0) -> Any:
     slot: Any = TableSlot(5)
     references = [answer_logprobs(slot.model, each) for each in (group, *replay)]
     steps = learn_steps(
-        slot, Point(torch.zeros(25), torch.zeros(25), torch.zeros(25), 0), group, replay, references, options
+        slot, Point(torch.zeros(25), torch.zeros(25), torch.zeros(25), steps_before), group, replay, references, options
     )
     while True:
         try:
@@ -178,6 +214,24 @@ def test_a_step_that_goes_too_far_is_halved_and_is_the_last() -> None:
     outcome = learn(Learning(learning_rate=0.1, step_limit=1e-6, inner_steps=4), GROUP)
     assert outcome.inner_steps == 1
     assert float(outcome.point.flat.abs().max()) == pytest.approx(0.05, rel=1e-2)
+
+
+def test_a_refusal_takes_fewer_steps_than_a_choice() -> None:
+    options = PLAIN.model_copy(update={"target_share": 0.99, "step_limit": 100.0, "inner_steps": 6, "refusal_steps": 2})
+    refused = Group(GROUP.prompt, GROUP.answers, "none", 1.0)
+    assert learn(options, GROUP).inner_steps == 6
+    assert learn(options, refused).inner_steps == 2
+    assert learn(options.model_copy(update={"inner_steps": 1}), refused).inner_steps == 1
+
+
+def test_clicks_settle_and_still_count() -> None:
+    options = PLAIN.model_copy(update={"inner_steps": 4, "settling": 8})
+    parts = [settled(steps, options) for steps in (0, 32, 96, 10**6)]
+    assert parts == pytest.approx([1.0, 0.5, 0.25, 0.1])
+    assert settled(10**6, options.model_copy(update={"settling": 0})) == 1.0
+    once = options.model_copy(update={"inner_steps": 1, "step_limit": 100.0})
+    fresh, late = learn(once, GROUP).point, learn(once, GROUP, steps_before=10**6).point
+    assert 0 < float(late.flat.abs().max()) < float(fresh.flat.abs().max())
 
 
 def test_replay_moves_the_weights_too() -> None:

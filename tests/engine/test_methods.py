@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
-from trellis.engine.methods import METHODS, advantages_of, pairs_of, scores_of
+from trellis.engine.methods import METHODS
+from trellis.engine.said import advantages_of, pairs_of, scores_of
 from trellis.messages import Choice, Ranking
-from trellis.params import Learning
+from trellis.params import Learning, MethodName
 
 pytestmark = pytest.mark.engine
 
@@ -56,6 +58,67 @@ def test_grpo_weights_each_answer_by_its_advantage() -> None:
     high, low = math.sqrt(2), -1 / math.sqrt(2)
     expected = [[-high / 6, -high / 6], [-low / 3, 0.0], [-low / 6, -low / 6]]
     assert torch.allclose(logprobs.grad, torch.tensor(expected), atol=1e-6)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+# means of differences over tokens: 0.25, -0.25, 0.5; of log-probabilities: -1.5, -0.5, -2
+
+
+def test_dpo_over_means_does_not_weigh_long_answers_more() -> None:
+    expected = (softplus(-2 * (0.25 + 0.25)) + softplus(-2 * (0.25 - 0.5))) / 2
+    assert loss_of("dpo-norm", 0) == pytest.approx(expected)
+
+
+def test_ipo_pulls_each_margin_to_half_of_one_over_tau() -> None:
+    assert loss_of("ipo", 0) == pytest.approx(((0.5 - 5) ** 2 + (-0.25 - 5) ** 2) / 2)
+    assert loss_of("ipo", "none") == pytest.approx(((-0.25 - 5) ** 2 + (0.25 - 5) ** 2 + (-0.5 - 5) ** 2) / 3)
+
+
+def test_simpo_needs_no_reference_but_for_none_of_these() -> None:
+    expected = (softplus(-(2 * (-1.5 + 0.5) - 1)) + softplus(-(2 * (-1.5 + 2) - 1))) / 2
+    assert loss_of("simpo", 0) == pytest.approx(expected)
+    assert loss_of("simpo", "none") == pytest.approx((softplus(0.5) + softplus(-0.5) + softplus(1.0)) / 3)
+
+
+def test_kto_calls_each_answer_good_or_bad_by_itself() -> None:
+    expected = ((1 - sigmoid(0.05)) + (1 - sigmoid(0.025)) + (1 - sigmoid(-0.1))) / 3
+    assert loss_of("kto", 0) == pytest.approx(expected)
+
+
+def test_apo_zero_weighs_both_sides_the_same() -> None:
+    expected = (1 - sigmoid(0.05)) + ((1 - sigmoid(0.025)) + (1 - sigmoid(-0.1))) / 2
+    assert loss_of("apo-zero", 0) == pytest.approx(expected)
+    assert loss_of("apo-zero", "none") == pytest.approx((sigmoid(0.05) + sigmoid(-0.025) + sigmoid(0.1)) / 3)
+
+
+def test_sft_imitates_what_was_chosen_and_nothing_else() -> None:
+    assert loss_of("sft", (0, 1)) == pytest.approx((1.5 + 0.5) / 2)
+    assert loss_of("sft", "none") == 0.0
+
+
+def test_dr_grpo_divides_by_neither_spread_nor_length() -> None:
+    logprobs = LOGPROBS.clone().requires_grad_()
+    METHODS["dr-grpo"].judge(logprobs, REFERENCE, MASK, 0, FREE).loss.backward()
+    assert logprobs.grad is not None
+    high, low = (1 - 1 / 3) / 6, (0 - 1 / 3) / 6
+    assert torch.allclose(logprobs.grad, torch.tensor([[-high, -high], [-low, 0.0], [-low, -low]]), atol=1e-6)
+
+
+def test_rloo_sets_each_answer_against_the_mean_of_the_others() -> None:
+    expected = -(1.0 * -3 + (0 - 0.5) * -0.5 + (0 - 0.5) * -4) / 3
+    assert loss_of("rloo", 0) == pytest.approx(expected)
+    leashed = Learning(learning_rate=0.1, kl_beta=0.1)
+    rewards = [1 - 0.05, 0.025, -0.1]
+    advantages = [reward - (sum(rewards) - reward) / 2 for reward in rewards]
+    expected = -sum(a * total for a, total in zip(advantages, (-3, -0.5, -4), strict=True)) / 3
+    assert float(METHODS["rloo"].judge(LOGPROBS, REFERENCE, MASK, 0, leashed).loss) == pytest.approx(expected)
+
+
+def test_every_method_that_can_be_asked_for_is_there() -> None:
+    assert list(get_args(MethodName)) == list(METHODS)
 
 
 def test_the_classic_rule_is_a_plain_sum_with_a_drift_term() -> None:

@@ -410,7 +410,7 @@ async def test_a_bug_is_shown_as_one_and_the_session_lives(session: Session, mon
 def test_a_good_learning_rate_falls_with_the_models_size() -> None:
     rates = [default_learning_rate(size) for size in (1, 10**6, 10**8, 10**9, 10**11)]
     assert rates == sorted(rates, reverse=True)
-    assert (rates[0], rates[-1]) == (1e-3, 2e-5)
+    assert (rates[0], rates[-1]) == (3e-3, 5e-5)
 
 
 async def test_a_log_that_no_longer_leads_to_the_weights_is_an_error_and_not_a_loop(

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import TrellisError
 from ..messages import Choice
 from ..params import Learning
 from .adapters import Slot
-from .methods import BETAS, CLIP, METHODS, Verdict, chosen_indexes, k3
+from .methods import BETAS, CLIP, METHODS, Verdict, k3
+from .said import chosen_indexes
 
 EPSILON = 1e-8
 
@@ -40,18 +42,70 @@ class Group:
 
 
 def answer_logprobs(model: Any, group: Group) -> Tensor:
-    """Log-probabilities (G, T) of each answer's tokens given the prompt, fp32, zero where there is none.
+    """Log-probabilities (G, T) of each answer's tokens given the prompt, fp32, zero where there is none."""
+    return answers_logprobs(model, [group])[0]
+
+
+WORTH_A_PASS = 120
+"""Padding, in tokens, that is worth another pass through the model: about what a small one's overhead costs."""
+
+
+def answers_logprobs(model: Any, groups: Sequence[Group]) -> list[Tensor]:
+    """`answer_logprobs` of several groups, rows of like length in one pass each.
 
     Rows are padded on the right, which a causal model never looks at, so no attention mask is needed;
-    logits are only made for the positions that predict an answer.
+    logits are only made from the first position that predicts an answer.
     """
-    longest = max(len(answer) for answer in group.answers)
-    rows = [group.prompt + answer + [0] * (longest - len(answer)) for answer in group.answers]
-    ids = torch.tensor(rows, device=model.device)
-    logits = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=longest).logits
-    logprobs = torch.log_softmax(logits.float() / group.temperature, dim=-1)
-    picked = logprobs.gather(-1, ids[:, -longest:, None])[..., 0]
-    return picked.masked_fill(~group.mask(picked.device), 0.0)
+    rows = [(group, answer) for group in groups for answer in group.answers]
+    found: list[Tensor] = [torch.empty(0)] * len(rows)
+    for numbers in _of_like_length([len(group.prompt) + len(answer) for group, answer in rows]):
+        width = max(len(rows[number][0].prompt) + len(rows[number][1]) for number in numbers)
+        first = min(len(rows[number][0].prompt) for number in numbers) - 1
+        padded = [[*rows[number][0].prompt, *rows[number][1]] for number in numbers]
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in padded], device=model.device)
+        logits = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=width - 1 - first).logits
+        for place, number in enumerate(numbers):
+            group, answer = rows[number]
+            begin = len(group.prompt) - 1 - first
+            logprobs = torch.log_softmax(logits[place, begin : begin + len(answer)].float() / group.temperature, dim=-1)
+            told = ids[place, len(group.prompt) : len(group.prompt) + len(answer)]
+            found[number] = logprobs.gather(-1, told[:, None])[:, 0]
+    picked = []
+    for group in groups:
+        mine, found = found[: len(group.answers)], found[len(group.answers) :]
+        picked.append(pad_sequence(mine, batch_first=True))
+    return picked
+
+
+def _of_like_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Numbers of rows in passes: the longest first, cut where the padding saved is worth a pass of its own."""
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    passes = [order[:1]]
+    for place, number in enumerate(order[1:], start=1):
+        if (lengths[passes[-1][0]] - lengths[number]) * (len(order) - place) > WORTH_A_PASS:
+            passes.append([])
+        passes[-1].append(number)
+    return passes
+
+
+PASS_LOGITS = 48_000_000
+"""Logits that one pass may make: groups share a pass where that is cheap, and take one each where it is not."""
+
+
+def passes(groups: Sequence[Group], vocabulary: int) -> list[range]:
+    """Which groups go through the model together: neighbours, as many as a pass may hold; at least one."""
+    made: list[range] = []
+    for number in range(len(groups)):
+        begin = made[-1].start if made else 0
+        together = groups[begin : number + 1]
+        rows = sum(len(group.answers) for group in together)
+        width = max(len(group.prompt) + max(map(len, group.answers)) for group in together)
+        kept = width - min(len(group.prompt) for group in together)
+        if made and rows * kept * vocabulary <= PASS_LOGITS:
+            made[-1] = range(begin, number + 1)
+        else:
+            made.append(range(number, number + 1))
+    return made
 
 
 @dataclass(frozen=True)
@@ -88,6 +142,17 @@ class Outcome:
     inner_steps: int
 
 
+FLOOR = 0.1
+
+
+def settled(steps: int, options: Learning) -> float:
+    """What part of the rate a click has after so many optimiser steps: 1, ½ after `settling` choices, ⅓ after twice
+    as many, and never less than a tenth, so that a change of mind still gets through."""
+    if not options.settling:
+        return 1.0
+    return max(FLOOR, 1.0 / (1.0 + steps / (options.settling * options.inner_steps)))
+
+
 def learn_steps(
     slot: Slot,
     start: Point,
@@ -99,43 +164,67 @@ def learn_steps(
 ) -> Generator[None, None, Outcome]:
     """Up to `inner_steps` optimiser steps on one choice, with some earlier ones beside it.
 
-    Stops when the chosen answer's share reaches the target (none of these: half of it); a step that moves the
-    answers further than `step_limit` from where the click began is halved, and is the last. Yields between
-    steps: whoever runs it may meanwhile put other weights into the slot, so nothing in it outlives a yield.
+    Stops when the chosen answer's share reaches the target; none of these reaches half of it in at most
+    `refusal_steps`. A step that moves the answers further than `step_limit` from where the click began is halved,
+    and is the last. Yields between steps: whoever runs it may meanwhile put other weights into the slot, so nothing
+    in it outlives a yield.
     `references` are the base model's log-probabilities for the group and then for each replayed one. `name` is
     where dropout's random numbers start from.
     """
     method = METHODS[options.learning_method]
+    refused = not chosen_indexes(group.choice, len(group.answers))
     most = 1 if method.single else options.inner_steps
-    replay = () if method.single else replay
+    if refused:
+        most = min(most, options.refusal_steps)
+    groups = [group] if method.single else [group, *replay]
     rate = options.learning_rate
     if rate is None:
         raise ValueError("a learning rate must have been chosen before a lesson reaches the engine")
-    reference, mask = references[0], group.mask(references[0].device)
-    shared = options.replay_weight / len(replay) if replay else 0.0
+    if not method.single:
+        rate *= settled(start.steps, options)
+    masks = [each.mask(reference.device) for each, reference in zip(groups, references, strict=False)]
+    shared = options.replay_weight / (len(groups) - 1) if len(groups) > 1 else 0.0
+    together = passes(groups, slot.vocabulary)
     # "None of these" says what is wrong and not what is right: pushed as far, it would tear down more than it teaches.
-    target = options.target_share * (1.0 if chosen_indexes(group.choice, len(group.answers)) else 0.5)
+    target = options.target_share * (0.5 if refused else 1.0)
 
-    def look(flat: Tensor) -> tuple[Tensor, Verdict]:
+    def judged(numbers: range) -> list[tuple[Tensor, Verdict]]:
+        with slot.dropping(name, steps, numbers.start):
+            found = answers_logprobs(slot.model, [groups[number] for number in numbers])
+        return [
+            (logprobs, method.judge(logprobs, references[number], masks[number], groups[number].choice, options))
+            for number, logprobs in zip(numbers, found, strict=True)
+        ]
+
+    def look(flat: Tensor) -> Generator[None, None, tuple[Tensor, Verdict, Tensor]]:
+        """The new group's log-probabilities and verdict, and the gradient of everything."""
+        gradient = torch.zeros_like(flat)
+        seen: tuple[Tensor, Verdict] | None = None
+        for numbers in together:
+            slot.install(flat)
+            found = judged(numbers)
+            losses = [
+                verdict.loss * (shared if number else 1.0) for number, (_, verdict) in zip(numbers, found, strict=True)
+            ]
+            gradient += slot.gradient(torch.stack(losses).sum())
+            if seen is None:
+                seen = found[0][0].detach(), found[0][1]
+            yield None
+        assert seen is not None
+        return *seen, gradient
+
+    def glance(flat: Tensor) -> tuple[Tensor, Verdict]:
+        """The new group's alone, without a gradient."""
         slot.install(flat)
-        with slot.dropping(name, steps):
-            logprobs = answer_logprobs(slot.model, group)
-        return logprobs, method.judge(logprobs, reference, mask, group.choice, options)
+        with torch.no_grad():
+            return judged(range(1))[0]
 
     steps = 0
-    logprobs, verdict = look(start.flat)
-    point, before, begun = start, verdict, logprobs.detach()
+    point = start
+    begun, verdict, gradient = yield from look(start.flat)
+    before = verdict
     while steps < most:
         steps += 1
-        gradient = slot.gradient(verdict.loss)
-        for number, (earlier, earlier_reference) in enumerate(zip(replay, references[1:], strict=False)):
-            yield None
-            slot.install(point.flat)
-            earlier_mask = earlier.mask(earlier_reference.device)
-            with slot.dropping(name, steps, number):
-                earlier_logprobs = answer_logprobs(slot.model, earlier)
-            again = method.judge(earlier_logprobs, earlier_reference, earlier_mask, earlier.choice, options)
-            gradient += slot.gradient(shared * again.loss)
         if not bool(torch.isfinite(gradient).all()):
             raise TrellisError(
                 "The model's numbers overflowed while it learned from this choice.",
@@ -143,14 +232,16 @@ def learn_steps(
                 next_step="Undo a few steps, or use a lower learning rate.",
             )
         moved = adamw_step(point, gradient, rate, method.betas, method.clip)
-        yield None
-        logprobs, verdict = look(moved.flat)
-        far = float(k3(logprobs.detach(), begun, mask))
+        if steps < most:
+            logprobs, verdict, gradient = yield from look(moved.flat)
+        else:
+            logprobs, verdict = glance(moved.flat)
+        far = float(k3(logprobs, begun, masks[0]))
         if not method.single and not far <= options.step_limit:
             half = point.flat + (moved.flat - point.flat) / 2
             point = Point(half, moved.first, moved.second, moved.steps)
             yield None
-            _, verdict = look(point.flat)
+            _, verdict = glance(point.flat)
             break
         point = moved
         if verdict.share >= target:

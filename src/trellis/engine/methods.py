@@ -11,13 +11,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from ..messages import Choice, Ranking, Written
 from ..params import Learning
+from .said import advantages_of, chosen_indexes, pairs_of, scores_of
 
 BETAS = (0.9, 0.99)
 CLIP: float | None = 1.0
-DPO_BETA = 0.1
+DPO_BETA = KTO_BETA = APO_BETA = IPO_TAU = 0.1
+SIMPO_BETA, SIMPO_GAMMA = 2.0, 1.0
 CLASSIC_DRIFT = 0.03
 
 
@@ -58,21 +61,6 @@ def judge_choice(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choi
     return Verdict(loss, float(chosen.detach().exp()), float(distance.detach()))
 
 
-def chosen_indexes(choice: Choice, outside: int) -> list[int]:
-    """The options that a choice calls good, best first; empty for none of these."""
-    match choice:
-        case int():
-            return [choice]
-        case Ranking():
-            return list(choice.ranking)
-        case Written():
-            return [outside - 1]
-        case tuple():
-            return list(choice)
-        case _:
-            return []
-
-
 def k3(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
     """Mean over answer tokens of e^(ref−l) − (ref−l) − 1: an estimate of KL that is never negative.
 
@@ -90,71 +78,134 @@ def share_of(rewards: Tensor, choice: Choice) -> float:
     return float((utilities[winners or [len(rewards)]].logsumexp(0) - utilities.logsumexp(0)).exp())
 
 
-def pairs_of(choice: Choice, size: int) -> list[tuple[int, int]]:
-    """(better, worse) options that a choice implies; none of these implies none."""
-    good = chosen_indexes(choice, size)
-    if isinstance(choice, Ranking):
-        rest = [index for index in range(size) if index not in good]
-        return [(better, worse) for place, better in enumerate(good) for worse in [*good[place + 1 :], *rest]]
-    return [(better, worse) for better in good for worse in range(size) if worse not in good]
-
-
 def judge_dpo(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
     """The chosen answer against each other one (DPO, arXiv 2305.18290, β = 0.1), and the leash.
 
     None of these has no pairs: every answer is then the worse one of a pair whose better one stays as it is.
     """
-    gain = DPO_BETA * (logprobs - reference).sum(dim=-1)
-    pairs = pairs_of(choice, len(gain))
-    margins = torch.stack([gain[better] - gain[worse] for better, worse in pairs]) if pairs else -gain
-    distance = k3(logprobs, reference, mask)
-    loss = -torch.nn.functional.logsigmoid(margins).mean() + options.kl_beta * distance
-    rewards = options.choice_beta * (logprobs - reference).sum(dim=-1) / mask.sum(dim=-1)
-    return Verdict(loss, share_of(rewards, choice), float(distance.detach()))
+    margins = _margins(DPO_BETA * (logprobs - reference).sum(dim=-1), choice)
+    return _verdict(-logsigmoid(margins).mean(), logprobs, reference, mask, choice, options)
 
 
-def scores_of(choice: Choice, size: int) -> list[float]:
-    """A reward for each option: 1 for what was called good, 0 for the rest; a ranking falls evenly from 1 to 0."""
-    good = chosen_indexes(choice, size)
-    if isinstance(choice, Ranking):
-        return [1.0 - good.index(index) / len(good) if index in good else 0.0 for index in range(size)]
-    return [1.0 if index in good else 0.0 for index in range(size)]
+def judge_dpo_norm(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
+    """DPO on means over tokens instead of sums, so that long answers do not weigh more (arXiv 2411.15124, section 5);
+    β is the choice sharpness."""
+    means = (logprobs - reference).sum(dim=-1) / mask.sum(dim=-1)
+    margins = _margins(options.choice_beta * means, choice)
+    return _verdict(-logsigmoid(margins).mean(), logprobs, reference, mask, choice, options)
 
 
-def advantages_of(choice: Choice, size: int) -> list[float]:
-    """(R − mean) / std over the group (population std); −1 for all on none of these.
+def judge_ipo(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
+    """Identity preference optimisation (arXiv 2310.12036): the margin of each pair is pulled to 1/2τ, τ = 0.1, and no
+    further. On means over tokens, as its authors run it."""
+    margins = _margins((logprobs - reference).sum(dim=-1) / mask.sum(dim=-1), choice)
+    return _verdict((margins - 1 / (2 * IPO_TAU)).square().mean(), logprobs, reference, mask, choice, options)
 
-    One of four chosen: +1.732 for it, −0.577 for each other.
+
+def judge_simpo(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
+    """SimPO (arXiv 2405.14734): mean log-probabilities without a reference, β = 2, with a margin γ = 1 to win by.
+
+    None of these has no pairs; each answer then has to become less likely than it was at the base.
     """
-    scores = scores_of(choice, size)
-    mean = sum(scores) / size
-    spread = (sum((score - mean) ** 2 for score in scores) / size) ** 0.5
-    if not any(scores):
-        return [-1.0] * size
-    return [(score - mean) / spread if spread else 0.0 for score in scores]
+    lengths = mask.sum(dim=-1)
+    if pairs_of(choice, len(lengths)):
+        margins = _margins(SIMPO_BETA * logprobs.sum(dim=-1) / lengths, choice) - SIMPO_GAMMA
+    else:
+        margins = _margins(SIMPO_BETA * (logprobs - reference).sum(dim=-1) / lengths, choice)
+    return _verdict(-logsigmoid(margins).mean(), logprobs, reference, mask, choice, options)
+
+
+def judge_kto(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
+    """Kahneman-Tversky optimisation (arXiv 2402.01306, β = 0.1): each answer by itself is good or bad, against a point
+    of reference z that is 0, since one click has no batch to estimate it from. Mean over all answers."""
+    gain = KTO_BETA * (logprobs - reference).sum(dim=-1)
+    signs = _signs(choice, gain)
+    return _verdict((1 - torch.sigmoid(signs * gain)).mean(), logprobs, reference, mask, choice, options)
+
+
+def judge_apo_zero(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
+    """Anchored preference optimisation, the “zero” form (arXiv 2408.06266, β = 0.1): chosen answers up and others down,
+    each side weighing the same."""
+    gain = APO_BETA * (logprobs - reference).sum(dim=-1)
+    signs = _signs(choice, gain)
+    parts = [(1 - torch.sigmoid(signs * gain))[signs == sign].mean() for sign in (1, -1) if bool((signs == sign).any())]
+    return _verdict(torch.stack(parts).sum(), logprobs, reference, mask, choice, options)
+
+
+def judge_sft(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
+    """What was chosen becomes likelier, nothing else: supervised fine-tuning on the choice. None of these teaches
+    nothing."""
+    means = logprobs.sum(dim=-1) / mask.sum(dim=-1)
+    good = chosen_indexes(choice, len(means))
+    loss = -means[good].mean() if good else 0.0 * means.sum()
+    return _verdict(loss, logprobs, reference, mask, choice, options)
 
 
 def judge_grpo(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
     """Group-relative policy optimisation (arXiv 2402.03300): each token weighted by its answer's advantage, mean over
     the answer's tokens, k3 as the leash. Every inner step is on-policy, so the ratio is 1 and is never clipped."""
-    advantages = torch.tensor(advantages_of(choice, len(logprobs)), device=logprobs.device)[:, None]
-    gain = (logprobs - logprobs.detach()).exp() * advantages
-    lengths = mask.sum(dim=-1)
-    distance = k3(logprobs, reference, mask)
-    loss = -((gain * mask).sum(dim=-1) / lengths).mean() + options.kl_beta * distance
-    rewards = options.choice_beta * (logprobs - reference).sum(dim=-1) / lengths
-    return Verdict(loss, share_of(rewards, choice), float(distance.detach()))
+    gain = _policy_gain(logprobs, advantages_of(choice, len(logprobs)))
+    loss = -((gain * mask).sum(dim=-1) / mask.sum(dim=-1)).mean()
+    return _verdict(loss, logprobs, reference, mask, choice, options)
+
+
+def judge_dr_grpo(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
+    """GRPO done right (arXiv 2503.20783): advantages are not divided by their spread, and sums not by an answer's own
+    length but by one length for all, here the longest answer's."""
+    gain = _policy_gain(logprobs, advantages_of(choice, len(logprobs), scaled=False))
+    loss = -((gain * mask).sum(dim=-1) / mask.shape[1]).mean()
+    return _verdict(loss, logprobs, reference, mask, choice, options)
+
+
+def judge_rloo(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
+    """REINFORCE with a leave-one-out baseline (arXiv 2402.14740): whole answers, each against the mean reward of the
+    others; the reward of an answer falls with its distance from the base, by the KL strength."""
+    size = len(logprobs)
+    scores = torch.tensor(scores_of(choice, size), device=logprobs.device)
+    rewards = scores - options.kl_beta * (logprobs - reference).sum(dim=-1).detach()
+    advantages = rewards - (rewards.sum() - rewards) / max(size - 1, 1)
+    if not bool(scores.any()):
+        advantages = advantages - 1.0
+    loss = -(advantages * logprobs.sum(dim=-1)).mean()
+    return _verdict(loss, logprobs, reference, mask, choice, options, leash=False)
 
 
 def judge_classic(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
     """The rule of the first Trellis: −mean of A·l over the group, l a plain sum over tokens, plus 0.03 times the
     square of the mean signed log-ratio to the base. Log-probabilities are not divided by the temperature."""
     advantages = torch.tensor(advantages_of(choice, len(logprobs)), device=logprobs.device)
-    sums = logprobs.sum(dim=-1)
     drift = ((logprobs - reference) * mask).sum() / mask.sum()
-    loss = -(advantages * sums).mean() + CLASSIC_DRIFT * drift.square()
+    loss = -(advantages * logprobs.sum(dim=-1)).mean() + CLASSIC_DRIFT * drift.square()
+    return _verdict(loss, logprobs, reference, mask, choice, options, leash=False)
+
+
+def _margins(gains: Tensor, choice: Choice) -> Tensor:
+    """How far the better answer of each pair is ahead (P,); of none of these, how far each has fallen (G,)."""
+    pairs = pairs_of(choice, len(gains))
+    return torch.stack([gains[better] - gains[worse] for better, worse in pairs]) if pairs else -gains
+
+
+def _signs(choice: Choice, gains: Tensor) -> Tensor:
+    """1 for what was called good, −1 for the rest (G,)."""
+    signs = torch.full_like(gains, -1.0)
+    signs[chosen_indexes(choice, len(gains))] = 1.0
+    return signs
+
+
+def _policy_gain(logprobs: Tensor, advantages: list[float]) -> Tensor:
+    """The ratio to the policy that drew, which is this one, times the advantage of the answer (G, T)."""
+    return (logprobs - logprobs.detach()).exp() * torch.tensor(advantages, device=logprobs.device)[:, None]
+
+
+def _verdict(
+    loss: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning,
+    leash: bool = True,
+) -> Verdict:  # fmt: skip
+    """A loss with its leash, and the share of the choice model, which is told the same for every method."""
+    distance = k3(logprobs, reference, mask)
     rewards = options.choice_beta * (logprobs - reference).sum(dim=-1) / mask.sum(dim=-1)
-    return Verdict(loss, share_of(rewards, choice), float(k3(logprobs.detach(), reference, mask)))
+    whole = loss + options.kl_beta * distance if leash else loss
+    return Verdict(whole, share_of(rewards, choice), float(distance.detach()))
 
 
 Judge = Callable[[Tensor, Tensor, Tensor, Choice, Learning], Verdict]
@@ -175,6 +226,14 @@ class Method:
 METHODS: Mapping[str, Method] = {
     "choice": Method(judge_choice),
     "dpo": Method(judge_dpo),
+    "dpo-norm": Method(judge_dpo_norm),
+    "ipo": Method(judge_ipo),
+    "simpo": Method(judge_simpo),
+    "kto": Method(judge_kto),
+    "apo-zero": Method(judge_apo_zero),
+    "sft": Method(judge_sft),
     "grpo": Method(judge_grpo),
+    "dr-grpo": Method(judge_dr_grpo),
+    "rloo": Method(judge_rloo),
     "trellis-classic": Method(judge_classic, betas=(0.9, 0.999), clip=None, single=True, tempered=False),
 }

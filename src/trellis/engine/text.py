@@ -95,7 +95,7 @@ class TextEngine:
 
     def offer(self, request: Offer) -> Steps:
         started = time.monotonic()
-        loaded, (slot, weights) = self.loaded, self._weights(request.weights)
+        loaded, (slot, weights) = self.loaded, self.weights(request.weights)
         prompt = loaded.prompt_tokens(request.prompt, request.sampling.max_new_tokens, request.context_length)
         slot.install(weights.flat)
         growing = decode_group(
@@ -134,7 +134,7 @@ class TextEngine:
         yield None
         if (known := self._shelf.metrics(made)) is not None and self._has(made):
             return Learned(weights=made, metrics=known)
-        slot, weights = self._weights(request.weights)
+        slot, weights = self.weights(request.weights)
         lessons = [request.lesson, *request.replay]
         groups = [self._group(lesson, request) for lesson in lessons]
         references = []
@@ -164,7 +164,8 @@ class TextEngine:
             device_bytes=torch.cuda.memory_allocated() if torch.cuda.is_available() else None,
         )
 
-    def _weights(self, weights_id: str) -> tuple[Slot, Weights]:
+    def weights(self, weights_id: str) -> tuple[Slot, Weights]:
+        """Weights by id, and the slot that they go into. Raises WeightsMissing."""
         slot = self.loaded.slots.get(self._shelf.settings(weights_id))
         return slot, self._shelf.get(slot, weights_id)
 
