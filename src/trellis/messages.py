@@ -252,6 +252,10 @@ class Metrics(Message):
     drift: float
     inner_steps: int
     seconds: float
+    fluency: float | None = None
+    """Log-probability per token that the base model gives to the options that were shown, in nats."""
+    variety: float | None = None
+    """How different the options that were shown are, 0 to 1 (engine/vitals.py)."""
 
 
 class Learned(Message):

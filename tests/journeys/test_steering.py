@@ -32,7 +32,7 @@ def answers(page: Page) -> list[str]:
 
 
 def step(page: Page) -> str:
-    return page.locator(".figures dd").first.inner_text()
+    return page.locator(".figures:not(.vitals) dd").first.inner_text()
 
 
 def press(page: Page, key: str) -> None:
@@ -52,7 +52,8 @@ def test_the_whole_loop_by_keyboard(open_page: Open, server: Server) -> None:
     press(page, "a")
     expect(page.locator("[data-strip-text]")).to_contain_text("Learned: A is now 3.0 times as likely")
     assert answers(page) != first
-    expect(page.locator("#figures .figures dd").first).to_have_text("1")
+    expect(page.locator("#figures .figures:not(.vitals) dd").first).to_have_text("1")
+    expect(page.locator("#figures .click-report")).to_contain_text("of the choice among the options and has")
     press(page, "n")
     expect(page.locator("#tree li")).to_have_count(3)
     expect(page.locator("#tree [aria-current]")).to_contain_text("none of these")

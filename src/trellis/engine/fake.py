@@ -38,6 +38,7 @@ from ..messages import (
     recipe_of,
 )  # fmt: skip
 from .loop import Handler, Steps
+from .vitals import variety_of
 
 WORDS = [
     "the",
@@ -158,6 +159,8 @@ class FakeEngine:
             drift=0.01 * steps,
             inner_steps=4,
             seconds=0.01,
+            fluency=-1.0,
+            variety=variety_of([option.tokens for option in request.lesson.options]),
         )
         self._write(made, steps, metrics)
         return Learned(weights=made, metrics=metrics)

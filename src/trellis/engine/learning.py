@@ -64,12 +64,13 @@ def answers_logprobs(model: Any, groups: Sequence[Group]) -> list[Tensor]:
         padded = [[*rows[number][0].prompt, *rows[number][1]] for number in numbers]
         ids = torch.tensor([row + [0] * (width - len(row)) for row in padded], device=model.device)
         logits = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=width - 1 - first).logits
+        temperatures = torch.tensor([rows[number][0].temperature for number in numbers], device=model.device)
+        logprobs = torch.log_softmax(logits.float() / temperatures[:, None, None], dim=-1)
+        told = logprobs.gather(-1, ids[:, first + 1 :, None])[..., 0]
         for place, number in enumerate(numbers):
             group, answer = rows[number]
             begin = len(group.prompt) - 1 - first
-            logprobs = torch.log_softmax(logits[place, begin : begin + len(answer)].float() / group.temperature, dim=-1)
-            told = ids[place, len(group.prompt) : len(group.prompt) + len(answer)]
-            found[number] = logprobs.gather(-1, told[:, None])[:, 0]
+            found[number] = told[place, begin : begin + len(answer)]
     picked = []
     for group in groups:
         mine, found = found[: len(group.answers)], found[len(group.answers) :]

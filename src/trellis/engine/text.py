@@ -41,6 +41,7 @@ from .loaded import LoadedModel, read_model, require_memory
 from .loop import Handler, Steps
 from .merging import merge
 from .methods import METHODS
+from .vitals import fluency_of, variety_of
 
 DELTA_SECONDS = 0.025
 """Text goes up in batches of about this long: often enough to look alive, seldom enough to cost nothing."""
@@ -141,6 +142,8 @@ class TextEngine:
         for group in groups:
             references.append(self._reference(slot, group))
             yield None
+        drawn = request.lesson.options
+        sums = references[0].sum(dim=-1).tolist()[: len(drawn)]
         start = Point(weights.flat, weights.first, weights.second, weights.steps)
         outcome = yield from learn_steps(slot, start, groups[0], groups[1:], references, request.learning, made)
         end = outcome.point
@@ -152,6 +155,8 @@ class TextEngine:
             drift=slot.drift(end.flat),
             inner_steps=outcome.inner_steps,
             seconds=time.monotonic() - started,
+            fluency=fluency_of(sums, [len(option.tokens) for option in drawn]),
+            variety=variety_of([option.tokens for option in drawn]),
         )
         self._shelf.save(slot, Weights(made, slot.settings, end.flat, end.first, end.second, end.steps), metrics)
         return Learned(weights=made, metrics=metrics)

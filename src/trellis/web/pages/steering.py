@@ -13,6 +13,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from ...errors import Invalid, shorten
 from ...messages import CHOICE, Choice, Written
 from ...studio.journal import describe
+from ...studio.report import report_of
 from ...studio.session import Session
 from ...texts import PROMPT_LIMIT
 from ..api.steering import Name, OfSession, OfStudio, Words
@@ -123,6 +124,7 @@ async def side_values(session: Session, all: bool = False) -> dict[str, Any]:
         "labels": await session.labels(),
         "head_name": session.tree.head.name,
         "describe": describe,
+        "report": report_of(path),
         "drift_curve": curve([0.0, *(metrics.drift for metrics in made)], 200, 40),
         "share_curve": curve([metrics.share_after for metrics in made], 200, 40),
     }
