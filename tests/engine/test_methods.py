@@ -19,7 +19,7 @@ MASK = torch.tensor([[True, True], [True, False], [True, True]])
 LOGPROBS = torch.tensor([[-1.0, -2.0], [-0.5, 0.0], [-3.0, -1.0]])
 REFERENCE = torch.tensor([[-1.5, -2.0], [-0.25, 0.0], [-3.0, -2.0]])
 # sums of differences: 0.5, -0.25, 1.0; of log-probabilities: -3, -0.5, -4
-FREE = Learning(learning_rate=0.1, kl_beta=0.0)
+FREE = Learning(learning_rate=0.1, kl_beta=0.0, choice_beta=2.0)
 
 
 def loss_of(method: str, choice: Choice) -> float:
