@@ -49,6 +49,7 @@ def test_the_chat_template_takes_every_role(tokenizer: Any) -> None:
     assert tokenizer.apply_chat_template(answered, tokenize=False) == text + "Hi.<|end|>"
 
 
+@pytest.mark.engine
 def test_it_answers_in_every_voice_and_ends_by_itself(model: Any, tokenizer: Any) -> None:
     torch.manual_seed(0)
     prompts = load_prompts("held_out")[:25]

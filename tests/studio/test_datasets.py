@@ -163,6 +163,7 @@ async def test_a_reader_that_dies_is_told_about(
         await studio.datasets.preview(Dataset(source="file", id="mine.jsonl"))
 
 
+@pytest.mark.slow
 async def test_a_folder_beside_the_studio_is_not_taken_for_a_dataset_on_the_hub(
     tmp_path: Path, studio: Studio, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,6 +132,7 @@ async def test_the_same_node_compared_with_itself_says_the_same(studio: Studio) 
     assert one["left"] == one["right"]
 
 
+@pytest.mark.slow
 async def test_a_session_of_many_steps_stays_bounded_on_disk_and_on_the_page(tmp_path: Path, fake_spawn: Spawn) -> None:
     from trellis.web.pages.plant import grow
 
