@@ -112,7 +112,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{columns * wide}" height="{height}" '
              f'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>']  # fmt: skip
     for place, rule in enumerate(rules):
-        left, top = place % columns * wide + 34, place // columns * high + 24
+        left, top = place % columns * wide + 42, place // columns * high + 24
         across, down = wide - 50, high - 56
         parts.append(f'<text x="{left}" y="{top - 8}" font-weight="bold">{rule}</text>')
         for level in (0, 0.5, 0.8, 1):
@@ -130,7 +130,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
             line = " ".join(f"{left + across * x / most:.1f},{top + down * (1 - y):.1f}" for x, y in points)
             parts.append(f'<polyline points="{line}" fill="none" stroke="{colours[number % 8]}" stroke-width="1.6"/>')
     for number, method in enumerate(methods):
-        x = 34 + number * 130
+        x = 42 + number * 130
         parts.append(f'<rect x="{x}" y="{height - 22}" width="12" height="4" fill="{colours[number % 8]}"/>'
                      f'<text x="{x + 17}" y="{height - 16}">{method}</text>')  # fmt: skip
     file.write_text("\n".join([*parts, "</svg>\n"]))
