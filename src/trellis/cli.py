@@ -201,6 +201,7 @@ def _serve(settings: Settings, open_page: bool, first: tuple[str | None, dict[st
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             _let_readers_go(studio)
+            spawn.close()  # a load that waits for its engine would hold the server
             super().handle_exit(sig, frame)
 
     host = f"[{settings.host}]" if ":" in settings.host else settings.host

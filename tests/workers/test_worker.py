@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -168,6 +169,21 @@ async def test_real_engines_are_forked_and_say_how_they_ended(tmp_path: Path) ->
         assert not any("Traceback" in log for log in logs)
     finally:
         spawn.close()
+
+
+def test_closing_lets_go_of_whoever_waits_for_an_engine(tmp_path: Path) -> None:
+    spawn = ProcessSpawner(tmp_path / "weights", tmp_path / "logs", 1)
+    spawn.warm()
+    near, far = socket.socketpair()
+    with near, far, ThreadPoolExecutor() as pool:
+        waiting = pool.submit(spawn, far)  # what forks is still importing
+        time.sleep(0.2)
+        spawn.close()
+        with pytest.raises(ConnectionError):
+            waiting.result(30)
+        with pytest.raises(ConnectionError):
+            spawn(far)
+    assert not any("--forks" in child.cmdline() for child in psutil.Process().children())
 
 
 @pytest.mark.engine

@@ -118,7 +118,7 @@ class Slot:
         self.name = name
         self.settings = settings
         self.config = model.peft_config[name]
-        self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
         model.set_adapter(name)
         parameters = [(path, p) for path, p in model.named_parameters() if p.requires_grad]
         total = sum(p.numel() for _, p in parameters)

@@ -89,20 +89,20 @@ def _of_like_length(lengths: Sequence[int]) -> list[list[int]]:
     return passes
 
 
-PASS_LOGITS = 48_000_000
-"""Logits that one pass may make: groups share a pass where that is cheap, and take one each where it is not."""
+PASS_WORK = 10_000_000_000
+"""Tokens times parameters up to which groups share a pass. That spares a small model its overhead; a large model or a
+long prompt gains nothing by it and would need the memory of all groups at once."""
 
 
-def passes(groups: Sequence[Group], vocabulary: int) -> list[range]:
-    """Which groups go through the model together: neighbours, as many as a pass may hold; at least one."""
+def passes(groups: Sequence[Group], parameters: int) -> list[range]:
+    """Which groups go through the model together: neighbours, as many as may share a pass; at least one."""
     made: list[range] = []
     for number in range(len(groups)):
         begin = made[-1].start if made else 0
         together = groups[begin : number + 1]
         rows = sum(len(group.answers) for group in together)
         width = max(len(group.prompt) + max(map(len, group.answers)) for group in together)
-        kept = width - min(len(group.prompt) for group in together)
-        if made and rows * kept * vocabulary <= PASS_LOGITS:
+        if made and rows * width * parameters <= PASS_WORK:
             made[-1] = range(begin, number + 1)
         else:
             made.append(range(number, number + 1))
@@ -185,7 +185,7 @@ def learn_steps(
         rate *= settled(start.steps, options)
     masks = [each.mask(reference.device) for each, reference in zip(groups, references, strict=False)]
     shared = options.replay_weight / (len(groups) - 1) if len(groups) > 1 else 0.0
-    together = passes(groups, slot.vocabulary)
+    together = passes(groups, slot.parameters)
     # "None of these" says what is wrong and not what is right: pushed as far, it would tear down more than it teaches.
     target = options.target_share * (0.5 if refused else 1.0)
 

@@ -111,14 +111,9 @@ class Forks:
             return self._codes.get(pid)
 
     def close(self) -> None:
-        """Let it end. Its engines go on until their own sockets close."""
-        with contextlib.suppress(OSError):
-            self._control.shutdown(socket.SHUT_RDWR)
-        try:
-            self._process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()  # it is still importing
-            self._process.wait()
+        """End it at once, also in the middle of its imports. Its engines go on until their own sockets close."""
+        self._process.kill()
+        self._process.wait()
 
     def _listen(self) -> None:
         with self._control:
@@ -161,6 +156,7 @@ class ProcessSpawner:
         ]  # fmt: skip
         self._forking = not fake and sys.platform == "linux" and not any(path.exists() for path in GPU_DRIVERS)
         self._forks: Forks | None = None
+        self._closed = False
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
 
@@ -173,6 +169,8 @@ class ProcessSpawner:
             try:
                 return self._ready().fork(self._arguments, sock, log), log
             except ConnectionError:  # it was killed: once more, with another
+                if self._closed:
+                    raise
                 return self._ready().fork(self._arguments, sock, log), log
 
     def warm(self) -> None:
@@ -183,12 +181,14 @@ class ProcessSpawner:
                 self._ready()
 
     def close(self) -> None:
-        with self._lock:
-            if self._forks:
-                self._forks.close()
-                self._forks = None
+        """Start nothing any more. Whoever waits for an engine is let go, so this takes no lock."""
+        self._closed = True
+        if self._forks:
+            self._forks.close()
 
     def _ready(self) -> Forks:
+        if self._closed:
+            raise ConnectionError("the studio is ending")
         if self._forks is None or not self._forks.alive:
             if self._forks:
                 self._forks.close()
