@@ -240,7 +240,7 @@ def live(
         learned = finished(
             subject.engine.learn(
                 Learn(
-                    weights=weights, lesson=lesson, replay=tuple(lessons[node.id] for node in earlier),
+                    weights=weights, lesson=lesson, replay=tuple(lessons[node.id] for node, _ in earlier),
                     learning=learning, context_length=config.context_length,
                 )
             )

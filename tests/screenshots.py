@@ -47,6 +47,17 @@ def steer(page: Page, voice: str, clicks: int) -> None:
     ready(page)
 
 
+def judge(page: Page, voice: str, rounds: int) -> None:
+    """Judge rounds of the blind comparison that is open, by the voice."""
+    for _ in range(rounds):
+        page.locator(".answer").first.wait_for(timeout=60_000)
+        texts = page.locator(".answer blockquote").all_inner_texts()
+        number = page.locator("[data-round]").get_attribute("data-round")
+        fits = [voice_of(text) == voice for text in texts]
+        page.keyboard.press("t" if fits[0] == fits[1] else "ab"[fits.index(True)])
+        page.locator(f"[data-round='{number}']").wait_for(state="detached")
+
+
 def main() -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
@@ -63,12 +74,27 @@ def main() -> None:
         first.get_by_role("button", name="Answer from both").click()
         first.locator(".round").first.wait_for(timeout=60_000)
         compared = first.url.split("job=")[1]
+        first.goto(f"{session}/blind")
+        first.get_by_label("Rounds").fill("16")
+        first.get_by_role("button", name="Begin").click()
+        judge(first, "pirate", 16)
+        first.locator(".verdict").wait_for()
+        result = first.url.removeprefix(server.url)
+        first.goto(f"{session}/blind")
+        first.get_by_role("button", name="Begin").click()
+        judge(first, "pirate", 4)
+        first.locator(".answer").first.wait_for()
+        judging = first.url.removeprefix(server.url)
+        first.goto(f"{session}/log")
+        first.locator("#refit-title ~ form button").click()
+        first.get_by_text("Agrees with the log").wait_for(timeout=120_000)
         for name, options in SCREENS.items():
             page = browser.new_context(**options).new_page()  # type: ignore[arg-type]
             steering = session.removeprefix(server.url)
             for path, what in (
                 ("/", "start"), ("/new", "new"), (steering, "steering"), (f"{steering}/review", "review"),
-                (f"{steering}/compare?job={compared}", "compare"), ("/models", "models"),
+                (f"{steering}/compare?job={compared}", "compare"), ("/models", "models"), (f"{steering}/log", "log"),
+                (judging, "blind"), (result, "blind-result"),
             ):  # fmt: skip
                 page.goto(server.url + path)
                 page.wait_for_timeout(800)

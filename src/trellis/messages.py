@@ -150,6 +150,37 @@ class Learn(Message):
         return recipe_id("w", recipe_of(self))
 
 
+class Fit(Message):
+    """Train weights on a whole log of choices: several passes over it in shuffled batches. Pure, as `Learn` is.
+
+    `log` names the log by its content; `path` is the folder that it lies in, with a `Lesson` a line.
+    """
+
+    type: Literal["fit"] = "fit"
+    weights: str
+    log: str
+    path: str
+    learning: Learning
+    epochs: int
+    seed: int
+    context_length: int
+
+    def makes(self) -> str:
+        """The id of the weights that this request makes, known before they are computed."""
+        recipe = recipe_of(self)
+        del recipe["path"]  # where a log lies does not change what it teaches
+        return recipe_id("w", recipe)
+
+
+class Assess(Message):
+    """Ask how many of some choices weights agree with: whether they would choose the same."""
+
+    type: Literal["assess"] = "assess"
+    weights: str
+    lessons: tuple[Lesson, ...] = Field(max_length=32)
+    context_length: int
+
+
 class Status(Message):
     """Ask what is loaded and how much memory it takes."""
 
@@ -163,7 +194,7 @@ class Cancel(Message):
     request: int
 
 
-Request = Load | Plant | Offer | Learn | Merge | Status
+Request = Load | Plant | Offer | Learn | Fit | Assess | Merge | Status
 
 
 class Down(Message):
@@ -177,7 +208,7 @@ class Down(Message):
 # ── Up: events ─────────────────────────────────────────────────────────────────────────────────────
 
 Stage = Literal["connecting", "initializing", "downloading", "reading", "parsing", "quantizing", "placing",
-                "warming_up", "regrowing", "merging", "writing", "checking", "ready"]  # fmt: skip
+                "warming_up", "regrowing", "fitting", "merging", "writing", "checking", "ready"]  # fmt: skip
 
 
 class Progress(Message):
@@ -256,12 +287,25 @@ class Metrics(Message):
     """Log-probability per token that the base model gives to the options that were shown, in nats."""
     variety: float | None = None
     """How different the options that were shown are, 0 to 1 (engine/vitals.py)."""
+    agreed: int | None = None
+    """With how many of the branch's last `agreed_of` choices the new weights agree; told after the click."""
+    agreed_of: int | None = None
+    left_out: int | None = None
+    """Choices of a log that were too long for the context, and were not learned from."""
 
 
 class Learned(Message):
     type: Literal["learned"] = "learned"
     weights: str
     metrics: Metrics
+
+
+class Assessed(Message):
+    """With how many of the choices the weights agree, of how many."""
+
+    type: Literal["assessed"] = "assessed"
+    agreed: int
+    of: int
 
 
 class StatusReport(Message):
@@ -286,7 +330,7 @@ class Failed(Message):
     details: dict[str, Any] = {}
 
 
-Event = Progress | Loaded | Planted | Merged | Delta | Offered | Learned | StatusReport | Cancelled | Failed
+Event = Progress | Loaded | Planted | Merged | Delta | Offered | Learned | Assessed | StatusReport | Cancelled | Failed
 
 
 class Up(Message):
@@ -336,6 +380,9 @@ HEADER = struct.Struct(">I")
 """A frame is its length in four bytes, then the JSON of a Down or an Up."""
 
 MAX_FRAME = 64 * 1024 * 1024
+
+LOG_FILE = "lessons.jsonl"
+"""What the folder of a log holds."""
 
 
 def frame(message: Message) -> bytes:

@@ -11,9 +11,13 @@ import pytest
 
 from tests.conftest import thread_spawner
 from trellis.blobs import Blobs
-from trellis.errors import EngineError, Invalid, WeightsMissing
+from trellis.errors import EngineError, Invalid, TrellisError, WeightsMissing
 from trellis.messages import (
+    LOG_FILE,
+    Assess,
+    Assessed,
     Delta,
+    Fit,
     Learn,
     Learned,
     Lesson,
@@ -216,6 +220,71 @@ async def test_an_engine_that_starts_again_goes_on_from_the_files(
     assert again.weights == expected.weights
     assert again.metrics.model_dump(exclude={"seconds"}) == expected.metrics.model_dump(exclude={"seconds"})
     await other.stop()
+
+
+def log_of(folder: Path, *lessons: Lesson) -> Path:
+    folder.mkdir()
+    (folder / LOG_FILE).write_text("".join(f"{each.model_dump_json()}\n" for each in lessons), encoding="utf-8")
+    return folder
+
+
+def fit(weights: str, log: Path, epochs: int = 2) -> Fit:
+    return Fit(
+        weights=weights, log="l1", path=str(log), learning=LEARNING, epochs=epochs, seed=3, context_length=256
+    )  # fmt: skip
+
+
+async def test_a_whole_log_is_fitted_with_progress_and_named_by_what_it_is_made_of(
+    worker: Worker, blobs: Blobs, tmp_path: Path
+) -> None:
+    weights = await plant(worker)
+    first, second = await draw(worker, offer(weights)), await draw(worker, offer(weights, seed=8))
+    in_words = tuple(option.model_copy(update={"tokens": ()}) for option in second)
+    log = log_of(tmp_path / "log", lesson(first, 2), lesson(in_words, (0, 1)), lesson(first, "none"))
+    request = fit(weights, log)
+    events = [event async for event in worker.stream(request)]
+    assert any(isinstance(event, Progress) and event.stage == "fitting" for event in events)
+    learned = events[-1]
+    assert isinstance(learned, Learned)
+    assert learned.weights == request.makes()
+    assert learned.weights in blobs
+    assert learned.metrics.share_after > learned.metrics.share_before
+    assert learned.metrics.drift > 0
+    assert learned.metrics.agreed_of == 3
+    assert fit(weights, tmp_path / "elsewhere").makes() == request.makes()
+    assert fit(weights, log, epochs=3).makes() != request.makes()
+    assert await worker.ask(request) == learned
+
+
+async def test_fitting_twice_makes_the_same_weights_and_what_comes_between_changes_nothing(
+    worker: Worker, blobs: Blobs, tmp_path: Path
+) -> None:
+    weights = await plant(worker)
+    options = await draw(worker, offer(weights))
+    other = (await learned_from(worker, learn(weights, lesson(options, 1)))).weights
+    request = fit(weights, log_of(tmp_path / "log", lesson(options, 2), lesson(options, 0)))
+    await worker.ask(request)
+    alone = files(blobs, request.makes())
+    blobs.discard(request.makes())
+    async for event in worker.stream(request, priority=2):
+        if isinstance(event, Progress):
+            await draw(worker, offer(other, seed=4, tokens=3))
+    assert files(blobs, request.makes()) == alone
+
+
+async def test_a_log_that_is_gone_is_told_of(worker: Worker, tmp_path: Path) -> None:
+    weights = await plant(worker)
+    with pytest.raises(TrellisError) as raised:
+        await worker.ask(fit(weights, tmp_path / "nowhere"))
+    assert raised.value.code == "log_missing"
+
+
+async def test_assessing_counts_the_choices_that_weights_agree_with(worker: Worker) -> None:
+    weights = await plant(worker)
+    options = await draw(worker, offer(weights))
+    learned = await learned_from(worker, learn(weights, lesson(options, 2)))
+    request = Assess(weights=learned.weights, lessons=(lesson(options, 2),) * 2, context_length=256)
+    assert await worker.ask(request) == Assessed(agreed=2, of=2)
 
 
 async def test_a_more_urgent_request_goes_first(worker: Worker) -> None:

@@ -88,7 +88,7 @@ def test_replay_draws_earlier_choices_of_this_branch_the_same_each_time(tree: Tr
     path = tree.path(tree.head_id)
     drawn = replayed(config, path)
     assert replayed(config, path) == drawn
-    fit = [step for step in path if step.learned and step.choice != "none"]
+    fit = [(step, 0) for step in path if step.learned and step.choice != "none"]
     assert all(earlier in fit for earlier in drawn)
     assert len(drawn) == len(set(drawn)) == min(count, len(fit))
 

@@ -16,9 +16,13 @@ from typing import Any
 import psutil
 
 from ..blobs import Blobs
-from ..errors import EngineError, Invalid, WeightsMissing
+from ..errors import EngineError, Invalid, TrellisError, WeightsMissing
 from ..messages import (
+    LOG_FILE,
+    Assess,
+    Assessed,
     Delta,
+    Fit,
     Learn,
     Learned,
     Load,
@@ -75,8 +79,8 @@ class FakeEngine:
 
     def handlers(self) -> Mapping[type, Handler]:
         return {
-            Load: self.load, Plant: self.plant, Offer: self.offer, Learn: self.learn, Merge: self.merge,
-            Status: self.status,
+            Load: self.load, Plant: self.plant, Offer: self.offer, Learn: self.learn, Fit: self.fit,
+            Assess: self.assess, Merge: self.merge, Status: self.status,
         }  # fmt: skip
 
     def load(self, request: Load) -> Steps:
@@ -164,6 +168,40 @@ class FakeEngine:
         )
         self._write(made, steps, metrics)
         return Learned(weights=made, metrics=metrics)
+
+    def fit(self, request: Fit) -> Steps:
+        self._require_loaded()
+        made = request.makes()
+        yield None
+        known = self._about(made)
+        if known is not None:
+            return Learned(weights=made, metrics=Metrics.model_validate(known["metrics"]))
+        steps = self._steps_of(request.weights)
+        try:
+            count = len((Path(request.path) / LOG_FILE).read_text(encoding="utf-8").splitlines())
+        except FileNotFoundError:
+            raise TrellisError("The log is gone.", code="log_missing", next_step="Fit the branch again.") from None
+        for done in range(request.epochs * 10):
+            time.sleep(STEP_SECONDS)
+            yield Progress(stage="fitting", fraction=done / (request.epochs * 10), message="Fitting nothing")
+        metrics = Metrics(
+            loss=1.0,
+            kl=0.02,
+            share_before=0.2,
+            share_after=0.7,
+            drift=0.01 * (steps + 1),
+            inner_steps=request.epochs * 10,
+            seconds=0.01,
+            agreed=count,
+            agreed_of=count,
+        )
+        self._write(made, steps + 1, metrics)
+        return Learned(weights=made, metrics=metrics)
+
+    def assess(self, request: Assess) -> Steps:
+        self._steps_of(request.weights)
+        yield None
+        return Assessed(agreed=len(request.lessons), of=len(request.lessons))
 
     def merge(self, request: Merge) -> Steps:
         self._steps_of(request.weights)

@@ -77,10 +77,10 @@ class LoadedModel:
             )
         return list(tokens)
 
-    def answer_tokens(self, text: str) -> list[int]:
-        """A written answer as tokens, closed by the end token so that the model learns to stop there."""
+    def answer_tokens(self, text: str, ended: bool = True) -> list[int]:
+        """An answer as tokens; with the end token where it ended by itself, so that the model learns to stop."""
         tokens = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return [*tokens, self.end_token] if self.end_token is not None else tokens
+        return [*tokens, self.end_token] if ended and self.end_token is not None else tokens
 
     @property
     def end_token(self) -> int | None:

@@ -5,6 +5,8 @@ Plain arithmetic on what the person said; no tensors, no models.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..messages import Choice, Ranking, Written
 
 
@@ -30,6 +32,18 @@ def pairs_of(choice: Choice, size: int) -> list[tuple[int, int]]:
         rest = [index for index in range(size) if index not in good]
         return [(better, worse) for place, better in enumerate(good) for worse in [*good[place + 1 :], *rest]]
     return [(better, worse) for better in good for worse in range(size) if worse not in good]
+
+
+def agrees(rewards: Sequence[float], choice: Choice) -> bool:
+    """Whether a model that gives these rewards would choose the same: the best of what was called good is ahead of
+    all the rest. With none of these it agrees when no option is ahead of the outside one, at 0."""
+    good = chosen_indexes(choice, len(rewards))
+    if isinstance(choice, Ranking):
+        good = good[:1]
+    if not good:
+        return max(rewards) < 0.0
+    best = max(rewards[index] for index in good)
+    return all(best > reward for index, reward in enumerate(rewards) if index not in good)
 
 
 def scores_of(choice: Choice, size: int) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 
 from ..blobs import Blobs
-from ..errors import EngineError
+from ..errors import EngineError, Invalid, TrellisError
 from ..messages import (
+    LOG_FILE,
+    Assess,
+    Assessed,
     Delta,
+    Fit,
     Learn,
     Learned,
     Lesson,
@@ -27,22 +31,27 @@ from ..messages import (
     Option,
     Plant,
     Planted,
+    Progress,
     Status,
     StatusReport,
     Written,
     recipe_id,
     recipe_of,
 )  # fmt: skip
+from ..params import Learning
 from .adapters import Shelf, Slot, Weights
 from .decode import Growing, decode_group
 from .download import download
+from .fits import fit_steps, rewards_of
 from .learning import Group, Point, answer_logprobs, learn_steps
 from .loaded import LoadedModel, read_model, require_memory
 from .loop import Handler, Steps
 from .merging import merge
 from .methods import METHODS
+from .said import agrees
 from .vitals import fluency_of, variety_of
 
+PROGRESS_SECONDS = 0.2
 DELTA_SECONDS = 0.025
 """Text goes up in batches of about this long: often enough to look alive, seldom enough to cost nothing."""
 
@@ -59,8 +68,8 @@ class TextEngine:
 
     def handlers(self) -> Mapping[type, Handler]:
         return {
-            Load: self.load, Plant: self.plant, Offer: self.offer, Learn: self.learn, Merge: self.merge,
-            Status: self.status,
+            Load: self.load, Plant: self.plant, Offer: self.offer, Learn: self.learn, Fit: self.fit,
+            Assess: self.assess, Merge: self.merge, Status: self.status,
         }  # fmt: skip
 
     @property
@@ -137,7 +146,7 @@ class TextEngine:
             return Learned(weights=made, metrics=known)
         slot, weights = self.weights(request.weights)
         lessons = [request.lesson, *request.replay]
-        groups = [self._group(lesson, request) for lesson in lessons]
+        groups = [self._group(lesson, request.context_length, request.learning) for lesson in lessons]
         references = []
         for group in groups:
             references.append(self._reference(slot, group))
@@ -161,6 +170,76 @@ class TextEngine:
         self._shelf.save(slot, Weights(made, slot.settings, end.flat, end.first, end.second, end.steps), metrics)
         return Learned(weights=made, metrics=metrics)
 
+    def fit(self, request: Fit) -> Steps:
+        started = time.monotonic()
+        made = request.makes()
+        yield None
+        if (known := self._shelf.metrics(made)) is not None and self._has(made):
+            return Learned(weights=made, metrics=known)
+        slot, weights = self.weights(request.weights)
+        groups, left_out, too_long = [], 0, None
+        for number, lesson in enumerate(lessons_in(Path(request.path))):
+            try:
+                groups.append(self._group(lesson, request.context_length, request.learning))
+            except Invalid as error:  # one that does not fit into the context must not cost all the others
+                left_out, too_long = left_out + 1, too_long or error
+            if number % 50 == 0:
+                yield None
+        if not groups:
+            raise too_long or Invalid("The log has no choices.", code="empty_log", next_step="Choose another one.")
+        references: dict[int, Tensor] = {}
+
+        def reference(group: Group) -> Tensor:
+            if id(group) not in references:
+                references[id(group)] = self._reference(slot, group)
+            return references[id(group)]
+
+        start = Point(weights.flat, weights.first, weights.second, weights.steps)
+        steps = fit_steps(slot, start, groups, reference, request.learning, request.epochs, request.seed, made)
+        told = 0.0
+        while True:
+            try:
+                done, total, loss = next(steps)
+            except StopIteration as end:
+                fitted = end.value
+                break
+            now = time.monotonic()
+            if now - told < PROGRESS_SECONDS:
+                yield None
+                continue
+            told = now
+            yield _fit_progress(done, total, loss, now - started, len(groups))
+        metrics = Metrics(
+            loss=fitted.loss,
+            kl=fitted.kl,
+            share_before=fitted.share_before,
+            share_after=fitted.share_after,
+            drift=slot.drift(fitted.point.flat),
+            inner_steps=fitted.steps,
+            seconds=time.monotonic() - started,
+            agreed=fitted.agreed,
+            agreed_of=fitted.judged,
+            left_out=left_out,
+        )
+        point = fitted.point
+        self._shelf.save(
+            slot, Weights(made, slot.settings, point.flat, point.first, point.second, point.steps), metrics
+        )
+        return Learned(weights=made, metrics=metrics)
+
+    def assess(self, request: Assess) -> Steps:
+        agreed = 0
+        slot, weights = self.weights(request.weights)
+        for lesson in request.lessons:
+            group = self._group(lesson, request.context_length, None)
+            reference = self._reference(slot, group)
+            slot.install(weights.flat)
+            with torch.no_grad():
+                logprobs = answer_logprobs(slot.model, group)
+            agreed += agrees(rewards_of(logprobs, reference, group), group.choice)
+            yield None
+        return Assessed(agreed=agreed, of=len(request.lessons))
+
     def status(self, request: Status) -> Steps:
         yield None
         return StatusReport(
@@ -178,13 +257,18 @@ class TextEngine:
         slot = self.loaded.slots.get(self._shelf.settings(weights_id))
         return self._shelf.readable(slot, weights_id)
 
-    def _group(self, lesson: Lesson, request: Learn) -> Group:
-        answers = [list(option.tokens) for option in lesson.options]
+    def _group(self, lesson: Lesson, context_length: int, learning: Learning | None) -> Group:
+        """A lesson as numbers. An option that has no tokens, as one from another model or a file, gets this model's."""
+        answers = [
+            list(option.tokens) if option.tokens else self.loaded.answer_tokens(option.text, option.finish == "stop")
+            for option in lesson.options
+        ]
         if isinstance(lesson.choice, Written):
             answers.append(self.loaded.answer_tokens(lesson.choice.written))
+        answers = [answer or [self.loaded.end_token or 0] for answer in answers]
         longest = max(len(answer) for answer in answers)
-        prompt = self.loaded.prompt_tokens(lesson.prompt, longest, request.context_length)
-        sharpened = METHODS[request.learning.learning_method].tempered
+        prompt = self.loaded.prompt_tokens(lesson.prompt, longest, context_length)
+        sharpened = METHODS[learning.learning_method].tempered if learning else True
         return Group(prompt, answers, lesson.choice, (lesson.temperature or 1.0) if sharpened else 1.0)
 
     def _reference(self, slot: Slot, group: Group) -> Tensor:
@@ -196,6 +280,30 @@ class TextEngine:
             while len(self._references) > 256:
                 self._references.popitem(last=False)
         return self._references[key]
+
+
+def lessons_in(folder: Path) -> Iterator[Lesson]:
+    """The lessons of a log. Raises TrellisError when it is gone."""
+    try:
+        with (folder / LOG_FILE).open(encoding="utf-8") as lines:
+            for line in lines:
+                yield Lesson.model_validate_json(line)
+    except FileNotFoundError:
+        raise TrellisError(
+            "The log of choices that this was to be fitted to is not on disk any more.",
+            code="log_missing",
+            next_step="Fit the branch again, or import the file again.",
+        ) from None
+
+
+def _fit_progress(done: int, total: int, loss: float, seconds: float, lessons: int) -> Progress:
+    told = f", loss {loss:.2f}" if loss == loss else ""
+    return Progress(
+        stage="fitting",
+        fraction=min(done / total, 1.0),
+        message=f"Step {min(done + 1, total)} of {total} over {lessons} choices{told}",
+        seconds_left=seconds / done * (total - done) if done else None,
+    )
 
 
 def _delta(group: list[Growing], sent: list[int]) -> Delta | None:

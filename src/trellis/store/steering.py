@@ -88,6 +88,10 @@ def name_node(connection: Connection, node_id: str, name: str | None) -> None:
     connection.execute(update(nodes).where(nodes.c.id == node_id).values(name=name))
 
 
+def set_metrics(connection: Connection, node_id: str, metrics: Row) -> None:
+    connection.execute(update(nodes).where(nodes.c.id == node_id).values(metrics=metrics))
+
+
 def set_control(connection: Connection, node_id: str, answer: str) -> None:
     connection.execute(update(nodes).where(nodes.c.id == node_id).values(control=answer))
 

@@ -16,7 +16,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-HEAD = "0002"
+HEAD = "0003"
 """The newest migration, so that a start with nothing to migrate need not import Alembic."""
 
 metadata = MetaData()
@@ -90,6 +90,35 @@ jobs = Table(
     Column("progress", JSON),
     Column("result", JSON),
     Column("error", JSON),
+    Column("created", Float, nullable=False),
+)
+
+trials = Table(
+    "trials",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("session", ForeignKey("sessions.id", ondelete="CASCADE"), nullable=False),
+    Column("request", String, unique=True),
+    Column("left", String, nullable=False),
+    Column("right", String, nullable=False),
+    Column("planned", Integer, nullable=False),
+    Column("position", Integer, nullable=False),
+    Column("prompts", JSON, nullable=False),
+    Column("state", String, nullable=False),
+    Column("created", Float, nullable=False),
+    Index("trials_by_session", "session", "created"),
+)
+
+rounds = Table(
+    "rounds",
+    metadata,
+    Column("trial", ForeignKey("trials.id", ondelete="CASCADE"), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("prompt", Text, nullable=False),
+    Column("first", String, nullable=False),
+    Column("left", Text, nullable=False),
+    Column("right", Text, nullable=False),
+    Column("verdict", String),
     Column("created", Float, nullable=False),
 )
 

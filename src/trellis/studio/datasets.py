@@ -85,9 +85,26 @@ class Datasets:
         self._prepared = prepared
         self._at_work: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
+    @property
+    def folder(self) -> Path:
+        """Where a person puts files of prompts and of choices."""
+        return self._roots[0]
+
     async def files(self) -> list[dict[str, Any]]:
         """What can be named as a file: name and bytes, files and folders with files in them."""
         return await asyncio.to_thread(self._files)
+
+    def file(self, name: str, field: str) -> Path:
+        """A file that is listed, by its name. Raises Invalid."""
+        for root in self._roots:
+            if found := inside(root, name):
+                return found
+        listed = ", ".join(entry["name"] for entry in self._files()[:20])
+        raise Invalid(
+            f"{field}: there is no file “{shorten(name)}”. "
+            + (f"There are: {shorten(listed, 400)}." if listed else "The prompts folder is empty."),
+            field=field, next_step=f"Choose one of these, upload one, or put one into {self.folder}.",
+        )  # fmt: skip
 
     async def preview(self, dataset: Dataset, count: int = 3) -> dict[str, Any]:
         """The first prompts, the column they are from, and what else there is to choose. Raises Invalid."""
@@ -152,15 +169,7 @@ class Datasets:
                     field="config.dataset.id", next_step="Use a name such as “org/name”.",
                 )  # fmt: skip
             return None
-        for root in self._roots:
-            if found := inside(root, dataset.id):
-                return found
-        listed = ", ".join(entry["name"] for entry in self._files()[:20])
-        raise Invalid(
-            f"config.dataset.id: there is no file “{shorten(dataset.id)}”. "
-            + (f"There are: {shorten(listed, 400)}." if listed else "The prompts folder is empty."),
-            field="config.dataset.id", next_step=f"Choose one of these, upload one, or put one into {self._roots[0]}.",
-        )  # fmt: skip
+        return self.file(dataset.id, "config.dataset.id")
 
     def _files(self) -> list[dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}

@@ -7,15 +7,18 @@ what is on the screen.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from ..blobs import Blobs
 from ..errors import Conflict, WeightsMissing
 from ..messages import (
+    Assess,
+    Assessed,
     Choice,
     Delta,
+    Fit,
     Learn,
     Learned,
     Lesson,
@@ -30,9 +33,10 @@ from ..params import Adapter, Learning, ModelOptions, Sampling, SessionConfig
 from ..store import steering as rows
 from ..store.store import Store
 from ..workers.worker import UNLOADED, Worker
+from .lessons import Logs
 from .models import Models
 from .shown import options_from
-from .tree import Node, Tree, replayed
+from .tree import Fitted, Node, Tree, replayed
 
 Grown = Callable[[int, str], None]
 """Told of text that an option grew by: its index, the text."""
@@ -46,6 +50,7 @@ class Growth:
         store: Store,
         models: Models,
         weights: Blobs,
+        logs: Logs,
         config: SessionConfig,
         tree: Tree,
         loading: Callable[[Progress | None], None],
@@ -54,6 +59,7 @@ class Growth:
         self._store = store
         self._models = models
         self._weights = weights
+        self._logs = logs
         self._config = config
         self._model = config.part(ModelOptions)
         self._tree = tree
@@ -120,7 +126,7 @@ class Growth:
         """Answers to a prompt from any weights. Raises WeightsMissing, or Invalid for a prompt that does not fit."""
         worker = await self._planted()
         request = Offer(
-            weights=weights, prompt=self._prompt(text), sampling=sampling, group_size=size, seed=seed,
+            weights=weights, prompt=self.prompt(text), sampling=sampling, group_size=size, seed=seed,
             context_length=self._config.context_length,
         )  # fmt: skip
         async with aclosing(worker.stream(request, priority)) as events:
@@ -134,29 +140,68 @@ class Growth:
     async def _lessons(self, parent: Node, offer: str, choice: Choice) -> Learn:
         """The request for one choice, rebuilt from the log alone: asked twice, it has the same name twice."""
         earlier = replayed(self._config, self._tree.path(parent.id))
-        answered = [offer, *(node.answered for node in earlier if node.answered)]
-        found = await self._store.read(rows.get_offers, answered)
-        lessons = [
-            self._lesson(found[answered[place]], said)
-            for place, said in enumerate([choice, *(node.choice for node in earlier)])
-            if said is not None
-        ]
+        found = await self._store.read(
+            rows.get_offers, [offer, *(node.answered for node, _ in earlier if node.answered)]
+        )
+        replay = []
+        for node, number in earlier:
+            if isinstance(node.choice, Fitted):
+                replay += await asyncio.to_thread(self._logs.read, node.choice.fitted, [number])
+            elif node.choice is not None:
+                replay.append(self._lesson(found[node.answered or ""], node.choice))
         return Learn(
-            weights=parent.weights, lesson=lessons[0], replay=tuple(lessons[1:]),
+            weights=parent.weights, lesson=self._lesson(found[offer], choice), replay=tuple(replay),
             learning=self._config.part(Learning), context_length=self._config.context_length,
         )  # fmt: skip
+
+    async def lessons(self, nodes: Sequence[Node]) -> list[Lesson]:
+        """All that was said at nodes, in their order; of one that was fitted to a log, the whole log."""
+        found = await self._store.read(rows.get_offers, [node.answered for node in nodes if node.answered])
+        lessons: list[Lesson] = []
+        for node in nodes:
+            if isinstance(node.choice, Fitted):
+                numbers = range(node.choice.lessons)
+                lessons += await asyncio.to_thread(self._logs.read, node.choice.fitted, numbers)
+            elif node.learned and node.choice is not None:
+                lessons.append(self._lesson(found[node.answered or ""], node.choice))
+        return lessons
+
+    async def fit(self, parent: Node, fitted: Fitted, told: Callable[[Progress], None]) -> Learned:
+        """Learn from a whole log at a node, after everybody who waits for an answer. Raises WeightsMissing."""
+        worker = await self._planted()
+        request = Fit(
+            weights=parent.weights, log=fitted.fitted, path=str(self._logs.path(fitted.fitted)),
+            learning=self._config.part(Learning), epochs=fitted.epochs, seed=self._config.seed,
+            context_length=self._config.context_length,
+        )  # fmt: skip
+        async with aclosing(worker.stream(request, priority=2)) as events:
+            async for event in events:
+                if isinstance(event, Progress):
+                    told(event)
+        assert isinstance(event, Learned)
+        return event
+
+    async def assess(self, weights: str, nodes: Sequence[Node]) -> Assessed:
+        """With how many of the choices at nodes some weights agree; nobody waits for it."""
+        lessons = await self.lessons(nodes)
+        worker = await self._planted()
+        request = Assess(weights=weights, lessons=tuple(lessons), context_length=self._config.context_length)
+        assessed = await worker.ask(request, priority=1)
+        assert isinstance(assessed, Assessed)
+        return assessed
 
     def _lesson(self, offer: dict[str, Any], choice: Choice) -> Lesson:
         options = options_from(offer)
         assert options is not None
         return Lesson(
-            prompt=self._prompt(offer["prompt"]),
+            prompt=self.prompt(offer["prompt"]),
             options=options,
             choice=choice,
             temperature=self._config.temperature,
         )
 
-    def _prompt(self, text: str) -> Prompt:
+    def prompt(self, text: str) -> Prompt:
+        """A prompt as the session's options have it put to the model."""
         config = self._config
         return Prompt(
             text=config.prompt_prefix + text + config.prompt_suffix, system=config.system_prompt,
@@ -203,9 +248,13 @@ class Growth:
             self._planted_on = None
             made = await self.plant()
         else:
-            assert node.answered is not None
-            assert node.choice is not None
-            learned = await self.learn(self._tree.nodes[node.parent], node.answered, node.choice)
+            parent = self._tree.nodes[node.parent]
+            if isinstance(node.choice, Fitted):
+                learned = await self.fit(parent, node.choice, self._loading)
+            else:
+                assert node.answered is not None
+                assert node.choice is not None
+                learned = await self.learn(parent, node.answered, node.choice)
             made = learned.weights
             if node.metrics and made == node.weights and learned.metrics.drift != node.metrics.drift:
                 self._notice(

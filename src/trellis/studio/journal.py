@@ -8,15 +8,18 @@ from typing import Any
 
 from ..errors import Invalid, shorten
 from ..messages import Choice, Option, Ranking, Written
+from ..store import blind as blind_rows
 from ..store import steering as rows
 from ..store.store import Store
 from .jobs import timestamp
 from .session import Session
 from .shown import options_from
-from .tree import Node, node_row
+from .tree import Fitted, Node, node_row
+from .verdicts import in_words, result_json
 
 FORMATS = ("raw", "trl-preference", "trl-unpaired", "openai-dpo")
 LETTERS = "ABCDEFGH"
+FITTED = {"refit": "fitted afresh to", "import": "learned from a file of", "replay": "fitted to another model's"}
 
 
 async def journal(store: Store, session: Session, last: int | None = None) -> str:
@@ -35,11 +38,12 @@ async def journal(store: Store, session: Session, last: int | None = None) -> st
         "",
     ]
     for node in path[1:]:
-        offer = offers[node.answered or ""]
+        offer = offers.get(node.answered or "")
         named = f" ({_inline(node.name)})" if node.name else ""
-        lines += [f"## Step {node.step}: {describe(node.choice)}{named}", "", _quote(offer["prompt"]), ""]
+        lines += [f"## Step {node.step}: {describe(node.choice)}{named}", ""]
+        lines += [_quote(offer["prompt"]), ""] if offer else []
         good = _good(node.choice)
-        for index, option in enumerate(options_from(offer) or ()):
+        for index, option in enumerate(options_from(offer) or () if offer else ()):
             mark = " **(chosen)**" if index in good else ""
             lines += [f"**{LETTERS[index]}**{mark}", "", _quote(option.text), ""]
         if isinstance(node.choice, Written):
@@ -51,7 +55,19 @@ async def journal(store: Store, session: Session, last: int | None = None) -> st
                 f"KL {m.kl:.4f}, drift {m.drift:.2%}, {m.inner_steps} inner steps.",
                 "",
             ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *await _blind(store, session)])
+
+
+async def _blind(store: Store, session: Session) -> list[str]:
+    """The blind comparisons that were brought to an end, oldest first."""
+    trials = [trial for trial in await store.read(blind_rows.list_trials, session.id) if trial["state"] == "done"]
+    lines = ["## Blind comparisons", ""] if trials else []
+    for trial in reversed(trials):
+        rounds = await store.read(blind_rows.get_rounds, trial["id"])
+        result = result_json([each["verdict"] for each in rounds if each["verdict"]])
+        left, right = (f"Step {session.node(trial[side]).step}" for side in ("left", "right"))
+        lines += [f"- {timestamp(trial['created'])[:10]}, {left} and {right}: {in_words(result, left, right)}"]
+    return [*lines, ""] if lines else []
 
 
 async def choices(store: Store, session: Session, layout: str) -> Iterator[str]:
@@ -75,7 +91,7 @@ async def choices(store: Store, session: Session, layout: str) -> Iterator[str]:
     )
 
 
-def describe(choice: Choice | None) -> str:
+def describe(choice: Choice | Fitted | None) -> str:
     """A choice in a few words."""
     match choice:
         case None:
@@ -90,6 +106,8 @@ def describe(choice: Choice | None) -> str:
             return "ranked " + " › ".join(LETTERS[index] for index in choice.ranking)
         case Written():
             return "wrote an answer"
+        case Fitted():
+            return f"{FITTED[choice.kind]} {choice.lessons} choice{'s' if choice.lessons != 1 else ''}"
         case _:
             return "chose " + ", ".join(LETTERS[index] for index in choice)
 
@@ -124,7 +142,7 @@ def _answer(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def _good(choice: Choice | None) -> list[int]:
+def _good(choice: Choice | Fitted | None) -> list[int]:
     match choice:
         case int():
             return [choice]
@@ -136,7 +154,7 @@ def _good(choice: Choice | None) -> list[int]:
             return []
 
 
-def _labels(options: tuple[Option, ...], choice: Choice | None) -> Iterator[tuple[str, bool]]:
+def _labels(options: tuple[Option, ...], choice: Choice | Fitted | None) -> Iterator[tuple[str, bool]]:
     if choice is None or choice == "skip":
         return
     good = _good(choice)
@@ -146,7 +164,7 @@ def _labels(options: tuple[Option, ...], choice: Choice | None) -> Iterator[tupl
         yield choice.written, True
 
 
-def _pairs(options: tuple[Option, ...], choice: Choice | None) -> Iterator[tuple[str, str]]:
+def _pairs(options: tuple[Option, ...], choice: Choice | Fitted | None) -> Iterator[tuple[str, str]]:
     """(better, worse) pairs that a choice implies; none of these and skip imply none."""
     if isinstance(choice, Ranking):
         order = list(choice.ranking)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from ..params import SessionConfig
-from .tree import Tree
+from .tree import Fitted, Tree
 
 
 def kept(tree: Tree, config: SessionConfig) -> set[str]:
     """The weights to keep: the root's, those of the last `max_undos` steps to the head, of every step that is a
-    multiple of `checkpoint_interval` on any branch, and of every node that a person gave a name.
+    multiple of `checkpoint_interval` on any branch, of what was fitted to a whole log (it takes long to make again),
+    and of every node that a person gave a name.
 
     All others can be worked out again from these, with fewer than `checkpoint_interval` steps each.
     """
@@ -21,7 +22,8 @@ def kept(tree: Tree, config: SessionConfig) -> set[str]:
             break
     keep.update(recent)
     for node in tree.nodes.values():
-        if node.name or (node.learned and node.step % config.checkpoint_interval == 0):
+        checkpoint = node.learned and node.step % config.checkpoint_interval == 0
+        if node.name or checkpoint or isinstance(node.choice, Fitted):
             keep.add(node.weights)
     return keep
 

@@ -8,10 +8,10 @@ from ..messages import Written
 from ..store import steering as rows
 from ..store.store import Store
 from .jobs import timestamp
-from .journal import LETTERS
+from .journal import LETTERS, describe
 from .session import Session
 from .shown import first_words
-from .tree import Node, drift_of
+from .tree import Fitted, Node, drift_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ def _sentence(node: Node, offer: dict[str, object] | None) -> str:
             return f"{asked}you moved on without choosing."
         case "none":
             what = "you took none of the answers"
+        case Fitted():
+            name = f" You named this step “{node.name}”." if node.name else ""
+            return f"The model was {describe(node.choice)}, in {node.choice.epochs} passes.{name}"
         case Written():
             what = f"you wrote the answer yourself{said}"
         case int():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..messages import Metrics
-from .tree import Node
+from .tree import Fitted, Node
 
 FIRST = 3
 """The first choices of a branch say how the model spoke before it was steered."""
@@ -22,11 +22,15 @@ VARIETY_LEFT = 0.5
 @dataclass(frozen=True)
 class Report:
     """Changes against the first answers of the branch: fluency in nats per token, variety as a part; None while
-    there is nothing to compare. `warnings` are sentences."""
+    there is nothing to compare. `agreed` of the last `agreed_of` choices the model would make the same. `warnings` are
+    sentences."""
 
     before: float
     after: float
     refused: bool
+    fitted: bool
+    agreed: int | None
+    agreed_of: int | None
     fluency: float | None
     variety: float | None
     warnings: list[str]
@@ -52,7 +56,11 @@ def report_of(path: Sequence[Node]) -> Report | None:
             "The answers to one prompt have become much alike. If that is not what you want, undo a few steps, or skip "
             "where all options please you."
         )
-    return Report(last.share_before, last.share_after, learned[-1].choice == "none", fluency, variety, warnings)
+    choice = learned[-1].choice
+    return Report(
+        last.share_before, last.share_after, choice == "none", isinstance(choice, Fitted), last.agreed, last.agreed_of,
+        fluency, variety, warnings,
+    )  # fmt: skip
 
 
 def _change(

@@ -19,7 +19,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ..blobs import Blobs
 from ..errors import Conflict, EngineDied, EngineStopped, Invalid, NotFound, TrellisError, WeightsMissing, shorten
-from ..messages import CHOICE, Choice, Metrics, Progress, Ranking, Written
+from ..messages import CHOICE, Choice, Learned, Lesson, Metrics, Progress, Prompt, Ranking, Written
 from ..params import ModelOptions, Sampling, SessionConfig
 from ..store import steering as rows
 from ..store.store import Store
@@ -27,13 +27,17 @@ from .datasets import Datasets, Prompts
 from .growth import Growth
 from .hub import Hub
 from .keeping import prunable
+from .lessons import Logs
 from .models import Models
 from .shown import Shown, first_words
-from .tree import Node, Tree, child_id, drift_of, node_json, node_row, offer_id, offer_seed
+from .tree import Fitted, Node, Tree, child_id, drift_of, node_json, node_row, offer_id, offer_seed
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
+
+ASSESSED = 10
+"""So many last choices of a branch are looked at to say whether the model still agrees with them."""
 
 CONTROL = Sampling(temperature=0.0, top_p=1.0, min_p=0.0, max_new_tokens=96)
 """How the control prompt is answered: the likeliest words, so that only the weights make a difference."""
@@ -65,6 +69,7 @@ class Session:
         models: Models,
         datasets: Datasets,
         weights: Blobs,
+        logs: Logs,
         row: dict[str, Any],
         nodes: Iterable[Node],
         offer: dict[str, Any] | None,
@@ -88,12 +93,13 @@ class Session:
         self.error: TrellisError | None = None
         self.loading: Progress | None = None
         self.tokens_per_second: float | None = None
-        self._growth = Growth(store, models, weights, self.config, self.tree, self._loading_moves, self._notice)
+        self._growth = Growth(store, models, weights, logs, self.config, self.tree, self._loading_moves, self._notice)
         self._lock = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._stream: asyncio.Task[Any] | None = None
         self._labels: dict[str, str] = {}
         self._pins: Counter[str] = Counter()
+        self._not_assessed: set[str] = set()
         self._warming: asyncio.Task[None] | None = None
         self.used = time.monotonic()
         self._closed = False
@@ -322,6 +328,50 @@ class Session:
                 offered = await self._growth.offer(prompt, place.weights, sampling, n, seed)
         return [option.text for option in offered.options]
 
+    async def planted(self) -> None:
+        """Wait until the model is there and the session has weights to begin with. Raises what stands in the way."""
+        self._growth.welcome()
+        while not self.tree.root.weights:
+            self._require_open()
+            if self.error:
+                raise self.error
+            self.wake()
+            await asyncio.sleep(0.1)
+
+    def prompt_of(self, text: str) -> Prompt:
+        """A prompt as the session's options have it put to the model."""
+        return self._growth.prompt(text)
+
+    async def lessons(self, node: Node) -> list[Lesson]:
+        """All that was said on the way to a node, skips left out."""
+        return await self._growth.lessons(self.tree.path(node.id))
+
+    async def fit(self, parent: Node, fitted: Fitted, told: Callable[[Progress], None]) -> Learned:
+        """Learn from a whole log at a node, without moving the session; the node is added by `graft`."""
+        self._growth.welcome()
+        try:
+            return await self._growth.fit(parent, fitted, told)
+        except WeightsMissing as missing:  # what looked whole was not
+            await self._growth.regrow(missing)
+            return await self._growth.fit(parent, fitted, told)
+
+    async def graft(self, parent: Node, fitted: Fitted, learned: Learned) -> Node:
+        """Add a node that was made beside the session's own steps. The head stays where it is."""
+        async with self._lock:
+            self._require_open()
+            said = fitted.model_dump(mode="json")
+            node_id = child_id(parent, fitted.fitted, said)
+            if node_id not in self.tree.nodes:
+                node = Node(
+                    id=node_id, session=self.id, parent=parent.id, step=parent.step + 1, weights=learned.weights,
+                    position=self.tree.head.position, answered=None, choice=fitted, metrics=learned.metrics,
+                    control=None, shown=None, forward=None, created=time.time(),
+                )  # fmt: skip
+                await self._store.write(rows.add_node, node_row(node))
+                self.tree.add(node)
+                self._publish("node_fitted", node_json(node, self.tree))
+            return self.tree.nodes[node_id]
+
     async def labels(self) -> dict[str, str]:
         """A few words for each node: how the answer began that led to it."""
         missing = [node for node in self.tree.nodes.values() if node.id not in self._labels]
@@ -519,6 +569,8 @@ class Session:
             return self._draw
         if self.config.control_prompt and self._needs_control() is not None:
             return self._control
+        if self._to_assess():
+            return self._assess
         return None
 
     def _needs_control(self) -> Node | None:
@@ -646,6 +698,32 @@ class Session:
             await self._store.write(rows.set_control, node.id, answer)
             self.tree.note(node.id, control=answer)
             self._publish("control", {"node": node.id, "answer": answer})
+
+    def _to_assess(self) -> list[Node]:
+        """The last choices of the branch, where the head does not say yet how many of them it agrees with."""
+        head = self.tree.head
+        if head.metrics is None or head.metrics.agreed is not None or head.id in self._not_assessed:
+            return []
+        said = [node for node in self.tree.path(head.id) if node.learned and not isinstance(node.choice, Fitted)]
+        return said[-ASSESSED:]
+
+    async def _assess(self) -> None:
+        """Say with how many of the last choices the model still agrees, when nobody waits for anything else."""
+        node, nodes = self.tree.head, self._to_assess()
+        assert node.metrics is not None
+        try:
+            found = await self._interruptible(self._growth.assess(node.weights, nodes))
+        except (EngineDied, EngineStopped, WeightsMissing):
+            raise
+        except TrellisError as error:  # a figure that cannot be had must not stop the session
+            log.warning("session %s: could not assess %s: %s", self.id, node.id, error.message)
+            self._not_assessed.add(node.id)
+            return
+        async with self._lock:
+            metrics = node.metrics.model_copy(update={"agreed": found.agreed, "agreed_of": found.of})
+            await self._store.write(rows.set_metrics, node.id, metrics.model_dump())
+            self.tree.note(node.id, metrics=metrics)
+            self._publish("assessed", {"node": node.id, "agreed": found.agreed, "of": found.of})
 
     async def _interruptible(self, work: Coroutine[Any, Any, R]) -> R:
         """Run work that a command may cut short; raises Interrupted when one did."""

@@ -20,6 +20,7 @@ from ..store.store import Store
 from .datasets import Datasets
 from .hub import Hub, HubEvent
 from .jobs import timestamp
+from .lessons import Logs
 from .models import Models
 from .session import Session
 from .tree import Node, Tree, drift_of, node_from, node_row, root_id, said
@@ -38,10 +39,11 @@ NAMES = (
 class Steering:
     """All sessions. One that was asked for stays in memory; every one is in the store."""
 
-    def __init__(self, store: Store, hub: Hub, models: Models, datasets: Datasets, weights: Blobs) -> None:
+    def __init__(self, store: Store, hub: Hub, models: Models, datasets: Datasets, weights: Blobs, logs: Logs) -> None:
         self._store = store
         self._datasets = datasets
         self._weights = weights
+        self._logs = logs
         self._hub = hub
         self._models = models
         self._sessions: dict[str, Session] = {}
@@ -162,7 +164,7 @@ class Steering:
         self, row: rows.Row, nodes: Iterable[Node], offer: rows.Row | None, intent: rows.Row | None
     ) -> Session:
         return Session(
-            self._store, self._hub, self._models, self._datasets, self._weights, row, nodes, offer, intent
+            self._store, self._hub, self._models, self._datasets, self._weights, self._logs, row, nodes, offer, intent
         )  # fmt: skip
 
     async def _let_idle_ones_go(self) -> None:

@@ -9,12 +9,15 @@ from ..settings import Settings
 from ..store.store import Store
 from ..workers.reader import Reader
 from ..workers.worker import Spawn
+from .blind import Blind
 from .catalog import Catalog
 from .comparing import Comparisons
 from .datasets import Datasets
 from .exports import Exports
+from .fits import Fits
 from .hub import Hub
 from .jobs import Jobs
+from .lessons import Logs
 from .models import Models
 from .steering import Steering
 from .uploads import Uploads
@@ -36,7 +39,10 @@ class Studio:
         self.models = Models(self.jobs, spawn, catalog, settings.engine_memory, settings.idle_minutes * 60)
         reader = Reader(hub_files, START_SECONDS + settings.hub_timeout)
         self.datasets = Datasets(reader, settings.prompts_folders, Blobs(settings.save_dir / "prepared"))
-        self.steering = Steering(store, self.hub, self.models, self.datasets, weights)
+        logs = Logs(settings.save_dir / "logs")
+        self.steering = Steering(store, self.hub, self.models, self.datasets, weights, logs)
+        self.fits = Fits(self.jobs, self.steering, logs, self.datasets)
+        self.blind = Blind(store, self.steering)
         self.comparisons = Comparisons(self.jobs, self.steering)
         self.exports = Exports(self.jobs, self.steering, catalog, spawn, weights, settings.save_dir / "exports")
         self.uploads = Uploads(
@@ -53,6 +59,7 @@ class Studio:
     async def close(self) -> None:
         """Let readers go, then stop work, engines and store, in this order."""
         self.hub.close()
+        await self.blind.close()
         await self.steering.close()
         await self.jobs.close()
         await self.models.close()

@@ -6,10 +6,32 @@ import hashlib
 import random
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
-from ..messages import CHOICE, Choice, Metrics, derived_seed, recipe_id
+from pydantic import TypeAdapter
+
+from ..messages import Choice, Message, Metrics, derived_seed, recipe_id
 from ..params import SessionConfig
+
+FittedKind = Literal["refit", "import", "replay"]
+
+
+class Fitted(Message):
+    """How a node came about that learned from a whole log instead of from one choice.
+
+    `fitted` names the log; its first `teaching` lessons are the ones that are not refusals. `source` is the node or
+    the file that the log was taken from.
+    """
+
+    fitted: str
+    kind: FittedKind
+    lessons: int
+    teaching: int
+    epochs: int
+    source: str = ""
+
+
+SAID: TypeAdapter[Choice | Fitted] = TypeAdapter(Choice | Fitted)
 
 
 @dataclass(frozen=True)
@@ -27,7 +49,7 @@ class Node:
     weights: str
     position: int
     answered: str | None
-    choice: Choice | None
+    choice: Choice | Fitted | None
     metrics: Metrics | None
     control: str | None
     shown: str | None
@@ -101,7 +123,7 @@ class Tree:
 
 def said(node: Node) -> Any:
     """The choice of a node as JSON."""
-    return None if node.choice is None else CHOICE.dump_python(node.choice, mode="json")
+    return None if node.choice is None else SAID.dump_python(node.choice, mode="json")
 
 
 def node_row(node: Node) -> dict[str, Any]:
@@ -112,7 +134,7 @@ def node_row(node: Node) -> dict[str, Any]:
 
 
 def node_from(row: dict[str, Any]) -> Node:
-    choice = None if row["choice"] is None else CHOICE.validate_python(row["choice"])
+    choice = None if row["choice"] is None else SAID.validate_python(row["choice"])
     metrics = None if row["metrics"] is None else Metrics.model_validate(row["metrics"])
     return Node(**(row | {"choice": choice, "metrics": metrics}))
 
@@ -156,13 +178,19 @@ def offer_seed(config: SessionConfig, node: Node, number: int, prompt: str) -> i
     return derived_seed("offer", config.seed, node.weights, prompt, number)
 
 
-def replayed(config: SessionConfig, path: list[Node]) -> list[Node]:
+def replayed(config: SessionConfig, path: list[Node]) -> list[tuple[Node, int]]:
     """Which earlier choices of a branch are learned again beside the next one: drawn from the log, not from the clock.
 
-    `path` ends in the node whose weights are learned from. The same path draws the same choices. What was
-    refused as a whole is not learned again: repeated, it only wears the model down.
+    `path` ends in the node whose weights are learned from. Each is a node and the number of a lesson of the log that
+    it was fitted to, 0 for a choice of its own. The same path draws the same choices. What was refused as a whole is
+    not learned again: repeated, it only wears the model down.
     """
-    earlier = [node for node in path if node.learned and node.choice != "none"]
+    earlier = [
+        (node, number)
+        for node in path
+        if node.learned and node.choice != "none"
+        for number in range(node.choice.teaching if isinstance(node.choice, Fitted) else 1)
+    ]
     count = min(config.replay, len(earlier))
     return random.Random(derived_seed("replay", config.seed, path[-1].weights)).sample(earlier, count)
 

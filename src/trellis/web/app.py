@@ -15,14 +15,16 @@ from ..settings import Settings
 from ..studio.studio import Studio
 from . import failures
 from .access import MAX_BODY, Access, Guard
+from .api import blind as blind_api
 from .api import exports as exports_api
+from .api import fits as fits_api
 from .api import health
 from .api import jobs as jobs_api
 from .api import models as models_api
 from .api import steering as steering_api
 from .api import uploads as uploads_api
 from .limits import Expense
-from .pages import login, models, review, setup, steering
+from .pages import blind, fits, login, models, review, setup, steering
 from .render import STATIC, VERSION, Render
 
 
@@ -67,10 +69,14 @@ def create_app(studio: Studio, settings: Settings) -> ASGIApp:
         jobs_api,
         uploads_api,
         exports_api,
+        blind_api,
+        fits_api,
         health,
         setup,
         steering,
         review,
+        blind,
+        fits,
         models,
         login,
     )

@@ -1,6 +1,7 @@
 // The live parts of the pages. Every form and link works without any of this; it makes them immediate.
 
 import { $, bindPage } from "./page.js";
+import { bindBlind } from "./blind.js";
 import { bindLoads } from "./loads.js";
 import { bindSetup } from "./setup.js";
 import { bindUploads } from "./uploads.js";
@@ -10,5 +11,6 @@ bindPage();
 bindLoads();
 bindUploads();
 bindSetup();
+bindBlind();
 const workbench = $("[data-session]");
 if (workbench) new Workbench(workbench);

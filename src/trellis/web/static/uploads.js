@@ -115,7 +115,9 @@ class Upload {
 
 export function bindUploads() {
   for (const box of $$("[data-upload]")) new Upload(box);
-  document.addEventListener("trellis:uploaded", ({ detail }) => {
+  document.addEventListener("trellis:uploaded", ({ detail, target }) => {
+    const file = $("#import-file");
+    if (file && target.closest("[data-then-name]")) file.value = detail.name;
     if (detail.kind === "model" && $("#cards")) htmx.trigger("#cards", "trellis:models");
   });
 }

@@ -37,6 +37,8 @@ export class Workbench {
       node_added: (node) => this.nodeAdded(node),
       head_moved: (head) => this.headMoved(head),
       control: () => this.refresh("figures"),
+      assessed: () => this.refresh("figures"),
+      node_fitted: () => { toast("A step was learned from a whole log. It stands in the tree.", { kind: "learned" }); this.refresh("tree"); },
       failed: ({ error, can_undo, can_redo }) => {
         Object.assign(this.state, { error, can_undo, can_redo, status: "failed", learning: null });
         this.showStatus();

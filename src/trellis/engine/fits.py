@@ -1,0 +1,158 @@
+"""Training on a whole log of choices: several passes in shuffled batches, with the losses that single clicks have.
+
+It knows groups, log-probabilities and flat vectors; not files or sessions.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import TrellisError
+from ..messages import derived_seed
+from ..params import Learning
+from .adapters import Slot
+from .learning import Group, Point, adamw_step, answer_logprobs, answers_logprobs, passes
+from .methods import METHODS
+from .said import agrees
+
+BATCH = 4
+"""Choices that share an optimiser step."""
+
+WARMING = 0.1
+"""The part of all steps over which the rate rises; after it, it falls along a cosine to the floor."""
+
+FLOOR = 0.1
+JUDGED = 200
+"""So many choices at most are looked at to say what a fit did."""
+
+
+@dataclass(frozen=True)
+class FitOutcome:
+    """What a fit came to. Shares and agreement are over `judged` choices of the log."""
+
+    point: Point
+    loss: float
+    kl: float
+    share_before: float
+    share_after: float
+    agreed: int
+    judged: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What weights make of some choices: mean share of what was chosen, mean k3 to the base, how many agree."""
+
+    share: float
+    kl: float
+    agreed: int
+
+
+def steps_of(count: int, epochs: int) -> int:
+    return epochs * math.ceil(count / BATCH)
+
+
+def rate_at(step: int, total: int) -> float:
+    """The part of the rate that a step has, counted from 0: up in a line, then down along a cosine."""
+    warm = max(1, round(WARMING * total))
+    if step < warm:
+        return (step + 1) / warm
+    along = (step - warm + 1) / max(1, total - warm)
+    return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * along))
+
+
+def fit_steps(
+    slot: Slot,
+    start: Point,
+    groups: Sequence[Group],
+    reference: Callable[[Group], Tensor],
+    options: Learning,
+    epochs: int,
+    seed: int,
+    name: str = "",
+) -> Generator[tuple[int, int, float], None, FitOutcome]:
+    """Train on all groups `epochs` times. Yields (steps done, of how many, loss of the last one) between passes through
+    the model; nothing in the slot outlives a yield. `reference` gives a group's base log-probabilities (G, T).
+    """
+    method = METHODS[options.learning_method]
+    rate = options.learning_rate
+    if rate is None:
+        raise ValueError("a learning rate must have been chosen before a log reaches the engine")
+    total = steps_of(len(groups), epochs)
+    looked_at = groups[:: max(1, math.ceil(len(groups) / JUDGED))]
+    point = Point(start.flat, torch.zeros_like(start.first), torch.zeros_like(start.second), 0)
+    before = yield from sight(slot, point.flat, looked_at, reference, options, total)
+    dice = random.Random(derived_seed("fit", seed))
+    done, losses = 0, []
+    for _ in range(epochs):
+        order = dice.sample(range(len(groups)), len(groups))
+        for begin in range(0, len(order), BATCH):
+            batch = [groups[number] for number in order[begin : begin + BATCH]]
+            gradient, loss = torch.zeros_like(point.flat), 0.0
+            for numbers in passes(batch, slot.parameters):
+                references = [reference(batch[number]) for number in numbers]
+                slot.install(point.flat)
+                with slot.dropping(name, done, numbers.start):
+                    found = answers_logprobs(slot.model, [batch[number] for number in numbers])
+                verdicts = [
+                    method.judge(found[place], known, batch[number].mask(known.device), batch[number].choice, options)
+                    for place, (number, known) in enumerate(zip(numbers, references, strict=True))
+                ]
+                part = torch.stack([verdict.loss for verdict in verdicts]).sum() / len(batch)
+                gradient += slot.gradient(part)
+                loss += float(part.detach())
+                yield done, total, loss
+            if not bool(torch.isfinite(gradient).all()):
+                raise TrellisError(
+                    "The model's numbers overflowed while it was fitted to the log.",
+                    code="not_finite",
+                    next_step="Use a lower learning rate.",
+                )
+            point = adamw_step(point, gradient, rate * rate_at(done, total), method.betas, method.clip)
+            done += 1
+            losses.append(loss)
+    after = yield from sight(slot, point.flat, looked_at, reference, options, total, done)
+    last = losses[-math.ceil(len(groups) / BATCH) :]
+    return FitOutcome(
+        point, sum(last) / len(last), after.kl, before.share, after.share, after.agreed, len(looked_at), done
+    )
+
+
+def sight(
+    slot: Slot,
+    flat: Tensor,
+    groups: Sequence[Group],
+    reference: Callable[[Group], Tensor],
+    options: Learning,
+    total: int = 0,
+    done: int = 0,
+) -> Generator[tuple[int, int, float], None, Sight]:
+    """What weights make of some choices, without learning from them. Yields as `fit_steps` does."""
+    # The share is told the same for every method: that of the choice model.
+    plain = METHODS["choice"]
+    shares, distances, agreed = 0.0, 0.0, 0
+    for group in groups:
+        known = reference(group)
+        slot.install(flat)
+        with torch.no_grad():
+            logprobs = answer_logprobs(slot.model, group)
+        verdict = plain.judge(logprobs, known, group.mask(known.device), group.choice, options)
+        shares += verdict.share
+        distances += verdict.kl
+        agreed += agrees(rewards_of(logprobs, known, group), group.choice)
+        yield done, total, float("nan")
+    return Sight(shares / len(groups), distances / len(groups), agreed)
+
+
+def rewards_of(logprobs: Tensor, reference: Tensor, group: Group) -> list[float]:
+    """The mean log-ratio to the base of each answer's tokens."""
+    lengths = group.mask(logprobs.device).sum(dim=-1)
+    found: list[float] = ((logprobs - reference).sum(dim=-1) / lengths).tolist()
+    return found

@@ -1,0 +1,100 @@
+"""What the verdicts of a blind comparison come to: a win rate, its interval, and whether that is enough. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+CONFIDENCE = 1.959963984540054
+"""The normal quantile of a 95 % interval."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the judged rounds come to, for the right node. `low` and `high` bound its win rate among decided rounds."""
+
+    left: int
+    right: int
+    ties: int
+    rate: float | None
+    low: float
+    high: float
+
+    @property
+    def enough(self) -> bool:
+        """Whether the interval leaves one of the two ahead."""
+        return self.low > 0.5 or self.high < 0.5
+
+
+def wilson(wins: int, decided: int, quantile: float = CONFIDENCE) -> tuple[float, float]:
+    """The score interval of a rate (Wilson 1927): sound for few rounds and for rates at 0 and 1; (0, 1) without any."""
+    if decided == 0:
+        return 0.0, 1.0
+    rate, square = wins / decided, quantile**2
+    middle = (rate + square / (2 * decided)) / (1 + square / decided)
+    spread = (
+        quantile / (1 + square / decided) * math.sqrt(rate * (1 - rate) / decided + square / (4 * decided**2))
+    )  # fmt: skip
+    return 0.0 if wins == 0 else middle - spread, 1.0 if wins == decided else middle + spread
+
+
+def result_of(verdicts: Sequence[str]) -> Result:
+    left, right = verdicts.count("left"), verdicts.count("right")
+    decided = left + right
+    low, high = wilson(right, decided)
+    return Result(left, right, len(verdicts) - decided, right / decided if decided else None, low, high)
+
+
+def rounds_needed(result: Result, most: int = 2000) -> int | None:
+    """How many decided rounds would be enough if the rate stayed as it is; None when it would take too many."""
+    decided = result.left + result.right
+    if result.rate is None or result.left == result.right:
+        return None
+    for count in range(decided + 1, most):
+        low, high = wilson(round(result.rate * count), count)
+        if low > 0.5 or high < 0.5:
+            return count
+    return None
+
+
+def result_json(verdicts: Sequence[str]) -> dict[str, Any]:
+    result = result_of(verdicts)
+    return {
+        "left": result.left,
+        "right": result.right,
+        "ties": result.ties,
+        "rate": result.rate,
+        "low": result.low,
+        "high": result.high,
+        "enough": result.enough,
+        "needed": None if result.enough else rounds_needed(result),
+    }
+
+
+def in_words(result: dict[str, Any], left: str, right: str) -> str:
+    """What a comparison came to, in sentences. `left` and `right` name the two."""
+    decided = result["left"] + result["right"]
+    ties = f" {result['ties']} more {'were ties' if result['ties'] > 1 else 'was a tie'}." if result["ties"] else ""
+    if not decided:
+        return f"Nothing was decided.{ties}" if ties else "No round was judged."
+    ahead, behind = (right, left) if result["right"] >= result["left"] else (left, right)
+    won = max(result["left"], result["right"])
+    low, high = result["low"], result["high"]
+    if result["right"] < result["left"]:
+        low, high = 1 - high, 1 - low
+    rate = won / decided
+    told = (
+        f"{ahead} was liked better in {won} of {decided} decided rounds: {rate:.0%}, with a 95 % interval of "
+        f"{low:.0%} to {high:.0%}.{ties}"
+    )
+    if result["enough"]:
+        return f"{told} That is enough to say that it is liked better than {behind[0].lower()}{behind[1:]}."
+    if result["needed"]:
+        more = result["needed"] - decided
+        return (
+            f"{told} That is not enough to tell them apart. At this rate about {more} more decided "
+            f"round{'s' if more != 1 else ''} would be."
+        )
+    return f"{told} That is not enough to tell them apart."
