@@ -74,7 +74,7 @@ RULES = [
     Rule("poet", "demo", "voice", _voice("poet")),
     Rule("scientist", "demo", "voice", _voice("scientist")),
     Rule("formal", "demo", "voice", _voice("formal")),
-    Rule("long", "demo", "length", lambda text: _words(text) >= 34 and voice_of(text) is not None),
+    Rule("long", "demo", "length", lambda text: _words(text) >= 30 and voice_of(text) is not None),
     Rule("asks a question", "demo", "form", lambda text: text.rstrip().endswith("?") and voice_of(text) is not None),
     Rule("says “you”", "demo", "word", lambda text: _says(r"\byou\b")(text) and voice_of(text) is not None),
     Rule("is fond of it", "demo", "opinion", _voice("cheerful")),

@@ -178,6 +178,7 @@ class Assess(Message):
     type: Literal["assess"] = "assess"
     weights: str
     lessons: tuple[Lesson, ...] = Field(max_length=32)
+    learning: Learning
     context_length: int
 
 

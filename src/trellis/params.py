@@ -157,6 +157,12 @@ class Learning(Options):
         1.0, "Choice sharpness", "How strongly a difference in likelihood counts as a preference.",
         group="Learning", advanced=True, gt=0.0, le=100.0,
     )  # fmt: skip
+    opening_weight: float = option(
+        0.5, "Weight of the opening",
+        "How much of what sets one answer against another lies on its first few words, where it is decided what kind "
+        "of answer it becomes; the rest is spread over all of it.",
+        group="Learning", advanced=True, later=True, ge=0.0, le=1.0,
+    )  # fmt: skip
     inner_steps: int = option(
         5, "Inner steps", "At most so many optimiser steps for one click; it stops sooner when the click has taken.",
         unit="steps", group="Learning", advanced=True, ge=1, le=64,
@@ -188,7 +194,7 @@ class Learning(Options):
         group="Learning", advanced=True, ge=0.0, le=10.0,
     )  # fmt: skip
     replay: int = option(
-        4, "Replayed choices", "So many earlier choices of this branch are learned again with each click.",
+        3, "Replayed choices", "So many earlier choices of this branch are learned again with each click.",
         unit="choices", group="Learning", advanced=True, ge=0, le=8,
     )  # fmt: skip
     replay_weight: float = option(

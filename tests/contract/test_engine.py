@@ -272,6 +272,20 @@ async def test_fitting_twice_makes_the_same_weights_and_what_comes_between_chang
     assert files(blobs, request.makes()) == alone
 
 
+async def test_what_does_not_fit_into_the_context_is_left_out_and_stops_no_click_after_it(
+    worker: Worker, tmp_path: Path
+) -> None:
+    weights = await plant(worker)
+    options = await draw(worker, offer(weights))
+    fine = lesson(options, 1)
+    long = fine.model_copy(update={"prompt": Prompt(text="wide sea " * 400)})
+    learned = await worker.ask(fit(weights, log_of(tmp_path / "log", fine, long)))
+    assert isinstance(learned, Learned)
+    assert learned.metrics.left_out in (None, 1)  # the fake has no context
+    after = await learned_from(worker, learn(learned.weights, fine, long, fine))
+    assert after.metrics.share_after > after.metrics.share_before
+
+
 async def test_a_log_that_is_gone_is_told_of(worker: Worker, tmp_path: Path) -> None:
     weights = await plant(worker)
     with pytest.raises(TrellisError) as raised:
@@ -283,7 +297,7 @@ async def test_assessing_counts_the_choices_that_weights_agree_with(worker: Work
     weights = await plant(worker)
     options = await draw(worker, offer(weights))
     learned = await learned_from(worker, learn(weights, lesson(options, 2)))
-    request = Assess(weights=learned.weights, lessons=(lesson(options, 2),) * 2, context_length=256)
+    request = Assess(weights=learned.weights, lessons=(lesson(options, 2),) * 2, learning=LEARNING, context_length=256)
     assert await worker.ask(request) == Assessed(agreed=2, of=2)
 
 

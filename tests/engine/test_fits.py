@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.engine.test_learning import TableSlot
-from trellis.engine.fits import FLOOR, FitOutcome, fit_steps, rate_at, steps_of
+from trellis.engine.fits import FLOOR, FitOutcome, continued, fit_steps, rate_at, steps_of
 from trellis.engine.learning import Group, Point, answer_logprobs
 from trellis.engine.said import agrees
 from trellis.errors import TrellisError
@@ -49,8 +49,18 @@ def test_a_log_that_does_not_contradict_itself_is_agreed_with_in_the_end() -> No
     outcome, told = fit(LOG)
     assert outcome.agreed == outcome.judged == len(LOG)
     assert outcome.share_after > 0.5 > outcome.share_before
-    assert outcome.steps == outcome.point.steps == steps_of(len(LOG), 6) == 18
+    assert outcome.steps == steps_of(len(LOG), 6) == 18
+    assert outcome.point.steps == 9 + 18
     assert told == sorted(told)
+
+
+def test_clicks_after_a_fit_go_on_as_its_optimiser_would_have() -> None:
+    young = Point(torch.zeros(3), torch.ones(3), torch.ones(3), 4)
+    old = continued(young, 100, (0.9, 0.99))
+    assert old.steps == 100
+    corrected = [point.first / (1 - 0.9**point.steps) for point in (young, old)]
+    assert torch.allclose(*corrected)
+    assert torch.equal(continued(young, 4, (0.9, 0.99)).first, young.first)
 
 
 def test_the_same_log_and_seed_make_the_same_weights() -> None:
@@ -80,6 +90,13 @@ def test_the_rate_rises_in_a_line_and_falls_to_its_floor(total: int) -> None:
     assert rates[: top + 1] == sorted(rates[: top + 1])
     assert rates[top:] == sorted(rates[top:], reverse=True)
     assert total < 3 or rates[-1] == pytest.approx(FLOOR)
+
+
+def test_an_answer_that_says_the_same_as_the_chosen_one_is_not_held_against_it() -> None:
+    answers = [[1, 2], [1, 2], [3]]
+    assert agrees([0.5, 0.5, 0.1], 0, answers)
+    assert not agrees([0.5, 0.5, 0.1], 0)
+    assert not agrees([0.5, 0.5, 0.6], 0, answers)
 
 
 @pytest.mark.parametrize(

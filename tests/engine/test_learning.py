@@ -31,7 +31,7 @@ from trellis.params import Learning
 
 pytestmark = pytest.mark.engine
 
-PLAIN = Learning(learning_rate=0.1, kl_beta=0.0, nll_weight=0.0, choice_beta=2.0)
+PLAIN = Learning(learning_rate=0.1, kl_beta=0.0, nll_weight=0.0, choice_beta=2.0, opening_weight=0.0)
 MASK = torch.tensor([[True, True], [True, False], [True, True]])
 LOGPROBS = torch.tensor([[-1.0, -2.0], [-0.5, 0.0], [-3.0, -1.0]])
 REFERENCE = torch.tensor([[-1.5, -2.0], [-0.25, 0.0], [-3.0, -2.0]])

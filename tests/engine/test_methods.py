@@ -7,8 +7,10 @@ from typing import get_args
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from trellis.engine.methods import METHODS
+from trellis.engine.methods import METHODS, OPENING, rewards_of, weights_of
 from trellis.engine.said import advantages_of, pairs_of, scores_of
 from trellis.messages import Choice, Ranking
 from trellis.params import Learning, MethodName
@@ -19,7 +21,7 @@ MASK = torch.tensor([[True, True], [True, False], [True, True]])
 LOGPROBS = torch.tensor([[-1.0, -2.0], [-0.5, 0.0], [-3.0, -1.0]])
 REFERENCE = torch.tensor([[-1.5, -2.0], [-0.25, 0.0], [-3.0, -2.0]])
 # sums of differences: 0.5, -0.25, 1.0; of log-probabilities: -3, -0.5, -4
-FREE = Learning(learning_rate=0.1, kl_beta=0.0, choice_beta=2.0)
+FREE = Learning(learning_rate=0.1, kl_beta=0.0, choice_beta=2.0, opening_weight=0.0)
 
 
 def loss_of(method: str, choice: Choice) -> float:
@@ -38,6 +40,26 @@ def test_dpo_sets_the_chosen_answer_against_each_other_one() -> None:
 def test_dpo_takes_none_of_these_as_three_losers() -> None:
     expected = (softplus(0.05) + softplus(-0.025) + softplus(0.1)) / 3
     assert loss_of("dpo", "none") == pytest.approx(expected)
+
+
+def test_half_of_what_counts_lies_on_the_opening() -> None:
+    weights = weights_of(MASK, 0.5)
+    first, second = 1 / (1 + OPENING), OPENING / (1 + OPENING)
+    assert weights[0].tolist() == pytest.approx([(0.5 + first) / 2, (0.5 + second) / 2])
+    assert weights[1].tolist() == [1.0, 0.0]
+    assert torch.allclose(weights_of(MASK, 0.0), MASK / MASK.sum(-1, keepdim=True))
+    half = Learning(learning_rate=0.1, choice_beta=2.0, opening_weight=0.5)
+    expected = [2 * 0.5 * weights[0, 0].item(), 2 * -0.25, 2 * weights[2, 1].item()]
+    assert rewards_of(LOGPROBS, REFERENCE, MASK, half).tolist() == pytest.approx(expected)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.floats(0, 1))
+def test_what_counts_is_one_in_all_and_never_rises(lengths: list[int], opening: float) -> None:
+    mask = torch.arange(max(lengths))[None, :] < torch.tensor(lengths)[:, None]
+    weights = weights_of(mask, opening)
+    assert torch.allclose(weights.sum(-1), torch.ones(len(lengths)), atol=1e-5)
+    assert not weights[~mask].any()
+    assert bool((weights[:, 1:] <= weights[:, :-1] + 1e-6).all())
 
 
 def test_one_of_four_has_the_advantages_of_the_paper() -> None:

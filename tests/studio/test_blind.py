@@ -31,6 +31,11 @@ async def start(studio: Studio, session: Session, **options: Any) -> dict[str, A
     return await studio.blind.start(session.id, session.tree.root.id, session.tree.head_id, **options)
 
 
+def as_said(row: dict[str, Any]) -> Any:
+    """The verdict of a round as the person gave it."""
+    return "tie" if row["verdict"] == "tie" else "first" if row["verdict"] == row["first"] else "second"
+
+
 async def current(studio: Studio, trial: dict[str, Any]) -> dict[str, Any]:
     """The comparison with a round to judge, or at its end."""
     while True:
@@ -72,11 +77,40 @@ async def test_the_prompts_are_those_that_come_next_where_none_are_named(studio:
 async def test_a_round_is_judged_once(studio: Studio, session: Session) -> None:
     trial = await start(studio, session, planned=3)
     await current(studio, trial)
-    saying = [studio.blind.judge(session.id, trial["id"], 0, "tie") for _ in range(3)]
+    saying = [studio.blind.judge(session.id, trial["id"], 0, said) for said in ("tie", "first", "second", "tie")]  # type: ignore[arg-type]
     found = await asyncio.gather(*saying, return_exceptions=True)
-    assert sum(isinstance(each, Conflict) for each in found) == 2
+    assert sum(isinstance(each, Conflict) for each in found) >= 2
+    rounds = await studio.store.read(rows.get_rounds, trial["id"])
+    assert [each["number"] for each in rounds if each["verdict"]] == [0]
+    assert (await studio.blind.judge(session.id, trial["id"], 0, as_said(rounds[0])))["judged"] == 1
     with pytest.raises(Conflict, match="Round 7 is not the one"):
         await studio.blind.judge(session.id, trial["id"], 7, "first")
+
+
+async def test_a_verdict_can_be_taken_back_until_the_end(studio: Studio, session: Session) -> None:
+    trial = await start(studio, session, planned=2)
+    with pytest.raises(Conflict, match="no verdict to take back"):
+        await studio.blind.take_back(session.id, trial["id"])
+    first = (await current(studio, trial))["round"]
+    assert (await studio.blind.judge(session.id, trial["id"], 0, "first"))["can_undo"]
+    back = await studio.blind.take_back(session.id, trial["id"])
+    assert (back["judged"], back["round"], back["can_undo"]) == (0, first, False)
+    for number in range(2):
+        await current(studio, trial)
+        await studio.blind.judge(session.id, trial["id"], number, "second")
+    with pytest.raises(Conflict, match="no verdict to take back"):
+        await studio.blind.take_back(session.id, trial["id"])
+
+
+async def test_the_prompts_are_new_to_every_branch_of_the_session(studio: Studio, session: Session) -> None:
+    head = session.tree.head_id
+    await choose(session, 0)
+    furthest = session.tree.head.position
+    await session.goto(head, "back")
+    trial = await start(studio, session, planned=1)
+    found = await current(studio, trial)
+    assert session.prompts
+    assert found["round"]["prompt"] == session.prompts.at(furthest + 1)
 
 
 async def test_it_can_be_ended_early_and_then_nothing_more_is_drawn(studio: Studio, session: Session) -> None:
@@ -124,6 +158,11 @@ async def test_the_same_request_is_one_comparison(studio: Studio, session: Sessi
     first, second = await start(studio, session, request="r1"), await start(studio, session, request="r1")
     assert first["id"] == second["id"]
     assert len(await studio.blind.all(session.id)) == 1
+    both = await asyncio.gather(*(start(studio, session, request="r2") for _ in range(4)))
+    assert len({each["id"] for each in both}) == 1
+    other = await studio.steering.create(None, {})
+    with pytest.raises(Conflict, match="another action"):
+        await studio.blind.start(other.id, other.tree.root.id, other.tree.root.id, request="r1")
 
 
 async def test_trouble_is_told_and_can_be_tried_again(
@@ -137,6 +176,7 @@ async def test_trouble_is_told_and_can_be_tried_again(
         trial = await start(studio, session, planned=2)
         found = await current(studio, trial)
         assert found["error"]["message"] == "No."
+        assert (await studio.blind.state(session.id, trial["id"]))["error"]
     await studio.blind.retry(session.id, trial["id"])
     assert (await current(studio, trial))["round"]
 

@@ -119,7 +119,7 @@ async def test_weights_of_a_fit_are_kept_and_worked_out_again_when_they_are_lost
     await session.goto(node.id, "there")
     await ready(session)
     await until(lambda: weights.is_dir())
-    (log,) = tmp_path.rglob(node.choice.fitted if isinstance(node.choice, Fitted) else "")
+    (log,) = (tmp_path / "choices").rglob(node.choice.fitted if isinstance(node.choice, Fitted) else "")
     shutil.rmtree(log)
     shutil.rmtree(weights)
     await session.goto(session.tree.root.id, "away")
@@ -155,6 +155,40 @@ async def test_a_log_is_replayed_on_another_model(tmp_path: Path, fake_spawn: Sp
         assert [each["id"] for each in await studio.fits.of(new.id)] == [job.id]
         again = await studio.fits.replay(session.id, name, request="r1")
         assert again.id == job.id
+
+
+async def test_logs_that_no_node_names_go_when_the_studio_starts(tmp_path: Path, fake_spawn: Spawn) -> None:
+    folder = tmp_path / "choices"
+    async with open_studio(tmp_path, fake_spawn) as studio:
+        first, second = await studio.steering.create("One", {}), await studio.steering.create("Two", {})
+        await ready(first)
+        await ready(second)
+        shared, own = preferences(studio), preferences(studio, 4, "more.jsonl")
+        for session, file in ((first, shared), (second, shared), (first, own)):
+            await done(await studio.fits.take_in(session.id, file))
+        await studio.steering.delete(first.id)
+        assert len(list(folder.iterdir())) == 2
+    async with open_studio(tmp_path, fake_spawn) as studio:
+        (kept,) = (place.name for place in folder.iterdir())
+        session = await studio.steering.session(second.id)
+        assert [node.choice.fitted for node in session.tree.nodes.values() if isinstance(node.choice, Fitted)] == [kept]
+
+
+async def test_a_session_at_work_on_a_fit_stays_in_memory(studio: Studio, session: Session) -> None:
+    job = await studio.fits.refit(session.id, epochs=50)
+    await until(lambda: job.row["progress"] and job.row["progress"]["stage"] == "fitting")
+    assert not session.idle
+    await studio.jobs.cancel(job.id)
+    await until(lambda: session.idle)
+
+
+async def test_undo_from_a_fit_brings_back_what_was_shown(studio: Studio, session: Session) -> None:
+    result = await done(await studio.fits.take_in(session.id, preferences(studio)))
+    shown = session.state()["offer"]["id"]
+    await session.goto(result["node"], "there")
+    await ready(session)
+    await session.undo("back")
+    assert (await ready(session))["offer"]["id"] == shown
 
 
 async def test_what_cannot_be_learned_from_is_refused(studio: Studio, session: Session) -> None:

@@ -111,6 +111,31 @@ def test_rows_that_cannot_be_choices_are_left_out_and_counted() -> None:
     assert len(told) == 6
 
 
+def test_rows_that_lack_something_or_say_it_oddly_are_left_out() -> None:
+    good = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
+    system = {"role": "system", "content": "x\ud800"}
+    found = read(good, {"prompt": "Why?", "chosen": "A"}, good | {"prompt": [system, user("Why?")]})
+    assert len(found.lessons) == 1
+    assert found.sentences()[0] == "1 row left out, the first in line 2: it lacks rejected."
+    row = {"prompt": "Why?", "completion": "A"}
+    found = read(row | {"label": 1}, *(row | {"label": odd} for odd in ("true", None, 2, [])))
+    assert [lesson.choice for lesson in found.lessons] == [0]
+    assert len(found.left_out) == 4
+    raw = {"prompt": "Why?", "options": ["A", "B"], "choice": 0}
+    assert len(read(raw, raw | {"choice": [0, 0]}, raw | {"choice": {"ranking": [1, 1]}}).lessons) == 1
+
+
+def test_more_labelled_answers_than_an_offer_holds_make_no_refusal_of_a_choice() -> None:
+    rows = [{"prompt": "Why?", "completion": f"B{n}", "label": False} for n in range(9)]
+    rows.insert(7, {"prompt": "Why?", "completion": "G", "label": True})
+    found = read(*rows).lessons
+    assert [lesson.choice for lesson in found] == [0, 0]
+    assert all(texts(lesson)[0] == "G" for lesson in found)
+    assert sorted(text for lesson in found for text in texts(lesson)[1:]) == [f"B{n}" for n in range(9)]
+    assert [lesson.choice for lesson in read(*[row | {"label": False} for row in rows]).lessons] == ["none", "none"]
+    assert len(read(*[row | {"label": True} for row in rows]).lessons) == 10
+
+
 @pytest.mark.parametrize(
     ("rows", "words"),
     [

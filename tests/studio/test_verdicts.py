@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trellis.studio.verdicts import in_words, result_json, result_of, rounds_needed, wilson
+from trellis.studio.verdicts import in_words, names_of, result_json, result_of, rounds_needed, wilson
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,8 @@ def test_nothing_judged_says_nothing() -> None:
     result = result_of(["tie", "same"])
     assert (result.rate, result.ties, result.enough) == (None, 2, False)
     assert in_words(result_json([]), "Step 0", "Step 4") == "No round was judged."
-    assert in_words(result_json(["same"]), "Step 0", "Step 4").startswith("Nothing was decided.")
+    assert in_words(result_json(["same"]), "Step 0", "Step 4") == "Nothing was decided: it was a tie."
+    assert in_words(result_json(["same", "tie"]), "Step 0", "Step 4") == "Nothing was decided: all 2 rounds were ties."
 
 
 def test_enough_is_said_and_for_whom() -> None:
@@ -54,6 +55,21 @@ def test_enough_is_said_and_for_whom() -> None:
     other = in_words(result_json(["left"] * 9 + ["right"]), "Step 0", "Step 4")
     assert other.startswith("Step 0 was liked better in 9 of 10")
     assert words.split("interval of")[1].split(".")[0] == other.split("interval of")[1].split(".")[0]
+
+
+def test_an_even_result_puts_nobody_ahead() -> None:
+    words = in_words(result_json(["left", "right"]), "Step 0", "Step 4")
+    assert words == "Each was liked better in 1 of 2 decided rounds. That is not enough to tell them apart."
+
+
+def test_two_steps_of_one_number_are_told_apart() -> None:
+    def at(step: int, what: str) -> dict[str, object]:
+        return {"step": step, "what": what}
+
+    assert names_of(at(0, "x"), at(4, "x")) == ("Step 0", "Step 4")
+    assert names_of(at(1, "chose A"), at(1, "fitted")) == ("Step 1 (chose A)", "Step 1 (fitted)")
+    one, other = names_of(at(1, "chose A"), at(1, "chose A"))
+    assert one != other
 
 
 def test_not_enough_says_how_many_more_would_be() -> None:

@@ -129,7 +129,9 @@ def test_a_blind_comparison_by_program(client: httpx.Client, session: dict[str, 
         found = client.post(f"{trial}/verdict", json={"round": number, "verdict": "first"}).json()
     assert found["state"] == "done"
     assert found["result"]["left"] + found["result"]["right"] == 2
-    late = client.post(f"{trial}/verdict", json={"round": 0, "verdict": "first"})
+    assert client.post(f"{trial}/verdict", json={"round": 0, "verdict": "first"}).status_code == 200
+    assert client.post(f"{trial}/undo").status_code == 409
+    late = client.post(f"{trial}/verdict", json={"round": 0, "verdict": "second"})
     assert late.status_code == 409
     assert late.json()["error"]["code"] == "stale_round"
     assert [each["id"] for each in client.get(f"{url}/blind").json()] == [found["id"]]

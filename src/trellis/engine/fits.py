@@ -17,8 +17,8 @@ from ..errors import TrellisError
 from ..messages import derived_seed
 from ..params import Learning
 from .adapters import Slot
-from .learning import Group, Point, adamw_step, answer_logprobs, answers_logprobs, passes
-from .methods import METHODS
+from .learning import Group, Point, adamw_step, answer_logprobs, answers_logprobs, fading, passes
+from .methods import METHODS, rewards_of
 from .said import agrees
 
 BATCH = 4
@@ -102,7 +102,13 @@ def fit_steps(
                 with slot.dropping(name, done, numbers.start):
                     found = answers_logprobs(slot.model, [batch[number] for number in numbers])
                 verdicts = [
-                    method.judge(found[place], known, batch[number].mask(known.device), batch[number].choice, options)
+                    method.judge(
+                        found[place],
+                        known,
+                        batch[number].mask(known.device),
+                        batch[number].choice,
+                        fading(options, batch[number]),
+                    )
                     for place, (number, known) in enumerate(zip(numbers, references, strict=True))
                 ]
                 part = torch.stack([verdict.loss for verdict in verdicts]).sum() / len(batch)
@@ -120,9 +126,17 @@ def fit_steps(
             losses.append(loss)
     after = yield from sight(slot, point.flat, looked_at, reference, options, total, done)
     last = losses[-math.ceil(len(groups) / BATCH) :]
+    point = continued(point, start.steps + done, method.betas)
     return FitOutcome(
         point, sum(last) / len(last), after.kl, before.share, after.share, after.agreed, len(looked_at), done
     )
+
+
+def continued(point: Point, steps: int, betas: tuple[float, float]) -> Point:
+    """The same optimiser after so many steps in all: clicks that follow settle by these. The moments are scaled so that
+    their correction for a young average comes out the same."""
+    first, second = ((1 - beta**steps) / (1 - beta**point.steps) for beta in betas)
+    return Point(point.flat, point.first * first, point.second * second, steps)
 
 
 def sight(
@@ -146,13 +160,7 @@ def sight(
         verdict = plain.judge(logprobs, known, group.mask(known.device), group.choice, options)
         shares += verdict.share
         distances += verdict.kl
-        agreed += agrees(rewards_of(logprobs, known, group), group.choice)
+        rewards = rewards_of(logprobs, known, group.mask(known.device), options)
+        agreed += agrees(rewards.tolist(), group.choice, group.answers)
         yield done, total, float("nan")
     return Sight(shares / len(groups), distances / len(groups), agreed)
-
-
-def rewards_of(logprobs: Tensor, reference: Tensor, group: Group) -> list[float]:
-    """The mean log-ratio to the base of each answer's tokens."""
-    lengths = group.mask(logprobs.device).sum(dim=-1)
-    found: list[float] = ((logprobs - reference).sum(dim=-1) / lengths).tolist()
-    return found

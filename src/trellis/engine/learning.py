@@ -19,6 +19,7 @@ from ..params import Learning
 from .adapters import Slot
 from .methods import BETAS, CLIP, METHODS, Verdict, k3
 from .said import chosen_indexes
+from .vitals import variety_of
 
 EPSILON = 1e-8
 
@@ -143,6 +144,12 @@ class Outcome:
     inner_steps: int
 
 
+def fading(options: Learning, group: Group) -> Learning:
+    """The options with as much pull on the winner as the answers differ. Where all say much the same, whoever is
+    chosen says little, and to imitate it would only make the next ones more alike."""
+    return options.model_copy(update={"nll_weight": options.nll_weight * variety_of(group.answers)})
+
+
 FLOOR = 0.1
 
 
@@ -186,6 +193,7 @@ def learn_steps(
     masks = [each.mask(reference.device) for each, reference in zip(groups, references, strict=False)]
     shared = options.replay_weight / (len(groups) - 1) if len(groups) > 1 else 0.0
     together = passes(groups, slot.parameters)
+    faded = [fading(options, each) for each in groups]
     # "None of these" says what is wrong and not what is right: pushed as far, it would tear down more than it teaches.
     target = options.target_share * (0.5 if refused else 1.0)
 
@@ -193,7 +201,7 @@ def learn_steps(
         with slot.dropping(name, steps, numbers.start):
             found = answers_logprobs(slot.model, [groups[number] for number in numbers])
         return [
-            (logprobs, method.judge(logprobs, references[number], masks[number], groups[number].choice, options))
+            (logprobs, method.judge(logprobs, references[number], masks[number], groups[number].choice, faded[number]))
             for number, logprobs in zip(numbers, found, strict=True)
         ]
 

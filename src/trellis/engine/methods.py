@@ -22,6 +22,8 @@ CLIP: float | None = 1.0
 DPO_BETA = KTO_BETA = APO_BETA = IPO_TAU = 0.1
 SIMPO_BETA, SIMPO_GAMMA = 2.0, 1.0
 CLASSIC_DRIFT = 0.03
+OPENING = 0.7
+"""By this factor a token of an answer's opening counts less than the one before it: most lies on the first five."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,12 @@ def judge_choice(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choi
     """The loss of a choice: a multinomial logit with an outside option, a k3 leash, a pull on the winner.
 
     logprobs, reference: (G, T) fp32, zero off the mask (G, T). `share` is the probability that the choice
-    model gives to what was chosen. Sources: Luce 1959, Plackett 1975; k3: Schulman 2020; the pull on the
+    model gives to what was chosen. Rewards are means over tokens with more weight on the opening (docs/learning.md).
+    Sources: Luce 1959, Plackett 1975; k3: Schulman 2020; the pull on the
     winner: arXiv 2402.13228, 2404.19733.
     """
     lengths = mask.sum(dim=-1)
-    rewards = options.choice_beta * (logprobs - reference).sum(dim=-1) / lengths
+    rewards = rewards_of(logprobs, reference, mask, options)
     utilities = torch.cat([rewards, rewards.new_zeros(1)])  # the outside option last, at zero
     outside = len(rewards)
     good = chosen_indexes(choice, outside)
@@ -59,6 +62,21 @@ def judge_choice(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choi
         weight = 1.0 if isinstance(choice, Written) else options.nll_weight
         loss = loss - weight * (logprobs[winners].sum(dim=-1) / lengths[winners]).mean()
     return Verdict(loss, float(chosen.detach().exp()), float(distance.detach()))
+
+
+def rewards_of(logprobs: Tensor, reference: Tensor, mask: Tensor, options: Learning) -> Tensor:
+    """How much likelier than to the base each answer has become (G,): β times a mean of its tokens' log-ratios."""
+    return options.choice_beta * ((logprobs - reference) * weights_of(mask, options.opening_weight)).sum(dim=-1)
+
+
+def weights_of(mask: Tensor, opening: float) -> Tensor:
+    """How much each token of an answer counts (G, T), 1 in all: `opening` of it falling from the first token on by a
+    constant factor, the rest spread evenly."""
+    evenly = mask / mask.sum(dim=-1, keepdim=True)
+    if not opening:
+        return evenly
+    falling = OPENING ** torch.arange(mask.shape[-1], device=mask.device) * mask
+    return (1.0 - opening) * evenly + opening * falling / falling.sum(dim=-1, keepdim=True)
 
 
 def k3(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
@@ -203,7 +221,7 @@ def _verdict(
 ) -> Verdict:  # fmt: skip
     """A loss with its leash, and the share of the choice model, which is told the same for every method."""
     distance = k3(logprobs, reference, mask)
-    rewards = options.choice_beta * (logprobs - reference).sum(dim=-1) / mask.sum(dim=-1)
+    rewards = rewards_of(logprobs, reference, mask, options)
     whole = loss + options.kl_beta * distance if leash else loss
     return Verdict(whole, share_of(rewards, choice), float(distance.detach()))
 

@@ -34,16 +34,19 @@ def pairs_of(choice: Choice, size: int) -> list[tuple[int, int]]:
     return [(better, worse) for better in good for worse in range(size) if worse not in good]
 
 
-def agrees(rewards: Sequence[float], choice: Choice) -> bool:
+def agrees(rewards: Sequence[float], choice: Choice, answers: Sequence[Sequence[int]] = ()) -> bool:
     """Whether a model that gives these rewards would choose the same: the best of what was called good is ahead of
-    all the rest. With none of these it agrees when no option is ahead of the outside one, at 0."""
+    all the rest. With none of these it agrees when no option is ahead of the outside one, at 0. Answers that are the
+    same as a good one, where `answers` are given, are not held against it."""
     good = chosen_indexes(choice, len(rewards))
     if isinstance(choice, Ranking):
         good = good[:1]
     if not good:
         return max(rewards) < 0.0
     best = max(rewards[index] for index in good)
-    return all(best > reward for index, reward in enumerate(rewards) if index not in good)
+    same = [answers[index] for index in good] if answers else []
+    rest = [index for index in range(len(rewards)) if index not in good and not (answers and answers[index] in same)]
+    return all(best > rewards[index] for index in rest)
 
 
 def scores_of(choice: Choice, size: int) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -42,13 +43,12 @@ from ..params import Learning
 from .adapters import Shelf, Slot, Weights
 from .decode import Growing, decode_group
 from .download import download
-from .fits import fit_steps, rewards_of
+from .fits import fit_steps, sight
 from .learning import Group, Point, answer_logprobs, learn_steps
 from .loaded import LoadedModel, read_model, require_memory
 from .loop import Handler, Steps
 from .merging import merge
 from .methods import METHODS
-from .said import agrees
 from .vitals import fluency_of, variety_of
 
 PROGRESS_SECONDS = 0.2
@@ -145,8 +145,10 @@ class TextEngine:
         if (known := self._shelf.metrics(made)) is not None and self._has(made):
             return Learned(weights=made, metrics=known)
         slot, weights = self.weights(request.weights)
-        lessons = [request.lesson, *request.replay]
-        groups = [self._group(lesson, request.context_length, request.learning) for lesson in lessons]
+        groups = [self._group(request.lesson, request.context_length, request.learning)]
+        for lesson in request.replay:
+            with suppress(Invalid):  # one of a log that was too long to be fitted is too long to be replayed
+                groups.append(self._group(lesson, request.context_length, request.learning))
         references = []
         for group in groups:
             references.append(self._reference(slot, group))
@@ -228,17 +230,15 @@ class TextEngine:
         return Learned(weights=made, metrics=metrics)
 
     def assess(self, request: Assess) -> Steps:
-        agreed = 0
         slot, weights = self.weights(request.weights)
-        for lesson in request.lessons:
-            group = self._group(lesson, request.context_length, None)
-            reference = self._reference(slot, group)
-            slot.install(weights.flat)
-            with torch.no_grad():
-                logprobs = answer_logprobs(slot.model, group)
-            agreed += agrees(rewards_of(logprobs, reference, group), group.choice)
+        groups = [self._group(lesson, request.context_length, request.learning) for lesson in request.lessons]
+        looking = sight(slot, weights.flat, groups, lambda group: self._reference(slot, group), request.learning)
+        while True:
+            try:
+                next(looking)
+            except StopIteration as end:
+                return Assessed(agreed=end.value.agreed, of=len(groups))
             yield None
-        return Assessed(agreed=agreed, of=len(request.lessons))
 
     def status(self, request: Status) -> Steps:
         yield None
@@ -257,7 +257,7 @@ class TextEngine:
         slot = self.loaded.slots.get(self._shelf.settings(weights_id))
         return self._shelf.readable(slot, weights_id)
 
-    def _group(self, lesson: Lesson, context_length: int, learning: Learning | None) -> Group:
+    def _group(self, lesson: Lesson, context_length: int, learning: Learning) -> Group:
         """A lesson as numbers. An option that has no tokens, as one from another model or a file, gets this model's."""
         answers = [
             list(option.tokens) if option.tokens else self.loaded.answer_tokens(option.text, option.finish == "stop")
@@ -268,7 +268,7 @@ class TextEngine:
         answers = [answer or [self.loaded.end_token or 0] for answer in answers]
         longest = max(len(answer) for answer in answers)
         prompt = self.loaded.prompt_tokens(lesson.prompt, longest, context_length)
-        sharpened = METHODS[learning.learning_method].tempered if learning else True
+        sharpened = METHODS[learning.learning_method].tempered
         return Group(prompt, answers, lesson.choice, (lesson.temperature or 1.0) if sharpened else 1.0)
 
     def _reference(self, slot: Slot, group: Group) -> Tensor:

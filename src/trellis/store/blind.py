@@ -15,8 +15,9 @@ def add_trial(connection: Connection, trial: Row) -> None:
     connection.execute(insert(trials).values(trial))
 
 
-def trial_by_request(connection: Connection, request: str) -> str | None:
-    return connection.execute(select(trials.c.id).where(trials.c.request == request)).scalar()
+def trial_by_request(connection: Connection, request: str) -> Row | None:
+    row = connection.execute(select(trials).where(trials.c.request == request)).mappings().first()
+    return dict(row) if row else None
 
 
 def get_trial(connection: Connection, trial_id: str) -> Row | None:
@@ -34,20 +35,44 @@ def get_rounds(connection: Connection, trial_id: str) -> list[Row]:
     return [dict(row) for row in connection.execute(query).mappings()]
 
 
-def add_round(connection: Connection, row: Row, last: bool) -> None:
-    """A round; when it is the last one and needs no judging because nothing else does either, the trial is done."""
+def add_round(connection: Connection, row: Row) -> None:
+    """A round that was drawn. Ends the trial when nothing is left to be judged in it."""
     connection.execute(insert(rounds).values(row))
-    open_one = select(rounds.c.number).where(rounds.c.trial == row["trial"], rounds.c.verdict.is_(None)).limit(1)
-    if last and connection.execute(open_one).first() is None:
-        end_trial(connection, row["trial"])
+    _end_if_judged(connection, row["trial"])
 
 
-def judge(connection: Connection, trial_id: str, number: int, verdict: str, last: bool) -> None:
-    where = (rounds.c.trial == trial_id) & (rounds.c.number == number)
-    connection.execute(update(rounds).where(where).values(verdict=verdict))
-    if last:
-        end_trial(connection, trial_id)
+def judge(connection: Connection, trial_id: str, number: int, verdict: str) -> bool:
+    """Write a verdict down, if this is the first round without one and the trial is open. Whether it was."""
+    found = get_rounds(connection, trial_id)
+    current = next((each["number"] for each in found if each["verdict"] is None), None)
+    trial = get_trial(connection, trial_id)
+    if trial is None or trial["state"] != "open" or current != number:
+        return False
+    _set_verdict(connection, trial_id, number, verdict)
+    _end_if_judged(connection, trial_id)
+    return True
+
+
+def take_back(connection: Connection, trial_id: str) -> bool:
+    """Forget the last verdict that a person gave, if the trial is open and there is one. Whether there was."""
+    trial = get_trial(connection, trial_id)
+    given = [each["number"] for each in get_rounds(connection, trial_id) if each["verdict"] not in (None, "same")]
+    if trial is None or trial["state"] != "open" or not given:
+        return False
+    _set_verdict(connection, trial_id, given[-1], None)
+    return True
 
 
 def end_trial(connection: Connection, trial_id: str) -> None:
     connection.execute(update(trials).where(trials.c.id == trial_id).values(state="done"))
+
+
+def _set_verdict(connection: Connection, trial_id: str, number: int, verdict: str | None) -> None:
+    where = (rounds.c.trial == trial_id) & (rounds.c.number == number)
+    connection.execute(update(rounds).where(where).values(verdict=verdict))
+
+
+def _end_if_judged(connection: Connection, trial_id: str) -> None:
+    trial, found = get_trial(connection, trial_id), get_rounds(connection, trial_id)
+    if trial and len(found) >= trial["planned"] and all(each["verdict"] for each in found):
+        end_trial(connection, trial_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Connection, insert, select, update
@@ -34,6 +35,8 @@ def job_by_request(connection: Connection, request: str) -> Row | None:
     return dict(row) if row else None
 
 
-def list_jobs(connection: Connection, most: int = 200) -> list[Row]:
+def list_jobs(connection: Connection, kinds: Sequence[str] = (), most: int = 200) -> list[Row]:
     query = select(jobs).order_by(jobs.c.created.desc()).limit(most)
+    if kinds:
+        query = query.where(jobs.c.kind.in_(kinds))
     return [dict(row) for row in connection.execute(query).mappings()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, delete, func, insert, select, update
+from sqlalchemy import Connection, RowMapping, String, cast, delete, func, insert, select, update
 
 from .tables import intents, nodes, offers, sessions
 
@@ -74,6 +74,12 @@ def weights_of_others(connection: Connection, session_id: str, weights: Sequence
         query = select(nodes.c.weights).where(nodes.c.weights.in_(part), nodes.c.session != session_id).distinct()
         found.update(connection.execute(query).scalars())
     return found
+
+
+def log_is_used(connection: Connection, log: str) -> bool:
+    """Whether some node was fitted to this log of choices."""
+    query = select(nodes.c.id).where(cast(nodes.c.choice, String).contains(log, autoescape=True)).limit(1)
+    return connection.execute(query).first() is not None
 
 
 def set_prompts(connection: Connection, session_id: str, prepared: str) -> None:

@@ -18,7 +18,7 @@ from ..params import Sampling
 from ..store import blind as rows
 from ..store.store import Store
 from .jobs import timestamp
-from .journal import describe
+from .journal import place_of
 from .session import Session
 from .steering import Steering
 from .verdicts import result_json
@@ -29,6 +29,11 @@ AHEAD = 3
 """Rounds that are drawn before they are needed."""
 
 MOST_ROUNDS, USUAL_ROUNDS = 200, 20
+KEY_REUSED = Conflict(
+    "This Idempotency-Key was used for another action: a comparison in another session.",
+    code="key_reused",
+    next_step="Send a key of its own with each action.",
+)
 Said = Literal["first", "second", "tie"]
 
 
@@ -40,7 +45,7 @@ class Blind:
         self._steering = steering
         self._drawing: dict[str, asyncio.Task[None]] = {}
         self._troubles: dict[str, TrellisError] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._starting = asyncio.Lock()
 
     async def close(self) -> None:
         for task in self._drawing.values():
@@ -52,9 +57,18 @@ class Blind:
         request: str | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Begin one between two nodes. Raises NotFound, or Invalid for nodes that are the same."""
+        async with self._starting:  # one request makes one comparison
+            if request and (known := await self._store.read(rows.trial_by_request, request)):
+                if known["session"] != session_id:
+                    raise KEY_REUSED
+                return await self.state(session_id, known["id"])
+            trial_id = await self._start(session_id, left, right, planned, prompts or [], request)
+        return await self.state(session_id, trial_id)
+
+    async def _start(
+        self, session_id: str, left: str, right: str, planned: int, prompts: list[str], request: str | None
+    ) -> str:
         session = await self._steering.session(session_id)
-        if request and (known := await self._store.read(rows.trial_by_request, request)):
-            return await self.state(session_id, known)
         one, other = session.node(left), session.node(right)
         if one.weights == other.weights:
             raise Invalid(
@@ -66,21 +80,26 @@ class Blind:
             raise Invalid(
                 f"rounds: must be 1 to {MOST_ROUNDS}, got “{planned}”.", field="rounds", next_step="Choose a number."
             )
+        unused = max(node.position for node in session.tree.nodes.values()) + 1  # no branch was steered on it
+        trial_id = f"b{secrets.token_hex(8)}"
         trial = {
-            "id": f"b{secrets.token_hex(8)}", "session": session_id, "request": request, "left": left, "right": right,
-            "planned": planned, "position": session.tree.head.position + 1, "state": "open",
-            "prompts": [prompt.strip() for prompt in prompts or [] if prompt.strip()], "created": time.time(),
+            "id": trial_id, "session": session_id, "request": request, "left": left, "right": right,
+            "planned": planned, "position": unused, "state": "open",
+            "prompts": [prompt.strip() for prompt in prompts if prompt.strip()], "created": time.time(),
         }  # fmt: skip
         await self._store.write(rows.add_trial, trial)
-        return await self.state(session_id, str(trial["id"]))
+        return trial_id
 
     async def all(self, session_id: str) -> list[dict[str, Any]]:
         """The comparisons of a session, the newest first."""
         session = await self._steering.session(session_id)
-        return [
-            _as_json(session, trial, await self._store.read(rows.get_rounds, trial["id"]), None)
-            for trial in await self._store.read(rows.list_trials, session_id)
-        ]
+        told = []
+        for trial in await self._store.read(rows.list_trials, session_id):
+            found = _as_json(session, trial, await self._store.read(rows.get_rounds, trial["id"]), None)
+            if found["result"]:
+                del found["result"]["rounds"]
+            told.append(found)
+        return told
 
     async def state(self, session_id: str, trial_id: str) -> dict[str, Any]:
         """How a comparison stands: the round to judge, or the result. Goes on drawing. Raises NotFound."""
@@ -93,26 +112,37 @@ class Blind:
     async def judge(self, session_id: str, trial_id: str, number: int, said: Said) -> dict[str, Any]:
         """Say which answer of a round is better. Raises Conflict for a round that is not the one to judge."""
         session, trial = await self._find(session_id, trial_id)
-        async with self._locks.setdefault(trial_id, asyncio.Lock()):
-            found = await self._store.read(rows.get_rounds, trial_id)
-            current = next((each for each in found if each["verdict"] is None), None)
-            if trial["state"] != "open" or current is None or current["number"] != number:
-                raise Conflict(
-                    f"Round {number} is not the one to judge.",
-                    code="stale_round",
-                    next_step="Look at the current round.",
-                    details={"trial": _as_json(session, trial, found, None)},
-                )
+        found = await self._store.read(rows.get_rounds, trial_id)
+        current = next((each for each in found if each["number"] == number), None)
+        if current is not None:
             other = "right" if current["first"] == "left" else "left"
             verdict = {"first": current["first"], "second": other, "tie": "tie"}[said]
-            judged = sum(each["verdict"] is not None for each in found) + 1
-            await self._store.write(rows.judge, trial_id, number, verdict, judged >= trial["planned"])
+            taken = await self._store.write(rows.judge, trial_id, number, verdict)
+            if taken or current["verdict"] == verdict:  # said twice is said once
+                return await self.state(session_id, trial_id)
+        raise Conflict(
+            f"Round {number} is not the one to judge.",
+            code="stale_round",
+            next_step="Look at the current round.",
+            details={"trial": _as_json(session, trial, found, None)},
+        )
+
+    async def take_back(self, session_id: str, trial_id: str) -> dict[str, Any]:
+        """Judge the last round again. Raises Conflict where nothing was said, or when it has ended."""
+        await self._find(session_id, trial_id)
+        if not await self._store.write(rows.take_back, trial_id):
+            raise Conflict(
+                "There is no verdict to take back.",
+                code="nothing_to_undo",
+                next_step="A comparison that has ended stays as it is; judge a round, or start another one.",
+            )
         return await self.state(session_id, trial_id)
 
     async def end(self, session_id: str, trial_id: str) -> dict[str, Any]:
         """Stop and tell the result of what was judged so far."""
         await self._find(session_id, trial_id)
         await self._store.write(rows.end_trial, trial_id)
+        self._troubles.pop(trial_id, None)
         if task := self._drawing.get(trial_id):
             task.cancel()
         return await self.state(session_id, trial_id)
@@ -135,7 +165,13 @@ class Blind:
     def _draw_on(self, session: Session, trial: dict[str, Any]) -> None:
         task = self._drawing.get(trial["id"])
         if (task is None or task.done()) and trial["id"] not in self._troubles:
-            self._drawing[trial["id"]] = asyncio.create_task(self._draw(session, trial))
+            task = asyncio.create_task(self._draw(session, trial))
+            self._drawing[trial["id"]] = task
+            task.add_done_callback(lambda done: self._forget(trial["id"], done))
+
+    def _forget(self, trial_id: str, task: asyncio.Task[None]) -> None:
+        if self._drawing.get(trial_id) is task:
+            del self._drawing[trial_id]
 
     async def _draw(self, session: Session, trial: dict[str, Any]) -> None:
         """Draw answers until enough rounds wait to be judged, or all that are planned are there."""
@@ -175,12 +211,12 @@ class Blind:
             seed = derived_seed("blind", trial["id"], number, side)
             (texts[side],) = await session.sample(prompt, trial[side], 1, sampling, seed)
         same = texts["left"] == texts["right"]
-        first = "left" if derived_seed("order", trial["id"], number) % 2 else "right"
+        first = ("left", "right")[secrets.randbelow(2)]  # not from a seed that others could work out
         row = {
             "trial": trial["id"], "number": number, "prompt": prompt, "first": first, "left": texts["left"],
             "right": texts["right"], "verdict": "same" if same else None, "created": time.time(),
         }  # fmt: skip
-        await self._store.write(rows.add_round, row, number + 1 >= trial["planned"])
+        await self._store.write(rows.add_round, row)
 
 
 def _as_json(
@@ -196,9 +232,10 @@ def _as_json(
         "state": trial["state"],
         "planned": trial["planned"],
         "judged": len(verdicts),
-        "left": _place(session, trial["left"]),
-        "right": _place(session, trial["right"]),
+        "left": place_of(session.node(trial["left"])),
+        "right": place_of(session.node(trial["right"])),
         "created": timestamp(trial["created"]),
+        "can_undo": not ended and any(verdict != "same" for verdict in verdicts),
         "round": None,
         "result": None,
         "error": trouble.as_json() if trouble else None,
@@ -219,8 +256,3 @@ def _as_json(
             ]
         }
     return told
-
-
-def _place(session: Session, node_id: str) -> dict[str, Any]:
-    node = session.node(node_id)
-    return {"node": node.id, "step": node.step, "what": node.name or describe(node.choice)}

@@ -5,7 +5,6 @@ model. Each ends as a node of a tree, made from a log that is kept, so that it c
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,17 @@ from typing import Any
 from ..errors import Conflict, Invalid
 from ..messages import Lesson, Progress, Prompt
 from .datasets import Datasets
-from .jobs import Job, Jobs
+from .jobs import Job, Jobs, key_reused
 from .lessons import Logs, teaching_first, told_in_words
 from .preferences import MOST_LESSONS, Read, lessons_from
 from .session import Session
 from .steering import Steering
 from .tree import Fitted, FittedKind, Node
 
+KINDS = ("refit", "import", "replay")
 MOST_EPOCHS = 50
+MOST_BYTES = 200_000_000
+LONGEST_LINE = 2_000_000
 STEPS = 160
 """Choices that are looked at in all, where a log is short: so many passes over it as make up these, eight at most."""
 
@@ -72,6 +74,12 @@ class Fits:
                 field="file",
                 next_step="Choose a .jsonl file with a choice a line.",
             )
+        if place.stat().st_size > MOST_BYTES:
+            raise Invalid(
+                f"file: “{file}” has {place.stat().st_size / 1e6:.0f} MB; {MOST_BYTES / 1e6:.0f} is the most.",
+                field="file",
+                next_step="Split the file.",
+            )
         read = await asyncio.to_thread(self._read, place, session)
         return await self._start(
             session, node, "import", read.lessons, epochs, file, file, request, read.sentences()
@@ -103,19 +111,16 @@ class Fits:
 
     async def of(self, session_id: str) -> list[dict[str, Any]]:
         """The fits of a session, the newest first, as jobs."""
-        fits = [job for job in await self._jobs.list() if job["kind"] in ("refit", "import", "replay")]
+        fits = await self._jobs.list(KINDS)
         return [job for job in fits if session_id in (job["about"]["session"], job["about"]["origin"])]
 
     async def _known(self, request: str | None, kind: str, session_id: str) -> Job | None:
-        """The job that this request began before. The log may have grown since; it is the same action all the same."""
-        row = await self._jobs.by_request(request, kind) if request else None
-        if not request or row is None or row["body"]["origin"] != session_id:
-            return None
-
-        async def nothing(job: Job) -> dict[str, Any]:
-            raise AssertionError("the job is known")
-
-        return await self._jobs.start(kind, row["body"], nothing, request)
+        """The job that this request began before. The log may have grown since; it is the same action all the same.
+        Raises Conflict for a request that was used for something else."""
+        job = await self._jobs.known(request, kind) if request else None
+        if job and job.row["body"]["origin"] != session_id:
+            raise key_reused(kind)
+        return job
 
     async def _said(self, session: Session, node: Node) -> list[Lesson]:
         """All that was said on the way to a node. Raises Conflict where that is nothing."""
@@ -172,10 +177,7 @@ class Fits:
         parent = session.node(parent.id)
         async with session.holding(parent):
             learned = await session.fit(parent, fitted, job.progress)
-        node = await session.graft(parent, fitted, learned)
-        if fitted.kind == "replay":
-            with contextlib.suppress(Conflict):  # the person has begun to choose in it already
-                await session.goto(node.id, f"{job.id}-goto")
+            node = await session.graft(parent, fitted, learned)
         return {
             "session": session.id, "node": node.id, "step": node.step, "lessons": fitted.lessons,
             "epochs": fitted.epochs, "metrics": learned.metrics.model_dump(mode="json"),
@@ -184,8 +186,15 @@ class Fits:
 
 def _lines(place: Path) -> Iterator[str]:
     try:
-        with place.open(encoding="utf-8-sig") as lines:
-            yield from lines
+        with place.open(encoding="utf-8-sig") as file:
+            while line := file.readline(LONGEST_LINE + 1):
+                if len(line) > LONGEST_LINE:
+                    raise Invalid(
+                        f"file: a line has more than {LONGEST_LINE} characters, which no choice has.",
+                        field="file",
+                        next_step="Choose a file of JSON lines, one choice a line.",
+                    )
+                yield line
     except (UnicodeDecodeError, OSError) as error:
         raise Invalid(
             f"file: “{place.name}” cannot be read as text: {error}.",

@@ -185,7 +185,10 @@ class Growth:
         """With how many of the choices at nodes some weights agree; nobody waits for it."""
         lessons = await self.lessons(nodes)
         worker = await self._planted()
-        request = Assess(weights=weights, lessons=tuple(lessons), context_length=self._config.context_length)
+        request = Assess(
+            weights=weights, lessons=tuple(lessons), learning=self._config.part(Learning),
+            context_length=self._config.context_length,
+        )  # fmt: skip
         assessed = await worker.ask(request, priority=1)
         assert isinstance(assessed, Assessed)
         return assessed

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -44,6 +44,14 @@ class Job:
 Work = Callable[[Job], Awaitable[dict[str, Any]]]
 
 
+def key_reused(kind: str) -> Conflict:
+    return Conflict(
+        f"This Idempotency-Key was used for another action: {kind}.",
+        code="key_reused",
+        next_step="Send a key of its own with each action.",
+    )
+
+
 def topic(job_id: str) -> str:
     return f"jobs/{job_id}"
 
@@ -79,11 +87,7 @@ class Jobs:
     async def _start(self, kind: str, body: dict[str, Any], work: Work, request: str | None) -> Job:
         if request and (row := await self._store.read(rows.job_by_request, request)):
             if (row["kind"], row["body"]) != (kind, body):
-                raise Conflict(
-                    f"This Idempotency-Key was used for another action: {row['kind']}.",
-                    code="key_reused",
-                    next_step="Send a key of its own with each action.",
-                )
+                raise key_reused(row["kind"])
             return self._running.get(row["id"]) or Job(self._hub, row)
         row = {
             "id": f"j{secrets.token_hex(8)}", "request": request, "kind": kind, "body": body, "state": "running",
@@ -101,13 +105,20 @@ class Jobs:
         row = await self._store.read(rows.job_by_request, request)
         return row if row and row["kind"] == kind else None
 
+    async def known(self, request: str, kind: str) -> Job | None:
+        """The job that a request began before. Raises Conflict for a request that began one of another kind."""
+        row = await self._store.read(rows.job_by_request, request)
+        if row and row["kind"] != kind:
+            raise key_reused(row["kind"])
+        return (self._running.get(row["id"]) or Job(self._hub, row)) if row else None
+
     async def get(self, job_id: str) -> dict[str, Any]:
         """A job as the API shows it. Raises NotFound."""
         return as_json(await self._row(job_id))
 
-    async def list(self) -> list[dict[str, Any]]:
-        """The latest jobs, newest first."""
-        found = await self._store.read(rows.list_jobs)
+    async def list(self, kinds: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """The latest jobs, newest first; of some kinds, where these are named."""
+        found = await self._store.read(rows.list_jobs, kinds)
         return [as_json(self._running[row["id"]].row if row["id"] in self._running else row) for row in found]
 
     async def cancel(self, job_id: str) -> dict[str, Any]:

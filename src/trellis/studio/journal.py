@@ -15,7 +15,7 @@ from .jobs import timestamp
 from .session import Session
 from .shown import options_from
 from .tree import Fitted, Node, node_row
-from .verdicts import in_words, result_json
+from .verdicts import in_words, names_of, result_json
 
 FORMATS = ("raw", "trl-preference", "trl-unpaired", "openai-dpo")
 LETTERS = "ABCDEFGH"
@@ -65,7 +65,7 @@ async def _blind(store: Store, session: Session) -> list[str]:
     for trial in reversed(trials):
         rounds = await store.read(blind_rows.get_rounds, trial["id"])
         result = result_json([each["verdict"] for each in rounds if each["verdict"]])
-        left, right = (f"Step {session.node(trial[side]).step}" for side in ("left", "right"))
+        left, right = names_of(*(place_of(session.node(trial[side])) for side in ("left", "right")))
         lines += [f"- {timestamp(trial['created'])[:10]}, {left} and {right}: {in_words(result, left, right)}"]
     return [*lines, ""] if lines else []
 
@@ -110,6 +110,11 @@ def describe(choice: Choice | Fitted | None) -> str:
             return f"{FITTED[choice.kind]} {choice.lessons} choice{'s' if choice.lessons != 1 else ''}"
         case _:
             return "chose " + ", ".join(LETTERS[index] for index in choice)
+
+
+def place_of(node: Node) -> dict[str, Any]:
+    """A node as a comparison names it."""
+    return {"node": node.id, "step": node.step, "what": node.name or describe(node.choice)}
 
 
 def _lines(session: Session, node: Node, offer: dict[str, Any], layout: str) -> Iterator[dict[str, Any]]:

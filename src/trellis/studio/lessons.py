@@ -55,6 +55,11 @@ class Logs:
                 next_step="Go to a step before it; a new branch can be grown from there.",
             ) from None
 
+    def all(self) -> list[str]:
+        """The logs that there are; what a crash left half written goes."""
+        self._blobs.sweep()
+        return [place.name for place in self._blobs.root.glob("l*")]
+
     def discard(self, log: str) -> None:
         self._blobs.discard(log)
 

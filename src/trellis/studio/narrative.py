@@ -8,10 +8,16 @@ from ..messages import Written
 from ..store import steering as rows
 from ..store.store import Store
 from .jobs import timestamp
-from .journal import LETTERS, describe
+from .journal import LETTERS
 from .session import Session
 from .shown import first_words
 from .tree import Fitted, Node, drift_of
+
+LEARNED = {
+    "refit": "A new adapter learned all of the branch's",
+    "import": "It learned from a file of",
+    "replay": "It learned another model's",
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,8 @@ def _sentence(node: Node, offer: dict[str, object] | None) -> str:
             what = "you took none of the answers"
         case Fitted():
             name = f" You named this step “{node.name}”." if node.name else ""
-            return f"The model was {describe(node.choice)}, in {node.choice.epochs} passes.{name}"
+            passes = f"{node.choice.epochs} pass{'es' if node.choice.epochs != 1 else ''}"
+            return f"{LEARNED[node.choice.kind]} {node.choice.lessons} choices at once, in {passes}.{name}"
         case Written():
             what = f"you wrote the answer yourself{said}"
         case int():

@@ -77,25 +77,22 @@ def lessons_from(lines: Iterable[str], temperature: float, prompt_of: Callable[[
             found = found or Read(layout_of(row, number))
             found.rows += 1
             try:
-                yield number, _key(found.layout, row), row
+                key = _key(found.layout, row, number)
+                yield number, key, row
             except Unusable as why:
                 found.leave_out(str(why), number)
 
-    for _, group in groupby(rows(), key=lambda each: each[1] if each[1] is not None else each[0]):
+    for _, group in groupby(rows(), key=lambda each: each[1]):
         together = [(number, row) for number, _, row in group]
         assert found is not None
-        for begin in range(0, len(together), MOST_OPTIONS - 1):
-            part = together[begin : begin + MOST_OPTIONS - 1]
-            try:
-                asked, options, choice = _choice(found.layout, [row for _, row in part])
-            except Unusable as why:
-                found.leave_out(str(why), part[0][0])
-                continue
-            found.lessons.append(
-                Lesson(
-                    prompt=prompt_of(asked.text, asked.system), options=options, choice=choice, temperature=temperature
-                )
-            )
+        try:
+            choices = _choices(found.layout, [row for _, row in together])
+        except Unusable as why:
+            found.leave_out(str(why), together[0][0])
+            continue
+        for asked, options, choice in choices:
+            prompt = prompt_of(asked.text, asked.system)
+            found.lessons.append(Lesson(prompt=prompt, options=options, choice=choice, temperature=temperature))
             if len(found.lessons) > MOST_LESSONS:
                 raise Invalid(
                     f"file: has more than {MOST_LESSONS} choices, which is the most that can be learned from at once.",
@@ -140,28 +137,58 @@ def _parsed(number: int, line: str) -> dict[str, Any]:
     return row
 
 
-def _key(layout: Layout, row: dict[str, Any]) -> Any:
-    """What neighbouring rows of one choice have in common; None where every row stands for itself."""
+def _key(layout: Layout, row: dict[str, Any], number: int) -> Any:
+    """What neighbouring rows of one choice have in common. Raises Unusable for a row that is none of the layout's."""
+    if not KEYS[layout] <= row.keys():
+        raise Unusable(f"it lacks {' or '.join(sorted(KEYS[layout] - row.keys()))}")
     if layout == "raw":
-        return None
+        _raw(row)
+        return number
     if layout == "trl-unpaired":
-        return "unpaired", _asked(row["prompt"])
+        _text(row["completion"]), _label(row)
+        return _asked(row["prompt"])
     asked, better, _ = _pair(layout, row)
     return asked, better
 
 
-def _choice(layout: Layout, rows: list[dict[str, Any]]) -> tuple[Asked, tuple[Option, ...], Choice]:
-    """One choice from the rows that belong together. Raises Unusable."""
+Said = tuple[Asked, tuple[Option, ...], Choice]
+
+
+def _choices(layout: Layout, rows: list[dict[str, Any]]) -> list[Said]:
+    """The choices that rows which belong together make up: one, or more where they are too many for one.
+    Raises Unusable."""
     if layout == "raw":
-        return _raw(rows[0])
+        return [_raw(rows[0])]
     if layout == "trl-unpaired":
+        good = [_text(row["completion"]) for row in rows if _label(row)]
+        bad = [_text(row["completion"]) for row in rows if not _label(row)]
         asked = _asked(rows[0]["prompt"])
-        options = tuple(_option(_text(row["completion"])) for row in rows)
-        good = tuple(number for number, row in enumerate(rows) if row["label"] is True)
-        return asked, options, (good if len(good) > 1 else good[0] if good else "none")
+        if len(rows) <= MOST_OPTIONS:
+            options = tuple(_option(_text(row["completion"])) for row in rows)
+            called = tuple(number for number, row in enumerate(rows) if _label(row))
+            return [(asked, options, called if len(called) > 1 else called[0] if called else "none")]
+        if not good:
+            return [(asked, tuple(map(_option, part)), "none") for part in _parts(bad, MOST_OPTIONS)]
+        against = _parts(bad, MOST_OPTIONS - 1) or [[]]
+        rounds = max(len(good), len(against))
+        return [
+            (asked, tuple(map(_option, [good[number % len(good)], *against[number % len(against)]])), 0)
+            for number in range(rounds)
+        ]
     asked, better, _ = _pair(layout, rows[0])
-    worse = [_pair(layout, row)[2] for row in rows]
-    return asked, (_option(better), *(_option(text) for text in dict.fromkeys(worse))), 0
+    worse = list(dict.fromkeys(_pair(layout, row)[2] for row in rows))
+    return [(asked, tuple(map(_option, [better, *part])), 0) for part in _parts(worse, MOST_OPTIONS - 1)]
+
+
+def _parts(texts: list[str], size: int) -> list[list[str]]:
+    return [texts[begin : begin + size] for begin in range(0, len(texts), size)]
+
+
+def _label(row: dict[str, Any]) -> bool:
+    """Whether an answer was called good: true and false, or 1 and 0. Raises Unusable."""
+    if row["label"] not in (True, False):
+        raise Unusable(f"its label is {shorten(json.dumps(row['label']))}, neither true nor false")
+    return bool(row["label"])
 
 
 def _pair(layout: Layout, row: dict[str, Any]) -> tuple[Asked, str, str]:
@@ -181,7 +208,7 @@ def _pair(layout: Layout, row: dict[str, Any]) -> tuple[Asked, str, str]:
     return asked, better, worse
 
 
-def _raw(row: dict[str, Any]) -> tuple[Asked, tuple[Option, ...], Choice]:
+def _raw(row: dict[str, Any]) -> Said:
     texts, finish = row["options"], row.get("finish")
     if not isinstance(texts, list) or not 1 <= len(texts) <= MOST_OPTIONS:
         raise Unusable(f"it does not have 1 to {MOST_OPTIONS} options")
@@ -194,10 +221,13 @@ def _raw(row: dict[str, Any]) -> tuple[Asked, tuple[Option, ...], Choice]:
     if choice == "skip":
         raise Unusable("it was skipped, which teaches nothing")
     named = choice.ranking if isinstance(choice, Ranking) else (choice,) if isinstance(choice, int) else choice
-    if isinstance(named, tuple) and not all(0 <= index < len(texts) for index in named):
-        raise Unusable("the choice names an option that is not there")
-    system = row.get("system")
-    return Asked(_text(row["prompt"]), system if isinstance(system, str) else ""), options, choice
+    if isinstance(named, tuple):
+        if not all(0 <= index < len(texts) for index in named):
+            raise Unusable("the choice names an option that is not there")
+        if len(set(named)) != len(named):
+            raise Unusable("the choice names an option twice")
+    system = row.get("system") or ""
+    return Asked(_text(row["prompt"]), _text(system) if system else ""), options, choice
 
 
 def _asked(prompt: Any) -> Asked:
@@ -206,7 +236,8 @@ def _asked(prompt: Any) -> Asked:
         return Asked(_text(prompt))
     if not isinstance(prompt, list) or not all(isinstance(turn, dict) for turn in prompt):
         raise Unusable("its prompt is neither text nor a list of messages")
-    system = "\n\n".join(_content(turn) for turn in prompt if turn.get("role") in ("system", "developer"))
+    told = [_content(turn) for turn in prompt if turn.get("role") in ("system", "developer")]
+    system = _text("\n\n".join(told)) if any(map(str.strip, told)) else ""
     said = [turn for turn in prompt if turn.get("role") not in ("system", "developer")]
     if len(said) != 1 or said[0].get("role") != "user":
         raise Unusable("its conversation has several turns; only one question and its answers can be learned from")

@@ -225,8 +225,9 @@ class Session:
             if target is None:
                 raise self._conflict("This is the beginning; nothing to undo.", "nothing_to_undo", "Choose an answer.")
             left = self.tree.head
-            notes = {target.id: {"forward": left.id, "shown": left.answered}}
-            await self._go(target, left.answered, notes, self._intent(request, "undo", {"from": left.id}, "done"))
+            shown = left.answered or target.shown  # what was fitted to a log answered no offer
+            notes = {target.id: {"forward": left.id, "shown": shown}}
+            await self._go(target, shown, notes, self._intent(request, "undo", {"from": left.id}, "done"))
 
     @to_its_end
     async def redo(self, request: str) -> None:
@@ -356,7 +357,11 @@ class Session:
             return await self._growth.fit(parent, fitted, told)
 
     async def graft(self, parent: Node, fitted: Fitted, learned: Learned) -> Node:
-        """Add a node that was made beside the session's own steps. The head stays where it is."""
+        """Add a node that was made beside the session's own steps. The head stays where it is, but for a session that
+        was made to hold this node and in which nothing was said yet: it then stands there."""
+        return await asyncio.shield(asyncio.ensure_future(self._graft(parent, fitted, learned)))
+
+    async def _graft(self, parent: Node, fitted: Fitted, learned: Learned) -> Node:
         async with self._lock:
             self._require_open()
             said = fitted.model_dump(mode="json")
@@ -370,7 +375,12 @@ class Session:
                 await self._store.write(rows.add_node, node_row(node))
                 self.tree.add(node)
                 self._publish("node_fitted", node_json(node, self.tree))
-            return self.tree.nodes[node_id]
+            node = self.tree.nodes[node_id]
+            if fitted.kind == "replay" and len(self.tree.nodes) == 2 and not self.intent:
+                notes = {parent.id: {"forward": node.id}}
+                intent = self._intent(f"goto-{node.id}", "goto", {"from": parent.id, "to": node.id}, "done")
+                await self._go(node, None, notes, intent)
+            return node
 
     async def labels(self) -> dict[str, str]:
         """A few words for each node: how the answer began that led to it."""
@@ -410,7 +420,8 @@ class Session:
     def idle(self) -> bool:
         """Whether nobody watches it and nothing is being done."""
         working = self._task is not None and not self._task.done()
-        return not working and not self._lock.locked() and self._hub.watchers(self.topic) == 0
+        held = bool(+self._pins)
+        return not working and not held and not self._lock.locked() and self._hub.watchers(self.topic) == 0
 
     def wake(self) -> None:
         """Do what is missing, if anything is. Never waits."""

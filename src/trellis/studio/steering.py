@@ -52,7 +52,11 @@ class Steering:
         self._creating = asyncio.Lock()
 
     async def open(self) -> None:
-        """Take up choices that were acknowledged and not learned from when the studio last stopped."""
+        """Take up choices that were acknowledged and not learned from when the studio last stopped, and delete the logs
+        that no node was fitted to: of deleted sessions, of fits that failed. No fit is running yet."""
+        for log_id in await asyncio.to_thread(self._logs.all):
+            if not await self._store.read(rows.log_is_used, log_id):
+                await asyncio.to_thread(self._logs.discard, log_id)
         for session_id in await self._store.read(rows.sessions_with_open_intents):
             try:
                 (await self.session(session_id)).wake()

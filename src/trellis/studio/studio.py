@@ -39,7 +39,7 @@ class Studio:
         self.models = Models(self.jobs, spawn, catalog, settings.engine_memory, settings.idle_minutes * 60)
         reader = Reader(hub_files, START_SECONDS + settings.hub_timeout)
         self.datasets = Datasets(reader, settings.prompts_folders, Blobs(settings.save_dir / "prepared"))
-        logs = Logs(settings.save_dir / "logs")
+        logs = Logs(settings.save_dir / "choices")
         self.steering = Steering(store, self.hub, self.models, self.datasets, weights, logs)
         self.fits = Fits(self.jobs, self.steering, logs, self.datasets)
         self.blind = Blind(store, self.steering)

@@ -73,12 +73,30 @@ def result_json(verdicts: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def names_of(left: dict[str, Any], right: dict[str, Any]) -> tuple[str, str]:
+    """How to call two nodes `{step, what, name}` so that they are told apart."""
+    both = (left, right)
+    if left["step"] != right["step"]:
+        one, other = (f"Step {each['step']}" for each in both)
+    else:
+        one, other = (f"Step {each['step']} ({each['what']})" for each in both)
+    return (one, other) if one != other else (f"{one}, the first", f"{other}, the second")
+
+
 def in_words(result: dict[str, Any], left: str, right: str) -> str:
     """What a comparison came to, in sentences. `left` and `right` name the two."""
     decided = result["left"] + result["right"]
-    ties = f" {result['ties']} more {'were ties' if result['ties'] > 1 else 'was a tie'}." if result["ties"] else ""
+    count = result["ties"]
+    ties = f" {count} more {'were ties' if count > 1 else 'was a tie'}." if count else ""
     if not decided:
-        return f"Nothing was decided.{ties}" if ties else "No round was judged."
+        if not count:
+            return "No round was judged."
+        return (
+            f"Nothing was decided: all {count} rounds were ties." if count > 1 else "Nothing was decided: it was a tie."
+        )
+    if result["left"] == result["right"]:
+        even = f"Each was liked better in {result['left']} of {decided} decided rounds.{ties}"
+        return f"{even} That is not enough to tell them apart."
     ahead, behind = (right, left) if result["right"] >= result["left"] else (left, right)
     won = max(result["left"], result["right"])
     low, high = result["low"], result["high"]

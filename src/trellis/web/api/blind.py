@@ -49,6 +49,18 @@ async def verdict(trial: str, body: Verdict, session: OfSession, studio: OfStudi
     return await studio.blind.judge(session.id, trial, body.round, body.verdict)
 
 
+@router.post("/{trial}/undo")
+async def undo(trial: str, session: OfSession, studio: OfStudio) -> dict[str, Any]:
+    """Take the last verdict back, and judge that round again."""
+    return await studio.blind.take_back(session.id, trial)
+
+
+@router.post("/{trial}/retry")
+async def retry(trial: str, session: OfSession, studio: OfStudio) -> dict[str, Any]:
+    """Draw again after `error`."""
+    return await studio.blind.retry(session.id, trial)
+
+
 @router.post("/{trial}/end")
 async def end(trial: str, session: OfSession, studio: OfStudio) -> dict[str, Any]:
     """Stop, and tell the result of what was judged so far."""

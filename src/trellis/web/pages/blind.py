@@ -14,7 +14,7 @@ from ...studio.blind import MOST_ROUNDS, USUAL_ROUNDS
 from ...studio.session import Session
 from ...studio.studio import Studio
 from ...studio.tree import drift_of
-from ...studio.verdicts import in_words
+from ...studio.verdicts import in_words, names_of
 from ..api.steering import OfSession, OfStudio
 from ..failures import status_of
 from ..limits import expensive
@@ -66,7 +66,7 @@ async def start_page(
         rounds=values["rounds"],
         most=MOST_ROUNDS,
         prompts=values["prompts"],
-        trials=[trial | {"told": told(trial)} for trial in trials],
+        trials=[trial | {"told": told(trial), "names": names_of(trial["left"], trial["right"])} for trial in trials],
         error=error.as_json() if error else None,
         request_id=secrets.token_hex(12),
     )
@@ -76,7 +76,7 @@ def told(trial: dict[str, Any]) -> str:
     """What a comparison came to, in words; empty while it goes on."""
     if not trial["result"]:
         return ""
-    return in_words(trial["result"], f"Step {trial['left']['step']}", f"Step {trial['right']['step']}")
+    return in_words(trial["result"], *names_of(trial["left"], trial["right"]))
 
 
 @router.post("/steer/{session}/blind")
@@ -116,6 +116,11 @@ async def end(request: Request, session: OfSession, studio: OfStudio, trial: str
     return answered(request, session, await studio.blind.end(session.id, trial))
 
 
+@router.post("/steer/{session}/blind/{trial}/undo")
+async def undo(request: Request, session: OfSession, studio: OfStudio, trial: str) -> Response:
+    return answered(request, session, await studio.blind.take_back(session.id, trial))
+
+
 @router.post("/steer/{session}/blind/{trial}/retry")
 async def retry(request: Request, session: OfSession, studio: OfStudio, trial: str) -> Response:
     return answered(request, session, await studio.blind.retry(session.id, trial))
@@ -135,5 +140,6 @@ def shown(request: Request, session: Session, trial: dict[str, Any]) -> HTMLResp
         state=session.state(),
         trial=trial,
         told=told(trial),
+        names=names_of(trial["left"], trial["right"]),
         request_id=secrets.token_hex(12),
     )
