@@ -30,7 +30,7 @@ import second_model
 from simulated import DEMO, RULES, Rule, Subject, live
 
 CACHE = Path(tempfile.gettempdir()) / "trellis-bench" / "second-model"
-AT = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 25, 30, 40, 60, 80, 100, 150, 200)
+AT = (2, 4, 6, 8, 10, 12, 15, 20, 30, 40, 60, 100, 150, 200)
 RATES = {"trellis-classic": 2e-5}
 GOAL = 0.8
 

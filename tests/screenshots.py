@@ -54,6 +54,7 @@ def judge(page: Page, voice: str, rounds: int) -> None:
         texts = page.locator(".answer blockquote").all_inner_texts()
         number = page.locator("[data-round]").get_attribute("data-round")
         fits = [voice_of(text) == voice for text in texts]
+        page.wait_for_timeout(350)
         page.keyboard.press("t" if fits[0] == fits[1] else "ab"[fits.index(True)])
         page.locator(f"[data-round='{number}']").wait_for(state="detached")
 

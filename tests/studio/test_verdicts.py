@@ -49,7 +49,7 @@ def test_nothing_judged_says_nothing() -> None:
 
 def test_enough_is_said_and_for_whom() -> None:
     words = in_words(result_json(["right"] * 9 + ["left", "tie"]), "Step 0", "Step 4")
-    assert words.startswith("Step 4 was liked better in 9 of 10 decided rounds: 90%")
+    assert words.startswith("Step 4 was liked better in 9 of 10 decided rounds: 90 %")
     assert "1 more was a tie." in words
     assert words.endswith("That is enough to say that it is liked better than step 0.")
     other = in_words(result_json(["left"] * 9 + ["right"]), "Step 0", "Step 4")

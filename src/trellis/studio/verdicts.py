@@ -104,8 +104,8 @@ def in_words(result: dict[str, Any], left: str, right: str) -> str:
         low, high = 1 - high, 1 - low
     rate = won / decided
     told = (
-        f"{ahead} was liked better in {won} of {decided} decided rounds: {rate:.0%}, with a 95 % interval of "
-        f"{low:.0%} to {high:.0%}.{ties}"
+        f"{ahead} was liked better in {won} of {decided} decided rounds: {100 * rate:.0f} %, with a 95 % interval of "
+        f"{100 * low:.0f} to {100 * high:.0f} %.{ties}"
     )
     if result["enough"]:
         return f"{told} That is enough to say that it is liked better than {behind[0].lower()}{behind[1:]}."
