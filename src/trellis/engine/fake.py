@@ -148,9 +148,8 @@ class FakeEngine:
         self._require_loaded()
         made = request.makes()
         yield None
-        known = self._about(made)
-        if known is not None:
-            return Learned(weights=made, metrics=Metrics.model_validate(known["metrics"]))
+        if known := self._made_before(made):
+            return known
         steps = self._steps_of(request.weights) + 1
         for _ in range(request.learning.inner_steps):
             time.sleep(STEP_SECONDS)
@@ -173,9 +172,8 @@ class FakeEngine:
         self._require_loaded()
         made = request.makes()
         yield None
-        known = self._about(made)
-        if known is not None:
-            return Learned(weights=made, metrics=Metrics.model_validate(known["metrics"]))
+        if known := self._made_before(made):
+            return known
         steps = self._steps_of(request.weights)
         try:
             count = len((Path(request.path) / LOG_FILE).read_text(encoding="utf-8").splitlines())
@@ -241,6 +239,10 @@ class FakeEngine:
         if about is None:
             raise WeightsMissing(weights_id)
         return int(about["steps"])
+
+    def _made_before(self, made: str) -> Learned | None:
+        known = self._about(made)
+        return None if known is None else Learned(weights=made, metrics=Metrics.model_validate(known["metrics"]))
 
     def _about(self, weights_id: str) -> dict[str, Any] | None:
         try:

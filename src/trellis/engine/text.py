@@ -142,8 +142,8 @@ class TextEngine:
         started = time.monotonic()
         made = request.makes()
         yield None
-        if (known := self._shelf.metrics(made)) is not None and self._has(made):
-            return Learned(weights=made, metrics=known)
+        if known := self._made_before(made):
+            return known
         slot, weights = self.weights(request.weights)
         groups = [self._group(request.lesson, request.context_length, request.learning)]
         for lesson in request.replay:
@@ -176,8 +176,8 @@ class TextEngine:
         started = time.monotonic()
         made = request.makes()
         yield None
-        if (known := self._shelf.metrics(made)) is not None and self._has(made):
-            return Learned(weights=made, metrics=known)
+        if known := self._made_before(made):
+            return known
         slot, weights = self.weights(request.weights)
         groups, left_out, too_long = [], 0, None
         for number, lesson in enumerate(lessons_in(Path(request.path))):
@@ -253,9 +253,12 @@ class TextEngine:
         slot = self.loaded.slots.get(self._shelf.settings(weights_id))
         return slot, self._shelf.get(slot, weights_id)
 
-    def _has(self, weights_id: str) -> bool:
-        slot = self.loaded.slots.get(self._shelf.settings(weights_id))
-        return self._shelf.readable(slot, weights_id)
+    def _made_before(self, made: str) -> Learned | None:
+        """What learning once made and is whole on disk, as it was told then."""
+        metrics = self._shelf.metrics(made)
+        if metrics is None or not self._shelf.readable(self.loaded.slots.get(self._shelf.settings(made)), made):
+            return None
+        return Learned(weights=made, metrics=metrics)
 
     def _group(self, lesson: Lesson, context_length: int, learning: Learning) -> Group:
         """A lesson as numbers. An option that has no tokens, as one from another model or a file, gets this model's."""
