@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from trellis.engine.learning import (
     adamw_step,
     answer_logprobs,
     answers_logprobs,
+    fading,
     learn_steps,
     passes,
     settled,
@@ -255,3 +257,14 @@ def test_numbers_that_overflow_are_an_error_and_not_weights() -> None:
 def test_a_lesson_without_a_learning_rate_is_a_bug() -> None:
     with pytest.raises(ValueError, match="learning rate"):
         learn(Learning(), GROUP)
+
+
+def test_the_pull_fades_as_options_become_alike_but_never_for_what_a_person_wrote() -> None:
+    options = Learning(nll_weight=1.5)
+    different = Group(prompt=[1], answers=[[2, 3, 4], [0, 0, 0]], choice=0, temperature=1.0)
+    same = replace(different, answers=[[2, 3, 4]] * 2)
+    close = replace(different, answers=[[2, 3, 4, 0], [2, 3, 4, 1]])
+    assert fading(options, different) == options
+    assert fading(options, same).nll_weight == 0.0
+    assert fading(options, close).nll_weight == pytest.approx(1.5 * (1 - 3 / 5))
+    assert fading(options, replace(same, choice=Written(written="x"))) == options

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import TrellisError
-from ..messages import Choice
+from ..messages import Choice, Written
 from ..params import Learning
 from .adapters import Slot
 from .methods import BETAS, CLIP, METHODS, Verdict, k3
@@ -146,7 +146,9 @@ class Outcome:
 
 def fading(options: Learning, group: Group) -> Learning:
     """The options with as much pull on the winner as the answers differ. Where all say much the same, whoever is
-    chosen says little, and to imitate it would only make the next ones more alike."""
+    chosen says little, and to imitate it would only make the next ones more alike. What a person wrote never fades."""
+    if isinstance(group.choice, Written):
+        return options
     return options.model_copy(update={"nll_weight": options.nll_weight * variety_of(group.answers)})
 
 

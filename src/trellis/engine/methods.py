@@ -59,7 +59,7 @@ def judge_choice(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choi
     distance = k3(logprobs, reference, mask)
     loss = -likelihood + options.kl_beta * distance
     if winners:
-        weight = 1.0 if isinstance(choice, Written) else options.nll_weight
+        weight = max(1.0, options.nll_weight) if isinstance(choice, Written) else options.nll_weight
         loss = loss - weight * (logprobs[winners].sum(dim=-1) / lengths[winners]).mean()
     return Verdict(loss, float(chosen.detach().exp()), float(distance.detach()))
 
