@@ -150,7 +150,7 @@ class Learning(Options):
         group="Learning", gt=0.0, le=0.1,
     )  # fmt: skip
     kl_beta: float = option(
-        0.12, "KL strength", "How hard the model is held to the base model's way of speaking.",
+        0.04, "KL strength", "How hard the model is held to the base model's way of speaking.",
         group="Learning", ge=0.0, le=10.0,
     )  # fmt: skip
     choice_beta: float = option(

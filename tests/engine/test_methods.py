@@ -62,6 +62,15 @@ def test_what_counts_is_one_in_all_and_never_rises(lengths: list[int], opening: 
     assert bool((weights[:, 1:] <= weights[:, :-1] + 1e-6).all())
 
 
+def test_the_leash_tightens_with_the_distance() -> None:
+    leashed = Learning(learning_rate=0.1, choice_beta=2.0, kl_beta=0.5, nll_weight=0.0, opening_weight=0.0)
+    free = leashed.model_copy(update={"kl_beta": 0.0})
+    judge = METHODS["choice"].judge
+    distance = judge(LOGPROBS, REFERENCE, MASK, 0, leashed).kl
+    loss, without = (float(judge(LOGPROBS, REFERENCE, MASK, 0, each).loss) for each in (leashed, free))
+    assert loss - without == pytest.approx(0.5 * (distance + distance**2), rel=1e-5)
+
+
 def test_one_of_four_has_the_advantages_of_the_paper() -> None:
     assert advantages_of(2, 4) == pytest.approx([-0.577, -0.577, 1.732, -0.577], abs=1e-3)
     assert advantages_of("none", 4) == [-1.0] * 4

@@ -57,7 +57,7 @@ def judge_choice(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choi
             likelihood = likelihood + utilities[index] - utilities[remaining].logsumexp(0)
         remaining.remove(index)
     distance = k3(logprobs, reference, mask)
-    loss = -likelihood + options.kl_beta * distance
+    loss = -likelihood + options.kl_beta * tightening(distance)
     if winners:
         weight = max(1.0, options.nll_weight) if isinstance(choice, Written) else options.nll_weight
         loss = loss - weight * (logprobs[winners].sum(dim=-1) / lengths[winners]).mean()
@@ -77,6 +77,11 @@ def weights_of(mask: Tensor, opening: float) -> Tensor:
         return evenly
     falling = OPENING ** torch.arange(mask.shape[-1], device=mask.device) * mask
     return (1.0 - opening) * evenly + opening * falling / falling.sum(dim=-1, keepdim=True)
+
+
+def tightening(distance: Tensor) -> Tensor:
+    """The leash of a choice: its pull grows with the distance, so that a voice is free and gibberish is not."""
+    return distance + distance.square()
 
 
 def k3(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
