@@ -126,6 +126,20 @@ async def test_it_can_be_ended_early_and_then_nothing_more_is_drawn(studio: Stud
     assert len(await studio.store.read(rows.get_rounds, trial["id"])) == drawn < 10
 
 
+async def test_a_round_that_is_still_drawn_at_the_end_does_not_change_the_result(
+    studio: Studio, session: Session
+) -> None:
+    trial = await start(studio, session, planned=3)
+    found = await studio.blind.end(session.id, trial["id"])
+    late = {
+        "trial": trial["id"], "number": 2, "prompt": "Why?", "first": "left", "left": "A", "right": "A",
+        "verdict": "same", "created": 0.0,
+    }  # fmt: skip
+    await studio.store.write(rows.add_round, late)
+    await studio.store.write(rows.add_round, late | {"trial": "b404"})
+    assert await studio.blind.state(session.id, trial["id"]) == found
+
+
 async def test_answers_that_are_the_same_are_ties_that_nobody_is_asked_about(
     studio: Studio, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,6 +86,7 @@ def fit_steps(
     if rate is None:
         raise ValueError("a learning rate must have been chosen before a log reaches the engine")
     total = steps_of(len(groups), epochs)
+    faded = [fading(options, group) for group in groups]
     looked_at = groups[:: max(1, math.ceil(len(groups) / JUDGED))]
     point = Point(start.flat, torch.zeros_like(start.first), torch.zeros_like(start.second), 0)
     before = yield from sight(slot, point.flat, looked_at, reference, options, total)
@@ -94,7 +95,8 @@ def fit_steps(
     for _ in range(epochs):
         order = dice.sample(range(len(groups)), len(groups))
         for begin in range(0, len(order), BATCH):
-            batch = [groups[number] for number in order[begin : begin + BATCH]]
+            chosen = order[begin : begin + BATCH]
+            batch = [groups[number] for number in chosen]
             gradient, loss = torch.zeros_like(point.flat), 0.0
             for numbers in passes(batch, slot.parameters):
                 references = [reference(batch[number]) for number in numbers]
@@ -107,7 +109,7 @@ def fit_steps(
                         known,
                         batch[number].mask(known.device),
                         batch[number].choice,
-                        fading(options, batch[number]),
+                        faded[chosen[number]],
                     )
                     for place, (number, known) in enumerate(zip(numbers, references, strict=True))
                 ]

@@ -157,19 +157,18 @@ class TextEngine:
         sums = references[0].sum(dim=-1).tolist()[: len(drawn)]
         start = Point(weights.flat, weights.first, weights.second, weights.steps)
         outcome = yield from learn_steps(slot, start, groups[0], groups[1:], references, request.learning, made)
-        end = outcome.point
         metrics = Metrics(
             loss=outcome.loss,
             kl=outcome.kl,
             share_before=outcome.share_before,
             share_after=outcome.share_after,
-            drift=slot.drift(end.flat),
+            drift=slot.drift(outcome.point.flat),
             inner_steps=outcome.inner_steps,
             seconds=time.monotonic() - started,
             fluency=fluency_of(sums, [len(option.tokens) for option in drawn]),
             variety=variety_of([option.tokens for option in drawn]),
         )
-        self._shelf.save(slot, Weights(made, slot.settings, end.flat, end.first, end.second, end.steps), metrics)
+        self._shelf.save(slot, _weights_at(made, slot, outcome.point), metrics)
         return Learned(weights=made, metrics=metrics)
 
     def fit(self, request: Fit) -> Steps:
@@ -223,10 +222,7 @@ class TextEngine:
             agreed_of=fitted.judged,
             left_out=left_out,
         )
-        point = fitted.point
-        self._shelf.save(
-            slot, Weights(made, slot.settings, point.flat, point.first, point.second, point.steps), metrics
-        )
+        self._shelf.save(slot, _weights_at(made, slot, fitted.point), metrics)
         return Learned(weights=made, metrics=metrics)
 
     def assess(self, request: Assess) -> Steps:
@@ -283,6 +279,10 @@ class TextEngine:
             while len(self._references) > 256:
                 self._references.popitem(last=False)
         return self._references[key]
+
+
+def _weights_at(made: str, slot: Slot, point: Point) -> Weights:
+    return Weights(made, slot.settings, point.flat, point.first, point.second, point.steps)
 
 
 def lessons_in(folder: Path) -> Iterator[Lesson]:

@@ -36,7 +36,11 @@ def get_rounds(connection: Connection, trial_id: str) -> list[Row]:
 
 
 def add_round(connection: Connection, row: Row) -> None:
-    """A round that was drawn. Ends the trial when nothing is left to be judged in it."""
+    """A round that was drawn. Ends the trial when nothing is left to be judged in it. What was still being drawn for a
+    trial that has ended or is gone is not kept: its result stays as it was told."""
+    trial = get_trial(connection, row["trial"])
+    if trial is None or trial["state"] != "open":
+        return
     connection.execute(insert(rounds).values(row))
     _end_if_judged(connection, row["trial"])
 

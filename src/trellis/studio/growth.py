@@ -157,14 +157,17 @@ class Growth:
     async def lessons(self, nodes: Sequence[Node]) -> list[Lesson]:
         """All that was said at nodes, in their order; of one that was fitted to a log, the whole log."""
         found = await self._store.read(rows.get_offers, [node.answered for node in nodes if node.answered])
-        lessons: list[Lesson] = []
-        for node in nodes:
-            if isinstance(node.choice, Fitted):
-                numbers = range(node.choice.lessons)
-                lessons += await asyncio.to_thread(self._logs.read, node.choice.fitted, numbers)
-            elif node.learned and node.choice is not None:
-                lessons.append(self._lesson(found[node.answered or ""], node.choice))
-        return lessons
+
+        def read() -> list[Lesson]:
+            lessons: list[Lesson] = []
+            for node in nodes:
+                if isinstance(node.choice, Fitted):
+                    lessons += self._logs.read(node.choice.fitted, range(node.choice.lessons))
+                elif node.learned and node.choice is not None:
+                    lessons.append(self._lesson(found[node.answered or ""], node.choice))
+            return lessons
+
+        return await asyncio.to_thread(read)  # hundreds of choices take longer than the event loop may be held
 
     async def fit(self, parent: Node, fitted: Fitted, told: Callable[[Progress], None]) -> Learned:
         """Learn from a whole log at a node, after everybody who waits for an answer. Raises WeightsMissing."""
