@@ -53,7 +53,8 @@ def test_the_whole_loop_by_keyboard(open_page: Open, server: Server) -> None:
     expect(page.locator("[data-strip-text]")).to_contain_text("Learned: A is now 3.0 times as likely")
     assert answers(page) != first
     expect(page.locator("#figures .figures:not(.vitals) dd").first).to_have_text("1")
-    expect(page.locator("#figures .click-report")).to_contain_text("of the choice among the options and has")
+    expect(page.locator("#figures [data-report]")).to_contain_text("of the choice among the options and has")
+    expect(page.locator("#figures [data-agreed]")).to_have_text("It agrees with your choice.")
     press(page, "n")
     expect(page.locator("#tree li")).to_have_count(3)
     expect(page.locator("#tree [aria-current]")).to_contain_text("none of these")
