@@ -70,7 +70,7 @@ def test_a_step_is_named_and_two_steps_are_compared(open_page: Open, server: Ser
     page = open_page()
     start(page, server)
     press(page, "a")
-    page.get_by_label("Name of this step").fill("The good one")
+    page.get_by_label("Name of step 1").fill("The good one")
     page.get_by_role("button", name="Save", exact=True).click()
     expect(page.locator("#tree [aria-current]")).to_contain_text("The good one")
     press(page, "b")
@@ -84,6 +84,25 @@ def test_a_step_is_named_and_two_steps_are_compared(open_page: Open, server: Ser
     expect(page.locator(".round").first).to_contain_text("Step 2")
     page.reload()
     expect(page.locator(".round")).to_have_count(2)
+
+
+def test_a_name_that_is_being_written_outlives_what_happens_meanwhile(open_page: Open, server: Server) -> None:
+    page = open_page()
+    start(page, server)
+    press(page, "a")
+    place = page.get_by_label("Name of step 1")
+    place.fill("Kept")
+    place.press("ArrowLeft")
+    with page.expect_response(lambda response: response.url.endswith("/side/tree")):
+        page.evaluate("htmx.trigger('#tree', 'trellis:tree')")
+    expect(place).to_have_value("Kept")
+    expect(place).to_be_focused()
+    page.locator(".option .letter").nth(1).click()
+    expect(page.locator("#tree [aria-current] .step")).to_have_text("2")
+    expect(place).to_have_value("Kept")  # it still names the step that it was begun for
+    page.get_by_role("button", name="Save", exact=True).click()
+    expect(page.locator("#tree button", has_text="Kept").locator(".step")).to_have_text("1")
+    expect(page.get_by_label("Name of step 2")).to_have_value("")
 
 
 def test_the_view_is_in_the_address_and_the_back_button_goes_back(open_page: Open, server: Server) -> None:
@@ -215,7 +234,6 @@ def test_the_focus_stays_where_it_was_when_a_part_is_renewed(open_page: Open, se
     press(page, "a")
     page.locator("#tree button[name=node]").last.focus()
     focused = page.evaluate("document.activeElement.value")
-    page.evaluate("htmx.trigger('#tree', 'trellis:tree')")
     page.wait_for_timeout(500)
     assert page.evaluate("document.activeElement.value") == focused
 

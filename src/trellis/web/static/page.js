@@ -45,6 +45,30 @@ export async function ask(method, url, body, options = {}) {
   return said;
 }
 
+/** A form marked with data-keep, with something in it that was not sent, stays as it is when its part of the page is fetched again. */
+function keepWritten() {
+  const written = (form) => $$("input, textarea", form).some((each) => each.value !== each.defaultValue);
+  let kept = [];
+  document.addEventListener("htmx:beforeSwap", (event) => {
+    kept = $$("form[data-keep]", event.detail.target).filter(written)
+      .map((form) => ({ form, focused: form.contains(document.activeElement) ? document.activeElement : null }));
+  });
+  document.addEventListener("htmx:afterSwap", (event) => {
+    for (const { form, focused } of kept) {
+      const fresh = $(`form[data-keep="${CSS.escape(form.dataset.keep)}"]`, event.detail.target);
+      if (!fresh) continue;
+      fresh.replaceWith(form);
+      htmx.process(form); // its listeners went with the part that it stood in
+      focused?.focus({ preventScroll: true });
+    }
+    kept = [];
+  });
+  document.addEventListener("htmx:afterRequest", (event) => {
+    if (!event.detail.successful || !event.target.matches?.("form[data-keep]")) return;
+    $$("input, textarea", event.target).forEach((each) => { each.defaultValue = each.value; });
+  });
+}
+
 export function bindPage() {
   // htmx knows only the last button that was pressed inside a form; what was pressed may stand outside of it.
   document.addEventListener("htmx:configRequest", (event) => {
@@ -78,6 +102,8 @@ export function bindPage() {
     }
   });
   addEventListener("pageshow", () => $$("[data-once]").forEach((form) => delete form.dataset.sent));
+
+  keepWritten();
 
   // A part of the page that is fetched again keeps the focus where it was.
   let focused = null;

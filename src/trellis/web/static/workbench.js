@@ -214,6 +214,7 @@ export class Workbench {
   bindForms() {
     this.root.addEventListener("htmx:afterRequest", (event) => {
       if (!event.detail.successful) { this.showChoice(); this.showStatus(); return; }
+      if (event.target.matches("[data-keep]")) this.refresh("tree"); // it may have stood for an earlier step
       for (const details of $$("[data-edit], [data-write]", this.root)) {
         if (details.contains(event.target)) { details.open = false; $("textarea", details).value = ""; this.dropDrafts(); }
       }
