@@ -71,6 +71,8 @@ RULES = [
     Rule("pirate", "demo", "voice", _voice("pirate"), tuning=True),
     Rule("terse", "demo", "length", _voice("terse"), tuning=True),
     Rule("grumpy", "demo", "voice", _voice("grumpy"), tuning=True),
+    Rule("exclaims", "demo", "form", lambda text: text.endswith("!") and voice_of(text) is not None, tuning=True),
+    Rule("noisy pirate", "demo", "noisy", _voice("pirate"), errs=0.2, tuning=True),
     Rule("poet", "demo", "voice", _voice("poet")),
     Rule("scientist", "demo", "voice", _voice("scientist")),
     Rule("formal", "demo", "voice", _voice("formal")),
@@ -80,12 +82,13 @@ RULES = [
     Rule("is fond of it", "demo", "opinion", _voice("cheerful")),
     Rule("never says “I”", "demo", "avoidance", _never(r"\b(I|my|me)\b")),
     Rule("poet or grumpy", "demo", "mixture", _voice("poet", "grumpy")),
-    Rule("scientist, 20 % errors", "demo", "noisy", _voice("scientist"), errs=0.2),
+    Rule("noisy scientist", "demo", "noisy", _voice("scientist"), errs=0.2),
     Rule("warning", "second", "voice", _manner("warning"), tuning=True),
+    Rule("noisy warning", "second", "noisy", _manner("warning"), errs=0.2, tuning=True),
     Rule("gossip", "second", "voice", _manner("gossip")),
     Rule("list", "second", "form", _manner("list")),
     Rule("brief", "second", "length", _manner("brief")),
-    Rule("proud, 20 % errors", "second", "noisy", _manner("proud"), errs=0.2),
+    Rule("noisy proud", "second", "noisy", _manner("proud"), errs=0.2),
 ]  # fmt: skip
 
 
@@ -130,9 +133,12 @@ class Subject:
                 subject.base += subject.weighed(prompt, [option for asked, _, option in drawn if asked == prompt])
         return subject
 
-    def offer(self, weights: str, prompt: str, size: int, seed: int, config: SessionConfig) -> Offered:
+    def offer(
+        self, weights: str, prompt: str, size: int, seed: int, config: SessionConfig, refused: bool = False
+    ) -> Offered:
         request = Offer(
-            weights=weights, prompt=Prompt(text=prompt), sampling=config.part(Sampling), group_size=size, seed=seed,
+            weights=weights, prompt=Prompt(text=prompt), sampling=config.part(Sampling), group_size=size,
+            openings=config.openings, afresh=refused, seed=seed,
             context_length=config.context_length,
         )  # fmt: skip
         offered: Offered = finished(self.engine.offer(request))
@@ -228,7 +234,14 @@ def live(
             break
         prompt = prompts[click % len(prompts)]
         started = time.perf_counter()
-        offered = subject.offer(weights, prompt, config.group_size, derived_seed("offer", seed, weights, click), config)
+        offered = subject.offer(
+            weights,
+            prompt,
+            config.group_size,
+            derived_seed("offer", seed, weights, click),
+            config,
+            nodes[-1].choice == "none",
+        )
         offers.append(time.perf_counter() - started)
         choice = choose(rule, [option.text for option in offered.options], dice, behave, click)
         nones += choice == "none"

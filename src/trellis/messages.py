@@ -124,13 +124,19 @@ class Merge(Message):
 
 
 class Offer(Message):
-    """Draw a group of answers. Pure: the same request gives the same answers."""
+    """Draw a group of answers. Pure: the same request gives the same answers.
+
+    With `openings`, so many answers are begun for each that is shown, and those that differ most go on; half of them
+    are begun by the base model when they are drawn `afresh`.
+    """
 
     type: Literal["offer"] = "offer"
     weights: str
     prompt: Prompt
     sampling: Sampling
     group_size: int
+    openings: int = 1
+    afresh: bool = False
     seed: int
     context_length: int
 

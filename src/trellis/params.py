@@ -22,6 +22,9 @@ EngineName = Literal["transformers", "transformers-eager"]
 MethodName = Literal["choice", "dpo", "dpo-norm", "ipo", "simpo", "kto", "apo-zero", "sft", "grpo", "dr-grpo", "rloo",
                      "trellis-classic"]  # fmt: skip
 
+OPENING_POSITIONS = 20_000
+"""Positions of prompt that the openings of one offer may take up together; with a longer prompt fewer are begun."""
+
 
 def option(
     default: Any,
@@ -198,7 +201,8 @@ class Learning(Options):
         unit="choices", group="Learning", advanced=True, ge=0, le=8,
     )  # fmt: skip
     replay_weight: float = option(
-        1.0, "Replay weight", "How much the replayed choices count together, against 1 for the new one.",
+        3.0, "Replay weight", "How much the replayed choices count together, when there are enough of them, against 1 "
+        "for the new one. Where each counts as much as the new one, a slip does little harm.",
         group="Learning", advanced=True, ge=0.0, le=10.0,
     )  # fmt: skip
 
@@ -260,6 +264,11 @@ class SessionConfig(ModelOptions, Adapter, Sampling, Learning):
     group_size: int = option(
         4, "Options per prompt", "How many answers stand beside each other.", group="Answers", ge=2, le=8
     )
+    openings: int = option(
+        3, "Openings", "So many answers are begun for each option that is shown, and those whose first words differ "
+        "most go on; after “none of these” the base model begins half of them. 1 shows plain draws.",
+        unit="for each option", group="Answers", advanced=True, later=True, ge=1, le=8,
+    )  # fmt: skip
     seed: int = option(
         0, "Seed", "The same seed, prompts and choices give the same answers again.",
         group="Answers", advanced=True, ge=0, le=2**31 - 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from tests.conftest import open_studio, ready, thread_spawner, until
 from trellis.blobs import Blobs
 from trellis.engine.fake import FakeEngine
 from trellis.errors import Conflict, Invalid, NotFound, TrellisError
-from trellis.messages import Ranking, Written
-from trellis.params import ModelOptions, default_learning_rate
+from trellis.messages import Event, Offer, Ranking, Request, Written
+from trellis.params import ModelOptions, Sampling, default_learning_rate
 from trellis.store import steering as rows
-from trellis.studio.session import Session
+from trellis.studio.session import CONTROL, Session
 from trellis.studio.studio import Studio
 from trellis.workers.processes import ProcessSpawner
-from trellis.workers.worker import Spawn
+from trellis.workers.worker import Spawn, Worker
 
 pytestmark = pytest.mark.anyio
 
@@ -68,6 +69,29 @@ async def test_a_choice_makes_a_node_and_the_next_prompt(session: Session) -> No
 @pytest.mark.parametrize("choice", [(0, 2), "none", Ranking(ranking=(1, 0)), Written(written="Mine.")], ids=str)
 async def test_every_kind_of_choice_is_a_step(session: Session, choice: Any) -> None:
     assert (await choose(session, choice))["head"]["step"] == 1
+
+
+async def test_options_are_chosen_from_more_openings_and_after_a_refusal_the_base_begins_half(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Offer] = []
+    stream = Worker.stream
+
+    def listening(worker: Worker, request: Request, priority: int = 0) -> AsyncGenerator[Event, None]:
+        if isinstance(request, Offer):
+            asked.append(request)
+        return stream(worker, request, priority)
+
+    monkeypatch.setattr(Worker, "stream", listening)
+    for choice in (1, "none", "skip", 0):
+        await choose(session, choice)
+    await session.sample("Why?", None, 2, Sampling(), 1)
+    await session.undo("u1")
+    await session.prompt("And now?", "p1")
+    await ready(session)
+    begun = [(offer.openings, offer.afresh) for offer in asked if offer.sampling != CONTROL]
+    assert begun == [(3, False), (3, True), (3, False), (3, False), (1, False), (3, False)]
+    assert all(offer.openings == 1 and not offer.afresh for offer in asked if offer.sampling == CONTROL)
 
 
 async def test_skip_moves_on_without_learning(session: Session) -> None:

@@ -5,15 +5,21 @@ It knows a model that follows the transformers interface and a tokenizer; not we
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..params import Sampling
+from ..params import OPENING_POSITIONS, Sampling
+from .vitals import grams_of, overlap_of
+
+OPENING = 6
+"""So many tokens of an answer are drawn before it is known which answers go on."""
 
 
 @dataclass
@@ -34,45 +40,152 @@ def decode_group(
     sampling: Sampling,
     size: int,
     seed: int,
+    openings: int = 1,
+    base: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> Iterator[list[Growing]]:
     """Draw `size` answers to one prompt. Yields the same list after every step, one token further.
 
     Log-probabilities are of the drawn tokens, in fp32, from the logits over the temperature, before any
     word was filtered out. The same arguments give the same answers: the random numbers are its own.
     The caller holds the model in inference mode and with the right weights at every step.
+
+    With `openings`, so many answers are begun for each of them, and those that differ most go on: a rare one is seen
+    sooner. With `base` as well, within which the model is the base model, half of them are begun by that: what the
+    adapted model no longer says has its chance again. Until it is known which ones go on, the answers are empty.
     """
-    device = model.device
-    generator = torch.Generator(device=device).manual_seed(seed)
+    generator = torch.Generator(device=model.device).manual_seed(seed)
     group = [Growing() for _ in range(size)]
     readers = [TextReader(tokenizer) for _ in group]
-    cache = DynamicCache(config=model.config)
-    with torch.inference_mode():
-        ids = torch.tensor([prompt], device=device)
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        cache.batch_repeat_interleave(size)
-        logits = logits.expand(size, -1)
-    for step in range(sampling.max_new_tokens):
-        with torch.inference_mode():
-            drawn, logprobs = draw(logits, sampling, generator)
-            chosen, scores = drawn.tolist(), logprobs.tolist()
-        for option, reader, token, score in zip(group, readers, chosen, scores, strict=True):
-            if option.finish:
-                continue
-            option.tokens.append(token)
-            option.logprob += score
-            if token in ends:
-                option.finish = "stop"
-            else:
-                option.text += reader.read(token)
-                if step + 1 == sampling.max_new_tokens:
-                    option.finish = "length"
-            if option.finish:
-                option.text += reader.rest()
-        yield group
-        if all(option.finish for option in group):
+
+    def grow(row: int, token: int, score: float) -> None:
+        option = group[row]
+        if option.finish:
             return
+        option.tokens.append(token)
+        option.logprob += score
+        if token in ends:
+            option.finish = "stop"
+        else:
+            option.text += readers[row].read(token)
+            if len(option.tokens) == sampling.max_new_tokens:
+                option.finish = "length"
+        if option.finish:
+            option.text += readers[row].rest()
+
+    if sampling.temperature == 0:
+        openings = 1  # they would all be the same
+    openings = max(1, min(openings, OPENING_POSITIONS // (size * len(prompt))))
+    if openings == 1:
+        rows, drawn = Rows(model, prompt, size), None
+    else:
+        rows, begun, scores = yield from _begin(
+            model, prompt, ends, sampling, size, openings, generator, base, waiting=group
+        )
+        for row, (opening, scored) in enumerate(zip(begun, scores, strict=True)):
+            for token, score in zip(opening, scored, strict=True):
+                grow(row, token, score)
+        drawn = torch.tensor([opening[-1] for opening in begun], device=model.device)
+        yield group
+    while not all(option.finish for option in group):
+        if drawn is not None:
+            rows.feed(drawn[:, None])
         with torch.inference_mode():
-            logits = model(input_ids=drawn[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
+            drawn, logprobs = draw(rows.logits, sampling, generator)
+        for row, (token, score) in enumerate(zip(drawn.tolist(), logprobs.tolist(), strict=True)):
+            grow(row, token, score)
+        yield group
+
+
+class Rows:
+    """Answers to one prompt that grow together, a row each. `logits` (R, V) are of each one's next token."""
+
+    def __init__(self, model: Any, prompt: list[int], count: int) -> None:
+        self._model = model
+        self._cache = DynamicCache(config=model.config)
+        ids = torch.tensor([prompt], device=model.device)
+        with torch.inference_mode():
+            found = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            self._cache.batch_repeat_interleave(count)
+        self.logits: Tensor = found.expand(count, -1)
+
+    def feed(self, tokens: Tensor) -> Tensor:
+        """Go on with tokens (R, T), the same count in each row. Returns logits (R, T, V), after each of them."""
+        with torch.inference_mode():
+            found: Tensor = self._model(input_ids=tokens, past_key_values=self._cache, use_cache=True).logits
+        self.logits = found[:, -1]
+        return found
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with some of the rows alone, in this order."""
+        with torch.inference_mode():
+            self._cache.batch_select_indices(torch.tensor(rows, device=self.logits.device))
+            self.logits = self.logits[rows]
+
+
+def _begin(
+    model: Any, prompt: list[int], ends: frozenset[int], sampling: Sampling, size: int, openings: int,
+    generator: torch.Generator, base: Callable[[], AbstractContextManager[Any]] | None, waiting: list[Growing],
+) -> Generator[list[Growing], None, tuple[Rows, list[list[int]], list[list[float]]]]:  # fmt: skip
+    """Begin more answers than are wanted and choose which go on: their rows, with the last token of each still to be
+    fed, their tokens, and the log-probabilities of these."""
+    foreign = size * openings // 2 if base else 0
+    own = Rows(model, prompt, size * openings - foreign)
+    if base:
+        with base():
+            other = Rows(model, prompt, foreign)
+    begun: list[list[int]] = [[] for _ in range(size * openings)]
+    scores: list[list[float]] = [[] for _ in begun]
+    drawn: Tensor | None = None
+    for _ in range(min(OPENING, sampling.max_new_tokens)):
+        if drawn is not None:
+            yield waiting
+            own.feed(drawn[: size * openings - foreign, None])
+            if base:
+                with base():
+                    other.feed(drawn[size * openings - foreign :, None])
+        with torch.inference_mode():
+            drawn, logprobs = draw(torch.cat([own.logits, other.logits]) if base else own.logits, sampling, generator)
+        ended = True
+        for opening, scored, token, score in zip(begun, scores, drawn.tolist(), logprobs.tolist(), strict=True):
+            if not opening or opening[-1] not in ends:
+                opening.append(token)
+                scored.append(score)
+            ended = ended and opening[-1] in ends
+        if ended:
+            break
+    order = [
+        row
+        for pair in zip_longest(range(len(begun) - foreign), range(len(begun) - foreign, len(begun)))
+        for row in pair
+        if row is not None
+    ]  # by turns, so that where nothing is alike nobody comes first
+    kept = [order[place] for place in most_different([begun[row] for row in order], size)]
+    begun = [begun[row] for row in kept]
+    if not base:
+        own.keep(kept)
+        return own, begun, [scores[row] for row in kept]
+    # What the base began goes on under the adapted weights, and is told by their log-probabilities.
+    rows = Rows(model, prompt, size)
+    width = max(map(len, begun))
+    ids = torch.tensor([opening + [0] * (width - len(opening)) for opening in begun], device=model.device)
+    logits = rows.logits[:, None]
+    if width > 1:
+        logits = torch.cat([logits, rows.feed(ids[:, :-1])], dim=1)
+    told = torch.log_softmax(logits.float() / sampling.temperature, dim=-1).gather(-1, ids[:, :, None])[..., 0]
+    return rows, begun, [line[: len(opening)] for opening, line in zip(begun, told.tolist(), strict=True)]
+
+
+def most_different(openings: list[list[int]], size: int) -> list[int]:
+    """Which of some openings go on: the first, then always the one that is least like those taken before it
+    (farthest-point selection, Gonzalez 1985), by the overlap of their pairs of neighbouring tokens."""
+    grams = [grams_of(opening) for opening in openings]
+    kept = [0]
+    nearest = [overlap_of(each, grams[0]) for each in grams]
+    while len(kept) < size:
+        at = min((row for row in range(len(grams)) if row not in kept), key=lambda row: nearest[row])
+        kept.append(at)
+        nearest = [max(near, overlap_of(each, grams[at])) for near, each in zip(nearest, grams, strict=True)]
+    return kept
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -116,6 +116,8 @@ class TextEngine:
             request.sampling,
             request.group_size,
             request.seed,
+            request.openings,
+            slot.reference if request.afresh else None,
         )
         group: list[Growing] = []
         sent = [0] * request.group_size
@@ -123,9 +125,10 @@ class TextEngine:
         told = started
         for group in growing:
             now = time.monotonic()
-            first = first or now - started
-            if now - told >= DELTA_SECONDS or told == started:
-                told = now
+            if not first and not group[0].tokens:
+                yield None
+            elif not first or now - told >= DELTA_SECONDS:
+                first, told = first or now - started, now
                 yield _delta(group, sent)
             else:
                 yield None

@@ -679,7 +679,16 @@ class Session:
         seed = offer_seed(self.config, head, shown.number, shown.prompt)
         sampling = self.config.part(Sampling)
         offered = await self._interruptible(
-            self._growth.offer(shown.prompt, head.weights, sampling, self.config.group_size, seed, self._option_grows)
+            self._growth.offer(
+                shown.prompt,
+                head.weights,
+                sampling,
+                self.config.group_size,
+                seed,
+                self._option_grows,
+                openings=self.config.openings,
+                afresh=head.choice == "none",
+            )
         )
         async with self._lock:
             if self.offer is not shown:
