@@ -136,6 +136,12 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     file.write_text("\n".join([*parts, "</svg>\n"]))
 
 
+def known(file: Path, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The people among these that a file holds already: a run that was cut off goes on."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return [row for row in rows if any(task.items() <= row.items() for task in tasks)]
+
+
 def rules_named(names: str) -> list[Rule]:
     if names in ("reported", "tuning"):
         return [rule for rule in RULES if rule.tuning == (names == "tuning")]
@@ -173,7 +179,9 @@ def main() -> None:
             ]  # fmt: skip
     if any(rule.model == "second" for rule in rules_named(arguments.rules)):
         second_model.make(CACHE)
-    started, rows = time.monotonic(), []
+    rows = known(arguments.out, tasks)
+    tasks = [task for task in tasks if not any(task.items() <= row.items() for row in rows)]
+    started = time.monotonic()
     print(f"{platform.machine()}, {len(tasks)} people, {arguments.jobs} at once")
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool, arguments.out.open("a") as out:
         for row in pool.imap_unordered(run, tasks):

@@ -201,8 +201,8 @@ class Learning(Options):
         unit="choices", group="Learning", advanced=True, ge=0, le=8,
     )  # fmt: skip
     replay_weight: float = option(
-        3.0, "Replay weight", "How much the replayed choices count together, when there are enough of them, against 1 "
-        "for the new one. Where each counts as much as the new one, a slip does little harm.",
+        1.0, "Replay weight", "How much the replayed choices count together, when there are enough of them, against 1 "
+        "for the new one. At 3, each as much as the new one, slips do less harm and some wishes take longer.",
         group="Learning", advanced=True, ge=0.0, le=10.0,
     )  # fmt: skip
 
