@@ -138,7 +138,7 @@ class Subject:
     ) -> Offered:
         request = Offer(
             weights=weights, prompt=Prompt(text=prompt), sampling=config.part(Sampling), group_size=size,
-            openings=config.openings, afresh=refused, seed=seed,
+            openings=config.openings if refused else 1, seed=seed,
             context_length=config.context_length,
         )  # fmt: skip
         offered: Offered = finished(self.engine.offer(request))

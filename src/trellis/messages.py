@@ -126,8 +126,8 @@ class Merge(Message):
 class Offer(Message):
     """Draw a group of answers. Pure: the same request gives the same answers.
 
-    With `openings`, so many answers are begun for each that is shown, and those that differ most go on; half of them
-    are begun by the base model when they are drawn `afresh`.
+    With several `openings`, so many answers are begun for each that is shown, half of them by the base model, and those
+    that differ most go on.
     """
 
     type: Literal["offer"] = "offer"
@@ -136,7 +136,6 @@ class Offer(Message):
     sampling: Sampling
     group_size: int
     openings: int = 1
-    afresh: bool = False
     seed: int
     context_length: int
 

@@ -201,8 +201,7 @@ class Learning(Options):
         unit="choices", group="Learning", advanced=True, ge=0, le=8,
     )  # fmt: skip
     replay_weight: float = option(
-        1.0, "Replay weight", "How much the replayed choices count together, when there are enough of them, against 1 "
-        "for the new one. At 3, each as much as the new one, slips do less harm and some wishes take longer.",
+        1.0, "Replay weight", "How much the replayed choices count together, against 1 for the new one.",
         group="Learning", advanced=True, ge=0.0, le=10.0,
     )  # fmt: skip
 
@@ -265,8 +264,8 @@ class SessionConfig(ModelOptions, Adapter, Sampling, Learning):
         4, "Options per prompt", "How many answers stand beside each other.", group="Answers", ge=2, le=8
     )
     openings: int = option(
-        3, "Openings", "So many answers are begun for each option that is shown, and those whose first words differ "
-        "most go on; after “none of these” the base model begins half of them. 1 shows plain draws.",
+        3, "Openings", "After “none of these” so many answers are begun for each option that is shown, half of them "
+        "by the base model, and those whose first words differ most go on. 1 shows plain draws.",
         unit="for each option", group="Answers", advanced=True, later=True, ge=1, le=8,
     )  # fmt: skip
     seed: int = option(

@@ -248,15 +248,6 @@ def test_replay_moves_the_weights_too() -> None:
     )
 
 
-def test_a_replayed_choice_counts_the_same_however_many_there_are_yet() -> None:
-    earlier = Group(prompt=[2], answers=[[1, 0], [4, 0]], choice=1, temperature=1.0)
-    once = PLAIN.model_copy(update={"inner_steps": 1, "replay": 2})
-    two = learn(once.model_copy(update={"replay_weight": 1.0}), GROUP, (earlier, earlier))
-    one = learn(once.model_copy(update={"replay_weight": 2.0}), GROUP, (earlier,))
-    assert torch.allclose(one.point.first, two.point.first)
-    assert not torch.allclose(one.point.first, learn(once, GROUP, (earlier, earlier)).point.first)
-
-
 def test_numbers_that_overflow_are_an_error_and_not_weights() -> None:
     broken = Group(prompt=[1], answers=[[2, 0], [3, 0]], choice=0, temperature=float("nan"))
     with pytest.raises(TrellisError, match="overflowed"):

@@ -193,7 +193,7 @@ def learn_steps(
     if not method.single:
         rate *= settled(start.steps, options)
     masks = [each.mask(reference.device) for each, reference in zip(groups, references, strict=False)]
-    shared = options.replay_weight / max(options.replay, 1)
+    shared = options.replay_weight / (len(groups) - 1) if len(groups) > 1 else 0.0
     together = passes(groups, slot.parameters)
     faded = [fading(options, each) for each in groups]
     # "None of these" says what is wrong and not what is right: pushed as far, it would tear down more than it teaches.

@@ -117,7 +117,7 @@ class TextEngine:
             request.group_size,
             request.seed,
             request.openings,
-            slot.reference if request.afresh else None,
+            slot.reference,
         )
         group: list[Growing] = []
         sent = [0] * request.group_size

@@ -123,17 +123,15 @@ class Growth:
         grown: Grown | None = None,
         priority: int = 0,
         openings: int = 1,
-        afresh: bool = False,
     ) -> Offered:
-        """Answers to a prompt from any weights, plainly drawn unless several `openings` are begun for each, some of
-        them `afresh` by the base model.
+        """Answers to a prompt from any weights, plainly drawn unless several `openings` are begun for each.
 
         Raises WeightsMissing, or Invalid for a prompt that does not fit.
         """
         worker = await self._planted()
         request = Offer(
             weights=weights, prompt=self.prompt(text), sampling=sampling, group_size=size,
-            openings=openings, afresh=afresh, seed=seed, context_length=self._config.context_length,
+            openings=openings, seed=seed, context_length=self._config.context_length,
         )  # fmt: skip
         async with aclosing(worker.stream(request, priority)) as events:
             async for event in events:

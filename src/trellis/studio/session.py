@@ -686,8 +686,7 @@ class Session:
                 self.config.group_size,
                 seed,
                 self._option_grows,
-                openings=self.config.openings,
-                afresh=head.choice == "none",
+                openings=self.config.openings if head.choice == "none" else 1,
             )
         )
         async with self._lock:
