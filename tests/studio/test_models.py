@@ -28,6 +28,13 @@ async def follow(studio: Studio, job: str) -> list[tuple[str, dict[str, Any]]]:
     return [(event.name, event.data) async for event in studio.jobs.events(job, None)]
 
 
+async def test_a_job_that_has_said_nothing_yet_has_a_whole_progress(studio: Studio) -> None:
+    job = await studio.models.load(ModelOptions(model="demo"))
+    waiting = as_json(job.row | {"progress": None})["progress"]
+    assert set(waiting) == set(Progress.model_fields) - {"type"}
+    assert (waiting["fraction"], waiting["bytes"]) == (0.0, None)
+
+
 async def test_a_load_is_a_job_that_ends_ready(studio: Studio) -> None:
     job = await studio.models.load(ModelOptions(model="demo"))
     events = await follow(studio, job.id)

@@ -142,7 +142,7 @@ class Jobs:
             yield HubEvent("0-0", *_last_event(row))
             return
         async for event in self._hub.subscribe(
-            topic(job_id), after, lambda: ("progress", row["progress"] or _waiting(row))
+            topic(job_id), after, lambda: ("progress", row["progress"] or _waiting())
         ):
             yield event
 
@@ -186,7 +186,7 @@ def as_json(row: dict[str, Any]) -> dict[str, Any]:
         "id": row["id"],
         "kind": row["kind"],
         "state": row["state"],
-        "progress": row["progress"] or _waiting(row),
+        "progress": row["progress"] or _waiting(),
         "result": row["result"],
         "error": row["error"],
         "created": timestamp(row["created"]),
@@ -199,8 +199,9 @@ def timestamp(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _waiting(row: dict[str, Any]) -> dict[str, Any]:
-    return {"stage": "connecting", "fraction": 0.0, "message": "Starting"}
+def _waiting() -> dict[str, Any]:
+    """What a job is told of that has not said anything yet: with every field of a progress, as pages read them."""
+    return Progress(stage="connecting", fraction=0.0, message="Starting").model_dump(exclude={"type"})
 
 
 def _last_event(row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
