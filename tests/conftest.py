@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from trellis.blobs import Blobs
@@ -21,6 +22,9 @@ from trellis.store.store import Store, migrate
 from trellis.studio.session import Session
 from trellis.studio.studio import Studio
 from trellis.workers.worker import Engine, Spawn
+
+hypothesis.settings.register_profile("trellis", deadline=None)  # how long a case takes is never what a test is about
+hypothesis.settings.load_profile("trellis")
 
 
 class ThreadEngine:
