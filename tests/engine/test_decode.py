@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,13 @@ def test_of_several_openings_those_that_differ_most_go_on(model: Any, tokenizer:
     steps = openings_of(model, tokenizer, 3, 4, max_new_tokens=12)
     assert all(shown == [((), "", 0.0)] * 3 for shown in steps[: OPENING - 1])
     assert [len(tokens) for tokens, _, _ in steps[OPENING - 1]] == [OPENING] * 3
-    begun = openings_of(model, tokenizer, 12, 1, max_new_tokens=12)[OPENING - 1]  # the same draws, all of them
-    kept = [tokens for tokens, _, _ in steps[OPENING - 1]]
-    assert kept == [begun[row][0] for row in most_different([list(tokens) for tokens, _, _ in begun], 3)]
-    assert kept[0] == begun[0][0]
+    drawn = [list(row[0]) for row in openings_of(model, tokenizer, 12, 1, max_new_tokens=12)[OPENING - 1]]
+    begun = [
+        drawn[row] for pair in zip(range(6), range(6, 12), strict=True) for row in pair
+    ]  # the same draws, by turns
+    kept = [list(tokens) for tokens, _, _ in steps[OPENING - 1]]
+    assert kept == [begun[row] for row in most_different(begun, 3)]
+    assert kept[0] == drawn[0]
     prompt = tokenizer("Tell me about the sea.")["input_ids"]
     for tokens, text, logprob in steps[-1]:
         logits = model(torch.tensor([prompt + list(tokens)])).logits[0, len(prompt) - 1 : -1]
@@ -131,11 +134,10 @@ def test_half_of_the_openings_can_be_the_base_models_and_go_on_under_the_adapted
 def test_an_opening_that_ends_at_once_is_an_answer(model: Any, tokenizer: Any) -> None:
     prompt = tokenizer("Tell me about the sea.")["input_ids"]
     everything = frozenset(range(model.config.vocab_size))
-    for base in (None, nullcontext):
-        steps = list(decode_group(model, tokenizer, prompt, everything, Sampling(), 3, 5, 4, base))
-        assert len(steps) == 1
-        assert all(len(option.tokens) == 1 and option.finish == "stop" for option in steps[0])
-        assert len({option.tokens[0] for option in steps[0]}) == 3
+    steps = list(decode_group(model, tokenizer, prompt, everything, Sampling(), 3, 5, 4))
+    assert len(steps) == 1
+    assert all(len(option.tokens) == 1 and option.finish == "stop" for option in steps[0])
+    assert len({option.tokens[0] for option in steps[0]}) == 3
 
 
 def test_short_answers_are_chosen_among_too(model: Any, tokenizer: Any) -> None:

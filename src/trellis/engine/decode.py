@@ -6,9 +6,8 @@ It knows a model that follows the transformers interface and a tokenizer; not we
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -41,7 +40,7 @@ def decode_group(
     size: int,
     seed: int,
     openings: int = 1,
-    base: Callable[[], AbstractContextManager[Any]] | None = None,
+    base: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Iterator[list[Growing]]:
     """Draw `size` answers to one prompt. Yields the same list after every step, one token further.
 
@@ -49,9 +48,9 @@ def decode_group(
     word was filtered out. The same arguments give the same answers: the random numbers are its own.
     The caller holds the model in inference mode and with the right weights at every step.
 
-    With `openings`, so many answers are begun for each of them, and those that differ most go on: a rare one is seen
-    sooner. With `base` as well, within which the model is the base model, half of them are begun by that: what the
-    adapted model no longer says has its chance again. Until it is known which ones go on, the answers are empty.
+    With several `openings`, so many answers are begun for each of them, half within `base`, where the model is the base
+    model, and those that differ most go on: what the adapted model no longer says has its chance again. Until it is
+    known which ones go on, the answers are empty.
     """
     generator = torch.Generator(device=model.device).manual_seed(seed)
     group = [Growing() for _ in range(size)]
@@ -115,64 +114,45 @@ class Rows:
         self.logits = found[:, -1]
         return found
 
-    def keep(self, rows: list[int]) -> None:
-        """Go on with some of the rows alone, in this order."""
-        with torch.inference_mode():
-            self._cache.batch_select_indices(torch.tensor(rows, device=self.logits.device))
-            self.logits = self.logits[rows]
-
 
 def _begin(
     model: Any, prompt: list[int], ends: frozenset[int], sampling: Sampling, size: int, openings: int,
-    generator: torch.Generator, base: Callable[[], AbstractContextManager[Any]] | None, waiting: list[Growing],
+    generator: torch.Generator, base: Callable[[], AbstractContextManager[Any]], waiting: list[Growing],
 ) -> Generator[list[Growing], None, tuple[Rows, list[list[int]], list[list[float]]]]:  # fmt: skip
-    """Begin more answers than are wanted and choose which go on: their rows, with the last token of each still to be
-    fed, their tokens, and the log-probabilities of these."""
-    foreign = size * openings // 2 if base else 0
-    own = Rows(model, prompt, size * openings - foreign)
-    if base:
-        with base():
-            other = Rows(model, prompt, foreign)
-    begun: list[list[int]] = [[] for _ in range(size * openings)]
-    scores: list[list[float]] = [[] for _ in begun]
+    """Begin more answers than are wanted, half of them within `base`, and choose which go on: their rows under the
+    adapted weights, with the last token of each still to be fed, their tokens, and the log-probabilities of these."""
+    total = size * openings
+    half = -(-total // 2)
+    own = Rows(model, prompt, half)
+    with base():
+        other = Rows(model, prompt, total - half)
+    begun: list[list[int]] = [[] for _ in range(total)]
     drawn: Tensor | None = None
     for _ in range(min(OPENING, sampling.max_new_tokens)):
         if drawn is not None:
             yield waiting
-            own.feed(drawn[: size * openings - foreign, None])
-            if base:
-                with base():
-                    other.feed(drawn[size * openings - foreign :, None])
+            own.feed(drawn[:half, None])
+            with base():
+                other.feed(drawn[half:, None])
         with torch.inference_mode():
-            drawn, logprobs = draw(torch.cat([own.logits, other.logits]) if base else own.logits, sampling, generator)
-        ended = True
-        for opening, scored, token, score in zip(begun, scores, drawn.tolist(), logprobs.tolist(), strict=True):
+            drawn, _ = draw(torch.cat([own.logits, other.logits]), sampling, generator)
+        for opening, token in zip(begun, drawn.tolist(), strict=True):
             if not opening or opening[-1] not in ends:
                 opening.append(token)
-                scored.append(score)
-            ended = ended and opening[-1] in ends
-        if ended:
+        if all(opening[-1] in ends for opening in begun):
             break
-    order = [
-        row
-        for pair in zip_longest(range(len(begun) - foreign), range(len(begun) - foreign, len(begun)))
-        for row in pair
-        if row is not None
-    ]  # by turns, so that where nothing is alike nobody comes first
-    kept = [order[place] for place in most_different([begun[row] for row in order], size)]
-    begun = [begun[row] for row in kept]
-    if not base:
-        own.keep(kept)
-        return own, begun, [scores[row] for row in kept]
+    # By turns, so that where nothing is alike neither model's come first.
+    by_turns = [begun[row] for row in sorted(range(total), key=lambda row: row % half)]
+    kept = [by_turns[place] for place in most_different(by_turns, size)]
     # What the base began goes on under the adapted weights, and is told by their log-probabilities.
     rows = Rows(model, prompt, size)
-    width = max(map(len, begun))
-    ids = torch.tensor([opening + [0] * (width - len(opening)) for opening in begun], device=model.device)
+    width = max(map(len, kept))
+    ids = torch.tensor([opening + [0] * (width - len(opening)) for opening in kept], device=model.device)
     logits = rows.logits[:, None]
     if width > 1:
         logits = torch.cat([logits, rows.feed(ids[:, :-1])], dim=1)
     told = torch.log_softmax(logits.float() / sampling.temperature, dim=-1).gather(-1, ids[:, :, None])[..., 0]
-    return rows, begun, [line[: len(opening)] for opening, line in zip(begun, told.tolist(), strict=True)]
+    return rows, kept, [line[: len(opening)] for opening, line in zip(kept, told.tolist(), strict=True)]
 
 
 def most_different(openings: list[list[int]], size: int) -> list[int]:
