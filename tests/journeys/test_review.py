@@ -236,6 +236,14 @@ def test_the_focus_stays_where_it_was_when_a_part_is_renewed(open_page: Open, se
     focused = page.evaluate("document.activeElement.value")
     page.wait_for_timeout(500)
     assert page.evaluate("document.activeElement.value") == focused
+    for _ in range(5):  # two parts at once, the other one while this one settles
+        with (
+            page.expect_response(lambda response: response.url.endswith("/side/tree")),
+            page.expect_response(lambda response: response.url.endswith("/side/figures")),
+        ):
+            page.evaluate("for (const part of ['tree', 'figures']) htmx.trigger(`#${part}`, `trellis:${part}`)")
+        page.wait_for_timeout(100)
+        assert page.evaluate("document.activeElement.value") == focused
 
 
 def test_marks_do_not_outlive_the_answers_they_were_made_for(open_page: Open, server: Server) -> None:

@@ -50,16 +50,14 @@ function keepWritten() {
   const written = (form) => $$("input, textarea", form).some((each) => each.value !== each.defaultValue);
   let kept = [];
   document.addEventListener("htmx:beforeSwap", (event) => {
-    kept = $$("form[data-keep]", event.detail.target).filter(written)
-      .map((form) => ({ form, focused: form.contains(document.activeElement) ? document.activeElement : null }));
+    kept = $$("form[data-keep]", event.detail.target).filter(written);
   });
   document.addEventListener("htmx:afterSwap", (event) => {
-    for (const { form, focused } of kept) {
+    for (const form of kept) {
       const fresh = $(`form[data-keep="${CSS.escape(form.dataset.keep)}"]`, event.detail.target);
       if (!fresh) continue;
       fresh.replaceWith(form);
       htmx.process(form); // its listeners went with the part that it stood in
-      focused?.focus({ preventScroll: true });
     }
     kept = [];
   });
@@ -112,7 +110,7 @@ export function bindPage() {
     focused = event.detail.target?.contains(at)
       ? { target: event.detail.target, value: at.value, name: at.name, id: at.id, mark: at.dataset?.focus } : null;
   });
-  document.addEventListener("htmx:afterSettle", () => {
+  document.addEventListener("htmx:afterSwap", () => { // not when it has settled: another part may be swapped meanwhile
     if (!focused) return;
     const { target, value, name, id, mark } = focused;
     focused = null;
