@@ -1,10 +1,10 @@
-"""The speed of the loop, side by side in one run, as ratios.
+"""The speed of the loop, side by side in one run.
 
     python bench/speed.py
 
 Group generation: our decoder against transformers' `generate` with the same PEFT adapter, the same prompt, the
 same number of tokens. The loop: a click through the real server, from the press to the first new token and to
-all new options. The size and start of both processes.
+all new options, with and without foresight and time to read. The size and start of both processes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import random
 import statistics
 import sys
 import tempfile
@@ -73,13 +74,15 @@ def group_speed(tokens: int, times: int) -> None:
     print(f"  trellis decode_group             {mine:8.0f} tokens/s   {mine / their:.2f}")
 
 
-def loop_speed(clicks: int) -> None:
-    """Clicks through the real server: a program that follows the events as a page does."""
+def loop_speed(clicks: int, reading: float, foresight: str) -> None:
+    """Clicks through the real server: a program that follows the events as a page does, and takes so many seconds to
+    read the options."""
     import psutil
     from tests.server import Server, read_events
 
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder), fake=False)
+        server = Server(Path(folder), fake=False, TRELLIS_FORESIGHT=foresight)
+        dice = random.Random(1)
         first_token, all_options, learning = [], [], []
         health: list[float] = []
         ended = threading.Event()
@@ -100,24 +103,27 @@ def loop_speed(clicks: int) -> None:
                         learning.append(data["metrics"]["seconds"])
                     elif name == "offer_ready":
                         if pressed is None:
-                            print(f"first session: {now - started:.1f} s from the click on Start to whole options")
+                            begun = now - started
                         else:
                             all_options.append(now - pressed)
                         if len(all_options) == clicks:
                             break
+                        time.sleep(reading)
                         pressed, fresh = time.perf_counter(), True
-                        press(server.url, url, data["offer"])
+                        press(server.url, url, data["offer"], dice.randrange(4))
             ended.set()
             web = psutil.Process(server.process.pid).memory_info().rss
             engine = psutil.Process(server.engines()[0]).memory_info().rss
-        print(f"the server answers {server.seconds_to_start:.2f} s after its start")
-        print(f"{clicks} clicks on the demo model, no reading time, medians (and 95th percentiles)")
+        print(f"\n{clicks} clicks, {reading:g} s of reading, foresight {foresight}: medians (95th percentiles)")
         for what, values in (("learning", learning), ("click to first new token", first_token),
                              ("click to all new options", all_options), ("/healthz meanwhile", health)):  # fmt: skip
             values.sort()
             late = values[int(0.95 * (len(values) - 1))]
             print(f"  {what:26} {statistics.median(values) * 1000:6.1f} ms  ({late * 1000:.1f} ms)")
-        print(f"memory: web process {web / 1e6:.0f} MB, engine {engine / 1e6:.0f} MB")
+        print(
+            f"  server up after {server.seconds_to_start:.2f} s, first options {begun:.1f} s after the click on Start; "
+            f"web process {web / 1e6:.0f} MB, engine {engine / 1e6:.0f} MB"
+        )
         server.stop()
 
 
@@ -130,8 +136,8 @@ def poll_health(base: str, seconds: list[float], ended: threading.Event) -> None
             seconds.append(time.perf_counter() - started)
 
 
-def press(base: str, url: str, offer: str) -> None:
-    answer: Any = httpx.post(f"{base}{url}/choose", json={"offer": offer, "choice": 0})
+def press(base: str, url: str, offer: str, choice: int) -> None:
+    answer: Any = httpx.post(f"{base}{url}/choose", json={"offer": offer, "choice": choice})
     answer.raise_for_status()
 
 
@@ -143,7 +149,9 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     group_speed(arguments.tokens, arguments.times)
-    loop_speed(arguments.clicks)
+    for reading in (0.0, 1.0, 3.0):
+        for foresight in ("off", "on"):
+            loop_speed(arguments.clicks, reading, foresight)
 
 
 if __name__ == "__main__":

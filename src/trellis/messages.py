@@ -141,7 +141,11 @@ class Offer(Message):
 
 
 class Learn(Message):
-    """Make new weights from one choice, with some earlier ones replayed. Pure: named by its own content."""
+    """Make new weights from one choice, with some earlier ones replayed. Pure: named by its own content.
+
+    Unless they are to be kept, the weights are in the engine's memory alone, as long as there is room; asked again to
+    keep them, it writes them. Weights that are not there any more are made again.
+    """
 
     type: Literal["learn"] = "learn"
     weights: str
@@ -149,10 +153,13 @@ class Learn(Message):
     replay: tuple[Lesson, ...] = ()
     learning: Learning
     context_length: int
+    keep: bool = True
 
     def makes(self) -> str:
         """The id of the weights that this request makes, known before they are computed."""
-        return recipe_id("w", recipe_of(self))
+        recipe = recipe_of(self)
+        del recipe["keep"]  # where weights lie does not change what they are
+        return recipe_id("w", recipe)
 
 
 class Fit(Message):
@@ -200,6 +207,14 @@ class Cancel(Message):
     request: int
 
 
+class Urge(Message):
+    """Give a request that is waiting or under way another priority."""
+
+    type: Literal["urge"] = "urge"
+    request: int
+    priority: int
+
+
 Request = Load | Plant | Offer | Learn | Fit | Assess | Merge | Status
 
 
@@ -208,7 +223,7 @@ class Down(Message):
 
     id: int
     priority: int = 0
-    body: Annotated[Request | Cancel, Field(discriminator="type")]
+    body: Annotated[Request | Cancel | Urge, Field(discriminator="type")]
 
 
 # ── Up: events ─────────────────────────────────────────────────────────────────────────────────────

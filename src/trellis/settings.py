@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -50,6 +51,10 @@ class Settings(BaseSettings):
         120, ge=0, description="Expensive actions a minute that one client may take (sessions, loads, exports). 0: any."
     )
     engine_threads: int = Field(0, ge=0, description="CPU threads of an engine; 0 takes one per core.")
+    foresight: Literal["on", "mains", "off"] = Field(
+        "on",
+        description="Work out what each choice would lead to while it is read: always, on mains power alone, or never.",
+    )
     fake_engine: bool = Field(False, description="Run without models, for tests of the studio itself.")
 
     @property

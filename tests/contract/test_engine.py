@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from pathlib import Path
@@ -180,6 +181,45 @@ async def test_every_kind_of_choice_is_learned_from(worker: Worker, choice: Any)
     learned = await learned_from(worker, learn(weights, lesson(await draw(worker, offer(weights)), choice)))
     assert learned.metrics.share_after > learned.metrics.share_before
     assert learned.weights != weights
+
+
+async def test_weights_that_are_not_kept_are_in_memory_alone_until_they_are(worker: Worker, blobs: Blobs) -> None:
+    weights = await plant(worker)
+    options = await draw(worker, offer(weights))
+    request = learn(weights, lesson(options, 2))
+    ahead = request.model_copy(update={"keep": False})
+    assert ahead.makes() == request.makes()
+    learned = await learned_from(worker, ahead)
+    assert learned.weights == request.makes()
+    assert learned.weights not in blobs
+    drawn = await draw(worker, offer(learned.weights))
+    after = await learned_from(worker, learn(learned.weights, lesson(drawn, 0)).model_copy(update={"keep": False}))
+    assert await learned_from(worker, ahead) == learned
+    assert await learned_from(worker, request) == learned  # asked again to be kept
+    written = files(blobs, learned.weights)
+    assert after.weights not in blobs
+    blobs.discard(learned.weights)
+    assert await learned_from(worker, request) is not None  # gone from disk: made again, the same
+    assert files(blobs, learned.weights) == written
+    assert await draw(worker, offer(learned.weights)) == drawn
+
+
+async def test_what_waits_can_be_made_urgent(worker: Worker) -> None:
+    weights = await plant(worker)
+    order: list[str] = []
+    urgent, patient = offer(weights, seed=1, tokens=30), offer(weights, seed=2, tokens=30)
+
+    async def ask(name: str, request: Offer) -> None:
+        await worker.ask(request, priority=3)
+        order.append(name)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(ask("patient", patient))
+        group.create_task(ask("urgent", urgent))
+        await asyncio.sleep(0.02)
+        await worker.urge(urgent)
+        await worker.urge(offer(weights, seed=3))  # not under way: nothing happens
+    assert order == ["urgent", "patient"]
 
 
 async def test_learning_twice_is_learning_once(worker: Worker) -> None:

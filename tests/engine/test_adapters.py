@@ -50,7 +50,7 @@ def test_planted_weights_change_nothing(base: Any, shelf: Shelf) -> None:
 def test_peft_loads_our_folder_and_computes_the_same(base: Any, shelf: Shelf, tiny_llama: Path) -> None:
     slot = Slots(base).get(SETTINGS)
     weights = random_weights(slot, "w1")
-    shelf.save(slot, weights, None)
+    shelf.add(slot, weights, None, keep=True)
     slot.install(weights.flat)
     fresh = AutoModelForCausalLM.from_pretrained(tiny_llama)
     theirs = PeftModel.from_pretrained(fresh, shelf.blobs.path("w1")).eval()
@@ -61,7 +61,7 @@ def test_peft_loads_our_folder_and_computes_the_same(base: Any, shelf: Shelf, ti
 def test_weights_come_back_from_disk_bit_for_bit(base: Any, shelf: Shelf) -> None:
     slot = Slots(base).get(SETTINGS)
     saved = random_weights(slot, "w1")
-    shelf.save(slot, saved, None)
+    shelf.add(slot, saved, None, keep=True)
     read = Shelf(shelf.blobs).get(slot, "w1")
     for name in ("flat", "first", "second"):
         assert torch.equal(getattr(read, name), getattr(saved, name))
@@ -72,7 +72,7 @@ def test_what_the_cache_lets_go_is_read_again(base: Any, shelf: Shelf) -> None:
     slot = Slots(base).get(SETTINGS)
     names = ("w1", "w22", "w333")
     for name in names:
-        shelf.save(slot, random_weights(slot, name), None)
+        shelf.add(slot, random_weights(slot, name), None, keep=True)
     for name in names:
         assert torch.equal(shelf.get(slot, name).flat, random_weights(slot, name).flat)
 

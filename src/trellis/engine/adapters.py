@@ -213,6 +213,8 @@ class Shelf:
         self.blobs = blobs
         self._keep_bytes = keep_bytes
         self._cache: OrderedDict[str, Weights] = OrderedDict()
+        self._unwritten: dict[str, Metrics] = {}
+        """What was measured of weights that are in the cache alone."""
 
     def settings(self, weights_id: str) -> Adapter:
         """The adapter settings of weights on disk. Raises WeightsMissing."""
@@ -232,7 +234,7 @@ class Shelf:
         flat = flat.to(slot.flat.device)
         zeros = torch.zeros_like(flat)
         weights = Weights(weights_id, slot.settings, flat, zeros, zeros.clone(), 0)
-        self.save(slot, weights, None)
+        self.add(slot, weights, None, keep=True)
         return weights
 
     def get(self, slot: Slot, weights_id: str) -> Weights:
@@ -259,7 +261,21 @@ class Shelf:
         self._remember(weights)
         return weights
 
-    def save(self, slot: Slot, weights: Weights, metrics: Metrics | None) -> None:
+    def add(self, slot: Slot, weights: Weights, metrics: Metrics | None, keep: bool) -> None:
+        """Take new weights, and write them if they are to be kept. Those that are not may have to be made again."""
+        if keep:
+            self._write(slot, weights, metrics)
+        elif metrics and weights.id not in self.blobs:
+            self._unwritten[weights.id] = metrics
+        self._remember(weights)
+
+    def keep(self, slot: Slot, weights_id: str) -> None:
+        """Have weights on disk that are there or in memory."""
+        if weights_id not in self.blobs:
+            self._write(slot, self._cache[weights_id], self._unwritten[weights_id])
+            del self._unwritten[weights_id]
+
+    def _write(self, slot: Slot, weights: Weights, metrics: Metrics | None) -> None:
         """Write weights in PEFT's own layout with the optimiser's state beside it, whole or not at all."""
         about = {
             "adapter": weights.adapter.model_dump(mode="json"),
@@ -273,11 +289,10 @@ class Shelf:
             save_file(state, folder / "optimizer.safetensors")
             slot.config.save_pretrained(folder)
             (folder / "weights.json").write_text(json.dumps(about, indent=1))
-        self._remember(weights)
 
     def readable(self, slot: Slot, weights_id: str) -> bool:
-        """Whether the weights are on disk, whole."""
-        if weights_id not in self.blobs:
+        """Whether the weights are at hand: on disk, whole, or in memory and never written."""
+        if weights_id not in self.blobs and weights_id not in self._unwritten:
             return False
         try:
             self.get(slot, weights_id)
@@ -286,7 +301,9 @@ class Shelf:
         return True
 
     def metrics(self, weights_id: str) -> Metrics | None:
-        """What was measured when the weights were made, if they are on disk and readable."""
+        """What was measured when the weights were made, if they are at hand."""
+        if weights_id in self._unwritten:
+            return self._unwritten[weights_id]
         if weights_id not in self.blobs:
             return None
         try:
@@ -309,4 +326,5 @@ class Shelf:
         kept = sum(each.nbytes for each in self._cache.values())
         while kept > self._keep_bytes and len(self._cache) > 2:
             _, dropped = self._cache.popitem(last=False)
+            self._unwritten.pop(dropped.id, None)
             kept -= dropped.nbytes

@@ -76,6 +76,7 @@ class FakeEngine:
     def __init__(self, blobs: Blobs) -> None:
         self._blobs = blobs
         self._path: str | None = None
+        self._unwritten: dict[str, dict[str, Any]] = {}
 
     def handlers(self) -> Mapping[type, Handler]:
         return {
@@ -148,7 +149,7 @@ class FakeEngine:
         self._require_loaded()
         made = request.makes()
         yield None
-        if known := self._made_before(made):
+        if known := self._made_before(made, request.keep):
             return known
         steps = self._steps_of(request.weights) + 1
         for _ in range(request.learning.inner_steps):
@@ -165,7 +166,9 @@ class FakeEngine:
             fluency=-1.0,
             variety=variety_of([option.tokens for option in request.lesson.options]),
         )
-        self._write(made, steps, metrics)
+        self._unwritten[made] = _about(steps, metrics)
+        if request.keep:
+            self._keep(made)
         return Learned(weights=made, metrics=metrics)
 
     def fit(self, request: Fit) -> Steps:
@@ -228,11 +231,17 @@ class FakeEngine:
             raise EngineError("No model is loaded.", code="not_loaded", next_step="Load the model first.")
 
     def _write(self, weights_id: str, steps: int, metrics: Metrics | None) -> None:
-        about = {"steps": steps, "metrics": metrics.model_dump(mode="json") if metrics else None}
+        self._unwritten[weights_id] = _about(steps, metrics)
+        self._keep(weights_id)
+
+    def _keep(self, weights_id: str) -> None:
+        if weights_id not in self._unwritten:
+            return
         with self._blobs.writing(weights_id) as folder:
-            (folder / "weights.json").write_text(json.dumps(about))
+            (folder / "weights.json").write_text(json.dumps(self._unwritten[weights_id]))
             (folder / "adapter_config.json").write_text("{}")
             (folder / "adapter_model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+        del self._unwritten[weights_id]
 
     def _steps_of(self, weights_id: str) -> int:
         about = self._about(weights_id)
@@ -240,16 +249,26 @@ class FakeEngine:
             raise WeightsMissing(weights_id)
         return int(about["steps"])
 
-    def _made_before(self, made: str) -> Learned | None:
+    def _made_before(self, made: str, keep: bool = True) -> Learned | None:
         known = self._about(made)
-        return None if known is None else Learned(weights=made, metrics=Metrics.model_validate(known["metrics"]))
+        if known is None:
+            return None
+        if keep:
+            self._keep(made)
+        return Learned(weights=made, metrics=Metrics.model_validate(known["metrics"]))
 
     def _about(self, weights_id: str) -> dict[str, Any] | None:
+        if weights_id in self._unwritten:
+            return self._unwritten[weights_id]
         try:
             about: dict[str, Any] = json.loads((self._blobs.path(weights_id) / "weights.json").read_text())
         except (OSError, ValueError):
             return None
         return about
+
+
+def _about(steps: int, metrics: Metrics | None) -> dict[str, Any]:
+    return {"steps": steps, "metrics": metrics.model_dump(mode="json") if metrics else None}
 
 
 def _draw(*parts: object) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import TrellisError
-from ..messages import Cancel, Cancelled, Down, Event, Failed, Up
+from ..messages import Cancel, Cancelled, Down, Event, Failed, Up, Urge
 from .wire import Wire
 
 log = logging.getLogger(__name__)
@@ -58,8 +58,16 @@ class Loop:
         if isinstance(down.body, Cancel):
             self._cancel(down.body.request)
             return
+        if isinstance(down.body, Urge):
+            self._urge(down.body)
+            return
         steps = self._handlers[type(down.body)](down.body)
         self._tasks.append(Task(down.id, (down.priority, next(self._arrivals)), steps))
+
+    def _urge(self, urge: Urge) -> None:
+        for task in self._tasks:
+            if task.id == urge.request:
+                task.order = (urge.priority, task.order[1])
 
     def _cancel(self, request: int) -> None:
         for task in self._tasks:

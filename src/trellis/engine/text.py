@@ -145,7 +145,7 @@ class TextEngine:
         started = time.monotonic()
         made = request.makes()
         yield None
-        if known := self._made_before(made):
+        if known := self._made_before(made, request.keep):
             return known
         slot, weights = self.weights(request.weights)
         groups = [self._group(request.lesson, request.context_length, request.learning)]
@@ -171,7 +171,7 @@ class TextEngine:
             fluency=fluency_of(sums, [len(option.tokens) for option in drawn]),
             variety=variety_of([option.tokens for option in drawn]),
         )
-        self._shelf.save(slot, _weights_at(made, slot, outcome.point), metrics)
+        self._shelf.add(slot, _weights_at(made, slot, outcome.point), metrics, request.keep)
         return Learned(weights=made, metrics=metrics)
 
     def fit(self, request: Fit) -> Steps:
@@ -225,7 +225,7 @@ class TextEngine:
             agreed_of=fitted.judged,
             left_out=left_out,
         )
-        self._shelf.save(slot, _weights_at(made, slot, fitted.point), metrics)
+        self._shelf.add(slot, _weights_at(made, slot, fitted.point), metrics, keep=True)
         return Learned(weights=made, metrics=metrics)
 
     def assess(self, request: Assess) -> Steps:
@@ -252,11 +252,16 @@ class TextEngine:
         slot = self.loaded.slots.get(self._shelf.settings(weights_id))
         return slot, self._shelf.get(slot, weights_id)
 
-    def _made_before(self, made: str) -> Learned | None:
-        """What learning once made and is whole on disk, as it was told then."""
+    def _made_before(self, made: str, keep: bool = True) -> Learned | None:
+        """What learning once made and is whole in memory or on disk, as it was told then."""
         metrics = self._shelf.metrics(made)
-        if metrics is None or not self._shelf.readable(self.loaded.slots.get(self._shelf.settings(made)), made):
+        if metrics is None:
             return None
+        slot = self.loaded.slots.get(self._shelf.settings(made))
+        if not self._shelf.readable(slot, made):
+            return None
+        if keep:
+            self._shelf.keep(slot, made)
         return Learned(weights=made, metrics=metrics)
 
     def _group(self, lesson: Lesson, context_length: int, learning: Learning) -> Group:

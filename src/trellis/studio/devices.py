@@ -1,12 +1,14 @@
-"""How much memory is free: this computer's, within what its container and a setting allow, and a GPU's."""
+"""How much memory is free, this computer's within what its container and a setting allow, and a GPU's; and whether the
+power lasts."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
@@ -31,6 +33,21 @@ def free_gpu_memory() -> int | None:
         return int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(0)).free)
     except nvml.NVMLError:
         return None
+
+
+def may_foresee(setting: Literal["on", "mains", "off"]) -> Callable[[], bool]:
+    """Whether the studio may work at what nobody asked for yet, as it is asked each time."""
+
+    def may() -> bool:
+        return setting == "on" or (setting == "mains" and on_mains())
+
+    return may
+
+
+def on_mains() -> bool:
+    """Whether this computer is plugged in, or has no battery."""
+    battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+    return battery is None or battery.power_plugged is not False
 
 
 @cache

@@ -33,10 +33,11 @@ from ..params import Adapter, Learning, ModelOptions, Sampling, SessionConfig
 from ..store import steering as rows
 from ..store.store import Store
 from ..workers.worker import UNLOADED, Worker
+from .foresight import Foresight, last
 from .lessons import Logs
 from .models import Models
 from .shown import options_from
-from .tree import Fitted, Node, Tree, replayed
+from .tree import Fitted, Node, Tree, led_to, offer_seed, replayed
 
 Grown = Callable[[int, str], None]
 """Told of text that an option grew by: its index, the text."""
@@ -66,6 +67,9 @@ class Growth:
         self._loading = loading
         self._notice = notice
         self._planted_on: Worker | None = None
+        self._in_memory: dict[str, Worker] = {}
+        """Weights that were learned and not written yet, and who has them."""
+        self._foresight = Foresight()
         self._dismissals = models.dismissals(self._model)
 
     def welcome(self) -> None:
@@ -106,12 +110,63 @@ class Growth:
         return planted.weights
 
     async def learn(self, parent: Node, offer: str, choice: Choice) -> Learned:
-        """Learn from what was said of an offer at a node. Raises WeightsMissing."""
-        request = await self._lessons(parent, offer, choice)
+        """Learn from what was said of an offer at a node, or take what was learned ahead. Raises WeightsMissing.
+
+        The weights are then in the engine's memory; `keep` has them written.
+        """
+        request = await self._learn(parent, offer, choice)
+        worker = await self._planted()
+        ahead = await self._foresight.take(request, led_to(parent, offer, choice))
+        learned = await last(ahead.follow() if ahead else worker.stream(request))
+        assert isinstance(learned, Learned)
+        self._in_memory[learned.weights] = worker
+        return learned
+
+    async def keep(self, node: Node) -> None:
+        """Have the weights of a node written that are in the engine's memory alone; made again where they are gone."""
+        assert node.parent is not None
+        assert node.answered is not None
+        assert node.choice is not None
+        assert not isinstance(node.choice, Fitted)
+        await self._learned(await self._learn(self._tree.nodes[node.parent], node.answered, node.choice, keep=True))
+        self._in_memory.pop(node.weights, None)
+
+    async def _learned(self, request: Learn) -> Learned:
         worker = await self._planted()
         learned = await worker.ask(request)
         assert isinstance(learned, Learned)
         return learned
+
+    async def learn_ahead(self, parent: Node, offer: str, choice: Choice) -> Learned:
+        """Work out what a choice would lead to, after everything that somebody waits for. Raises WeightsMissing."""
+        request = await self._learn(parent, offer, choice)
+        worker = await self._planted()
+        learned = await self._foresight.begin(worker, request, led_to(parent, offer, choice))
+        assert isinstance(learned, Learned)
+        return learned
+
+    async def draw_ahead(self, node: Node, prompt: str) -> None:
+        """Draw what would be offered first at a node that may come to be. Raises WeightsMissing, or Invalid for a
+        prompt that does not fit."""
+        worker = await self._planted()
+        await self._foresight.begin(worker, self._draw(node, 0, prompt), node.id)
+
+    async def draw(self, node: Node, number: int, prompt: str, grown: Grown) -> Offered:
+        """The options of an offer at a node, or what was drawn of them ahead. Raises as `draw_ahead` does."""
+        request = self._draw(node, number, prompt)
+        worker = await self._planted()
+        ahead = await self._foresight.take(request, node.id)
+        async with aclosing(ahead.follow() if ahead else worker.stream(request)) as events:
+            async for event in events:
+                if isinstance(event, Delta):
+                    for index, more in event.texts.items():
+                        grown(index, more)
+        assert isinstance(event, Offered)
+        return event
+
+    async def close(self) -> None:
+        """Give up what was begun ahead."""
+        await self._foresight.close()
 
     async def offer(
         self,
@@ -120,28 +175,28 @@ class Growth:
         sampling: Sampling,
         size: int,
         seed: int,
-        grown: Grown | None = None,
         priority: int = 0,
-        openings: int = 1,
     ) -> Offered:
-        """Answers to a prompt from any weights, plainly drawn unless several `openings` are begun for each.
-
-        Raises WeightsMissing, or Invalid for a prompt that does not fit.
-        """
+        """Plain draws of answers to a prompt from any weights. Raises as `draw_ahead` does."""
         worker = await self._planted()
         request = Offer(
-            weights=weights, prompt=self.prompt(text), sampling=sampling, group_size=size,
-            openings=openings, seed=seed, context_length=self._config.context_length,
+            weights=weights, prompt=self.prompt(text), sampling=sampling, group_size=size, seed=seed,
+            context_length=self._config.context_length,
         )  # fmt: skip
-        async with aclosing(worker.stream(request, priority)) as events:
-            async for event in events:
-                if isinstance(event, Delta) and grown:
-                    for index, more in event.texts.items():
-                        grown(index, more)
-        assert isinstance(event, Offered)
-        return event
+        offered = await worker.ask(request, priority)
+        assert isinstance(offered, Offered)
+        return offered
 
-    async def _lessons(self, parent: Node, offer: str, choice: Choice) -> Learn:
+    def _draw(self, node: Node, number: int, prompt: str) -> Offer:
+        """The request for the options at a node, built from the log alone."""
+        config = self._config
+        return Offer(
+            weights=node.weights, prompt=self.prompt(prompt), sampling=config.part(Sampling),
+            group_size=config.group_size, openings=config.openings if node.choice == "none" else 1,
+            seed=offer_seed(config, node, number, prompt), context_length=config.context_length,
+        )  # fmt: skip
+
+    async def _learn(self, parent: Node, offer: str, choice: Choice, keep: bool = False) -> Learn:
         """The request for one choice, rebuilt from the log alone: asked twice, it has the same name twice."""
         earlier = replayed(self._config, self._tree.path(parent.id))
         found = await self._store.read(
@@ -155,7 +210,7 @@ class Growth:
                 replay.append(self._lesson(found[node.answered or ""], node.choice))
         return Learn(
             weights=parent.weights, lesson=self._lesson(found[offer], choice), replay=tuple(replay),
-            learning=self._config.part(Learning), context_length=self._config.context_length,
+            learning=self._config.part(Learning), context_length=self._config.context_length, keep=keep,
         )  # fmt: skip
 
     async def lessons(self, nodes: Sequence[Node]) -> list[Lesson]:
@@ -222,6 +277,20 @@ class Growth:
         """Whether weights are on disk, as far as can be seen without reading them."""
         return weights in self._weights
 
+    def at_hand(self, weights: str) -> bool:
+        """Whether weights are on disk, or were made by an engine that still runs and has not written them yet."""
+        worker = self._in_memory.get(weights)
+        return (worker is not None and worker.alive) or weights in self._weights
+
+    @property
+    def unwritten(self) -> Node | None:
+        """A node whose weights are in the engine's memory alone."""
+        for weights in self._in_memory:
+            node = self._tree.with_weights(weights)
+            if node is not None and weights not in self._weights:
+                return node
+        return None
+
     async def regrow(self, missing: WeightsMissing) -> None:
         """Work out weights that are not on disk from the log of choices, from the nearest that are."""
         wanted = self._tree.with_weights(missing.weights)
@@ -264,7 +333,7 @@ class Growth:
             else:
                 assert node.answered is not None
                 assert node.choice is not None
-                learned = await self.learn(parent, node.answered, node.choice)
+                learned = await self._learned(await self._learn(parent, node.answered, node.choice, keep=True))
             made = learned.weights
             if node.metrics and made == node.weights and learned.metrics.drift != node.metrics.drift:
                 self._notice(

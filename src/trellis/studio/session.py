@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from functools import wraps
 from itertools import pairwise
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from ..blobs import Blobs
 from ..errors import Conflict, EngineDied, EngineStopped, Invalid, NotFound, TrellisError, WeightsMissing, shorten
@@ -30,7 +30,7 @@ from .keeping import prunable
 from .lessons import Logs
 from .models import Models
 from .shown import Shown, first_words
-from .tree import Fitted, Node, Tree, child_id, drift_of, node_json, node_row, offer_id, offer_seed
+from .tree import Fitted, Node, Tree, child_id, drift_of, led_to, node_json, node_row, offer_id
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -74,6 +74,7 @@ class Session:
         nodes: Iterable[Node],
         offer: dict[str, Any] | None,
         intent: dict[str, Any] | None,
+        foresees: Callable[[], bool] = lambda: False,
     ) -> None:
         self._store = store
         self._hub = hub
@@ -102,6 +103,10 @@ class Session:
         self._not_assessed: set[str] = set()
         self._warming: asyncio.Task[None] | None = None
         self.used = time.monotonic()
+        self.watched = 0
+        self.foresees = foresees
+        self._foreseen: set[Choice] = set()
+        self._foreseen_of = ""
         self._closed = False
 
     # ── What a person sees ─────────────────────────────────────────────────────────────────────────
@@ -434,6 +439,7 @@ class Session:
         if self._task:
             self._task.cancel()
             await asyncio.wait([self._task])
+        await self._growth.close()
         if reason:
             self._hub.publish(self.topic, "done", {"reason": reason})
         self._hub.end(self.topic)
@@ -449,11 +455,7 @@ class Session:
             notes[head.id]["forward"] = known.id
             await self._go(known, known.shown, notes, intent)
             return
-        node = Node(
-            id=child_id(head, offer.id, said), session=self.id, parent=head.id, step=head.step, weights=head.weights,
-            position=head.position + 1, answered=offer.id, choice=said, metrics=None, control=head.control,
-            shown=None, forward=None, created=time.time(),
-        )  # fmt: skip
+        node = self._child(head, offer.id, "skip", None)
         notes[head.id]["forward"] = node.id
         await self._store.write(self._commit_node, node, notes, intent)
         self._arrive(node, notes)
@@ -570,7 +572,7 @@ class Session:
             return self._prepare
         if not self.tree.root.weights:
             return self._plant
-        if not self._growth.has(self.tree.head.weights):
+        if not self._growth.at_hand(self.tree.head.weights):
             return self._fetch
         if self.intent:
             return self._learn
@@ -578,10 +580,14 @@ class Session:
             return self._begin_offer
         if self.offer.options is None:
             return self._draw
+        if self._growth.unwritten:
+            return self._keep
         if self.config.control_prompt and self._needs_control() is not None:
             return self._control
         if self._to_assess():
             return self._assess
+        if self._to_foresee() is not None:
+            return self._foresee
         return None
 
     def _needs_control(self) -> Node | None:
@@ -639,14 +645,25 @@ class Session:
         async with self._lock:
             if self.intent is not intent:
                 return
-            node = Node(
-                id=child_id(parent, body["offer"], body["choice"]), session=self.id, parent=parent.id,
-                step=parent.step + 1, weights=learned.weights, position=parent.position + 1, answered=body["offer"],
-                choice=choice, metrics=learned.metrics, control=None, shown=None, forward=None, created=time.time(),
-            )  # fmt: skip
+            node = self._child(parent, body["offer"], choice, learned)
             notes = {parent.id: {"forward": node.id, "shown": body["offer"]}}
             await self._store.write(self._commit_node, node, notes, intent)
             self._arrive(node, notes)
+
+    def _child(self, parent: Node, offer: str, choice: Choice, learned: Learned | None) -> Node:
+        """The node that a choice leads to; one that teaches nothing has the weights of its parent."""
+        return Node(
+            id=led_to(parent, offer, choice), session=self.id, parent=parent.id,
+            step=parent.step + (learned is not None), weights=learned.weights if learned else parent.weights,
+            position=parent.position + 1, answered=offer, choice=choice, metrics=learned.metrics if learned else None,
+            control=None if learned else parent.control, shown=None, forward=None, created=time.time(),
+        )  # fmt: skip
+
+    async def _keep(self) -> None:
+        """Write weights that are in the engine's memory alone: behind the click, while its options are being read."""
+        node = self._growth.unwritten
+        if node is not None:
+            await self._interruptible(self._growth.keep(node))
             await self._prune()
 
     async def _begin_offer(self) -> None:
@@ -676,19 +693,7 @@ class Session:
         if any(shown.texts):
             shown.texts = [""] * self.config.group_size
             self._publish("offer_started", self._offer_event(shown))
-        seed = offer_seed(self.config, head, shown.number, shown.prompt)
-        sampling = self.config.part(Sampling)
-        offered = await self._interruptible(
-            self._growth.offer(
-                shown.prompt,
-                head.weights,
-                sampling,
-                self.config.group_size,
-                seed,
-                self._option_grows,
-                openings=self.config.openings if head.choice == "none" else 1,
-            )
-        )
+        offered = await self._interruptible(self._growth.draw(head, shown.number, shown.prompt, self._option_grows))
         async with self._lock:
             if self.offer is not shown:
                 return
@@ -743,6 +748,57 @@ class Session:
             await self._store.write(rows.set_metrics, node.id, metrics.model_dump())
             self.tree.note(node.id, metrics=metrics)
             self._publish("assessed", {"node": node.id, "agreed": found.agreed, "of": found.of})
+
+    def _to_foresee(self) -> Choice | None:
+        """The likeliest choice of which it is not yet known what it would lead to, while somebody looks."""
+        if not (self.watched and self.foresees() and self.offer and self._models.state(self._model) == "loaded"):
+            return None
+        if self._foreseen_of != self.offer.id:
+            self._foreseen_of, self._foreseen = self.offer.id, set()
+        return next((choice for choice in self._likely() if choice not in self._foreseen), None)
+
+    def _likely(self) -> list[int | Literal["none", "skip"]]:
+        """What may be chosen next, the likeliest first: by how often it was on this branch, then by how sure the model
+        is of an option."""
+        assert self.offer is not None
+        options = self.offer.options or ()
+        path = [node.choice for node in self.tree.path(self.tree.head_id) if node.answered]
+        refused, skipped = path.count("none"), path.count("skip")
+        sure = sorted(range(len(options)), key=lambda at: -options[at].logprob / max(len(options[at].tokens), 1))
+        chosen = len(path) - refused - skipped
+        ways: list[tuple[float, int | Literal["none", "skip"]]] = [
+            ((chosen + 1) / (len(options) or 1) * (1 - 0.01 * place), at) for place, at in enumerate(sure)
+        ]
+        ways += [(refused + 0.2, "none"), (skipped + 0.1, "skip")]
+        return [choice for _, choice in sorted(ways, key=lambda way: -way[0])]
+
+    async def _foresee(self) -> None:
+        """Work out what the likeliest choice would lead to, weights and options: a click then finds them made."""
+        choice, shown, head = self._to_foresee(), self.offer, self.tree.head
+        if choice is None or shown is None:
+            return
+        try:
+            learned = None
+            if choice != "skip":
+                learned = await self._interruptible(self._growth.learn_ahead(head, shown.id, choice))
+            child = self._child(head, shown.id, choice, learned)
+            if child.id not in self.tree.nodes and self.prompts is not None:
+                prompt = await asyncio.to_thread(self.prompts.at, child.position)
+                await self._interruptible(self._growth.draw_ahead(child, prompt))
+        except Interrupted:
+            raise
+        except TrellisError as error:  # what nobody asked for must not stop the session
+            log.info("session %s: could not foresee %s: %s", self.id, choice, error.message)
+        self._foreseen.add(choice)
+
+    def look(self) -> None:
+        """Somebody looks at the session from now on."""
+        self.watched += 1
+        self.wake()
+
+    def look_away(self) -> None:
+        """One less looks at it."""
+        self.watched -= 1
 
     async def _interruptible(self, work: Coroutine[Any, Any, R]) -> R:
         """Run work that a command may cut short; raises Interrupted when one did."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -39,7 +39,12 @@ NAMES = (
 class Steering:
     """All sessions. One that was asked for stays in memory; every one is in the store."""
 
-    def __init__(self, store: Store, hub: Hub, models: Models, datasets: Datasets, weights: Blobs, logs: Logs) -> None:
+    def __init__(
+        self, store: Store, hub: Hub, models: Models, datasets: Datasets, weights: Blobs, logs: Logs,
+        foresees: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
+        """`foresees`: whether sessions may work out what a choice would lead to while a person reads."""
+        self._foresees = foresees
         self._store = store
         self._datasets = datasets
         self._weights = weights
@@ -168,7 +173,8 @@ class Steering:
         self, row: rows.Row, nodes: Iterable[Node], offer: rows.Row | None, intent: rows.Row | None
     ) -> Session:
         return Session(
-            self._store, self._hub, self._models, self._datasets, self._weights, self._logs, row, nodes, offer, intent
+            self._store, self._hub, self._models, self._datasets, self._weights, self._logs, row, nodes, offer, intent,
+            self._foresees,
         )  # fmt: skip
 
     async def _let_idle_ones_go(self) -> None:
@@ -212,9 +218,12 @@ class Steering:
     async def events(self, session_id: str, after: str | None) -> AsyncIterator[HubEvent]:
         """What happens in a session, from an event id on; the whole state first where there is none."""
         session = await self.session(session_id)
-        session.wake()
-        async for event in self._hub.subscribe(session.topic, after, lambda: ("state", session.state())):
-            yield event
+        session.look()
+        try:
+            async for event in self._hub.subscribe(session.topic, after, lambda: ("state", session.state())):
+                yield event
+        finally:
+            session.look_away()
 
     async def sample(
         self, session_id: str, prompt: str, node: str | None, n: int, sampling: Mapping[str, Any], key: str = ""

@@ -13,6 +13,7 @@ from .blind import Blind
 from .catalog import Catalog
 from .comparing import Comparisons
 from .datasets import Datasets
+from .devices import may_foresee
 from .exports import Exports
 from .fits import Fits
 from .hub import Hub
@@ -40,7 +41,9 @@ class Studio:
         reader = Reader(hub_files, START_SECONDS + settings.hub_timeout)
         self.datasets = Datasets(reader, settings.prompts_folders, Blobs(settings.save_dir / "prepared"))
         logs = Logs(settings.save_dir / "choices")
-        self.steering = Steering(store, self.hub, self.models, self.datasets, weights, logs)
+        self.steering = Steering(
+            store, self.hub, self.models, self.datasets, weights, logs, may_foresee(settings.foresight)
+        )
         self.fits = Fits(self.jobs, self.steering, logs, self.datasets)
         self.blind = Blind(store, self.steering)
         self.comparisons = Comparisons(self.jobs, self.steering)

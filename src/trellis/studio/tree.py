@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from ..messages import Choice, Message, Metrics, derived_seed, recipe_id
+from ..messages import CHOICE, Choice, Message, Metrics, derived_seed, recipe_id
 from ..params import SessionConfig
 
 FittedKind = Literal["refit", "import", "replay"]
@@ -167,6 +167,11 @@ def root_id(session: str) -> str:
 def child_id(parent: Node, offer: str, choice: Any) -> str:
     """The name of the node that a choice leads to: the same choice of the same offer is the same node."""
     return recipe_id("n", [parent.id, offer, choice])
+
+
+def led_to(parent: Node, offer: str, choice: Choice) -> str:
+    """The name of the node that a choice leads to, whether it is there or not."""
+    return child_id(parent, offer, CHOICE.dump_python(choice, mode="json"))
 
 
 def offer_id(node: Node, number: int, prompt: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import EngineDied, EngineError, EngineStopped, Invalid, TrellisError, WeightsMissing
-from ..messages import Cancel, Cancelled, Down, Event, Failed, Request
+from ..messages import Cancel, Cancelled, Down, Event, Failed, Request, Urge
 from .channel import Channel
 from .exits import explain_exit
 
@@ -67,6 +67,7 @@ class Worker:
         self._log = log
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Queue[tuple[Event, bool] | None]] = {}
+        self._asked: dict[int, Request] = {}
         self._death: EngineError | None = None
         self._stopping = False
         self._pump = asyncio.create_task(self._receive(), name="worker")
@@ -112,6 +113,7 @@ class Worker:
         number = next(self._numbers)
         inbox: asyncio.Queue[tuple[Event, bool] | None] = asyncio.Queue()
         self._waiting[number] = inbox
+        self._asked[number] = request
         last = False
         try:
             await self._send(Down(id=number, priority=priority, body=request))
@@ -127,10 +129,17 @@ class Worker:
                     raise EngineError("The request was cancelled.", code="cancelled", next_step="Ask again.")
                 yield event
         finally:
-            del self._waiting[number]
+            del self._waiting[number], self._asked[number]
             if not last and self.alive:
                 with contextlib.suppress(TrellisError):
                     await self._send(Down(id=number, body=Cancel(request=number)))
+
+    async def urge(self, request: Request, priority: int = 0) -> None:
+        """Give a request that is under way another priority, by what it is: nothing happens where it has ended."""
+        for number, asked in self._asked.items():
+            if asked is request:
+                await self._send(Down(id=number, body=Urge(request=number, priority=priority)))
+                return
 
     async def stop(self, patience: float = 5.0) -> None:
         """End the engine: close its socket, which it takes as its end; kill it if it does not listen."""

@@ -1,0 +1,129 @@
+"""What a session works out before anyone asks: requests that are pure, so that whoever asks later is given the same.
+
+A request runs on its own; whoever needs its result follows it from its beginning, and makes it urgent. It does not know
+what the requests mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from ..messages import Event, Request, recipe_id, recipe_of
+from ..workers.worker import Worker
+
+AHEAD = 3
+"""The priority of what nobody asked for yet: after people, after what is shown beside the options, after long jobs."""
+
+KEPT = 64
+"""So many finished results are kept, the last used ones: an undo and another choice find them."""
+
+
+async def last(events: AsyncGenerator[Event, None]) -> Event:
+    """The result that a stream of events ends in."""
+    async with aclosing(events):
+        async for event in events:
+            result = event
+    return result
+
+
+def key_of(request: Request) -> str:
+    """The name of a request: the same for the same work."""
+    return recipe_id("q", [request.type, recipe_of(request)])
+
+
+class Ahead:
+    """One request that was begun before anyone asked, and what came of it so far."""
+
+    def __init__(self, worker: Worker, request: Request, node: str) -> None:
+        self.node = node
+        self._worker = worker
+        self._request = request
+        self._events: list[Event] = []
+        self._news = asyncio.Event()
+        self.task = asyncio.create_task(self._run(), name=f"ahead {request.type}")
+
+    @property
+    def finished(self) -> bool:
+        return self.task.done()
+
+    @property
+    def useful(self) -> bool:
+        """Whether it has a result, or may still come to one."""
+        return not self.task.done() or not (self.task.cancelled() or self.task.exception())
+
+    async def _run(self) -> None:
+        try:
+            async with aclosing(self._worker.stream(self._request, AHEAD)) as events:
+                async for event in events:
+                    self._events.append(event)
+                    self._news.set()
+        finally:
+            self._news.set()
+
+    async def follow(self) -> AsyncGenerator[Event, None]:
+        """Its events from the first on, the result last. Raises what the request did."""
+        told = 0
+        while True:
+            while told < len(self._events):
+                told += 1
+                yield self._events[told - 1]
+            if self.task.done():
+                if told == len(self._events):
+                    await self.task
+                    return
+                continue
+            self._news.clear()
+            await self._news.wait()
+
+    async def urge(self) -> None:
+        """Somebody waits for it now."""
+        if not self.task.done():
+            await self._worker.urge(self._request)
+
+    def cancel(self) -> None:
+        self.task.cancel()
+
+
+class Foresight:
+    """The requests that one session had begun ahead, by what they ask; each for the node that it would lead to."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, Ahead] = OrderedDict()
+
+    async def begin(self, worker: Worker, request: Request, node: str) -> Event:
+        """Work something out unless that was done, and nothing else beside it. Returns the result; who leaves early
+        leaves it running."""
+        ahead = self._find(request, node)
+        if ahead is None:
+            key = key_of(request)
+            ahead = self._known[key] = Ahead(worker, request, node)
+            while len(self._known) > KEPT:
+                self._known.popitem(last=False)[1].cancel()
+        return await last(ahead.follow())
+
+    async def take(self, request: Request, node: str) -> Ahead | None:
+        """What was begun of a request that somebody now waits for, made urgent; what leads elsewhere gives way."""
+        ahead = self._find(request, node)
+        if ahead is not None:
+            await ahead.urge()
+        return ahead
+
+    def _find(self, request: Request, node: str) -> Ahead | None:
+        for key, each in list(self._known.items()):
+            if not each.useful or (not each.finished and each.node != node):
+                each.cancel()
+                del self._known[key]
+        key = key_of(request)
+        if key in self._known:
+            self._known.move_to_end(key)
+        return self._known.get(key)
+
+    async def close(self) -> None:
+        """Give everything up."""
+        for each in self._known.values():
+            each.cancel()
+        await asyncio.gather(*(each.task for each in self._known.values()), return_exceptions=True)
+        self._known.clear()
