@@ -66,6 +66,7 @@ async def choose(session: Session, count: int) -> None:
         offer = (await ready(session))["offer"]["id"]
         await session.choose(offer, number % 4, f"r{session.tree.head.step}-{number}")
         await until(lambda offer=offer: session.status == "ready" and session.offer and session.offer.id != offer)
+    await until(lambda: session._task is None or session._task.done())  # weights are written behind the click
 
 
 KEEP = {"max_undos": 2, "checkpoint_interval": 4, "control_prompt": ""}
