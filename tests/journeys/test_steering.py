@@ -341,6 +341,8 @@ def test_undo_is_a_way_out_of_a_failure_that_came_back(open_page: Open, save_dir
         start(page, server)
         press(page, "a")
         weights = save_dir / "weights"
+        while len([each for each in weights.iterdir() if not each.name.startswith(".")]) < 2:
+            page.wait_for_timeout(20)  # they are written behind the click
         weights.rename(save_dir / "aside")
         weights.write_text("in the way")
         page.keyboard.press("b")

@@ -26,6 +26,8 @@ from ..blobs import Blobs
 from ..errors import Invalid, WeightsMissing
 from ..messages import Metrics, derived_seed, recipe_id
 from ..params import Adapter
+from .graphs import Graphs
+from .lean import Adapted, Lean
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,10 @@ KEPT_BYTES = 500_000_000
 class Slots:
     """The adapters injected into one base model, one for each set of settings that a session asked for."""
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: nn.Module, lean: Lean | None = None) -> None:
+        """`lean` is the base model's lean pass, where it has one."""
         self._base = base
+        self._lean = lean
         self._model: PeftModel | None = None
         self._slots: dict[Adapter, Slot] = {}
 
@@ -77,7 +81,7 @@ class Slots:
             else:
                 self._model.add_adapter(name, config)
             self._model.eval()
-            self._slots[settings] = Slot(self._model, name, settings)
+            self._slots[settings] = Slot(self._model, name, settings, self._lean)
         return self._slots[settings]
 
     def _targets(self, settings: Adapter) -> str | list[str]:
@@ -113,7 +117,7 @@ def _is_linear(module: nn.Module) -> bool:
 class Slot:
     """One adapter injected into the base model; the values in it are switched in place."""
 
-    def __init__(self, model: PeftModel, name: str, settings: Adapter) -> None:
+    def __init__(self, model: PeftModel, name: str, settings: Adapter, lean: Lean | None = None) -> None:
         self.model = model
         self.name = name
         self.settings = settings
@@ -134,6 +138,8 @@ class Slot:
             self.slices.append((path.replace(f".{name}.", "."), where, parameter.shape))
             start = where.stop
         self._installed: Tensor | None = None
+        self.adapted = Adapted.of(lean, self.slices, settings.lora_alpha / settings.lora_rank) if lean else None
+        self.graphs = Graphs(self.adapted.lean, self.adapted.layers) if self.adapted and device.type == "cuda" else None
         self._base_norm = self._norm_of_base()
 
     def install(self, flat: Tensor) -> None:

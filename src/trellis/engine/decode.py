@@ -1,38 +1,61 @@
 """Group generation: the prompt is read once, then all options grow together, one token a step.
 
-It knows a model that follows the transformers interface and a tokenizer; not weights, sessions or learning.
+It knows rows that grow and a tokenizer; not models, weights, sessions or learning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from ..params import OPENING_POSITIONS, Sampling
+from .forward import Forward, Rows
+from .sampling import draw, uniforms
 from .vitals import grams_of, overlap_of
 
 OPENING = 6
 """So many tokens of an answer are drawn before it is known which answers go on."""
 
 
-@dataclass
 class Growing:
-    """One option while it is drawn."""
+    """One option while it is drawn. Its text is read from its tokens when somebody asks for it."""
 
-    tokens: list[int] = field(default_factory=list)
-    logprob: float = 0.0
-    text: str = ""
-    finish: Literal["stop", "length"] | None = None
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokens: list[int] = []
+        self.logprob = 0.0
+        self.finish: Literal["stop", "length"] | None = None
+        self._text = ""
+        self._unread: list[int] = []
+        self._reader = TextReader(tokenizer)
+
+    @property
+    def text(self) -> str:
+        if self._unread:
+            self._text += self._reader.read(self._unread)
+            self._unread = []
+        if self.finish:
+            self._text += self._reader.rest()
+        return self._text
+
+    def grow(self, token: int, logprob: float, ends: frozenset[int], most: int) -> None:
+        """Go on with a token, unless it has ended."""
+        if self.finish:
+            return
+        self.tokens.append(token)
+        self.logprob += logprob
+        if token in ends:
+            self.finish = "stop"
+            return
+        self._unread.append(token)
+        if len(self.tokens) == most:
+            self.finish = "length"
 
 
 def decode_group(
-    model: Any,
+    forward: Forward,
     tokenizer: Any,
     prompt: list[int],
     ends: frozenset[int],
@@ -40,102 +63,67 @@ def decode_group(
     size: int,
     seed: int,
     openings: int = 1,
-    base: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Iterator[list[Growing]]:
     """Draw `size` answers to one prompt. Yields the same list after every step, one token further.
 
     Log-probabilities are of the drawn tokens, in fp32, from the logits over the temperature, before any
     word was filtered out. The same arguments give the same answers: the random numbers are its own.
-    The caller holds the model in inference mode and with the right weights at every step.
 
-    With several `openings`, so many answers are begun for each of them, half within `base`, where the model is the base
-    model, and those that differ most go on: what the adapted model no longer says has its chance again. Until it is
-    known which ones go on, the answers are empty.
+    With several `openings`, so many answers are begun for each of them, half by the base model, and those that differ
+    most go on: what the adapted model no longer says has its chance again. Until it is known which ones go on, the
+    answers are empty.
     """
-    generator = torch.Generator(device=model.device).manual_seed(seed)
-    group = [Growing() for _ in range(size)]
-    readers = [TextReader(tokenizer) for _ in group]
-
-    def grow(row: int, token: int, score: float) -> None:
-        option = group[row]
-        if option.finish:
-            return
-        option.tokens.append(token)
-        option.logprob += score
-        if token in ends:
-            option.finish = "stop"
-        else:
-            option.text += readers[row].read(token)
-            if len(option.tokens) == sampling.max_new_tokens:
-                option.finish = "length"
-        if option.finish:
-            option.text += readers[row].rest()
-
+    generator = torch.Generator().manual_seed(seed)
+    most = sampling.max_new_tokens
+    group = [Growing(tokenizer) for _ in range(size)]
     if sampling.temperature == 0:
         openings = 1  # they would all be the same
     openings = max(1, min(openings, OPENING_POSITIONS // (size * len(prompt))))
+    drawn: Tensor | None = None
     if openings == 1:
-        rows, drawn = Rows(model, prompt, size), None
+        rows = forward.rows(prompt, size, len(prompt) + most)
     else:
         rows, begun, scores = yield from _begin(
-            model, prompt, ends, sampling, size, openings, generator, base, waiting=group
+            forward, prompt, ends, sampling, size, openings, generator, waiting=group
         )
-        for row, (opening, scored) in enumerate(zip(begun, scores, strict=True)):
+        for option, opening, scored in zip(group, begun, scores, strict=True):
             for token, score in zip(opening, scored, strict=True):
-                grow(row, token, score)
-        drawn = torch.tensor([opening[-1] for opening in begun], device=model.device)
+                option.grow(token, score, ends, most)
+        drawn = torch.tensor([opening[-1] for opening in begun], device=forward.device)
         yield group
-    while not all(option.finish for option in group):
-        if drawn is not None:
-            rows.feed(drawn[:, None])
-        with torch.inference_mode():
-            drawn, logprobs = draw(rows.logits, sampling, generator)
-        for row, (token, score) in enumerate(zip(drawn.tolist(), logprobs.tolist(), strict=True)):
-            grow(row, token, score)
-        yield group
-
-
-class Rows:
-    """Answers to one prompt that grow together, a row each. `logits` (R, V) are of each one's next token."""
-
-    def __init__(self, model: Any, prompt: list[int], count: int) -> None:
-        self._model = model
-        self._cache = DynamicCache(config=model.config)
-        ids = torch.tensor([prompt], device=model.device)
-        with torch.inference_mode():
-            found = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-            self._cache.batch_repeat_interleave(count)
-        self.logits: Tensor = found.expand(count, -1)
-
-    def feed(self, tokens: Tensor) -> Tensor:
-        """Go on with tokens (R, T), the same count in each row. Returns logits (R, T, V), after each of them."""
-        with torch.inference_mode():
-            found: Tensor = self._model(input_ids=tokens, past_key_values=self._cache, use_cache=True).logits
-        self.logits = found[:, -1]
-        return found
+    if all(option.finish for option in group):
+        return
+    chances = uniforms(most, size, generator, forward.device)
+    for steps in rows.draws(sampling, chances, drawn):
+        for tokens, logprobs in steps:
+            for option, token, logprob in zip(group, tokens, logprobs, strict=True):
+                option.grow(token, logprob, ends, most)
+            yield group
+            if all(option.finish for option in group):
+                return
 
 
 def _begin(
-    model: Any, prompt: list[int], ends: frozenset[int], sampling: Sampling, size: int, openings: int,
-    generator: torch.Generator, base: Callable[[], AbstractContextManager[Any]], waiting: list[Growing],
+    forward: Forward, prompt: list[int], ends: frozenset[int], sampling: Sampling, size: int, openings: int,
+    generator: torch.Generator, waiting: list[Growing],
 ) -> Generator[list[Growing], None, tuple[Rows, list[list[int]], list[list[float]]]]:  # fmt: skip
-    """Begin more answers than are wanted, half of them within `base`, and choose which go on: their rows under the
+    """Begin more answers than are wanted, half of them by the base model, and choose which go on: their rows under the
     adapted weights, with the last token of each still to be fed, their tokens, and the log-probabilities of these."""
     total = size * openings
     half = -(-total // 2)
-    own = Rows(model, prompt, half)
-    with base():
-        other = Rows(model, prompt, total - half)
+    room = len(prompt) + sampling.max_new_tokens
+    own = forward.rows(prompt, half, room)
+    other = forward.rows(prompt, total - half, room, base=True)
     begun: list[list[int]] = [[] for _ in range(total)]
     drawn: Tensor | None = None
-    for _ in range(min(OPENING, sampling.max_new_tokens)):
+    length = min(OPENING, sampling.max_new_tokens)
+    for chances in uniforms(length, total, generator, forward.device):
         if drawn is not None:
             yield waiting
             own.feed(drawn[:half, None])
-            with base():
-                other.feed(drawn[half:, None])
+            other.feed(drawn[half:, None])
         with torch.inference_mode():
-            drawn, _ = draw(torch.cat([own.logits, other.logits]), sampling, generator)
+            drawn, _ = draw(torch.cat([own.logits, other.logits]), sampling, chances)
         for opening, token in zip(begun, drawn.tolist(), strict=True):
             if not opening or opening[-1] not in ends:
                 opening.append(token)
@@ -145,9 +133,9 @@ def _begin(
     by_turns = [begun[row] for row in sorted(range(total), key=lambda row: row % half)]
     kept = [by_turns[place] for place in most_different(by_turns, size)]
     # What the base began goes on under the adapted weights, and is told by their log-probabilities.
-    rows = Rows(model, prompt, size)
+    rows = own.again(size)
     width = max(map(len, kept))
-    ids = torch.tensor([opening + [0] * (width - len(opening)) for opening in kept], device=model.device)
+    ids = torch.tensor([opening + [0] * (width - len(opening)) for opening in kept], device=forward.device)
     logits = rows.logits[:, None]
     if width > 1:
         logits = torch.cat([logits, rows.feed(ids[:, :-1])], dim=1)
@@ -168,31 +156,8 @@ def most_different(openings: list[list[int]], size: int) -> list[int]:
     return kept
 
 
-def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One token for each row of logits (G, V): tokens (G,) and their log-probabilities (G,) in fp32.
-
-    Filters: top-p (nucleus, arXiv 1904.09751) and min-p (arXiv 2407.01082), after the temperature.
-    """
-    if sampling.temperature == 0:
-        logprobs = torch.log_softmax(logits.float(), dim=-1)
-        drawn = logprobs.argmax(dim=-1)
-        return drawn, logprobs.gather(-1, drawn[:, None])[:, 0]
-    logprobs = torch.log_softmax(logits.float() / sampling.temperature, dim=-1)
-    probabilities = logprobs.exp()
-    if sampling.min_p > 0:
-        floor = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
-        probabilities = probabilities.masked_fill(probabilities < floor, 0.0)
-    if sampling.top_p < 1:
-        ordered, places = probabilities.sort(dim=-1, descending=True)
-        before = ordered.cumsum(dim=-1) - ordered
-        ordered = ordered.masked_fill(before >= sampling.top_p * ordered.sum(dim=-1, keepdim=True), 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter_(-1, places, ordered)
-    drawn = torch.multinomial(probabilities, 1, generator=generator)
-    return drawn[:, 0], logprobs.gather(-1, drawn)[:, 0]
-
-
 class TextReader:
-    """Tokens to text, token by token, in linear time. Half a character is held back until it is whole."""
+    """Tokens to text, some at a time, in linear time. Half a character is held back until it is whole."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -200,9 +165,9 @@ class TextReader:
         self._start = 0
         self._read = 0
 
-    def read(self, token: int) -> str:
-        """The text that this token adds; empty while a character is incomplete."""
-        self._tokens.append(token)
+    def read(self, tokens: Sequence[int]) -> str:
+        """The text that these tokens add, up to the last whole character."""
+        self._tokens += tokens
         known, longer = self._decoded()
         if len(longer) <= len(known) or longer.endswith("\ufffd"):
             return ""

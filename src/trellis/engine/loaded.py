@@ -36,6 +36,7 @@ from ..messages import Load, Loaded, Progress, Prompt
 from ..params import Precision, SessionConfig
 from ..tensors import UNREADABLE, shapes_in
 from .adapters import Slots
+from .lean import Lean
 
 INITIALIZING, READING, PARSING, PLACING, WARMING = 0.11, 0.15, 0.78, 0.8, 0.95
 """Where these stages begin as a fraction of a load; reading takes the bulk."""
@@ -153,7 +154,7 @@ def read_model(
         has_template=bool(tokenizer.chat_template),
         positions=positions_of(config),
     )
-    return LoadedModel(model, tokenizer, Slots(model), _ends(path, config, tokenizer), about)
+    return LoadedModel(model, tokenizer, Slots(model, Lean.of(model)), _ends(path, config, tokenizer), about)
 
 
 def _digest(path: Path, precision: Precision) -> Any:

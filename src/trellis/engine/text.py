@@ -44,6 +44,7 @@ from .adapters import Shelf, Slot, Weights
 from .decode import Growing, decode_group
 from .download import download
 from .fits import fit_steps, sight
+from .forward import forward_of
 from .learning import Group, Point, answer_logprobs, learn_steps
 from .loaded import LoadedModel, read_model, require_memory
 from .loop import Handler, Steps
@@ -107,18 +108,10 @@ class TextEngine:
         started = time.monotonic()
         loaded, (slot, weights) = self.loaded, self.weights(request.weights)
         prompt = loaded.prompt_tokens(request.prompt, request.sampling.max_new_tokens, request.context_length)
-        slot.install(weights.flat)
         growing = decode_group(
-            slot.model,
-            loaded.tokenizer,
-            prompt,
-            loaded.ends,
-            request.sampling,
-            request.group_size,
-            request.seed,
-            request.openings,
-            slot.reference,
-        )
+            forward_of(slot, weights.flat, len(prompt) + request.sampling.max_new_tokens), loaded.tokenizer, prompt,
+            loaded.ends, request.sampling, request.group_size, request.seed, request.openings,
+        )  # fmt: skip
         group: list[Growing] = []
         sent = [0] * request.group_size
         first = 0.0
@@ -132,7 +125,6 @@ class TextEngine:
                 yield _delta(group, sent)
             else:
                 yield None
-            slot.install(weights.flat)
         if delta := _delta(group, sent):
             yield delta
         options = tuple(

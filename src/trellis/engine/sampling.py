@@ -1,0 +1,46 @@
+"""One token for each row of logits, from numbers that were drawn before. It knows no model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..params import Sampling
+
+
+def uniforms(steps: int, rows: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Numbers (S, R) in [0, 1) for as many draws, the same on every device; rounding never makes one of them 1."""
+    return (torch.rand(steps, rows, generator=generator) * (1 - 2**-20)).to(device)
+
+
+def draw(logits: Tensor, sampling: Sampling, chances: Tensor) -> tuple[Tensor, Tensor]:
+    """One token for each row of logits (R, V): tokens (R,) and their log-probabilities (R,) in fp32, over the
+    temperature, before any was filtered out.
+
+    By inversion: the first token at which the summed probabilities pass a number (R,) in [0, 1) that was drawn for the
+    row. Filters: min-p (arXiv 2407.01082), then top-p (nucleus, arXiv 1904.09751), after the temperature.
+    """
+    scaled = logits.float()
+    if sampling.temperature == 0:
+        drawn = scaled.argmax(dim=-1)
+        return drawn, torch.log_softmax(scaled, dim=-1).gather(-1, drawn[:, None])[:, 0]
+    return drawn_from(scaled / sampling.temperature, sampling.min_p, sampling.top_p, chances)
+
+
+def drawn_from(scaled: Tensor, min_p: float | Tensor, top_p: float | Tensor, chances: Tensor) -> tuple[Tensor, Tensor]:
+    """`draw` from logits (R, V) over the temperature. A filter that is a tensor on the device may change its value
+    without a change of what is run."""
+    top = scaled.amax(dim=-1, keepdim=True)
+    scaled = scaled - top
+    likely = scaled.exp()  # the likeliest is 1
+    whole = likely.sum(dim=-1)
+    if isinstance(min_p, Tensor) or min_p > 0:
+        likely = likely.where(likely >= min_p, 0.0)
+    if isinstance(top_p, Tensor) or top_p < 1:
+        ordered, places = likely.sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered
+        ordered = ordered.where(before < top_p * ordered.sum(dim=-1, keepdim=True), 0.0)
+        likely = torch.zeros_like(likely).scatter(-1, places, ordered)
+    summed = likely.cumsum(dim=-1)
+    drawn = torch.searchsorted(summed, summed[:, -1:] * chances[:, None], right=True)
+    return drawn[:, 0], scaled.gather(-1, drawn)[:, 0] - whole.log()
