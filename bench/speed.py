@@ -1,10 +1,10 @@
-"""The speed of the loop, side by side in one run.
+"""The speed of the loop, side by side in one run: from a click to the next options.
 
-    python bench/speed.py
+    python bench/speed.py                        # the demo model, in a real browser where there is one
+    python bench/speed.py --model FOLDER --reading 0,5
 
-Group generation: our decoder against transformers' `generate` with the same PEFT adapter, the same prompt, the
-same number of tokens. The loop: a click through the real server, from the press to the first new token and to
-all new options, with and without foresight and time to read. The size and start of both processes.
+Clicks with and without time to read, with foresight and without; undo and redo; beside them what a click cost in the
+first Trellis (bench/baseline.py). In a browser the clock runs from the key to the frame in which the text is there.
 """
 
 from __future__ import annotations
@@ -13,116 +13,158 @@ import argparse
 import os
 import platform
 import random
-import statistics
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the server that tests start is the one that is measured
 DEMO = ROOT / "src" / "trellis" / "demo" / "model"
-PROMPT = "Tell me about the sea."
+
+WATCH = """
+() => {
+  const offer = () => document.querySelector("#choose [name=offer]").value;
+  const texts = () => [...document.querySelectorAll("[data-text]")].map((place) => place.textContent);
+  const seen = () => document.querySelector("[data-status]").dataset.status;
+  window.bench = { before: offer(), pressed: 0, first: 0, all: 0 };
+  const look = () => {
+    const bench = window.bench;
+    if (bench.pressed && !bench.all && offer() !== bench.before) {
+      if (!bench.first && texts().some(Boolean)) bench.first = performance.now() - bench.pressed;
+      if (texts().every(Boolean) && seen() === "ready") bench.all = performance.now() - bench.pressed;
+    }
+    requestAnimationFrame(look);
+  };
+  addEventListener("keydown", () => {
+    window.bench = { before: offer(), pressed: performance.now(), first: 0, all: 0 };
+  }, true);
+  look();
+}
+"""
 
 
-def group_speed(tokens: int, times: int) -> None:
-    """Tokens a second of a group of four, no end token, so that both do the same work."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+class InBrowser:
+    """A person with a browser: keys, and what is on the screen."""
 
-    from trellis.blobs import Blobs
-    from trellis.engine.adapters import Shelf, Slots
-    from trellis.engine.decode import decode_group
-    from trellis.params import Adapter, Sampling
+    def __init__(self, page: Any, session: str) -> None:
+        self._page = page
+        page.goto(session)
+        page.wait_for_selector("[data-status=ready]", timeout=300_000)
+        page.evaluate(WATCH)
 
-    tokenizer = AutoTokenizer.from_pretrained(DEMO)
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True)["input_ids"]
-    with tempfile.TemporaryDirectory() as folder:
-        shelf = Shelf(Blobs(Path(folder)))
-        base = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval().requires_grad_(False)
-        slot = Slots(base).get(Adapter())
-        slot.install(shelf.plant(slot, "w1", 1).flat)
-        fresh = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
-        theirs = PeftModel.from_pretrained(fresh, Path(folder) / "w1").eval()
+    def press(self, key: str) -> tuple[float, float]:
+        """Seconds from a key to the first new text, and to all of it."""
+        self._page.keyboard.press(key)
+        self._page.wait_for_function("window.bench.all > 0", timeout=300_000)
+        seen = self._page.evaluate("window.bench")
+        return seen["first"] / 1000, seen["all"] / 1000
 
-    def ours() -> float:
+
+class OnTheWire:
+    """A program that follows the events as a page does."""
+
+    def __init__(self, client: httpx.Client, session: str) -> None:
+        from tests.server import read_events
+
+        self._client, self._url = client, f"/api/steering/sessions/{session}"
+        self._events = self._follow(read_events)
+        self._offer, *_ = next(self._events)
+
+    def _follow(self, read_events: Any) -> Iterator[tuple[str, float, float]]:
+        """(offer, when its first text came, when it was whole)."""
+        first = 0.0
+        with self._client.stream("GET", f"{self._url}/events", timeout=None) as stream:
+            for _, name, data in read_events(stream):
+                now = time.perf_counter()
+                if name == "state" and data["status"] == "ready":
+                    yield data["offer"]["id"], now, now
+                elif name == "offer_started":
+                    first = 0.0
+                elif name == "option_delta":
+                    first = first or now
+                elif name == "offer_ready":
+                    yield data["offer"], first or now, now
+
+    def press(self, key: str) -> tuple[float, float]:
         started = time.perf_counter()
-        for _ in decode_group(slot.model, tokenizer, ids, frozenset(), Sampling(max_new_tokens=tokens), 4, 1):
-            pass
-        return 4 * tokens / (time.perf_counter() - started)
-
-    def generate() -> float:
-        started = time.perf_counter()
-        with torch.inference_mode():
-            theirs.generate(
-                input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                max_new_tokens=tokens, do_sample=True, min_p=0.05, top_k=0, num_return_sequences=4,
-                eos_token_id=None, pad_token_id=0,
-            )  # fmt: skip
-        return 4 * tokens / (time.perf_counter() - started)
-
-    # One after the other in turn, so that a busy moment of the machine meets both.
-    pairs = [(ours(), generate()) for _ in range(times + 1)][1:]
-    mine, their = (statistics.median(column) for column in zip(*pairs, strict=True))
-    print(f"group of 4, {tokens} tokens each, {torch.get_num_threads()} threads")
-    print(f"  transformers generate with PEFT  {their:8.0f} tokens/s   1.00")
-    print(f"  trellis decode_group             {mine:8.0f} tokens/s   {mine / their:.2f}")
+        body = {"offer": self._offer, "choice": "abcd".index(key)} if key in "abcd" else {}
+        what = {"u": "undo", "r": "redo"}.get(key, "choose")
+        httpx.post(f"{self._client.base_url}{self._url}/{what}", json=body).raise_for_status()
+        self._offer, first, whole = next(self._events)
+        return first - started, whole - started
 
 
-def loop_speed(clicks: int, reading: float, foresight: str) -> None:
-    """Clicks through the real server: a program that follows the events as a page does, and takes so many seconds to
-    read the options."""
+def late(values: list[float]) -> float:
+    """The 95th percentile."""
+    return sorted(values)[max(0, round(0.95 * len(values)) - 1)]
+
+
+def middle(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def row(what: str, first: list[float], whole: list[float]) -> None:
+    cells = [f"{middle(each) * 1000:7.0f} {late(each) * 1000:7.0f}" for each in (first, whole)]
+    print(f"{what:44} {cells[0]}   {cells[1]}", flush=True)
+
+
+@contextmanager
+def person(server: Any, browser: Any, config: dict[str, Any]) -> Iterator[Any]:
+    from tests.server import wait_ready
+
+    with server.client() as client:
+        made = client.post("/api/steering/sessions", json={"config": config}).json()
+        wait_ready(client, made["id"], 300)
+        if browser is None:
+            yield OnTheWire(client, made["id"])
+            return
+        page = browser.new_page(viewport={"width": 1440, "height": 900})
+        yield InBrowser(page, f"{server.url}/steer/{made['id']}")
+        page.close()
+
+
+def loop(browser: Any, model: str, foresight: str, readings: list[float], clicks: int, device: str) -> None:
     import psutil
-    from tests.server import Server, read_events
+    from tests.server import Server
 
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder), fake=False, TRELLIS_FORESIGHT=foresight)
-        dice = random.Random(1)
-        first_token, all_options, learning = [], [], []
+        environment = {"TRELLIS_FORESIGHT": foresight} | (
+            {"TRELLIS_MODEL_DIRS": str(Path(model).parent)} if model else {}
+        )
+        server = Server(Path(folder), fake=False, **environment)
+        config = {"control_prompt": "", "max_new_tokens": 96, "device": device}
+        config |= {"model": Path(model).name} if model else {}
         health: list[float] = []
         ended = threading.Event()
         threading.Thread(target=poll_health, args=(server.url, health, ended), daemon=True).start()
-        with server.client() as client:
-            started = time.perf_counter()
-            made = client.post("/api/steering/sessions", json={"config": {"control_prompt": ""}}).json()
-            url = f"/api/steering/sessions/{made['id']}"
-            with client.stream("GET", f"{url}/events") as stream:
-                pressed: float | None = None
-                fresh = True
-                for _, name, data in read_events(stream):
-                    now = time.perf_counter()
-                    if name == "option_delta" and fresh and pressed:
-                        first_token.append(now - pressed)
-                        fresh = False
-                    elif name == "node_added":
-                        learning.append(data["metrics"]["seconds"])
-                    elif name == "offer_ready":
-                        if pressed is None:
-                            begun = now - started
-                        else:
-                            all_options.append(now - pressed)
-                        if len(all_options) == clicks:
-                            break
-                        time.sleep(reading)
-                        pressed, fresh = time.perf_counter(), True
-                        press(server.url, url, data["offer"], dice.randrange(4))
-            ended.set()
-            web = psutil.Process(server.process.pid).memory_info().rss
-            engine = psutil.Process(server.engines()[0]).memory_info().rss
-        print(f"\n{clicks} clicks, {reading:g} s of reading, foresight {foresight}: medians (95th percentiles)")
-        for what, values in (("learning", learning), ("click to first new token", first_token),
-                             ("click to all new options", all_options), ("/healthz meanwhile", health)):  # fmt: skip
-            values.sort()
-            late = values[int(0.95 * (len(values) - 1))]
-            print(f"  {what:26} {statistics.median(values) * 1000:6.1f} ms  ({late * 1000:.1f} ms)")
+        dice = random.Random(1)
+        for reading in readings:
+            with person(server, browser, config | {"seed": int(reading * 10)}) as someone:
+                first, whole = [], []
+                for number in range(clicks + 1):
+                    time.sleep(reading)
+                    seen = someone.press("abcd"[dice.randrange(4)])
+                    if number:
+                        first.append(seen[0])
+                        whole.append(seen[1])
+                row(f"choose, {reading:g} s to read, foresight {foresight}", first, whole)
+                if reading == readings[-1]:
+                    for key, what in (("u", "undo"), ("r", "redo")):
+                        moves = [someone.press(key) for _ in range(min(clicks, 15))]
+                        row(f"{what}, foresight {foresight}", *([move[at] for move in moves] for at in (0, 1)))
+        ended.set()
+        web = psutil.Process(server.process.pid).memory_info().rss
+        engine = psutil.Process(server.engines()[0]).memory_info().rss
+        row("/healthz meanwhile", health, health)
         print(
-            f"  server up after {server.seconds_to_start:.2f} s, first options {begun:.1f} s after the click on Start; "
-            f"web process {web / 1e6:.0f} MB, engine {engine / 1e6:.0f} MB"
+            f"  up after {server.seconds_to_start:.2f} s; web process {web / 1e6:.0f} MB, engine {engine / 1e6:.0f} MB"
         )
         server.stop()
 
@@ -136,22 +178,49 @@ def poll_health(base: str, seconds: list[float], ended: threading.Event) -> None
             seconds.append(time.perf_counter() - started)
 
 
-def press(base: str, url: str, offer: str, choice: int) -> None:
-    answer: Any = httpx.post(f"{base}{url}/choose", json={"offer": offer, "choice": choice})
-    answer.raise_for_status()
+@contextmanager
+def a_browser() -> Iterator[Any]:
+    """Chromium, or None where there is none to drive."""
+    try:
+        from playwright.sync_api import Error, sync_playwright
+        from tests.journeys.conftest import FLAGS, chromium
+    except ImportError:
+        yield None
+        return
+    with sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
+        except Error:
+            yield None
+            return
+        yield browser
+        browser.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--times", type=int, default=9)
     parser.add_argument("--clicks", type=int, default=20)
+    parser.add_argument("--reading", default="0,1,3,10", help="seconds, with commas")
+    parser.add_argument("--model", default="", help="a folder with a model; the demo model where it is left out")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--no-baseline", action="store_true")
     arguments = parser.parse_args()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
-    group_speed(arguments.tokens, arguments.times)
-    for reading in (0.0, 1.0, 3.0):
-        for foresight in ("off", "on"):
-            loop_speed(arguments.clicks, reading, foresight)
+    readings = [float(seconds) for seconds in arguments.reading.split(",")]
+    with a_browser() as browser:
+        where = "in Chromium, from the key to the frame that shows it" if browser else "on the wire"
+        print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; {where}")
+        print(f"{'milliseconds: median, 95th percentile':44}   first new text     all options")
+        loop(browser, arguments.model, "off", readings[:1], arguments.clicks, arguments.device)
+        loop(browser, arguments.model, "on", readings, arguments.clicks, arguments.device)
+    if not arguments.no_baseline:
+        import torch
+
+        import baseline
+        from trellis.demo.prompts import load_prompts
+
+        device = "cuda" if arguments.device != "cpu" and torch.cuda.is_available() else "cpu"
+        model = Path(arguments.model or DEMO)
+        row("the first Trellis's click", *baseline.clicks(model, arguments.clicks + 1, load_prompts("steer"), device))
 
 
 if __name__ == "__main__":

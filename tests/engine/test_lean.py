@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from trellis.engine import lean as lean_pass
 from trellis.engine.adapters import Slot, Slots
 from trellis.engine.forward import GeneralForward, LeanForward, forward_of
 from trellis.engine.lean import FAMILIES, Lean
+from trellis.engine.packing import ROWS, pack, packed_linear, room_for
 from trellis.params import Adapter
 
 pytestmark = pytest.mark.engine
@@ -51,15 +53,17 @@ def difference(slot: Slot, flat: Tensor, base: bool = False) -> float:
     return float(max(apart))
 
 
-@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("way", ["merged", "packed", "apart"])
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
-def test_the_same_numbers(tmp_path: Path, kind: str, merged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lean_pass, "MERGED_BYTES", 10**9 if merged else 0)
+def test_the_same_numbers(tmp_path: Path, kind: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lean_pass, "MERGED_BYTES", 10**9 if way == "merged" else 0)
+    monkeypatch.setattr(lean_pass, "PACKED_BYTES", 10**9 if way == "packed" else 0)
     model = make(tmp_path, kind)
     if kind == "mistral":
         model.config.sliding_window = None
     lean = Lean.of(model)
     assert lean
+    assert (lean.layers[0].qkv.packed is not None) == (way == "packed" and pack(torch.ones(4, 4)) is not None)
     slots = Slots(model, lean)
     slot = slots.get(Adapter(lora_rank=4))
     for seed in (1, 2):  # other values in the same place
@@ -130,3 +134,37 @@ def test_angles_that_follow_a_rule_that_the_pass_does_not_know(tmp_path: Path) -
     model = AutoModelForCausalLM.from_pretrained(tmp_path, rope_parameters=rope).eval().requires_grad_(False)
     slot = Slots(model, Lean.of(model)).get(Adapter(lora_rank=4))
     assert difference(slot, values(slot, 1)) < 1e-4
+
+
+def test_packed_weights_give_the_same_numbers() -> None:
+    torch.manual_seed(1)
+    for out, into in ((7, 3), (64, 48), (129, 65)):
+        weight, bias = torch.randn(out, into), torch.randn(out)
+        packed = pack(weight)
+        if packed is None:
+            pytest.skip("this torch cannot pack")
+        for rows in (1, 4, ROWS):
+            x = torch.randn(rows, into)
+            assert torch.allclose(packed_linear(x, packed, None), x @ weight.T, atol=1e-4)
+            assert torch.allclose(packed_linear(x, packed, bias), x @ weight.T + bias, atol=1e-4)
+
+
+def test_what_cannot_be_packed_is_left_as_it_is() -> None:
+    assert pack(torch.ones(4, 4, dtype=torch.bfloat16)) is None
+    assert pack(torch.ones(4, 4, device="meta")) is None
+
+
+def test_no_copy_is_made_where_there_is_little_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lean_pass, "MERGED_BYTES", 0)
+    assert room_for(1000)
+    assert not room_for(10**15)
+    monkeypatch.setattr(lean_pass, "room_for", lambda size: False)
+    lean = Lean.of(make(tmp_path, "llama"))
+    assert lean
+    assert lean.layers[0].qkv.packed is None
+
+
+def test_a_limit_of_the_process_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda which: (psutil.Process().memory_info().rss + 3_000_000,) * 2)
+    assert room_for(500_000)
+    assert not room_for(2_000_000)

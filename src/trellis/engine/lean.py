@@ -16,13 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .packing import PACKED_BYTES, ROWS, pack, packed_linear, room_for
+
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma"}
 ROPES = {"default", "linear", "llama3", "yarn"}
 """Kinds of rotary embedding whose angles depend on the position alone."""
 
-MERGED_BYTES = 100_000_000
-"""An adapter is merged into a copy of the layers where that copy is no larger: a small model's time goes into the
-number of its operations."""
+
+MERGED_BYTES = 50_000_000
+"""An adapter is merged into a copy of the layers where that copy is no larger: most of a small model's time goes into
+the number of its operations."""
 
 
 @dataclass
@@ -35,6 +38,7 @@ class Linear:
     """Which output rows belong to which layer, by the end of its name."""
     down: Tensor | None = None
     up: Tensor | None = None
+    packed: Tensor | None = None
 
     @classmethod
     def over(cls, layers: dict[str, nn.Linear]) -> Linear:
@@ -58,19 +62,19 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, in) to (N, out)."""
-        found = functional.linear(x, self.weight, self.bias)
+        if self.packed is not None and len(x) <= ROWS:
+            found = packed_linear(x, self.packed, self.bias)
+        else:
+            found = functional.linear(x, self.weight, self.bias)
         if self.down is None or self.up is None:
             return found
         return found.addmm_(functional.linear(x, self.down), self.up)
 
     def onto(self, x: Tensor, seen: Tensor) -> Tensor:
         """x (N, out) and what this makes of `seen` (N, in)."""
-        if self.bias is not None:
-            return x + self(seen)
-        found = torch.addmm(x, seen, self.weight.T)
-        if self.down is None or self.up is None:
-            return found
-        return found.addmm_(functional.linear(seen, self.down), self.up)
+        if self.packed is None and self.bias is None and self.down is None:
+            return torch.addmm(x, seen, self.weight.T)
+        return x + self(seen)
 
 
 @dataclass
@@ -107,6 +111,12 @@ class Lean:
         self.head: Tensor = model.lm_head.weight.data
         self.norm = self._norm(inner.norm)
         self.layers = [self._layer(layer) for layer in inner.layers]
+        self._head = Linear(self.head, None, ())
+        linears = [self._head, *(each for layer in self.layers for each in layer.linears())]
+        size = sum(each.weight.nbytes for each in linears)
+        if MERGED_BYTES < size <= PACKED_BYTES and room_for(size):
+            for each in linears:
+                each.packed = pack(each.weight)
         self._rotary = inner.rotary_emb
         self._angles: tuple[Tensor, Tensor] | None = None
 
@@ -190,7 +200,7 @@ class Lean:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., H) to logits (..., V)."""
-        return functional.linear(hidden, self.head)
+        return self._head(hidden.flatten(0, -2)).view(*hidden.shape[:-1], -1)
 
     def embed(self, ids: Tensor) -> Tensor:
         """(N,) to (N, H)."""
@@ -236,7 +246,7 @@ class Cache:
 
 
 class Adapted:
-    """The layers of a lean model with one slot's adapter in them. Other values are put in place: nothing is made again.
+    """The layers of a lean model with one slot's adapter in them. Other values are put in place.
 
     A small model's layers are merged with the adapter, W + s B A; a large one keeps both apart.
     """
@@ -248,11 +258,11 @@ class Adapted:
         self._installed: Tensor | None = None
         self.layers: list[Layer] = []
         size = sum(each.weight.nbytes for layer in lean.layers for each in layer.linears())
-        merged = size <= MERGED_BYTES and lean.embedding.dtype == torch.float32  # fewer digits would lose small changes
+        # Merged with fewer digits, small changes would be rounded away.
+        self._merges = size <= MERGED_BYTES and lean.embedding.dtype == torch.float32
         self._puts: list[Callable[[Tensor], None]] = []
         for number, layer in enumerate(lean.layers):
-            copies = [self._adapted(number, each, merged) for each in layer.linears()]
-            qkv, out, gate_up, down = copies
+            qkv, out, gate_up, down = (self._adapted(number, each) for each in layer.linears())
             self.layers.append(Layer(layer.before_attention, qkv, layer.qk_norm, out, layer.before_mlp, gate_up, down))
 
     @classmethod
@@ -281,16 +291,15 @@ class Adapted:
         ]
         return found or None
 
-    def _adapted(self, number: int, base: Linear, merged: bool) -> Linear:
+    def _adapted(self, number: int, base: Linear) -> Linear:
         found = {name: self._found(number, name) for name, _ in base.parts}
         ranks = sum(pair[0][1][0] for pair in found.values() if pair)
         if not ranks:
             return base
-        if merged:
+        if self._merges:
             made = Linear(base.weight.clone(), base.bias, base.parts)
-            for name, rows in base.parts:
-                if pair := found[name]:
-                    self._puts.append(self._merging(base.weight[rows], made.weight[rows], pair))
+            pairs = [(rows, pair) for name, rows in base.parts if (pair := found[name])]
+            self._puts.append(self._merging(base, made, pairs))
             return made
         like = base.weight
         down, up = like.new_zeros(ranks, like.shape[1]), like.new_zeros(ranks, like.shape[0])
@@ -300,13 +309,15 @@ class Adapted:
                 rank = pair[0][1][0]
                 self._puts.append(self._placing(down[start : start + rank], up[start : start + rank, rows], pair))
                 start += rank
-        return Linear(base.weight, base.bias, base.parts, down, up)
+        return Linear(base.weight, base.bias, base.parts, down, up, base.packed)
 
-    def _merging(self, base: Tensor, made: Tensor, pair: list[tuple[slice, torch.Size]]) -> Callable[[Tensor], None]:
-        (a, a_shape), (b, b_shape) = pair
-
+    def _merging(
+        self, base: Linear, made: Linear, pairs: list[tuple[slice, list[tuple[slice, torch.Size]]]]
+    ) -> Callable[[Tensor], None]:
         def put(flat: Tensor) -> None:
-            torch.addmm(base, flat[b].view(b_shape), flat[a].view(a_shape), alpha=self._scale, out=made)
+            for rows, ((a, a_shape), (b, b_shape)) in pairs:
+                up, down = flat[b].view(b_shape), flat[a].view(a_shape)
+                torch.addmm(base.weight[rows], up, down, alpha=self._scale, out=made.weight[rows])
 
         return put
 
