@@ -21,7 +21,7 @@ import second_model
 from trellis.blobs import Blobs
 from trellis.demo.prompts import load_prompts
 from trellis.demo.voices import voice_of
-from trellis.engine.learning import Group, answer_logprobs
+from trellis.engine.reading import Group, answer_logprobs
 from trellis.engine.text import TextEngine
 from trellis.messages import Choice, Learn, Lesson, Load, Offer, Offered, Option, Plant, Prompt, derived_seed
 from trellis.params import Adapter, Learning, Sampling, SessionConfig, default_learning_rate

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tests.engine.test_learning import TableSlot
 from trellis.engine.fits import FLOOR, FitOutcome, continued, fit_steps, rate_at, steps_of
-from trellis.engine.learning import Group, Point, answer_logprobs
+from trellis.engine.learning import Point
+from trellis.engine.reading import Group, answer_logprobs
 from trellis.engine.said import agrees
 from trellis.errors import TrellisError
 from trellis.messages import Choice, Ranking, Written

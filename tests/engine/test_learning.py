@@ -14,19 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trellis.engine.learning import (
-    Group,
-    Point,
-    adamw_step,
-    answer_logprobs,
-    answers_logprobs,
-    fading,
-    learn_steps,
-    passes,
-    settled,
-)
+from trellis.engine.learning import Point, adamw_step, fading, learn_steps, settled
 from trellis.engine.methods import judge_choice as judge
 from trellis.engine.methods import k3
+from trellis.engine.reading import Group, answer_logprobs, answers_logprobs, passes
 from trellis.errors import TrellisError
 from trellis.messages import Ranking, Written
 from trellis.params import Learning
@@ -134,6 +125,8 @@ class Table(nn.Module):
 
 class TableSlot:
     """A slot whose adapter is the whole table."""
+
+    adapted = None
 
     def __init__(self, size: int) -> None:
         self.flat = torch.zeros(size * size)

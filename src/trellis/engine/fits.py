@@ -17,8 +17,9 @@ from ..errors import TrellisError
 from ..messages import derived_seed
 from ..params import Learning
 from .adapters import Slot
-from .learning import Group, Point, adamw_step, answer_logprobs, answers_logprobs, fading, passes
+from .learning import Point, adamw_step, fading
 from .methods import METHODS, rewards_of
+from .reading import Group, passes, reading_of
 from .said import agrees
 
 BATCH = 4
@@ -91,6 +92,7 @@ def fit_steps(
     point = Point(start.flat, torch.zeros_like(start.first), torch.zeros_like(start.second), 0)
     before = yield from sight(slot, point.flat, looked_at, reference, options, total)
     dice = random.Random(derived_seed("fit", seed))
+    reading = reading_of(slot, groups)
     done, losses = 0, []
     for _ in range(epochs):
         order = dice.sample(range(len(groups)), len(groups))
@@ -100,9 +102,7 @@ def fit_steps(
             gradient, loss = torch.zeros_like(point.flat), 0.0
             for numbers in passes(batch, slot.parameters):
                 references = [reference(batch[number]) for number in numbers]
-                slot.install(point.flat)
-                with slot.dropping(name, done, numbers.start):
-                    found = answers_logprobs(slot.model, [batch[number] for number in numbers])
+                found = reading.logprobs([batch[number] for number in numbers], point.flat, (name, done, numbers.start))
                 verdicts = [
                     method.judge(
                         found[place],
@@ -114,7 +114,7 @@ def fit_steps(
                     for place, (number, known) in enumerate(zip(numbers, references, strict=True))
                 ]
                 part = torch.stack([verdict.loss for verdict in verdicts]).sum() / len(batch)
-                gradient += slot.gradient(part)
+                gradient += reading.gradient(part)
                 loss += float(part.detach())
                 yield done, total, loss
             if not bool(torch.isfinite(gradient).all()):
@@ -156,9 +156,8 @@ def sight(
     shares, distances, agreed = 0.0, 0.0, 0
     for group in groups:
         known = reference(group)
-        slot.install(flat)
         with torch.no_grad():
-            logprobs = answer_logprobs(slot.model, group)
+            (logprobs,) = reading_of(slot, [group]).logprobs([group], flat)
         verdict = plain.judge(logprobs, known, group.mask(known.device), group.choice, options)
         shares += verdict.share
         distances += verdict.kl

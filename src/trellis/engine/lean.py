@@ -196,7 +196,7 @@ class Lean:
             )  # fmt: skip
             x = self.after_attention(layer, x, seen)
         cache.length = end
-        return functional.rms_norm(x, x.shape[-1:], self.norm, self.eps).view(rows, width, -1)
+        return self.normed(x, self.norm).view(rows, width, -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., H) to logits (..., V)."""
@@ -212,18 +212,25 @@ class Lean:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (R, heads, T, D), the first two turned by their positions."""
         heads, kv = self.heads, self.kv_heads
-        made = layer.qkv(functional.rms_norm(x, x.shape[-1:], layer.before_attention, self.eps))
+        made = layer.qkv(self.normed(x, layer.before_attention))
         made = made.view(rows, width, heads + 2 * kv, self.head_dim)
         both = made[:, :, : heads + kv]
+        both = self.turned(layer, both, cos, sin).transpose(1, 2)
+        return both[:, :heads], both[:, heads:], made[:, :, heads + kv :].transpose(1, 2)
+
+    def normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        return functional.rms_norm(x, x.shape[-1:], weight, self.eps)
+
+    def turned(self, layer: Layer, both: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries and keys (..., heads + kv heads, D) after their norm, where there is one, turned by positions."""
         if layer.qk_norm is not None:
             both = functional.rms_norm(both, (self.head_dim,), None, self.eps) * layer.qk_norm
-        both = torch.addcmul(both * cos, both.roll(self.head_dim // 2, -1), sin).transpose(1, 2)
-        return both[:, :heads], both[:, heads:], made[:, :, heads + kv :].transpose(1, 2)
+        return torch.addcmul(both * cos, both.roll(self.head_dim // 2, -1), sin)
 
     def after_attention(self, layer: Layer, x: Tensor, seen: Tensor) -> Tensor:
         """The rest of a layer: x (N, H), and what its heads saw (R, heads, T, D)."""
         x = layer.out.onto(x, seen.transpose(1, 2).reshape(len(x), -1))
-        gate, up = layer.gate_up(functional.rms_norm(x, x.shape[-1:], layer.before_mlp, self.eps)).chunk(2, -1)
+        gate, up = layer.gate_up(self.normed(x, layer.before_mlp)).chunk(2, -1)
         return layer.down.onto(x, self.activation(gate) * up)
 
 
@@ -254,15 +261,25 @@ class Adapted:
     def __init__(self, lean: Lean, slices: Sequence[tuple[str, slice, torch.Size]], scale: float) -> None:
         self.lean = lean
         self._scale = scale
-        self._where = {name: (where, shape) for name, where, shape in slices}
+        self._slices = [(where, shape) for _, where, shape in slices]
         self._installed: Tensor | None = None
+        order = {name: number for number, (name, _, _) in enumerate(slices)}
+        self.pairs = {
+            (number, place): [self._numbers(order, number, name) for name, _ in each.parts]
+            for number, layer in enumerate(lean.layers)
+            for place, each in enumerate(layer.linears())
+        }
+        """Of each linear layer, by the layer's number and its place there: where A and B of its parts stand among the
+        slices; None for a part without."""
         self.layers: list[Layer] = []
         size = sum(each.weight.nbytes for layer in lean.layers for each in layer.linears())
         # Merged with fewer digits, small changes would be rounded away.
         self._merges = size <= MERGED_BYTES and lean.embedding.dtype == torch.float32
         self._puts: list[Callable[[Tensor], None]] = []
         for number, layer in enumerate(lean.layers):
-            qkv, out, gate_up, down = (self._adapted(number, each) for each in layer.linears())
+            qkv, out, gate_up, down = (
+                self._adapted(each, self.pairs[number, place]) for place, each in enumerate(layer.linears())
+            )
             self.layers.append(Layer(layer.before_attention, qkv, layer.qk_norm, out, layer.before_mlp, gate_up, down))
 
     @classmethod
@@ -280,19 +297,22 @@ class Adapted:
                 put(flat)
             self._installed = flat
 
-    def _found(self, number: int, name: str) -> list[tuple[slice, torch.Size]] | None:
-        """Where A and B of a layer lie in the flat vector, where it has an adapter."""
-        ends = [f".layers.{number}.{block}.{name}" for block in ("self_attn", "mlp")]
+    def _numbers(self, order: dict[str, int], number: int, name: str) -> tuple[int, int] | None:
+        """The numbers of A and B of a layer among the slices, where it has an adapter."""
+        ends = tuple(f".layers.{number}.{block}.{name}" for block in ("self_attn", "mlp"))
         found = [
-            self._where[path]
+            order[path]
             for kind in ("lora_A", "lora_B")
-            for path in self._where
-            if any(path.endswith(f"{end}.{kind}.weight") for end in ends)
+            for path in order
+            if path.endswith(tuple(f"{end}.{kind}.weight" for end in ends))
         ]
-        return found or None
+        return (found[0], found[1]) if found else None
 
-    def _adapted(self, number: int, base: Linear) -> Linear:
-        found = {name: self._found(number, name) for name, _ in base.parts}
+    def _adapted(self, base: Linear, pairs_of: list[tuple[int, int] | None]) -> Linear:
+        found = {
+            name: [self._slices[at] for at in pair] if pair else None
+            for (name, _), pair in zip(base.parts, pairs_of, strict=True)
+        }
         ranks = sum(pair[0][1][0] for pair in found.values() if pair)
         if not ranks:
             return base

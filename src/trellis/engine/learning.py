@@ -7,107 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import TrellisError
-from ..messages import Choice, Written
+from ..messages import Written
 from ..params import Learning
 from .adapters import Slot
 from .methods import BETAS, CLIP, METHODS, Verdict, k3
+from .reading import Group, passes, reading_of
 from .said import chosen_indexes
 from .vitals import variety_of
 
 EPSILON = 1e-8
-
-
-@dataclass(frozen=True)
-class Group:
-    """A lesson as numbers: one prompt, its answers as tokens (each with its end token if it ended), the choice.
-
-    A written answer stands last among the answers.
-    """
-
-    prompt: list[int]
-    answers: list[list[int]]
-    choice: Choice
-    temperature: float
-
-    def mask(self, device: torch.device) -> Tensor:
-        """(G, T) true where an answer has a token. From lengths, never from token ids."""
-        lengths = torch.tensor([len(answer) for answer in self.answers], device=device)
-        return torch.arange(int(lengths.max()), device=device)[None, :] < lengths[:, None]
-
-
-def answer_logprobs(model: Any, group: Group) -> Tensor:
-    """Log-probabilities (G, T) of each answer's tokens given the prompt, fp32, zero where there is none."""
-    return answers_logprobs(model, [group])[0]
-
-
-WORTH_A_PASS = 120
-"""Padding, in tokens, that is worth another pass through the model: about what a small one's overhead costs."""
-
-
-def answers_logprobs(model: Any, groups: Sequence[Group]) -> list[Tensor]:
-    """`answer_logprobs` of several groups, rows of like length in one pass each.
-
-    Rows are padded on the right, which a causal model never looks at, so no attention mask is needed;
-    logits are only made from the first position that predicts an answer.
-    """
-    rows = [(group, answer) for group in groups for answer in group.answers]
-    found: list[Tensor] = [torch.empty(0)] * len(rows)
-    for numbers in _of_like_length([len(group.prompt) + len(answer) for group, answer in rows]):
-        width = max(len(rows[number][0].prompt) + len(rows[number][1]) for number in numbers)
-        first = min(len(rows[number][0].prompt) for number in numbers) - 1
-        padded = [[*rows[number][0].prompt, *rows[number][1]] for number in numbers]
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in padded], device=model.device)
-        logits = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=width - 1 - first).logits
-        temperatures = torch.tensor([rows[number][0].temperature for number in numbers], device=model.device)
-        logprobs = torch.log_softmax(logits.float() / temperatures[:, None, None], dim=-1)
-        told = logprobs.gather(-1, ids[:, first + 1 :, None])[..., 0]
-        for place, number in enumerate(numbers):
-            group, answer = rows[number]
-            begin = len(group.prompt) - 1 - first
-            found[number] = told[place, begin : begin + len(answer)]
-    picked = []
-    for group in groups:
-        mine, found = found[: len(group.answers)], found[len(group.answers) :]
-        picked.append(pad_sequence(mine, batch_first=True))
-    return picked
-
-
-def _of_like_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Numbers of rows in passes: the longest first, cut where the padding saved is worth a pass of its own."""
-    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
-    passes = [order[:1]]
-    for place, number in enumerate(order[1:], start=1):
-        if (lengths[passes[-1][0]] - lengths[number]) * (len(order) - place) > WORTH_A_PASS:
-            passes.append([])
-        passes[-1].append(number)
-    return passes
-
-
-PASS_WORK = 10_000_000_000
-"""Tokens times parameters up to which groups share a pass. That spares a small model its overhead; a large model or a
-long prompt gains nothing by it and would need the memory of all groups at once."""
-
-
-def passes(groups: Sequence[Group], parameters: int) -> list[range]:
-    """Which groups go through the model together: neighbours, as many as may share a pass; at least one."""
-    made: list[range] = []
-    for number in range(len(groups)):
-        begin = made[-1].start if made else 0
-        together = groups[begin : number + 1]
-        rows = sum(len(group.answers) for group in together)
-        width = max(len(group.prompt) + max(map(len, group.answers)) for group in together)
-        if made and rows * width * parameters <= PASS_WORK:
-            made[-1] = range(begin, number + 1)
-        else:
-            made.append(range(number, number + 1))
-    return made
 
 
 @dataclass(frozen=True)
@@ -195,13 +108,13 @@ def learn_steps(
     masks = [each.mask(reference.device) for each, reference in zip(groups, references, strict=False)]
     shared = options.replay_weight / (len(groups) - 1) if len(groups) > 1 else 0.0
     together = passes(groups, slot.parameters)
+    reading = reading_of(slot, groups)
     faded = [fading(options, each) for each in groups]
     # "None of these" says what is wrong and not what is right: pushed as far, it would tear down more than it teaches.
     target = options.target_share * (0.5 if refused else 1.0)
 
-    def judged(numbers: range) -> list[tuple[Tensor, Verdict]]:
-        with slot.dropping(name, steps, numbers.start):
-            found = answers_logprobs(slot.model, [groups[number] for number in numbers])
+    def judged(numbers: range, flat: Tensor) -> list[tuple[Tensor, Verdict]]:
+        found = reading.logprobs([groups[number] for number in numbers], flat, (name, steps, numbers.start))
         return [
             (logprobs, method.judge(logprobs, references[number], masks[number], groups[number].choice, faded[number]))
             for number, logprobs in zip(numbers, found, strict=True)
@@ -212,12 +125,11 @@ def learn_steps(
         gradient = torch.zeros_like(flat)
         seen: tuple[Tensor, Verdict] | None = None
         for numbers in together:
-            slot.install(flat)
-            found = judged(numbers)
+            found = judged(numbers, flat)
             losses = [
                 verdict.loss * (shared if number else 1.0) for number, (_, verdict) in zip(numbers, found, strict=True)
             ]
-            gradient += slot.gradient(torch.stack(losses).sum())
+            gradient += reading.gradient(torch.stack(losses).sum())
             if seen is None:
                 seen = found[0][0].detach(), found[0][1]
             yield None
@@ -226,9 +138,8 @@ def learn_steps(
 
     def glance(flat: Tensor) -> tuple[Tensor, Verdict]:
         """The new group's alone, without a gradient."""
-        slot.install(flat)
         with torch.no_grad():
-            return judged(range(1))[0]
+            return judged(range(1), flat)[0]
 
     steps = 0
     point = start

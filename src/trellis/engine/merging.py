@@ -20,8 +20,8 @@ from ..blobs import fsync
 from ..errors import Invalid, LoadFailed
 from ..messages import Load, Merge, Merged, Progress, recipe_id, recipe_of
 from ..tensors import UNREADABLE, header_of
-from .learning import Group, answer_logprobs
 from .loaded import LoadedModel, fingerprints, read_model, weight_files
+from .reading import Group, answer_logprobs
 
 PROBE_CONTEXT = 4096
 PROBE_TOKENS = 32

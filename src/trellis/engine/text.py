@@ -45,11 +45,12 @@ from .decode import Growing, decode_group
 from .download import download
 from .fits import fit_steps, sight
 from .forward import forward_of
-from .learning import Group, Point, answer_logprobs, learn_steps
+from .learning import Point, learn_steps
 from .loaded import LoadedModel, read_model, require_memory
 from .loop import Handler, Steps
 from .merging import merge
 from .methods import METHODS
+from .reading import Group, reading_of
 from .vitals import fluency_of, variety_of
 
 PROGRESS_SECONDS = 0.2
@@ -274,8 +275,8 @@ class TextEngine:
         """The base model's log-probabilities of a lesson's answers. They never change, so they are kept."""
         key = recipe_id("r", [group.prompt, group.answers, group.temperature])
         if key not in self._references:
-            with torch.no_grad(), slot.reference():
-                self._references[key] = answer_logprobs(slot.model, group)
+            with torch.no_grad():
+                (self._references[key],) = reading_of(slot, [group]).logprobs([group], None)
             while len(self._references) > 256:
                 self._references.popitem(last=False)
         return self._references[key]
