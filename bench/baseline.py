@@ -35,7 +35,7 @@ class FirstToken:
         pass
 
 
-def clicks(folder: Path, count: int, prompts: list[str], device: str = "cpu") -> tuple[list[float], list[float]]:
+def clicks(folder: Path, count: int, prompts: list[str], device: str = "cpu") -> list[tuple[float, float]]:
     """Seconds from each click to the first new token and to all new answers."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -60,7 +60,7 @@ def clicks(folder: Path, count: int, prompts: list[str], device: str = "cpu") ->
         answers = [row[len(prompt) :] for row in found.tolist()]
         return [row[: row.index(ends) + 1] if ends in row else row for row in answers]
 
-    first, whole = [], []
+    seen = []
     torch.manual_seed(1)
     prompt = asked(0)
     answers = offered(prompt, FirstToken())
@@ -82,6 +82,5 @@ def clicks(folder: Path, count: int, prompts: list[str], device: str = "cpu") ->
             streamer = FirstToken()
             answers = offered(prompt, streamer)
             if number > 1:  # the first one warms up
-                first.append(streamer.first - started)
-                whole.append(time.perf_counter() - started)
-    return first, whole
+                seen.append((streamer.first - started, time.perf_counter() - started))
+    return seen

@@ -107,7 +107,9 @@ class Lean:
         self.window: int | None = getattr(config, "sliding_window", None)
         self.activation: Callable[[Tensor], Tensor] = inner.layers[0].mlp.act_fn
         self.embedding: Tensor = inner.embed_tokens.weight.data
-        self.embedding_scale = config.hidden_size**0.5 if self.family == "gemma" else None
+        self.embedding_scale: Tensor | None = None
+        if self.family == "gemma":  # rounded as the embeddings are, and on their device
+            self.embedding_scale = torch.tensor(config.hidden_size**0.5).to(self.embedding)
         self.head: Tensor = model.lm_head.weight.data
         self.norm = self._norm(inner.norm)
         self.layers = [self._layer(layer) for layer in inner.layers]
@@ -205,7 +207,7 @@ class Lean:
     def embed(self, ids: Tensor) -> Tensor:
         """(N,) to (N, H)."""
         x = functional.embedding(ids, self.embedding)
-        return x if self.embedding_scale is None else x * torch.tensor(self.embedding_scale, dtype=x.dtype).to(x)
+        return x if self.embedding_scale is None else x * self.embedding_scale
 
     def heads_of(
         self, layer: Layer, x: Tensor, rows: int, width: int, cos: Tensor, sin: Tensor
