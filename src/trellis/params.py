@@ -264,8 +264,9 @@ class SessionConfig(ModelOptions, Adapter, Sampling, Learning):
         4, "Options per prompt", "How many answers stand beside each other.", group="Answers", ge=2, le=8
     )
     openings: int = option(
-        3, "Openings", "After “none of these” so many answers are begun for each option that is shown, half of them "
-        "by the base model, and those whose first words differ most go on. 1 shows plain draws.",
+        1, "Openings", "After “none of these” so many answers are begun for each option that is shown, half of them "
+        "by the base model, and those whose first words differ most go on. 3 helps people who sometimes err; 1 shows "
+        "plain draws.",
         unit="for each option", group="Answers", advanced=True, later=True, ge=1, le=8,
     )  # fmt: skip
     seed: int = option(

@@ -155,17 +155,17 @@ async def test_what_was_not_chosen_gives_way_at_once(
     assert listening.of(Learn)[:2] == [3, 0]
 
 
-async def story(studio: Studio, seed: int, looked_at: bool) -> list[Any]:
+async def story(studio: Studio, seed: int, looked_at: bool, longest: float = 0.1, **config: Any) -> list[Any]:
     """What a person sees who says the same things, at random moments: the weights and the options after each."""
-    session = await studio.steering.create(None, {"seed": 3, "group_size": 3, "inner_steps": 2})
+    session = await studio.steering.create(None, {"seed": 3, "group_size": 3, "inner_steps": 2} | config)
     if looked_at:
         session.look()
     said, pauses, seen = random.Random(seed), random.Random(seed + 1000), []
     for number in range(8):
-        state = await ready(session)
+        state = await ready(session, 60)
         seen.append((session.tree.head.weights, [option["text"] for option in state["offer"]["options"]]))
         if looked_at:
-            await asyncio.sleep(pauses.choice([0.0, 0.005, 0.02, 0.1]))
+            await asyncio.sleep(longest * pauses.choice([0.0, 0.05, 0.2, 1.0]))
         what = said.choice(["choose", "choose", "choose", "none", "skip", "undo", "written", "prompt", "many"])
         if what == "undo" and not session.tree.undo:
             what = "choose"
@@ -194,6 +194,24 @@ async def test_a_session_is_the_same_with_and_without(
         plain = await story(studio, seed, looked_at=False)
     async with open_studio(tmp_path / "other", spawner(tmp_path / "other")) as studio:
         assert await story(studio, seed, looked_at=True) == plain
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("seed", range(3))
+async def test_a_session_on_a_real_engine_is_the_same_to_the_bit(tmp_path: Path, tiny_llama: Path, seed: int) -> None:
+    from trellis.engine.text import TextEngine
+
+    seen = []
+    for name in ("plain", "other"):
+        spawn = thread_spawner(lambda name=name: TextEngine(Blobs(tmp_path / name / "weights")).handlers())
+        async with open_studio(tmp_path / name, spawn, model_dirs=str(tiny_llama.parent)) as studio:
+            seen.append(await story(
+                studio, seed, looked_at=name == "other", longest=1.0, model=tiny_llama.name, max_new_tokens=12,
+                learning_rate=1e-3, openings=3,
+            ))  # fmt: skip
+        weights = seen[-1][-1][0]
+        seen[-1].append((tmp_path / name / "weights" / weights / "adapter_model.safetensors").read_bytes())
+    assert seen[0] == seen[1]
 
 
 async def test_weights_are_written_behind_the_click_and_made_again_where_the_engine_died_before(tmp_path: Path) -> None:

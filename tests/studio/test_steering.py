@@ -72,8 +72,10 @@ async def test_every_kind_of_choice_is_a_step(session: Session, choice: Any) -> 
 
 
 async def test_after_a_refusal_options_are_chosen_from_more_openings(
-    session: Session, monkeypatch: pytest.MonkeyPatch
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    session = await studio.steering.create(None, {"openings": 3})
+    await ready(session)
     asked: list[Offer] = []
     stream = Worker.stream
 
