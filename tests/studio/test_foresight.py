@@ -81,10 +81,18 @@ async def choose(session: Session, choice: Any, request: str) -> None:
 
 
 async def test_a_choice_that_was_foreseen_asks_the_engine_for_nothing_and_is_there_at_once(
-    session: Session, listening: Listening
+    session: Session, listening: Listening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session.look()
     await until(lambda: foreseen(session))
+    published: list[str] = []
+    publish = session._hub.publish
+
+    def publishing(topic: str, name: str, data: dict[str, Any]) -> str:
+        published.append(name)
+        return publish(topic, name, data)
+
+    monkeypatch.setattr(session._hub, "publish", publishing)
     assert listening.of(Learn) == [3] * 5  # four options and none of these
     assert listening.of(Offer) == [3] * 6  # and what follows each of them, and a skip
     for choice, request in ((2, "r1"), ("none", "r2"), ("skip", "r3")):
@@ -93,6 +101,7 @@ async def test_a_choice_that_was_foreseen_asks_the_engine_for_nothing_and_is_the
         await ready(session)
         shown = [request for request, priority in listening.asked if priority == 0 and isinstance(request, Offer)]
         assert shown == []
+        assert "option_delta" not in published  # what is all there is shown at once
         assert 0 not in [p for request, p in listening.asked if isinstance(request, Learn) and not request.keep]
         await until(lambda: foreseen(session))
 

@@ -42,6 +42,11 @@ INITIALIZING, READING, PARSING, PLACING, WARMING = 0.11, 0.15, 0.78, 0.8, 0.95
 """Where these stages begin as a fraction of a load; reading takes the bulk."""
 
 PROGRESS_SECONDS = 0.05
+
+ONE_THREAD = 20_000_000
+"""A model of fewer parameters runs on one thread: its operations are so short that threads wait for each other longer
+than they work, the more so where a browser wants a core as well (docs/log.md)."""
+
 INDEX = "model.safetensors.index.json"
 
 
@@ -143,6 +148,8 @@ def read_model(
     yield Progress(stage="warming_up", fraction=WARMING, message="Warming up")
     with torch.inference_mode():
         model(input_ids=torch.zeros((1, 8), dtype=torch.long, device=device), use_cache=False)
+    if device == "cpu" and sum(p.numel() for p in model.parameters()) < ONE_THREAD:
+        torch.set_num_threads(1)
     about = Loaded(
         fingerprint=digest.hexdigest()[:32],
         parameters=sum(p.numel() for p in model.parameters()),

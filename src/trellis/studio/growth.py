@@ -156,9 +156,10 @@ class Growth:
         request = self._draw(node, number, prompt)
         worker = await self._planted()
         ahead = await self._foresight.take(request, node.id)
+        made = ahead is not None and ahead.finished  # all of it is there: nothing needs to be seen growing
         async with aclosing(ahead.follow() if ahead else worker.stream(request)) as events:
             async for event in events:
-                if isinstance(event, Delta):
+                if isinstance(event, Delta) and not made:
                     for index, more in event.texts.items():
                         grown(index, more)
         assert isinstance(event, Offered)
