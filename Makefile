@@ -56,7 +56,8 @@ browser: $(DEV) # nginx and the browser that the tests drive: Debian's where apt
 	       && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } \
 	  || $(BIN)/python -m playwright install --with-deps chromium
 
-bench: $(DEV) ## Measure: the loop's speed, how soon a model takes up a voice, how it scales
+bench: $(DEV) ## Measure: drawing, the loop's speed, how soon a model takes up a voice, how it scales
+	$(BIN)/python bench/decoding.py
 	$(BIN)/python bench/speed.py
 	$(BIN)/python bench/learning.py --methods choice --seeds 1
 	$(BIN)/python bench/scale.py

@@ -105,7 +105,7 @@ class Session:
         self.used = time.monotonic()
         self.watched = 0
         self.foresees = foresees
-        self._foreseen: set[Choice] = set()
+        self._foreseen: set[tuple[Choice, bool]] = set()
         self._foreseen_of = ""
         self._closed = False
 
@@ -749,13 +749,19 @@ class Session:
             self.tree.note(node.id, metrics=metrics)
             self._publish("assessed", {"node": node.id, "agreed": found.agreed, "of": found.of})
 
-    def _to_foresee(self) -> Choice | None:
-        """The likeliest choice of which it is not yet known what it would lead to, while somebody looks."""
+    def _to_foresee(self) -> tuple[int | Literal["none", "skip"], bool] | None:
+        """The next choice to work out while somebody looks, and whether the options are drawn that would follow.
+
+        The likeliest one to its end, then the weights of all others: whoever chooses one of these has the first words
+        at once, and sees the rest being drawn.
+        """
         if not (self.watched and self.foresees() and self.offer and self._models.state(self._model) == "loaded"):
             return None
         if self._foreseen_of != self.offer.id:
             self._foreseen_of, self._foreseen = self.offer.id, set()
-        return next((choice for choice in self._likely() if choice not in self._foreseen), None)
+        first, *others = self._likely()
+        order = [(first, True), *((choice, drawn) for drawn in (False, True) for choice in others)]
+        return next((step for step in order if step not in self._foreseen), None)
 
     def _likely(self) -> list[int | Literal["none", "skip"]]:
         """What may be chosen next, the likeliest first: by how often it was on this branch, then by how sure the model
@@ -774,22 +780,23 @@ class Session:
 
     async def _foresee(self) -> None:
         """Work out what the likeliest choice would lead to, weights and options: a click then finds them made."""
-        choice, shown, head = self._to_foresee(), self.offer, self.tree.head
-        if choice is None or shown is None:
+        step, shown, head = self._to_foresee(), self.offer, self.tree.head
+        if step is None or shown is None:
             return
+        choice, drawn = step
         try:
             learned = None
             if choice != "skip":
                 learned = await self._interruptible(self._growth.learn_ahead(head, shown.id, choice))
             child = self._child(head, shown.id, choice, learned)
-            if child.id not in self.tree.nodes and self.prompts is not None:
+            if drawn and child.id not in self.tree.nodes and self.prompts is not None:
                 prompt = await asyncio.to_thread(self.prompts.at, child.position)
                 await self._interruptible(self._growth.draw_ahead(child, prompt))
         except Interrupted:
             raise
         except TrellisError as error:  # what nobody asked for must not stop the session
             log.info("session %s: could not foresee %s: %s", self.id, choice, error.message)
-        self._foreseen.add(choice)
+        self._foreseen.add(step)
 
     def look(self) -> None:
         """Somebody looks at the session from now on."""
