@@ -125,10 +125,9 @@ def main() -> None:
         group_speed("demo", demo, arguments.tokens, arguments.times)
     size = arguments.only or ("1.2 billion" if on_gpu else "140 million")
     if size != "demo":
-        kinds = [torch.bfloat16] if on_gpu else [torch.float32, torch.bfloat16]
-        for dtype in kinds:
-            group_speed(size, lambda dtype=dtype: random_model(size, device, dtype), arguments.tokens,
-                        arguments.times if on_gpu else 3)  # fmt: skip
+        dtype = torch.bfloat16 if on_gpu else torch.float32
+        times = arguments.times if on_gpu else 3
+        group_speed(size, lambda: random_model(size, device, dtype), arguments.tokens, times)
 
 
 if __name__ == "__main__":
