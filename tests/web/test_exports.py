@@ -104,7 +104,7 @@ def test_a_merged_model_is_written_proved_and_loads_by_itself(
     assert job["state"] == "done", job["error"]
     checks = job["result"]["checks"]
     assert checks["mean_difference"] < 1e-4
-    assert checks["tokens"] > 100
+    assert checks["tokens"] > 50
     assert checks["agreement"] > 0.99
     path = Path(job["result"]["path"])
     merged = AutoModelForCausalLM.from_pretrained(path).eval()

@@ -156,13 +156,16 @@ class Growth:
         request = self._draw(node, number, prompt)
         worker = await self._planted()
         ahead = await self._foresight.take(request, node.id)
-        made = ahead is not None and ahead.finished  # all of it is there: nothing needs to be seen growing
+        made = ahead is not None and ahead.finished  # all of it is there, and grows at once
         async with aclosing(ahead.follow() if ahead else worker.stream(request)) as events:
             async for event in events:
                 if isinstance(event, Delta) and not made:
                     for index, more in event.texts.items():
                         grown(index, more)
         assert isinstance(event, Offered)
+        if made:
+            for index, option in enumerate(event.options):
+                grown(index, option.text)
         return event
 
     async def close(self) -> None:
