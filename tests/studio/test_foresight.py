@@ -192,6 +192,8 @@ async def story(studio: Studio, seed: int, looked_at: bool, longest: float = 0.1
                 await session.undo(f"r{number}")
             case "prompt":
                 await session.prompt(f"Question {number}?", f"r{number}")
+    await ready(session, 60)
+    await until(lambda: session._growth.unwritten is None, 60)  # weights are written behind the click
     return seen
 
 
