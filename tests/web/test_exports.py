@@ -41,7 +41,7 @@ def client(server: Server) -> Iterator[httpx.Client]:
 def session(server: Server) -> str:
     with server.client() as client:
         state = new_session(client, model="tiny", control_prompt="", max_new_tokens=12, context_length=256, max_undos=1,
-                            checkpoint_interval=100, learning_rate=0.01)  # fmt: skip
+                            checkpoint_interval=100, learning_rate=0.01, seed=1)  # fmt: skip
         for choice in (0, 2, 1, 3):
             said = {"offer": state["offer"]["id"], "choice": choice}
             client.post(f"{API}/{state['id']}/choose", json=said)
@@ -104,7 +104,7 @@ def test_a_merged_model_is_written_proved_and_loads_by_itself(
     assert job["state"] == "done", job["error"]
     checks = job["result"]["checks"]
     assert checks["mean_difference"] < 1e-4
-    assert checks["tokens"] > 50
+    assert checks["tokens"] > 100
     assert checks["agreement"] > 0.99
     path = Path(job["result"]["path"])
     merged = AutoModelForCausalLM.from_pretrained(path).eval()
