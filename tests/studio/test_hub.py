@@ -98,11 +98,13 @@ async def test_a_topic_that_ends_lets_its_readers_finish() -> None:
 
     reading = asyncio.create_task(read())
     await asyncio.sleep(0)
-    assert hub.watchers("t") == 1
+    place = hub._topics["t"]
+    assert len(place.waiting) == 1
     hub.publish("t", "done", {})
     hub.end("t")
     assert await asyncio.wait_for(reading, 1) == ["state", "done"]
-    assert hub.watchers("t") == 0
+    assert not place.waiting
+    assert "t" not in hub._topics
 
 
 async def test_closing_the_hub_lets_everyone_go() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -74,12 +75,8 @@ class GeneralForward(Forward):
         slot = self._slot
         slot.install(self._flat)
         keep = {"logits_to_keep": 1} if last else {}
-        with torch.inference_mode():
-            if base:
-                with slot.reference():
-                    found: Tensor = slot.model(input_ids=ids, past_key_values=cache, use_cache=True, **keep).logits
-            else:
-                found = slot.model(input_ids=ids, past_key_values=cache, use_cache=True, **keep).logits
+        with torch.inference_mode(), slot.reference() if base else nullcontext():
+            found: Tensor = slot.model(input_ids=ids, past_key_values=cache, use_cache=True, **keep).logits
         return found
 
     def cache(self) -> DynamicCache:

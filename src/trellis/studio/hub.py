@@ -74,11 +74,6 @@ class Hub:
         place = self._topics.setdefault(topic, Topic())
         return f"{place.mark}-{place.number}"
 
-    def watchers(self, topic: str) -> int:
-        """How many readers are waiting for the next event."""
-        place = self._topics.get(topic)
-        return len(place.waiting) if place else 0
-
     async def subscribe(self, topic: str, after: str | None, snapshot: Snapshot) -> AsyncIterator[HubEvent]:
         """Events after an id, without end until the topic or the hub closes.
 

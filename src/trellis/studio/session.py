@@ -426,7 +426,7 @@ class Session:
         """Whether nobody watches it and nothing is being done."""
         working = self._task is not None and not self._task.done()
         held = bool(+self._pins)
-        return not working and not held and not self._lock.locked() and self._hub.watchers(self.topic) == 0
+        return not working and not held and not self._lock.locked() and self.watched == 0
 
     def wake(self) -> None:
         """Do what is missing, if anything is. Never waits."""
