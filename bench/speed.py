@@ -111,7 +111,7 @@ class OnTheWire(Person):
         started = time.perf_counter()
         body = {"offer": self._offer, "choice": "abcd".index(key)} if key in "abcd" else {}
         what = {"u": "undo", "r": "redo"}.get(key, "choose")
-        httpx.post(f"{self._client.base_url}{self._url}/{what}", json=body).raise_for_status()
+        self._client.post(f"{self._url}/{what}", json=body).raise_for_status()
         self._offer, first, whole = next(self._events)
         return first - started, whole - started
 

@@ -32,9 +32,10 @@ class ThreadEngine:
 
     pid = None
 
-    def __init__(self, sock: socket.socket, handlers: Any) -> None:
-        self._wire = Wire(sock, closed=lambda: None)
-        self._loop = Loop(self._wire, handlers)
+    def __init__(self, sock: socket.socket, engine: Any) -> None:
+        self._wire = Wire(sock)
+        self._loop = Loop(self._wire.send, engine.handlers(), lambda: engine.lanes)
+        self._wire.listen(self._loop.take, closed=self._loop.end)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -54,16 +55,16 @@ class ThreadEngine:
         self._wire.close()
 
 
-def thread_spawner(handlers: Callable[[], Any]) -> Spawn:
+def thread_spawner(engine: Callable[[], Any]) -> Spawn:
     def spawn(sock: socket.socket) -> tuple[Engine, Path | None]:
-        return ThreadEngine(sock.dup(), handlers()), None
+        return ThreadEngine(sock.dup(), engine()), None
 
     return spawn
 
 
 @pytest.fixture
 def fake_spawn(tmp_path: Path) -> Spawn:
-    return thread_spawner(lambda: FakeEngine(Blobs(tmp_path / "weights")).handlers())
+    return thread_spawner(lambda: FakeEngine(Blobs(tmp_path / "weights")))
 
 
 @asynccontextmanager

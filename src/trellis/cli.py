@@ -173,7 +173,7 @@ def _serve(settings: Settings, open_page: bool, first: tuple[str | None, dict[st
     migrate(settings.database)
     spawn = ProcessSpawner(
         settings.weights_dir, settings.logs_dir, settings.engine_threads, settings.fake_engine,
-        settings.engine_memory, settings.hub_timeout,
+        settings.engine_memory, settings.hub_timeout, settings.engine_cache,
     )  # fmt: skip
     studio = Studio(Store(settings.database), spawn, settings)
     config = uvicorn.Config(

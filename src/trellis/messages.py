@@ -223,6 +223,8 @@ class Down(Message):
 
     id: int
     priority: int = 0
+    owner: str = ""
+    """For whom it is: the requests of several owners take turns."""
     body: Annotated[Request | Cancel | Urge, Field(discriminator="type")]
 
 
@@ -245,6 +247,13 @@ class Progress(Message):
     seconds_left: float | None = None
 
 
+class Queued(Message):
+    """Others are being worked for. `place` is 1 for who is next."""
+
+    type: Literal["queued"] = "queued"
+    place: int
+
+
 class Loaded(Message):
     type: Literal["loaded"] = "loaded"
     fingerprint: str
@@ -256,6 +265,8 @@ class Loaded(Message):
     seconds: float
     has_template: bool = True
     positions: int | None = None
+    lanes: int = 1
+    """How many requests the engine works on at once."""
 
 
 class Merged(Message):
@@ -351,7 +362,20 @@ class Failed(Message):
     details: dict[str, Any] = {}
 
 
-Event = Progress | Loaded | Planted | Merged | Delta | Offered | Learned | Assessed | StatusReport | Cancelled | Failed
+Event = (
+    Progress
+    | Queued
+    | Loaded
+    | Planted
+    | Merged
+    | Delta
+    | Offered
+    | Learned
+    | Assessed
+    | StatusReport
+    | Cancelled
+    | Failed
+)
 
 
 class Up(Message):

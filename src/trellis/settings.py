@@ -43,6 +43,11 @@ class Settings(BaseSettings):
         120.0, ge=0, description="A model that nobody has used for so long is unloaded; sessions stay. 0: never."
     )
     engine_memory_gb: float = Field(0.0, ge=0, description="Memory that one engine may take, in GB. 0: no limit.")
+    engine_cache_gb: float = Field(
+        0.5,
+        ge=0,
+        description="Weights that one engine keeps in memory, in GB: those in use, and those that foresight made.",
+    )
     upload_gb: float = Field(50.0, gt=0, description="The largest upload of a model or a file of prompts, in GB.")
     hub_timeout: float = Field(
         60.0, gt=0, description="Seconds to wait for a hub that says nothing, before a download is given up."
@@ -78,6 +83,10 @@ class Settings(BaseSettings):
     @property
     def engine_memory(self) -> int:
         return int(self.engine_memory_gb * 1e9)
+
+    @property
+    def engine_cache(self) -> int:
+        return int(self.engine_cache_gb * 1e9)
 
     @property
     def logs_dir(self) -> Path:

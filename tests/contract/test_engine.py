@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -43,25 +43,25 @@ from trellis.workers.worker import Worker
 
 pytestmark = pytest.mark.anyio
 
-Handlers = Callable[[Blobs], Mapping[type, Any]]
+Made = Callable[[Blobs], Any]
 LEARNING = Learning(learning_rate=1e-2)
 
 
-def fake(blobs: Blobs) -> Mapping[type, Any]:
+def fake(blobs: Blobs) -> Any:
     from trellis.engine.fake import FakeEngine
 
-    return FakeEngine(blobs).handlers()
+    return FakeEngine(blobs)
 
 
-def text(blobs: Blobs) -> Mapping[type, Any]:
+def text(blobs: Blobs) -> Any:
     from trellis.engine.text import TextEngine
 
-    return TextEngine(blobs).handlers()
+    return TextEngine(blobs)
 
 
 @pytest.fixture(params=[fake, pytest.param(text, marks=pytest.mark.engine)])
-def handlers(request: pytest.FixtureRequest) -> Handlers:
-    chosen: Handlers = request.param
+def made(request: pytest.FixtureRequest) -> Made:
+    chosen: Made = request.param
     return chosen
 
 
@@ -70,15 +70,15 @@ def blobs(tmp_path: Path) -> Blobs:
     return Blobs(tmp_path / "weights")
 
 
-async def start(handlers: Handlers, blobs: Blobs, model: Path) -> Worker:
-    worker = await Worker.start(thread_spawner(lambda: handlers(blobs)))
+async def start(made: Made, blobs: Blobs, model: Path) -> Worker:
+    worker = await Worker.start(thread_spawner(lambda: made(blobs)))
     await worker.ask(Load(path=str(model)))
     return worker
 
 
 @pytest.fixture
-async def worker(handlers: Handlers, blobs: Blobs, tiny_llama: Path) -> AsyncIterator[Worker]:
-    worker = await start(handlers, blobs, tiny_llama)
+async def worker(made: Made, blobs: Blobs, tiny_llama: Path) -> AsyncIterator[Worker]:
+    worker = await start(made, blobs, tiny_llama)
     yield worker
     await worker.stop()
 
@@ -120,8 +120,8 @@ def files(blobs: Blobs, weights: str) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in blobs.path(weights).iterdir() if file.suffix == ".safetensors"}
 
 
-async def test_a_load_tells_true_stages_in_order(handlers: Handlers, blobs: Blobs, tiny_llama: Path) -> None:
-    worker = await Worker.start(thread_spawner(lambda: handlers(blobs)))
+async def test_a_load_tells_true_stages_in_order(made: Made, blobs: Blobs, tiny_llama: Path) -> None:
+    worker = await Worker.start(thread_spawner(lambda: made(blobs)))
     events = [event async for event in worker.stream(Load(path=str(tiny_llama)))]
     assert isinstance(events[-1], Loaded)
     progress = [event for event in events if isinstance(event, Progress)]
@@ -134,8 +134,8 @@ async def test_a_load_tells_true_stages_in_order(handlers: Handlers, blobs: Blob
     await worker.stop()
 
 
-async def test_nothing_is_done_before_a_model_is_loaded(handlers: Handlers, blobs: Blobs) -> None:
-    worker = await Worker.start(thread_spawner(lambda: handlers(blobs)))
+async def test_nothing_is_done_before_a_model_is_loaded(made: Made, blobs: Blobs) -> None:
+    worker = await Worker.start(thread_spawner(lambda: made(blobs)))
     with pytest.raises(EngineError, match="No model is loaded"):
         await worker.ask(Plant(adapter=Adapter(), seed=0))
     await worker.stop()
@@ -229,14 +229,14 @@ async def test_learning_twice_is_learning_once(worker: Worker) -> None:
 
 
 async def test_another_engine_makes_the_same_weights_bit_for_bit(
-    handlers: Handlers, worker: Worker, blobs: Blobs, tiny_llama: Path, tmp_path: Path
+    made: Made, worker: Worker, blobs: Blobs, tiny_llama: Path, tmp_path: Path
 ) -> None:
     weights = await plant(worker)
     options = await draw(worker, offer(weights))
     first = await learned_from(worker, learn(weights, lesson(options)))
     second = await learned_from(worker, learn(first.weights, lesson(options, 3), lesson(options)))
     others = Blobs(tmp_path / "others")
-    other = await start(handlers, others, tiny_llama)
+    other = await start(made, others, tiny_llama)
     assert await plant(other) == weights
     assert await draw(other, offer(weights)) == options
     await learned_from(other, learn(weights, lesson(options)))
@@ -248,13 +248,13 @@ async def test_another_engine_makes_the_same_weights_bit_for_bit(
 
 
 async def test_an_engine_that_starts_again_goes_on_from_the_files(
-    handlers: Handlers, worker: Worker, blobs: Blobs, tiny_llama: Path
+    made: Made, worker: Worker, blobs: Blobs, tiny_llama: Path
 ) -> None:
     weights = await plant(worker)
     options = await draw(worker, offer(weights))
     first = await learned_from(worker, learn(weights, lesson(options)))
     expected = await learned_from(worker, learn(first.weights, lesson(options, 1)))
-    other = await start(handlers, blobs, tiny_llama)
+    other = await start(made, blobs, tiny_llama)
     blobs.discard(expected.weights)
     again = await learned_from(other, learn(first.weights, lesson(options, 1)))
     assert again.weights == expected.weights
@@ -367,6 +367,46 @@ async def test_what_is_interrupted_ends_as_if_it_had_not_been(worker: Worker) ->
     assert beside == [alone]
 
 
+@pytest.mark.engine
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+async def test_what_is_worked_on_at_once_is_the_same_as_one_after_the_other(
+    tmp_path: Path, tiny_llama: Path, dropout: float
+) -> None:
+    from trellis.engine.text import TextEngine
+
+    class OnManyLanes(TextEngine):
+        lanes = 4
+
+    adapters = Adapter(lora_rank=4, lora_dropout=dropout), Adapter(lora_rank=2)
+    made = []
+    for name, kind in (("one", TextEngine), ("many", OnManyLanes)):
+        blobs = Blobs(tmp_path / name)
+        worker = await start(kind, blobs, tiny_llama)
+        asked: list[Learn] = []
+        drawn = []
+        for adapter in adapters:
+            planted = await worker.ask(Plant(adapter=adapter, seed=1))
+            assert isinstance(planted, Planted)
+            offers = [offer(planted.weights, seed=seed) for seed in range(3)]
+            if name == "one":
+                options = [await draw(worker, each) for each in offers]
+            else:
+                options = await asyncio.gather(*(draw(worker, each) for each in offers))
+            drawn += options
+            asked += [
+                learn(planted.weights, lesson(each, choice), lesson(options[0], "none"))
+                for each in options for choice in (0, 3)
+            ]  # fmt: skip
+        if name == "one":
+            learned = [await learned_from(worker, each) for each in asked]
+        else:
+            learned = await asyncio.gather(*(learned_from(worker, each) for each in asked))
+        assert len({each.weights for each in learned}) == len(asked)
+        made.append((drawn, [files(blobs, each.weights) for each in learned]))
+        await worker.stop()
+    assert made[0] == made[1]
+
+
 async def test_leaving_a_stream_cancels_the_request(worker: Worker) -> None:
     weights = await plant(worker)
     async with aclosing(worker.stream(offer(weights, tokens=200))) as events:
@@ -385,12 +425,12 @@ async def test_missing_weights_are_named(worker: Worker) -> None:
 
 
 async def test_damaged_weights_are_taken_away_and_named_missing(
-    handlers: Handlers, worker: Worker, blobs: Blobs, tiny_llama: Path
+    made: Made, worker: Worker, blobs: Blobs, tiny_llama: Path
 ) -> None:
     weights = await plant(worker)
     learned = await learned_from(worker, learn(weights, lesson(await draw(worker, offer(weights)))))
     (blobs.path(learned.weights) / "weights.json").write_text("{")
-    other = await start(handlers, blobs, tiny_llama)
+    other = await start(made, blobs, tiny_llama)
     with pytest.raises(WeightsMissing):
         await other.ask(offer(learned.weights))
     await other.stop()

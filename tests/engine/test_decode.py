@@ -46,7 +46,7 @@ def forward(request: pytest.FixtureRequest, slot: Slot, flat: Tensor) -> Forward
         return GeneralForward(slot, flat)
     assert slot.adapted
     graphs = Graphs(slot.adapted.lean, slot.adapted.layers) if request.param == "steps of a graph" else None
-    return LeanForward(slot.adapted, flat, graphs)
+    return LeanForward(slot, flat, graphs)
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +114,8 @@ def test_two_groups_that_grow_by_turns_under_other_weights_are_in_nobodys_way(
     forward: Forward, slot: Slot, tokenizer: Any
 ) -> None:
     prompt, sampling = tokenizer("The sea")["input_ids"], Sampling(max_new_tokens=3 * STEPS)
-    other = type(forward)(*(forward.adapted, torch.zeros_like(slot.flat), forward.graphs)
-                          if isinstance(forward, LeanForward) else (slot, torch.zeros_like(slot.flat)))  # fmt: skip
+    graphs = (forward.graphs,) if isinstance(forward, LeanForward) else ()
+    other = type(forward)(slot, torch.zeros_like(slot.flat), *graphs)
     alone = [[option.tokens for option in list(decode_group(each, tokenizer, prompt, frozenset(), sampling, 2, 5))[-1]]
              for each in (forward, other)]  # fmt: skip
     assert alone[0] != alone[1]

@@ -42,7 +42,7 @@ def difference(slot: Slot, flat: Tensor, base: bool = False) -> float:
     """How far the logits are apart: of a prompt, of several tokens after it, and of one more."""
     assert slot.adapted
     one, other = (
-        forward.rows(PROMPT, 3, 20, base) for forward in (GeneralForward(slot, flat), LeanForward(slot.adapted, flat))
+        forward.rows(PROMPT, 3, 20, base) for forward in (GeneralForward(slot, flat), LeanForward(slot, flat))
     )
     apart = [(one.logits - other.logits).abs().max()]
     for width in (4, 1, 1):

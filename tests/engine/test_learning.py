@@ -129,6 +129,7 @@ class TableSlot:
     adapted = None
 
     def __init__(self, size: int) -> None:
+        self.turn = nullcontext()
         self.flat = torch.zeros(size * size)
         self.model = Table(self.flat.view(size, size))
         self.parameters = size * size

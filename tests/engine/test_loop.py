@@ -3,45 +3,64 @@
 from __future__ import annotations
 
 import errno
-import queue
+import threading
+from collections import Counter
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trellis.engine.loop import Loop
 from trellis.errors import WeightsMissing
-from trellis.messages import Cancel, Delta, Down, Plant, Status, StatusReport, Up
+from trellis.messages import Cancel, Delta, Down, Plant, Queued, Status, StatusReport, Up
 from trellis.params import Adapter
 
 
 class Script:
-    """A wire that plays frames in and keeps what comes out. A frame may be a function, called when it is read."""
+    """A loop that is given some frames, and what it sends."""
 
-    def __init__(self, *frames: Any) -> None:
-        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        for frame in frames:
-            self.inbox.put(frame)
+    def __init__(self, *frames: Down) -> None:
+        self.frames = frames
         self.sent: list[Up] = []
         self.broken = False
-
-    def receive(self, wait: bool) -> Down | None:
-        if self.inbox.empty():
-            return None
-        frame: Down | None = self.inbox.get()
-        return frame
+        self.loop: Loop | None = None
 
     def send(self, up: Up) -> None:
         if self.broken:
             raise OSError("gone")
         self.sent.append(up)
 
+    def put(self, frame: Down) -> None:
+        """One more, while the loop runs."""
+        assert self.loop
+        self.loop.take(frame)
+
+    def run(self, handlers: Any, lanes: int = 1) -> list[tuple[int, str, bool]]:
+        self.loop = Loop(self.send, handlers, lambda: lanes)
+        for frame in self.frames:
+            self.loop.take(frame)
+        self.loop.end()
+        self.loop.run()
+        return [(up.id, up.body.type, up.last) for up in self.told]
+
+    @property
+    def told(self) -> list[Up]:
+        """All but places in the queue."""
+        return [up for up in self.sent if not isinstance(up.body, Queued)]
+
 
 PLANT = Plant(adapter=Adapter(), seed=1)
 REPORT = StatusReport(model=None, resident_bytes=1)
 
 
-def down(number: int, body: Any, priority: int = 0) -> Down:
-    return Down(id=number, priority=priority, body=body)
+def down(number: int, body: Any, priority: int = 0, owner: str = "") -> Down:
+    return Down(id=number, priority=priority, owner=owner, body=body)
+
+
+def plants(*who: tuple[int, str], priority: int = 0) -> list[Down]:
+    """Requests by number and owner; the number is their seed as well."""
+    return [down(number, PLANT.model_copy(update={"seed": number}), priority, owner) for number, owner in who]
 
 
 def steps(wire: Script, log: list[str], count: int, during: Any = None) -> Any:
@@ -64,22 +83,17 @@ def status(request: Status) -> Any:
     return REPORT
 
 
-def run(wire: Script, handlers: Any) -> list[tuple[int, str, bool]]:
-    Loop(wire, handlers).run()  # type: ignore[arg-type]
-    return [(up.id, up.body.type, up.last) for up in wire.sent]
-
-
 def test_requests_of_the_same_urgency_go_one_after_the_other() -> None:
     wire, log = Script(down(1, PLANT), down(2, PLANT.model_copy(update={"seed": 2}))), []
-    run(wire, {Plant: steps(wire, log, 2)})
+    wire.run({Plant: steps(wire, log, 2)})
     assert log == ["1.0", "1.1", "1 ends", "2.0", "2.1", "2 ends"]
 
 
 def test_a_more_urgent_request_overtakes_between_two_steps() -> None:
     wire: Script = Script(down(1, PLANT, priority=1))
     log: list[str] = []
-    urgent = lambda: wire.inbox.put(down(9, Status()))  # noqa: E731
-    sent = run(wire, {Plant: steps(wire, log, 4, urgent), Status: status})
+    urgent = lambda: wire.put(down(9, Status()))  # noqa: E731
+    sent = wire.run({Plant: steps(wire, log, 4, urgent), Status: status})
     assert [(number, last) for number, _, last in sent] == [
         (1, False), (1, False), (9, True), (1, False), (1, False), (1, True)
     ]  # fmt: skip
@@ -88,15 +102,15 @@ def test_a_more_urgent_request_overtakes_between_two_steps() -> None:
 def test_a_cancelled_request_ends_at_its_next_step_and_lets_go_of_what_it_held() -> None:
     wire: Script = Script(down(1, PLANT))
     log: list[str] = []
-    cancel = lambda: wire.inbox.put(down(5, Cancel(request=1)))  # noqa: E731
-    sent = run(wire, {Plant: steps(wire, log, 100, cancel)})
+    cancel = lambda: wire.put(down(5, Cancel(request=1)))  # noqa: E731
+    sent = wire.run({Plant: steps(wire, log, 100, cancel)})
     assert sent[-1] == (1, "cancelled", True)
     assert log == ["1.0", "1.1", "1 ends"]
 
 
 def test_cancelling_what_is_not_there_is_nothing() -> None:
     wire = Script(down(5, Cancel(request=77)), down(6, Status()))
-    assert run(wire, {Status: status}) == [(6, "status_report", True)]
+    assert wire.run({Status: status}) == [(6, "status_report", True)]
 
 
 class OutOfMemoryError(RuntimeError):
@@ -120,8 +134,8 @@ def test_a_failure_ends_its_request_and_not_the_engine(raised: Exception, code: 
         raise raised
 
     wire = Script(down(1, PLANT), down(2, Status()))
-    Loop(wire, {Plant: failing, Status: status}).run()  # type: ignore[arg-type, dict-item]
-    failed, answered = wire.sent
+    wire.run({Plant: failing, Status: status})
+    failed, answered = wire.told
     assert (failed.id, failed.last, failed.body.type) == (1, True, "failed")
     assert failed.body.code == code  # type: ignore[union-attr]
     assert failed.body.next_step  # type: ignore[union-attr]
@@ -132,6 +146,147 @@ def test_when_nobody_listens_the_work_is_dropped() -> None:
     wire: Script = Script(down(1, PLANT))
     log: list[str] = []
     wire.broken = True
-    assert run(wire, {Plant: steps(wire, log, 100)}) == []
+    assert wire.run({Plant: steps(wire, log, 100)}) == []
     assert log[0] == "1.0"
     assert len(log) <= 2
+
+
+def meeting(parties: int, log: list[str]) -> Any:
+    """A handler that goes on only when so many of its kind are under way at once."""
+    barrier = threading.Barrier(parties, timeout=10)
+
+    def handler(request: Plant) -> Any:
+        for step in range(3):
+            barrier.wait()
+            yield Delta(texts={0: str(step)})
+        log.append(str(request.seed))
+        return REPORT
+
+    return handler
+
+
+def test_each_lane_works_on_a_request_of_its_own() -> None:
+    log: list[str] = []
+    wire = Script(*(down(number, PLANT.model_copy(update={"seed": number})) for number in range(4)), down(9, Status()))
+    sent = wire.run({Plant: meeting(2, log), Status: status}, lanes=2)
+    assert sorted(log) == ["0", "1", "2", "3"]
+    for number in range(4):
+        assert [kind for at, kind, _ in sent if at == number] == ["delta"] * 3 + ["status_report"]
+
+
+def test_what_nobody_waits_for_rests_while_somebody_waits() -> None:
+    log: list[str] = []
+    urgent = threading.Event()
+
+    def waited_for(request: Status) -> Any:
+        for _ in range(5):
+            log.append("urgent")
+            yield None
+        urgent.set()
+        return REPORT
+
+    def ahead(request: Plant) -> Any:
+        wire.put(down(9, Status()))
+        yield None
+        log.append("ahead" if urgent.is_set() else "ahead too early")
+        return REPORT
+
+    wire = Script(down(1, PLANT, priority=3))
+    wire.run({Plant: ahead, Status: waited_for}, lanes=3)
+    assert log == ["urgent"] * 5 + ["ahead"]
+
+
+def test_somebody_who_waits_does_not_wait_for_the_steps_of_others_to_end() -> None:
+    answered = threading.Event()
+    log: list[int] = []
+    begun = threading.Barrier(2, action=lambda: wire.put(down(9, Status())), timeout=10)
+
+    def ahead(request: Plant) -> Any:
+        log.append(request.seed)
+        if request.seed < 3:
+            begun.wait()  # both lanes are taken
+            assert answered.wait(10)
+        yield None
+        return REPORT
+
+    def urgent(request: Status) -> Any:
+        assert 3 not in log  # what is no more urgent than others has to wait for a lane
+        answered.set()
+        yield None
+        return REPORT
+
+    wire = Script(*(down(number, PLANT.model_copy(update={"seed": number}), 3) for number in (1, 2, 3)))
+    sent = wire.run({Plant: ahead, Status: urgent}, lanes=2)
+    assert sent[0] == (9, "status_report", True)
+    assert sorted(log) == [1, 2, 3]
+
+
+def test_a_request_that_is_in_the_middle_of_a_step_is_cancelled_after_it() -> None:
+    log: list[str] = []
+
+    def long(request: Plant) -> Any:
+        try:
+            wire.put(down(5, Cancel(request=1)))
+            yield Delta(texts={0: "told before it is over"})
+            log.append("never")
+            yield None
+            return REPORT
+        finally:
+            log.append("let go")
+
+    wire = Script(down(1, PLANT))
+    assert wire.run({Plant: long}, lanes=2) == [(1, "delta", False), (1, "cancelled", True)]
+    assert log == ["let go"]
+
+
+def order_of(frames: list[Down], lanes: int = 1) -> tuple[list[int], Script]:
+    """The requests in the order in which they were ended."""
+    log: list[str] = []
+    wire = Script(*frames)
+    wire.run({Plant: steps(wire, log, 2)}, lanes)
+    return [up.id for up in wire.sent if up.last], wire
+
+
+def test_owners_take_turns_however_much_each_of_them_asks_for() -> None:
+    greedy = [(number, "greedy") for number in range(1, 6)]
+    order, _ = order_of(plants(*greedy, (6, "late"), (7, "later"), (8, "late")))
+    assert order == [1, 6, 7, 2, 8, 3, 4, 5]
+
+
+def test_who_asked_for_much_is_not_put_off_for_ever() -> None:
+    wire, log = Script(*plants((1, "greedy"), (2, "greedy"), (3, "other"))), []
+
+    def handler(request: Plant) -> Any:
+        log.append(request.seed)
+        if request.seed in range(3, 9):  # the other one asks again whenever it is served
+            wire.put(plants((request.seed + 1, "other"))[0])
+        yield None
+        return REPORT
+
+    wire.run({Plant: handler})
+    assert log.index(2) <= 3
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=20))
+def test_owners_who_wait_have_been_served_equally_often_give_or_take_one(owners: list[str]) -> None:
+    order, _ = order_of(plants(*enumerate(owners)))
+    assert sorted(order) == list(range(len(owners)))
+    served, waiting = Counter[str](), Counter(owners)
+    for number in order:
+        served[owners[number]] += 1
+        waiting[owners[number]] -= 1
+        counts = [served[owner] for owner in +waiting]
+        assert not counts or max(counts) - min(counts) <= 1
+
+
+def test_who_waits_is_told_their_place_and_each_time_it_is_another() -> None:
+    _, wire = order_of(plants((1, "a"), (2, "b"), (3, "c"), (4, "a")))
+    places = [(up.id, up.body.place) for up in wire.sent if isinstance(up.body, Queued)]
+    assert places == [(2, 1), (3, 2), (4, 3), (3, 1), (4, 2), (4, 1)]
+
+
+def test_nobody_is_told_a_place_where_there_are_lanes_enough_or_nobody_waits() -> None:
+    _, wire = order_of(plants((1, "a"), (2, "b")), lanes=2)
+    assert not [up for up in wire.sent if isinstance(up.body, Queued)]
+    _, wire = order_of(plants((1, "a"), (2, "b"), (3, "c"), priority=3))
+    assert not [up for up in wire.sent if isinstance(up.body, Queued)]

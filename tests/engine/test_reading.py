@@ -11,8 +11,9 @@ from torch import Tensor
 from tests.engine.test_lean import make, values
 from trellis.engine import reading as way
 from trellis.engine.adapters import Slot, Slots
+from trellis.engine.crew import Crew
 from trellis.engine.lean import FAMILIES, Lean
-from trellis.engine.reading import GeneralReading, Group, LeanReading, Line, Reading, reading_of
+from trellis.engine.reading import GeneralReading, Group, LeanReading, Line, Reading, reading_of, rounds
 from trellis.params import Adapter
 
 pytestmark = pytest.mark.engine
@@ -32,10 +33,16 @@ def slot_of(folder: Path, kind: str, **adapter: object) -> Slot:
 
 
 def gradient(reading: Reading, flat: Tensor) -> tuple[list[Tensor], Tensor]:
-    found = reading.logprobs(GROUPS, flat)
-    weights = [torch.linspace(-1, 2, each.numel()).view(each.shape) for each in found]
-    loss = torch.stack([(each * weight).sum() for each, weight in zip(found, weights, strict=True)]).sum()
-    return [each.detach() for each in found], reading.gradient(loss)
+    seen: list[torch.Tensor] = []
+
+    def loss(found: list[torch.Tensor]) -> torch.Tensor:
+        seen.extend(each.detach() for each in found)
+        weights = [torch.linspace(-1, 2, each.numel()).view(each.shape) for each in found]
+        return torch.stack([(each * weight).sum() for each, weight in zip(found, weights, strict=True)]).sum()
+
+    made, value = reading.gradient(GROUPS, flat, (), loss)
+    assert value == float(loss(reading.logprobs(GROUPS, flat)))
+    return seen[: len(GROUPS)], made
 
 
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
@@ -55,11 +62,9 @@ def test_the_same_numbers_and_the_same_gradient(tmp_path: Path, kind: str, modul
 
 def test_the_base_model_is_the_one_without_the_adapter(tmp_path: Path) -> None:
     slot = slot_of(tmp_path, "llama")
-    with torch.no_grad():
-        for mine, theirs in zip(
-            LeanReading(slot).logprobs(GROUPS, None), GeneralReading(slot).logprobs(GROUPS, None), strict=True
-        ):
-            assert torch.allclose(mine, theirs, atol=1e-4)
+    both = (reading(slot).logprobs(GROUPS, None) for reading in (LeanReading, GeneralReading))
+    for mine, theirs in zip(*both, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-4)
 
 
 def test_a_prompt_is_read_once_and_each_answer_sees_it_and_itself() -> None:
@@ -84,3 +89,35 @@ def test_what_the_pass_does_not_know_goes_through_transformers(tmp_path: Path, m
     assert isinstance(reading_of(slot, GROUPS), GeneralReading)
     monkeypatch.setattr(way, "LONGEST", 20)
     assert isinstance(reading_of(slot, GROUPS), GeneralReading)
+
+
+def groups_of(*lengths: int) -> list[Group]:
+    return [Group(prompt=[1] * 4, answers=[[2] * length], choice=0, temperature=1.0) for length in lengths]
+
+
+def test_a_small_model_makes_two_passes_of_like_length_at_once_and_a_large_one_none() -> None:
+    assert rounds(groups_of(10, 10, 10, 10), 2_000_000) == [[range(2), range(2, 4)]]
+    assert rounds(groups_of(90, 10, 10, 10), 2_000_000) == [[range(1), range(1, 4)]]
+    assert rounds(groups_of(10), 2_000_000) == [[range(1)]]
+    assert rounds(groups_of(10, 10), 50_000_000) == [[range(2)]]
+    assert rounds(groups_of(10, 10), 2_000_000_000) == [[range(1)], [range(1, 2)]]
+
+
+@pytest.mark.parametrize("reading", [GeneralReading, LeanReading])
+@pytest.mark.parametrize("hands", [1, 2])
+def test_parts_made_at_once_have_the_gradients_that_they_have_alone(
+    tmp_path: Path, reading: type[Reading], hands: int
+) -> None:
+    model = make(tmp_path, "llama")
+    slot = Slots(model, Lean.of(model), Crew(hands)).get(Adapter(lora_rank=4))
+    flat, way = values(slot, 1), reading(slot)  # type: ignore[call-arg]
+
+    def loss(found: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([each.sum() for each in found]).sum()
+
+    parts = [(GROUPS[:1], (), loss), (GROUPS[1:], (), loss)]
+    for _ in range(5):
+        for (made, value), (groups, seed, _) in zip(way.gradients(parts, flat), parts, strict=True):
+            alone, alone_value = way.gradient(groups, flat, seed, loss)
+            assert torch.equal(made, alone)
+            assert value == alone_value

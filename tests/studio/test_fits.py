@@ -239,7 +239,7 @@ async def test_the_engine_is_asked_for_whole_logs_in_the_sessions_own_words(tmp_
             return super().learn(request)
 
     blobs = Blobs(tmp_path / "weights")
-    async with open_studio(tmp_path, thread_spawner(lambda: Listening(blobs).handlers())) as studio:
+    async with open_studio(tmp_path, thread_spawner(lambda: Listening(blobs))) as studio:
         session = await studio.steering.create(
             "Test", {"system_prompt": "Be kind.", "prompt_prefix": "Q: ", "chat_template": False}
         )
@@ -276,7 +276,7 @@ async def test_a_figure_that_cannot_be_had_stops_nothing(tmp_path: Path) -> None
             raise TrellisError("No.", code="no", next_step="None.")
 
     blobs = Blobs(tmp_path / "weights")
-    async with open_studio(tmp_path, thread_spawner(lambda: Unsure(blobs).handlers())) as studio:
+    async with open_studio(tmp_path, thread_spawner(lambda: Unsure(blobs))) as studio:
         session = await studio.steering.create("Test", {})
         await choose(session, 1)
         state = await choose(session, 1)

@@ -75,7 +75,7 @@ class Slow(FakeEngine):
 
 
 async def test_a_load_can_be_cancelled(tmp_path: Path) -> None:
-    spawn = thread_spawner(lambda: Slow(Blobs(tmp_path / "weights")).handlers())
+    spawn = thread_spawner(lambda: Slow(Blobs(tmp_path / "weights")))
     async with open_studio(tmp_path, spawn) as studio:
         job = await studio.models.load(ModelOptions(model="demo"))
         await until(lambda: job.row["progress"] and job.row["progress"]["stage"] == "reading")
@@ -96,7 +96,7 @@ async def test_a_load_that_fails_says_why_and_can_be_tried_again(tmp_path: Path)
                 raise LoadFailed("The file is torn.", code="corrupt_file", next_step="Copy it again.")
             return (yield from super().load(request))
 
-    spawn = thread_spawner(lambda: Broken(Blobs(tmp_path / "weights")).handlers())
+    spawn = thread_spawner(lambda: Broken(Blobs(tmp_path / "weights")))
     async with open_studio(tmp_path, spawn) as studio:
         job = await studio.models.load(ModelOptions(model="demo"))
         assert (await follow(studio, job.id))[-1][1]["error"]["code"] == "corrupt_file"
@@ -212,7 +212,7 @@ async def test_a_model_that_is_unloaded_under_a_session_stays_unloaded_until_it_
                 yield None
             return (yield from super().offer(request))
 
-    spawn = thread_spawner(lambda: Slow(Blobs(tmp_path / "weights")).handlers())
+    spawn = thread_spawner(lambda: Slow(Blobs(tmp_path / "weights")))
     async with open_studio(tmp_path, spawn) as studio:
         session = await studio.steering.create(None, {})
         await until(lambda: session.status == "offering" and session.offer)

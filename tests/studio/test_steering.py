@@ -79,10 +79,10 @@ async def test_after_a_refusal_options_are_chosen_from_more_openings(
     asked: list[Offer] = []
     stream = Worker.stream
 
-    def listening(worker: Worker, request: Request, priority: int = 0) -> AsyncGenerator[Event, None]:
+    def listening(worker: Worker, request: Request, priority: int = 0, owner: str = "") -> AsyncGenerator[Event, None]:
         if isinstance(request, Offer):
             asked.append(request)
-        return stream(worker, request, priority)
+        return stream(worker, request, priority, owner)
 
     monkeypatch.setattr(Worker, "stream", listening)
     for choice in (1, "none", "skip", 0):
@@ -363,6 +363,8 @@ async def test_an_engine_that_dies_in_mid_step_is_replaced_and_the_step_is_made(
 
 async def test_an_engine_that_always_dies_is_told_about_and_can_be_tried_again(tmp_path: Path) -> None:
     class Dying(FakeEngine):
+        lanes = 1  # it dies with the thread that it began on
+
         broken = True
 
         def offer(self, request: Any) -> Any:
@@ -370,7 +372,7 @@ async def test_an_engine_that_always_dies_is_told_about_and_can_be_tried_again(t
                 raise SystemExit
             return (yield from super().offer(request))
 
-    spawn = thread_spawner(lambda: Dying(Blobs(tmp_path / "weights")).handlers())
+    spawn = thread_spawner(lambda: Dying(Blobs(tmp_path / "weights")))
     async with open_studio(tmp_path, spawn) as studio:
         session = await studio.steering.create(None, {})
         await until(lambda: session.error)
@@ -389,10 +391,10 @@ async def test_a_model_that_was_exchanged_is_noticed(tmp_path: Path) -> None:
 
             return Planted(weights="wother")
 
-    async with open_studio(tmp_path, thread_spawner(lambda: FakeEngine(Blobs(tmp_path / "weights")).handlers())) as one:
+    async with open_studio(tmp_path, thread_spawner(lambda: FakeEngine(Blobs(tmp_path / "weights")))) as one:
         session = await one.steering.create(None, {})
         await ready(session)
-    async with open_studio(tmp_path, thread_spawner(lambda: Other(Blobs(tmp_path / "weights")).handlers())) as two:
+    async with open_studio(tmp_path, thread_spawner(lambda: Other(Blobs(tmp_path / "weights")))) as two:
         again = await two.steering.session(session.id)
         state = await ready(again)
         await again.choose(state["offer"]["id"], 0, "r1")
@@ -466,7 +468,7 @@ async def test_a_control_prompt_that_fails_leaves_the_options_alone(tmp_path: Pa
                 raise EngineError("There was not enough memory.", code="out_of_memory", next_step="Use less.")
             return (yield from super().offer(request))
 
-    spawn = thread_spawner(lambda: Forgetful(Blobs(tmp_path / "weights")).handlers())
+    spawn = thread_spawner(lambda: Forgetful(Blobs(tmp_path / "weights")))
     async with open_studio(tmp_path, spawn) as studio:
         session = await studio.steering.create(None, {})
         await until(lambda: session.state()["control"]["original"])

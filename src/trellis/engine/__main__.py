@@ -6,15 +6,26 @@ With `--forks` it is no engine but a process that forks engines, which then star
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import logging
 import os
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..blobs import Blobs
 from .forks import ignore_interrupts, serve
 from .loop import Loop
 from .wire import Wire
+
+if TYPE_CHECKING:
+    from .fake import FakeEngine
+    from .text import TextEngine
+
+
+M_ARENA_MAX = -8
+"""From glibc's malloc.h."""
 
 
 def main(words: list[str] | None = None) -> None:
@@ -24,6 +35,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes one per core")
     parser.add_argument("--memory-limit", type=int, default=0, help="bytes that this process may take; 0 is no limit")
     parser.add_argument("--hub-timeout", type=float, default=60.0, help="seconds to wait for a silent hub")
+    parser.add_argument("--cache", type=int, default=500_000_000, help="bytes of weights that are kept in memory")
     parser.add_argument("--fake", action="store_true", help="answer the same messages without a model")
     parser.add_argument("--forks", action="store_true", help="fork engines as they are asked for over the socket")
     arguments = parser.parse_args(words)
@@ -34,8 +46,7 @@ def main(words: list[str] | None = None) -> None:
     if arguments.weights is None:
         parser.error("--weights is required")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    # The socket closes when the parent is gone, however it went: then nobody needs the rest.
-    wire = Wire(socket.socket(fileno=arguments.fd), closed=lambda: os._exit(0))
+    wire = Wire(socket.socket(fileno=arguments.fd))
     if arguments.memory_limit:
         import resource
 
@@ -45,7 +56,7 @@ def main(words: list[str] | None = None) -> None:
     if arguments.fake:
         from .fake import FakeEngine
 
-        Loop(wire, FakeEngine(blobs).handlers()).run()
+        _serve(wire, FakeEngine(blobs))
         return
     _prepare_torch()
     # torch is only imported from here on, so that a fake engine starts in milliseconds.
@@ -57,13 +68,23 @@ def main(words: list[str] | None = None) -> None:
     torch.set_num_threads(arguments.threads or os.cpu_count() or 1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    Loop(wire, TextEngine(blobs, arguments.hub_timeout).handlers()).run()
+    _serve(wire, TextEngine(blobs, arguments.hub_timeout, arguments.cache))
+
+
+def _serve(wire: Wire, engine: TextEngine | FakeEngine) -> None:
+    loop = Loop(wire.send, engine.handlers(), lambda: engine.lanes)
+    # The socket closes when the parent is gone, however it went: then nobody needs the rest.
+    wire.listen(loop.take, closed=lambda: os._exit(0))
+    loop.run()
 
 
 def _prepare_torch() -> None:
     # Threads that wait for each other by spinning are ten times slower on a computer that is also doing something
     # else; a short spin costs an idle one nothing (docs/log.md). Read by libgomp when torch is first imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # glibc keeps what every thread of an engine once had, each in a place of its own: two places are enough.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
     # Nothing here is compiled; bitsandbytes would have the compiler imported, which takes two seconds.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 

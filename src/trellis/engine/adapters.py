@@ -7,6 +7,7 @@ switching weights is one copy and an optimiser step is a few operations. It does
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -26,6 +27,7 @@ from ..blobs import Blobs
 from ..errors import Invalid, WeightsMissing
 from ..messages import Metrics, derived_seed, recipe_id
 from ..params import Adapter
+from .crew import ALONE, Crew
 from .graphs import Graphs
 from .lean import Adapted, Lean
 
@@ -56,33 +58,39 @@ KEPT_BYTES = 500_000_000
 class Slots:
     """The adapters injected into one base model, one for each set of settings that a session asked for."""
 
-    def __init__(self, base: nn.Module, lean: Lean | None = None) -> None:
-        """`lean` is the base model's lean pass, where it has one."""
+    def __init__(self, base: nn.Module, lean: Lean | None = None, crew: Crew = ALONE) -> None:
+        """`lean` is the base model's lean pass, where it has one; `crew` are the hands for it."""
         self._base = base
         self._lean = lean
+        self._crew = crew
         self._model: PeftModel | None = None
         self._slots: dict[Adapter, Slot] = {}
+        self._turn = threading.RLock()
 
     def get(self, settings: Adapter) -> Slot:
         """The slot for these settings, injected on first use."""
-        if settings not in self._slots:
-            name = recipe_id("a", settings.model_dump(mode="json"))
-            config = LoraConfig(
-                r=settings.lora_rank,
-                lora_alpha=settings.lora_alpha,
-                lora_dropout=settings.lora_dropout,
-                target_modules=self._targets(settings),
-                fan_in_fan_out=any(isinstance(module, Conv1D) for module in self._base.modules()),
-                task_type="CAUSAL_LM",
-            )
-            _hand_back_scales(self._base)
-            if self._model is None:
-                self._model = get_peft_model(self._base, config, adapter_name=name)
-            else:
-                self._model.add_adapter(name, config)
-            self._model.eval()
-            self._slots[settings] = Slot(self._model, name, settings, self._lean)
-        return self._slots[settings]
+        with self._turn:
+            if settings not in self._slots:
+                self._slots[settings] = self._inject(settings)
+            return self._slots[settings]
+
+    def _inject(self, settings: Adapter) -> Slot:
+        name = recipe_id("a", settings.model_dump(mode="json"))
+        config = LoraConfig(
+            r=settings.lora_rank,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=self._targets(settings),
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in self._base.modules()),
+            task_type="CAUSAL_LM",
+        )
+        _hand_back_scales(self._base)
+        if self._model is None:
+            self._model = get_peft_model(self._base, config, adapter_name=name)
+        else:
+            self._model.add_adapter(name, config)
+        self._model.eval()
+        return Slot(self._model, name, settings, self._lean, self._turn, self._crew)
 
     def _targets(self, settings: Adapter) -> str | list[str]:
         """Raises Invalid, which lists what there is, for a name that no layer has."""
@@ -114,13 +122,33 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D, BaseTunerLayer))
 
 
-class Slot:
-    """One adapter injected into the base model; the values in it are switched in place."""
+class Own(threading.local):
+    """What each thread has of a slot for itself: the lean layers with its adapter's values in them."""
 
-    def __init__(self, model: PeftModel, name: str, settings: Adapter, lean: Lean | None = None) -> None:
+    adapted: Adapted | None = None
+    graphs: Graphs | None = None
+
+
+class Slot:
+    """One adapter injected into the base model; the values in it are switched in place.
+
+    There is one model for all threads: whoever goes through it holds `turn`. Of the lean layers each has its own.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        name: str,
+        settings: Adapter,
+        lean: Lean | None = None,
+        turn: threading.RLock | None = None,
+        crew: Crew = ALONE,
+    ) -> None:
         self.model = model
         self.name = name
         self.settings = settings
+        self.turn = turn or threading.RLock()
+        self.crew = crew
         self.config = model.peft_config[name]
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         model.set_adapter(name)
@@ -138,9 +166,24 @@ class Slot:
             self.slices.append((path.replace(f".{name}.", "."), where, parameter.shape))
             start = where.stop
         self._installed: Tensor | None = None
-        self.adapted = Adapted.of(lean, self.slices, settings.lora_alpha / settings.lora_rank) if lean else None
-        self.graphs = Graphs(self.adapted.lean, self.adapted.layers) if self.adapted and device.type == "cuda" else None
+        self._own = Own()
+        self._lean = lean if lean is not None and Adapted.fits(lean, self.slices) else None
         self._base_norm = self._norm_of_base()
+
+    @property
+    def adapted(self) -> Adapted | None:
+        """The lean layers of this thread; None where the model or the adapter has none."""
+        if self._own.adapted is None and self._lean is not None:
+            scale = self.settings.lora_alpha / self.settings.lora_rank
+            self._own.adapted = Adapted(self._lean, self.slices, scale)
+        return self._own.adapted
+
+    @property
+    def graphs(self) -> Graphs | None:
+        """The captured steps over this thread's lean layers, on a GPU."""
+        if self._own.graphs is None and self.flat.is_cuda and self.adapted is not None:
+            self._own.graphs = Graphs(self.adapted.lean, self.adapted.layers)
+        return self._own.graphs
 
     def install(self, flat: Tensor) -> None:
         """Put values (P,) into the model. Cheap when they are there already."""
@@ -213,7 +256,7 @@ class Slot:
 
 
 class Shelf:
-    """The weights an engine can name: a bounded cache in memory over folders on disk."""
+    """The weights an engine can name: a bounded cache in memory over folders on disk. Safe to use from any thread."""
 
     def __init__(self, blobs: Blobs, keep_bytes: int = KEPT_BYTES) -> None:
         self.blobs = blobs
@@ -221,11 +264,13 @@ class Shelf:
         self._cache: OrderedDict[str, Weights] = OrderedDict()
         self._unwritten: dict[str, Metrics] = {}
         """What was measured of weights that are in the cache alone."""
+        self._lock = threading.Lock()
+        """Held for looking into memory, never while a disk is waited for."""
 
     def settings(self, weights_id: str) -> Adapter:
         """The adapter settings of weights on disk. Raises WeightsMissing."""
-        if weights_id in self._cache:
-            return self._cache[weights_id].adapter
+        if (known := self._known(weights_id)) is not None:
+            return known.adapter
         return Adapter.model_validate(self._about(weights_id)["adapter"])
 
     def plant(self, slot: Slot, weights_id: str, seed: int) -> Weights:
@@ -245,9 +290,8 @@ class Shelf:
 
     def get(self, slot: Slot, weights_id: str) -> Weights:
         """Weights from memory or disk. Raises WeightsMissing where there is no whole folder that fits."""
-        if weights_id in self._cache:
-            self._cache.move_to_end(weights_id)
-            return self._cache[weights_id]
+        if (known := self._known(weights_id)) is not None:
+            return known
         about = self._about(weights_id)
         folder = self.blobs.path(weights_id)
         try:
@@ -271,15 +315,13 @@ class Shelf:
         """Take new weights, and write them if they are to be kept. Those that are not may have to be made again."""
         if keep:
             self._write(slot, weights, metrics)
-        elif metrics and weights.id not in self.blobs:
-            self._unwritten[weights.id] = metrics
-        self._remember(weights)
+        self._remember(weights, None if keep or weights.id in self.blobs else metrics)
 
     def keep(self, slot: Slot, weights_id: str) -> None:
-        """Have weights on disk that are there or in memory."""
+        """Have weights on disk that are there or in memory. Raises WeightsMissing where they are in neither."""
         if weights_id not in self.blobs:
-            self._write(slot, self._cache[weights_id], self._unwritten[weights_id])
-            del self._unwritten[weights_id]
+            self._write(slot, self.get(slot, weights_id), self._unwritten.get(weights_id))
+        self._unwritten.pop(weights_id, None)
 
     def _write(self, slot: Slot, weights: Weights, metrics: Metrics | None) -> None:
         """Write weights in PEFT's own layout with the optimiser's state beside it, whole or not at all."""
@@ -308,8 +350,8 @@ class Shelf:
 
     def metrics(self, weights_id: str) -> Metrics | None:
         """What was measured when the weights were made, if they are at hand."""
-        if weights_id in self._unwritten:
-            return self._unwritten[weights_id]
+        if (known := self._unwritten.get(weights_id)) is not None:
+            return known
         if weights_id not in self.blobs:
             return None
         try:
@@ -326,11 +368,22 @@ class Shelf:
             raise WeightsMissing(weights_id) from None
         return about
 
-    def _remember(self, weights: Weights) -> None:
-        self._cache[weights.id] = weights
-        self._cache.move_to_end(weights.id)
-        kept = sum(each.nbytes for each in self._cache.values())
-        while kept > self._keep_bytes and len(self._cache) > 2:
-            _, dropped = self._cache.popitem(last=False)
-            self._unwritten.pop(dropped.id, None)
-            kept -= dropped.nbytes
+    def _known(self, weights_id: str) -> Weights | None:
+        """Weights in memory."""
+        with self._lock:
+            if weights_id in self._cache:
+                self._cache.move_to_end(weights_id)
+            return self._cache.get(weights_id)
+
+    def _remember(self, weights: Weights, unwritten: Metrics | None = None) -> None:
+        """Keep weights in memory; with what was measured of them where they are there alone."""
+        with self._lock:
+            if unwritten is not None:
+                self._unwritten[weights.id] = unwritten
+            self._cache[weights.id] = weights
+            self._cache.move_to_end(weights.id)
+            kept = sum(each.nbytes for each in self._cache.values())
+            while kept > self._keep_bytes and len(self._cache) > 2:
+                _, dropped = self._cache.popitem(last=False)
+                self._unwritten.pop(dropped.id, None)
+                kept -= dropped.nbytes

@@ -73,6 +73,8 @@ STEP_SECONDS = 0.002
 
 
 class FakeEngine:
+    lanes = 2
+
     def __init__(self, blobs: Blobs) -> None:
         self._blobs = blobs
         self._path: str | None = None
@@ -103,6 +105,7 @@ class FakeEngine:
             dtype="none",
             bytes=0,
             seconds=0.0,
+            lanes=self.lanes,
         )
 
     def plant(self, request: Plant) -> Steps:
@@ -235,13 +238,14 @@ class FakeEngine:
         self._keep(weights_id)
 
     def _keep(self, weights_id: str) -> None:
-        if weights_id not in self._unwritten:
+        about = self._unwritten.get(weights_id)
+        if about is None:
             return
         with self._blobs.writing(weights_id) as folder:
-            (folder / "weights.json").write_text(json.dumps(self._unwritten[weights_id]))
+            (folder / "weights.json").write_text(json.dumps(about))
             (folder / "adapter_config.json").write_text("{}")
             (folder / "adapter_model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-        del self._unwritten[weights_id]
+        self._unwritten.pop(weights_id, None)
 
     def _steps_of(self, weights_id: str) -> int:
         about = self._about(weights_id)

@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from ..messages import derived_seed
 from ..params import Learning
 from .adapters import Slot
 from .learning import Point, adamw_step, fading
-from .methods import METHODS, rewards_of
-from .reading import Group, passes, reading_of
+from .methods import METHODS, Method, rewards_of
+from .reading import Group, Part, reading_of, rounds
 from .said import agrees
 
 BATCH = 4
@@ -100,22 +101,15 @@ def fit_steps(
             chosen = order[begin : begin + BATCH]
             batch = [groups[number] for number in chosen]
             gradient, loss = torch.zeros_like(point.flat), 0.0
-            for numbers in passes(batch, slot.parameters):
-                references = [reference(batch[number]) for number in numbers]
-                found = reading.logprobs([batch[number] for number in numbers], point.flat, (name, done, numbers.start))
-                verdicts = [
-                    method.judge(
-                        found[place],
-                        known,
-                        batch[number].mask(known.device),
-                        batch[number].choice,
-                        faded[chosen[number]],
-                    )
-                    for place, (number, known) in enumerate(zip(numbers, references, strict=True))
-                ]
-                part = torch.stack([verdict.loss for verdict in verdicts]).sum() / len(batch)
-                gradient += reading.gradient(part)
-                loss += float(part.detach())
+            for numbers in rounds(batch, slot.parameters):
+                parts: list[Part] = []
+                for each in numbers:
+                    told = [(batch[number], reference(batch[number]), faded[chosen[number]]) for number in each]
+                    share = partial(_share_of_loss, method, told, len(batch))
+                    parts.append(([group for group, _, _ in told], (name, done, each.start), share))
+                for made, part in reading.gradients(parts, point.flat):
+                    gradient += made
+                    loss += part
                 yield done, total, loss
             if not bool(torch.isfinite(gradient).all()):
                 raise TrellisError(
@@ -132,6 +126,18 @@ def fit_steps(
     return FitOutcome(
         point, sum(last) / len(last), after.kl, before.share, after.share, after.agreed, len(looked_at), done
     )
+
+
+def _share_of_loss(
+    method: Method, told: Sequence[tuple[Group, Tensor, Learning]], size: int, found: Sequence[Tensor]
+) -> Tensor:
+    """What some groups of a batch of so many add to its mean loss: each with its base log-probabilities (G, T) and
+    the options that it has, and their log-probabilities as found."""
+    verdicts = [
+        method.judge(logprobs, known, group.mask(known.device), group.choice, options)
+        for logprobs, (group, known, options) in zip(found, told, strict=True)
+    ]
+    return torch.stack([verdict.loss for verdict in verdicts]).sum() / size
 
 
 def continued(point: Point, steps: int, betas: tuple[float, float]) -> Point:
@@ -156,8 +162,7 @@ def sight(
     shares, distances, agreed = 0.0, 0.0, 0
     for group in groups:
         known = reference(group)
-        with torch.no_grad():
-            (logprobs,) = reading_of(slot, [group]).logprobs([group], flat)
+        (logprobs,) = reading_of(slot, [group]).logprobs([group], flat)
         verdict = plain.judge(logprobs, known, group.mask(known.device), group.choice, options)
         shares += verdict.share
         distances += verdict.kl

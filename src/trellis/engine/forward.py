@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from ..params import Sampling
 from .adapters import Slot
 from .graphs import Drawn, Graphs
-from .lean import Adapted, Cache, Layer
+from .lean import Cache, Layer
 from .sampling import draw
 
 
@@ -57,7 +57,7 @@ class Forward(ABC):
 def forward_of(slot: Slot, flat: Tensor, length: int) -> Forward:
     """The quickest way through a model with these values (P,) in its adapter, for texts of up to so many tokens."""
     if slot.adapted is not None and slot.adapted.lean.reaches(length):
-        return LeanForward(slot.adapted, flat, slot.graphs)
+        return LeanForward(slot, flat, slot.graphs)
     return GeneralForward(slot, flat)
 
 
@@ -73,10 +73,11 @@ class GeneralForward(Forward):
 
     def run(self, ids: Tensor, cache: DynamicCache, base: bool, last: bool) -> Tensor:
         slot = self._slot
-        slot.install(self._flat)
         keep = {"logits_to_keep": 1} if last else {}
-        with torch.inference_mode(), slot.reference() if base else nullcontext():
-            found: Tensor = slot.model(input_ids=ids, past_key_values=cache, use_cache=True, **keep).logits
+        with slot.turn, torch.inference_mode():
+            slot.install(self._flat)
+            with slot.reference() if base else nullcontext():
+                found: Tensor = slot.model(input_ids=ids, past_key_values=cache, use_cache=True, **keep).logits
         return found
 
     def cache(self) -> DynamicCache:
@@ -103,12 +104,13 @@ class GeneralRows(Rows):
 
 
 class LeanForward(Forward):
-    """Through the lean pass."""
+    """Through the lean pass. Each step may be done by another thread, on layers of its own."""
 
-    def __init__(self, adapted: Adapted, flat: Tensor, graphs: Graphs | None = None) -> None:
-        self.adapted, self._flat, self.graphs = adapted, flat, graphs
-        self.lean = adapted.lean
-        self.device = adapted.lean.device
+    def __init__(self, slot: Slot, flat: Tensor, graphs: Graphs | None = None) -> None:
+        assert slot.adapted is not None
+        self._slot, self._flat, self.graphs = slot, flat, graphs
+        self.lean = slot.adapted.lean
+        self.device = self.lean.device
 
     def rows(self, prompt: list[int], count: int, room: int, base: bool = False) -> Rows:
         return LeanRows(self, prompt, count, room, base)
@@ -117,8 +119,10 @@ class LeanForward(Forward):
         """The layers with the right values in them, as of now."""
         if base:
             return self.lean.layers
-        self.adapted.install(self._flat)
-        return self.adapted.layers
+        adapted = self._slot.adapted
+        assert adapted is not None
+        adapted.install(self._flat)
+        return adapted.layers
 
 
 class LeanRows(Rows):

@@ -284,13 +284,11 @@ class Adapted:
             )
             self.layers.append(Layer(layer.before_attention, qkv, layer.qk_norm, out, layer.before_mlp, gate_up, down))
 
-    @classmethod
-    def of(cls, lean: Lean, slices: Sequence[tuple[str, slice, torch.Size]], scale: float) -> Adapted | None:
-        """None where the adapter changes a layer that the lean pass does not know."""
+    @staticmethod
+    def fits(lean: Lean, slices: Sequence[tuple[str, slice, torch.Size]]) -> bool:
+        """Whether the lean pass knows every layer that an adapter changes."""
         known = {name for layer in lean.layers for each in layer.linears() for name, _ in each.parts}
-        if any(".layers." not in name or name.split(".")[-3] not in known for name, _, _ in slices):
-            return None
-        return cls(lean, slices, scale)
+        return all(".layers." in name and name.split(".")[-3] in known for name, _, _ in slices)
 
     def install(self, flat: Tensor) -> None:
         """Put an adapter's values (P,) into the layers. Cheap when they are there already."""

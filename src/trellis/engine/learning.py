@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ..messages import Written
 from ..params import Learning
 from .adapters import Slot
 from .methods import BETAS, CLIP, METHODS, Verdict, k3
-from .reading import Group, passes, reading_of
+from .reading import Group, Part, reading_of, rounds
 from .said import chosen_indexes
 from .vitals import variety_of
 
@@ -107,39 +108,40 @@ def learn_steps(
         rate *= settled(start.steps, options)
     masks = [each.mask(reference.device) for each, reference in zip(groups, references, strict=False)]
     shared = options.replay_weight / (len(groups) - 1) if len(groups) > 1 else 0.0
-    together = passes(groups, slot.parameters)
+    together = rounds(groups, slot.parameters)
     reading = reading_of(slot, groups)
     faded = [fading(options, each) for each in groups]
     # "None of these" says what is wrong and not what is right: pushed as far, it would tear down more than it teaches.
     target = options.target_share * (0.5 if refused else 1.0)
 
-    def judged(numbers: range, flat: Tensor) -> list[tuple[Tensor, Verdict]]:
-        found = reading.logprobs([groups[number] for number in numbers], flat, (name, steps, numbers.start))
-        return [
-            (logprobs, method.judge(logprobs, references[number], masks[number], groups[number].choice, faded[number]))
-            for number, logprobs in zip(numbers, found, strict=True)
-        ]
+    def judged(number: int, logprobs: Tensor) -> Verdict:
+        return method.judge(logprobs, references[number], masks[number], groups[number].choice, faded[number])
 
     def look(flat: Tensor) -> Generator[None, None, tuple[Tensor, Verdict, Tensor]]:
         """The new group's log-probabilities and verdict, and the gradient of everything."""
         gradient = torch.zeros_like(flat)
-        seen: tuple[Tensor, Verdict] | None = None
+        seen: dict[int, tuple[Tensor, Verdict]] = {}
+
+        def loss(numbers: range, found: list[Tensor]) -> Tensor:
+            verdicts = [judged(number, logprobs) for number, logprobs in zip(numbers, found, strict=True)]
+            seen[numbers.start] = found[0].detach(), verdicts[0]
+            weights = [shared if number else 1.0 for number in numbers]
+            return torch.stack([v.loss * weight for v, weight in zip(verdicts, weights, strict=True)]).sum()
+
         for numbers in together:
-            found = judged(numbers, flat)
-            losses = [
-                verdict.loss * (shared if number else 1.0) for number, (_, verdict) in zip(numbers, found, strict=True)
+            parts: list[Part] = [
+                ([groups[number] for number in each], (name, steps, each.start), partial(loss, each))
+                for each in numbers
             ]
-            gradient += reading.gradient(torch.stack(losses).sum())
-            if seen is None:
-                seen = found[0][0].detach(), found[0][1]
+            for made, _ in reading.gradients(parts, flat):
+                gradient += made
             yield None
-        assert seen is not None
-        return *seen, gradient
+        return *seen[0], gradient
 
     def glance(flat: Tensor) -> tuple[Tensor, Verdict]:
         """The new group's alone, without a gradient."""
-        with torch.no_grad():
-            return judged(range(1), flat)[0]
+        (logprobs,) = reading.logprobs(groups[:1], flat, (name, steps, 0))
+        return logprobs, judged(0, logprobs)
 
     steps = 0
     point = start

@@ -36,16 +36,17 @@ from ..messages import Load, Loaded, Progress, Prompt
 from ..params import Precision, SessionConfig
 from ..tensors import UNREADABLE, shapes_in
 from .adapters import Slots
+from .crew import Crew
 from .lean import Lean
+from .reading import SMALL
 
 INITIALIZING, READING, PARSING, PLACING, WARMING = 0.11, 0.15, 0.78, 0.8, 0.95
 """Where these stages begin as a fraction of a load; reading takes the bulk."""
 
 PROGRESS_SECONDS = 0.05
 
-ONE_THREAD = 20_000_000
-"""A model of fewer parameters runs on one thread: its operations are so short that threads wait for each other longer
-than they work, the more so where a browser wants a core as well (docs/log.md)."""
+LANES = 4
+"""So many requests at most are worked on at once, each on its own thread, where one does not keep all cores busy."""
 
 INDEX = "model.safetensors.index.json"
 
@@ -148,8 +149,11 @@ def read_model(
     yield Progress(stage="warming_up", fraction=WARMING, message="Warming up")
     with torch.inference_mode():
         model(input_ids=torch.zeros((1, 8), dtype=torch.long, device=device), use_cache=False)
-    if device == "cpu" and sum(p.numel() for p in model.parameters()) < ONE_THREAD:
+    lean, lanes = Lean.of(model), 1
+    if device == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL:
+        lanes = min(LANES, torch.get_num_threads()) if lean else 1
         torch.set_num_threads(1)
+    tokenizer("Once, so that nothing in it changes when several threads read with it.")
     about = Loaded(
         fingerprint=digest.hexdigest()[:32],
         parameters=sum(p.numel() for p in model.parameters()),
@@ -160,8 +164,9 @@ def read_model(
         seconds=time.monotonic() - started,
         has_template=bool(tokenizer.chat_template),
         positions=positions_of(config),
+        lanes=lanes,
     )
-    return LoadedModel(model, tokenizer, Slots(model, Lean.of(model)), _ends(path, config, tokenizer), about)
+    return LoadedModel(model, tokenizer, Slots(model, lean, Crew(lanes)), _ends(path, config, tokenizer), about)
 
 
 def _digest(path: Path, precision: Precision) -> Any:

@@ -1,7 +1,8 @@
 """The scheduler: requests run as generators, one step at a time, the most urgent first.
 
 A handler yields after every decode step or optimiser step. Between two steps a more urgent request may
-run, or the request may be cancelled. It does not know models.
+run, or the request may be cancelled. Where the engine can work on several at once, each lane is a thread that does
+one step after another of whatever comes next; what is less urgent rests while somebody waits. It does not know models.
 """
 
 from __future__ import annotations
@@ -9,76 +10,183 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
+import threading
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import TrellisError
-from ..messages import Cancel, Cancelled, Down, Event, Failed, Up, Urge
-from .wire import Wire
+from ..messages import Cancel, Cancelled, Down, Event, Failed, Queued, Up, Urge
+from .crew import stand_back
 
 log = logging.getLogger(__name__)
 
 Steps = Generator[Event | None, None, Event]
 """A handler's work: yields an event to send, or None where it may be paused; returns the last event."""
 
+WAITED_FOR = 0
+"""The priority of what somebody waits for; anything with a higher number can wait."""
+
 Handler = Callable[[Any], Steps]
 
 
-@dataclass
+@dataclass(eq=False)
 class Task:
+    """A request. `turn` is when it would begin if every owner had a machine of their own, in requests."""
+
     id: int
-    order: tuple[int, int]
+    urgency: int
+    turn: int
+    number: int
     steps: Steps
+    begun: bool = False
+    running: bool = False
+    cancelled: bool = False
+    place: int | None = None
+
+    @property
+    def order(self) -> tuple[int, bool, int, int]:
+        """What is begun is ended first; owners take turns."""
+        return self.urgency, not self.begun, self.turn, self.number
 
 
 class Loop:
-    """Runs handlers for the frames of one wire until its far end is gone."""
+    """Runs handlers for the frames that it is given. `send` raises OSError when nobody listens any more; `lanes` says
+    how many requests may be worked on at once. Safe to use from any thread."""
 
-    def __init__(self, wire: Wire, handlers: Mapping[type, Handler]) -> None:
-        self._wire = wire
+    def __init__(
+        self, send: Callable[[Up], None], handlers: Mapping[type, Handler], lanes: Callable[[], int] = lambda: 1
+    ) -> None:
+        self._frames_out = send
         self._handlers = handlers
+        self._lanes = lanes
         self._tasks: list[Task] = []
         self._arrivals = itertools.count()
+        self._turn = 0
+        self._turns: dict[tuple[str, int], int] = {}
+        self._changed = threading.Condition()
+        self._sending = threading.Lock()
+        self._others: list[threading.Thread] = []
+        self._ending = False
+
+    def take(self, down: Down) -> None:
+        """A frame has come."""
+        with self._changed:
+            if isinstance(down.body, Cancel):
+                for task in self._named(down.body.request):
+                    task.cancelled = True
+            elif isinstance(down.body, Urge):
+                for task in self._named(down.body.request):
+                    task.urgency = down.body.priority
+            else:
+                steps = self._handlers[type(down.body)](down.body)
+                turn = self._turn_of(down.owner, down.priority)
+                self._tasks.append(Task(down.id, down.priority, turn, next(self._arrivals), steps))
+            self._changed.notify_all()
+            places = self._places()
+        self._tell(places)
+
+    def _turn_of(self, owner: str, urgency: int) -> int:
+        """Start-time fair queuing (Goyal, Vin and Cheng 1996), all requests taken for equally long: who has asked for
+        much already comes after who has not, and nobody is put off for ever."""
+        turn = max(self._turn, self._turns.get((owner, urgency), 0))
+        self._turns[owner, urgency] = turn + 1
+        return turn
+
+    def end(self) -> None:
+        """No more frames come."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify_all()
 
     def run(self) -> None:
-        while True:
-            while down := self._wire.receive(wait=not self._tasks):
-                self._take(down)
-            if not self._tasks:
-                return
-            task = min(self._tasks, key=lambda task: task.order)
+        """Work in this thread, and as many others as there are lanes, until all is done and no more can come."""
+        with self._changed:
+            self._open_lanes()
+        self._work(first=True)
+        for thread in self._others:
+            thread.join()
+
+    def _work(self, first: bool) -> None:
+        while (task := self._wait(first)) is not None:
             event, last = self._step(task)
-            if last:
-                self._tasks.remove(task)
+            # Sent while the task is held, so that its events leave in their order.
             if event is not None:
                 self._send(task.id, event, last)
+            with self._changed:
+                task.running = False
+                if last and task in self._tasks:
+                    self._tasks.remove(task)
+                self._open_lanes()
+                self._changed.notify_all()
+                places = self._places() if last else []
+            self._tell(places)
 
-    def _take(self, down: Down) -> None:
-        if isinstance(down.body, Cancel):
-            self._cancel(down.body.request)
-            return
-        if isinstance(down.body, Urge):
-            self._urge(down.body)
-            return
-        steps = self._handlers[type(down.body)](down.body)
-        self._tasks.append(Task(down.id, (down.priority, next(self._arrivals)), steps))
+    def _wait(self, first: bool) -> Task | None:
+        """The next task to do a step of, held by whoever asked; None when there will be none any more."""
+        with self._changed:
+            while (task := self._next(first)) is None:
+                if self._ending and not self._tasks:
+                    return None
+                self._changed.wait()
+            task.running = True
+            if not task.begun:
+                task.begun = True
+                self._turn = max(self._turn, task.turn)
+                for owner in [owner for owner, turn in self._turns.items() if turn <= self._turn]:
+                    del self._turns[owner]
+            return task
 
-    def _urge(self, urge: Urge) -> None:
-        for task in self._tasks:
-            if task.id == urge.request:
-                task.order = (urge.priority, task.order[1])
+    def _places(self) -> list[tuple[int, Queued]]:
+        """Who waits for others to be done with, and what place they have now, where it is another one."""
+        waited_for = sorted((each for each in self._tasks if each.urgency <= WAITED_FOR), key=lambda task: task.order)
+        told = []
+        for place, task in enumerate(waited_for[self._lanes() :], start=1):
+            if not task.begun and task.place != place:
+                task.place = place
+                told.append((task.id, Queued(place=place)))
+        return told
 
-    def _cancel(self, request: int) -> None:
-        for task in self._tasks:
-            if task.id == request:
-                self._tasks.remove(task)
-                task.steps.close()
-                self._send(request, Cancelled(), last=True)
-                return
+    def _tell(self, places: list[tuple[int, Queued]]) -> None:
+        for request, queued in places:
+            self._send(request, queued, last=False)
+
+    def _next(self, first: bool) -> Task | None:
+        free = [task for task in self._tasks if not task.running]
+        if not free:
+            return None
+        task = min(free, key=lambda task: (not task.cancelled, task.order))
+        if task.cancelled:
+            return task
+        urgency = task.urgency
+        if urgency > WAITED_FOR and first and self._others:
+            return None
+        if urgency > WAITED_FOR and any(each.urgency <= WAITED_FOR for each in self._tasks):
+            return None
+        alike = sum(each.running and each.urgency <= urgency for each in self._tasks)
+        return task if alike < self._lanes() else None
+
+    def _open_lanes(self) -> None:
+        """Where there are several lanes, each has a thread that leaves the processor to whoever else wants it; the
+        first thread is kept for what is waited for, which so need not wait for the end of a step that is not."""
+        lanes = self._lanes()
+        while lanes > 1 and len(self._others) < lanes:
+            thread = threading.Thread(target=self._work_aside, name=f"lane {len(self._others) + 1}", daemon=True)
+            self._others.append(thread)
+            thread.start()
+
+    def _work_aside(self) -> None:
+        stand_back()
+        self._work(first=False)
+
+    def _named(self, request: int) -> list[Task]:
+        return [task for task in self._tasks if task.id == request]
 
     def _step(self, task: Task) -> tuple[Event | None, bool]:
         try:
+            if task.cancelled:
+                task.steps.close()
+                return Cancelled(), True
             return next(task.steps), False
         except StopIteration as stop:
             return stop.value, True
@@ -104,9 +212,12 @@ class Loop:
 
     def _send(self, request: int, event: Event, last: bool) -> None:
         try:
-            self._wire.send(Up(id=request, last=last, body=event))
-        except OSError:
-            self._tasks.clear()  # the far end is gone: the next wait for a frame ends the loop
+            with self._sending:
+                self._frames_out(Up(id=request, last=last, body=event))
+        except OSError:  # nobody listens: there is nobody to work for
+            with self._changed:
+                self._tasks.clear()
+                self._ending = True
 
 
 def out_of_memory(where: str) -> TrellisError:

@@ -7,8 +7,9 @@ It knows prompts and answers as tokens, and the adapter's values; not losses, ch
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,6 +88,11 @@ def _of_like_length(lengths: Sequence[int]) -> list[list[int]]:
     return passes
 
 
+SMALL = 20_000_000
+"""A model of fewer parameters runs on one thread: its operations are so short that threads wait for each other longer
+than they work, the more so where a browser wants a core as well (docs/log.md). Two passes at once gain where two
+threads in one do not."""
+
 PASS_WORK = 10_000_000_000
 """Tokens times parameters up to which groups share a pass. That spares a small model its overhead; a large model or a
 long prompt gains nothing by it and would need the memory of all groups at once."""
@@ -107,21 +113,44 @@ def passes(groups: Sequence[Group], parameters: int) -> list[range]:
     return made
 
 
+def rounds(groups: Sequence[Group], parameters: int) -> list[list[range]]:
+    """`passes`, one after the other; where one of a small model would do, two of about the same length at once."""
+    made = passes(groups, parameters)
+    if len(made) > 1 or len(groups) < 2 or parameters >= SMALL:
+        return [[each] for each in made]
+    lengths = [len(group.prompt) + sum(map(len, group.answers)) for group in groups]
+    cut = min(range(1, len(groups)), key=lambda at: max(sum(lengths[:at]), sum(lengths[at:])))
+    return [[range(cut), range(cut, len(groups))]]
+
+
 LONGEST = 2048
 """Up to so many tokens a group has one mask over all of them; a longer one goes through transformers."""
+
+
+Seed = tuple[str | int, ...]
+Loss = Callable[[list[Tensor]], Tensor]
+"""A scalar made of log-probabilities (G, T) of some groups."""
+
+
+Part = tuple[Sequence[Group], Seed, Loss]
 
 
 class Reading(ABC):
     """Log-probabilities of groups' answers under an adapter's values, and the gradient by these."""
 
     @abstractmethod
-    def logprobs(self, groups: Sequence[Group], flat: Tensor | None, seed: tuple[str | int, ...] = ()) -> list[Tensor]:
-        """(G, T) of each group, fp32, zero where an answer has no token. `flat` (P,) are the adapter's values; without
-        them it is the base model that is asked. `seed` is where dropout's random numbers start from."""
+    def logprobs(self, groups: Sequence[Group], flat: Tensor | None, seed: Seed = ()) -> list[Tensor]:
+        """(G, T) of each group, fp32, zero where an answer has no token, without a gradient. `flat` (P,) are the
+        adapter's values; without them it is the base model that is asked. `seed` is where dropout's random numbers
+        start from."""
 
     @abstractmethod
-    def gradient(self, loss: Tensor) -> Tensor:
-        """The gradient (P,) of a scalar made of the log-probabilities that were asked for last."""
+    def gradient(self, groups: Sequence[Group], flat: Tensor, seed: Seed, loss: Loss) -> tuple[Tensor, float]:
+        """The gradient (P,) of what `loss` makes of the groups' log-probabilities, by the adapter's values; and it."""
+
+    def gradients(self, parts: Sequence[Part], flat: Tensor) -> list[tuple[Tensor, float]]:
+        """`gradient` of several parts. Two may be worked out at once, each `loss` in a thread of its own."""
+        return [self.gradient(groups, flat, seed, loss) for groups, seed, loss in parts]
 
 
 def reading_of(slot: Slot, groups: Sequence[Group]) -> Reading:
@@ -142,17 +171,23 @@ class GeneralReading(Reading):
     def __init__(self, slot: Slot) -> None:
         self._slot = slot
 
-    def logprobs(self, groups: Sequence[Group], flat: Tensor | None, seed: tuple[str | int, ...] = ()) -> list[Tensor]:
+    def logprobs(self, groups: Sequence[Group], flat: Tensor | None, seed: Seed = ()) -> list[Tensor]:
         slot = self._slot
-        if flat is None:
+        with slot.turn, torch.no_grad():
+            if flat is not None:
+                return self._adapted(groups, flat, seed)
             with slot.reference():
                 return answers_logprobs(slot.model, groups)
-        slot.install(flat)
-        with slot.dropping(*seed):
-            return answers_logprobs(slot.model, groups)
 
-    def gradient(self, loss: Tensor) -> Tensor:
-        return self._slot.gradient(loss)
+    def gradient(self, groups: Sequence[Group], flat: Tensor, seed: Seed, loss: Loss) -> tuple[Tensor, float]:
+        with self._slot.turn:
+            made = loss(self._adapted(groups, flat, seed))
+            return self._slot.gradient(made), float(made.detach())
+
+    def _adapted(self, groups: Sequence[Group], flat: Tensor, seed: Seed) -> list[Tensor]:
+        self._slot.install(flat)
+        with self._slot.dropping(*seed):
+            return answers_logprobs(self._slot.model, groups)
 
 
 class LeanReading(Reading):
@@ -166,22 +201,30 @@ class LeanReading(Reading):
         self._shapes = [shape for _, _, shape in slot.slices]
         self._sizes = [where.stop - where.start for _, where, _ in slot.slices]
         self._pairs = slot.adapted.pairs
-        self._leaf: Tensor | None = None
+        self._crew = slot.crew
 
-    def logprobs(self, groups: Sequence[Group], flat: Tensor | None, seed: tuple[str | int, ...] = ()) -> list[Tensor]:
+    def logprobs(self, groups: Sequence[Group], flat: Tensor | None, seed: Seed = ()) -> list[Tensor]:
+        with torch.no_grad():
+            return self._read(groups, flat)
+
+    def gradient(self, groups: Sequence[Group], flat: Tensor, seed: Seed, loss: Loss) -> tuple[Tensor, float]:
+        leaf = flat.detach().requires_grad_()
+        made = loss(self._read(groups, leaf))
+        return torch.autograd.grad(made, leaf)[0], float(made.detach())
+
+    def gradients(self, parts: Sequence[Part], flat: Tensor) -> list[tuple[Tensor, float]]:
+        works = [partial(self.gradient, groups, flat, seed, loss) for groups, seed, loss in parts]
+        return list(self._crew.both(*works)) if len(works) == 2 else [work() for work in works]
+
+    def _read(self, groups: Sequence[Group], flat: Tensor | None) -> list[Tensor]:
         named: list[Tensor] | None = None
         if flat is not None:
-            self._leaf = flat.detach().requires_grad_()
-            named = [part.view(shape) for part, shape in zip(self._leaf.split(self._sizes), self._shapes, strict=True)]
+            named = [part.view(shape) for part, shape in zip(flat.split(self._sizes), self._shapes, strict=True)]
         line = Line(groups, self._lean.device)
         logits = self._logits(line, named)
         found = -functional.cross_entropy(logits, line.targets, reduction="none")
         answers = iter(found.split([len(answer) for group in groups for answer in group.answers]))
         return [pad_sequence([next(answers) for _ in group.answers], batch_first=True) for group in groups]
-
-    def gradient(self, loss: Tensor) -> Tensor:
-        assert self._leaf is not None
-        return torch.autograd.grad(loss, self._leaf)[0]
 
     def _logits(self, line: Line, named: list[Tensor] | None) -> Tensor:
         """(M, V) over the temperatures, where a token of an answer is to be told."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -40,7 +41,7 @@ from ..messages import (
     recipe_of,
 )  # fmt: skip
 from ..params import Learning
-from .adapters import Shelf, Slot, Weights
+from .adapters import KEPT_BYTES, Shelf, Slot, Weights
 from .decode import Growing, decode_group
 from .download import download
 from .fits import fit_steps, sight
@@ -54,6 +55,9 @@ from .reading import Group, reading_of
 from .vitals import fluency_of, variety_of
 
 PROGRESS_SECONDS = 0.2
+REFERENCES = 1024
+"""Lessons of which the base model's log-probabilities are kept: a few of each session that learns."""
+
 DELTA_SECONDS = 0.025
 """Text goes up in batches of about this long: often enough to look alive, seldom enough to cost nothing."""
 
@@ -61,18 +65,24 @@ DELTA_SECONDS = 0.025
 class TextEngine:
     """One text model and the weights grown on it. All state is a cache of files and of pure functions."""
 
-    def __init__(self, blobs: Blobs, hub_timeout: float = 60.0) -> None:
-        self._shelf = Shelf(blobs)
+    def __init__(self, blobs: Blobs, hub_timeout: float = 60.0, cache: int = KEPT_BYTES) -> None:
+        self._shelf = Shelf(blobs, cache)
         self._hub_timeout = hub_timeout
         self._loaded: LoadedModel | None = None
         self._path: str | None = None
         self._references: OrderedDict[str, Tensor] = OrderedDict()
+        self._keeping = threading.Lock()
 
     def handlers(self) -> Mapping[type, Handler]:
         return {
             Load: self.load, Plant: self.plant, Offer: self.offer, Learn: self.learn, Fit: self.fit,
             Assess: self.assess, Merge: self.merge, Status: self.status,
         }  # fmt: skip
+
+    @property
+    def lanes(self) -> int:
+        """How many requests may be worked on at once."""
+        return self._loaded.about.lanes if self._loaded else 1
 
     @property
     def loaded(self) -> LoadedModel:
@@ -274,12 +284,14 @@ class TextEngine:
     def _reference(self, slot: Slot, group: Group) -> Tensor:
         """The base model's log-probabilities of a lesson's answers. They never change, so they are kept."""
         key = recipe_id("r", [group.prompt, group.answers, group.temperature])
-        if key not in self._references:
-            with torch.no_grad():
-                (self._references[key],) = reading_of(slot, [group]).logprobs([group], None)
-            while len(self._references) > 256:
-                self._references.popitem(last=False)
-        return self._references[key]
+        known = self._references.get(key)
+        if known is None:
+            (known,) = reading_of(slot, [group]).logprobs([group], None)
+            with self._keeping:
+                self._references[key] = known
+                while len(self._references) > REFERENCES:
+                    self._references.popitem(last=False)
+        return known
 
 
 def _weights_at(made: str, slot: Slot, point: Point) -> Weights:

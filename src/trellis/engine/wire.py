@@ -6,7 +6,6 @@ It does not know what the frames mean.
 from __future__ import annotations
 
 import contextlib
-import queue
 import socket
 import threading
 from collections.abc import Callable
@@ -15,20 +14,14 @@ from ..messages import HEADER, Down, Up, frame, frame_length
 
 
 class Wire:
-    """Frames over a connected socket. `closed` is called once, from the reading thread, when the far end is gone."""
+    """Frames over a connected socket."""
 
-    def __init__(self, sock: socket.socket, closed: Callable[[], None]) -> None:
+    def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
-        self._closed = closed
-        self._inbox: queue.SimpleQueue[Down | None] = queue.SimpleQueue()
-        threading.Thread(target=self._read, name="wire", daemon=True).start()
 
-    def receive(self, wait: bool) -> Down | None:
-        """The next frame; None when there is none (or, having waited, when the far end is gone)."""
-        try:
-            return self._inbox.get(block=wait)
-        except queue.Empty:
-            return None
+    def listen(self, take: Callable[[Down], None], closed: Callable[[], None]) -> None:
+        """Have a thread of its own take the frames from now on, and call `closed` when the far end is gone."""
+        threading.Thread(target=self._read, args=(take, closed), name="wire", daemon=True).start()
 
     def send(self, up: Up) -> None:
         """Raises OSError when the far end is gone."""
@@ -39,12 +32,11 @@ class Wire:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
-    def _read(self) -> None:
+    def _read(self, take: Callable[[Down], None], closed: Callable[[], None]) -> None:
         try:
             with self._socket.makefile("rb") as stream:
                 while header := stream.read(HEADER.size):
-                    self._inbox.put(Down.model_validate_json(stream.read(frame_length(header))))
+                    take(Down.model_validate_json(stream.read(frame_length(header))))
         except (OSError, ValueError):
             pass  # a broken frame and a broken socket mean the same: nobody to work for
-        self._inbox.put(None)
-        self._closed()
+        closed()

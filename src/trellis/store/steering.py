@@ -129,8 +129,9 @@ def get_offers(connection: Connection, offer_ids: Sequence[str]) -> dict[str, Ro
     return found
 
 
-def get_intent(connection: Connection, session_id: str, request: str) -> Row | None:
-    return _one(connection, select(intents).where(intents.c.session == session_id, intents.c.request == request))
+def get_requests(connection: Connection, session_id: str) -> set[str]:
+    """The ids of all requests that a session has taken."""
+    return set(connection.execute(select(intents.c.request).where(intents.c.session == session_id)).scalars())
 
 
 def add_intent(connection: Connection, intent: Row) -> None:
@@ -153,6 +154,51 @@ def move(
 
 def add_node(connection: Connection, node: Row) -> None:
     connection.execute(insert(nodes).values(node))
+
+
+# What one action changes, in one transaction. `given_up` is the request of an intent that failed: another comes in its
+# place.
+
+
+def replace_intent(connection: Connection, intent: Row, given_up: str | None) -> None:
+    if given_up:
+        close_intent(connection, intent["session"], given_up, "abandoned")
+    add_intent(connection, intent)
+
+
+def commit_move(
+    connection: Connection, head: str, offer: str | None, notes: dict[str, Row], intent: Row, given_up: str | None
+) -> Row | None:
+    """Stand at a node that was there before. Returns the offer that is then on the screen."""
+    replace_intent(connection, intent, given_up)
+    move(connection, intent["session"], head, offer, notes, intent["created"])
+    return get_offer(connection, offer) if offer else None
+
+
+def commit_offer(connection: Connection, offer: Row, intent: Row | None, given_up: str | None) -> None:
+    """Put a new offer on the screen, and note who asked for it."""
+    if intent:
+        replace_intent(connection, intent, given_up)
+    add_offer(connection, offer)
+
+
+def commit_node(
+    connection: Connection,
+    node: Row,
+    notes: dict[str, Row],
+    intent: Row,
+    given_up: str | None,
+    offer: Row | None = None,
+) -> None:
+    """Stand at a new node, with its first offer where that is there already."""
+    add_node(connection, node)
+    if intent["state"] == "open":
+        close_intent(connection, intent["session"], intent["request"], "done")
+    else:
+        replace_intent(connection, intent, given_up)
+    move(connection, intent["session"], node["id"], None, notes, node["created"])
+    if offer:
+        add_offer(connection, offer)
 
 
 def _one(connection: Connection, query: Any) -> Row | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection, Iterator
 from contextlib import aclosing
 
 from ..messages import Event, Request, recipe_id, recipe_of
@@ -37,10 +37,11 @@ def key_of(request: Request) -> str:
 class Ahead:
     """One request that was begun before anyone asked, and what came of it so far."""
 
-    def __init__(self, worker: Worker, request: Request, node: str) -> None:
+    def __init__(self, worker: Worker, owner: str, request: Request, node: str) -> None:
         self.node = node
         self._worker = worker
-        self._request = request
+        self._owner = owner
+        self.request = request
         self._events: list[Event] = []
         self._news = asyncio.Event()
         self.task = asyncio.create_task(self._run(), name=f"ahead {request.type}")
@@ -54,9 +55,14 @@ class Ahead:
         """Whether it has a result, or may still come to one."""
         return not self.task.done() or not (self.task.cancelled() or self.task.exception())
 
+    @property
+    def result(self) -> Event:
+        """What it ended in."""
+        return self._events[-1]
+
     async def _run(self) -> None:
         try:
-            async with aclosing(self._worker.stream(self._request, AHEAD)) as events:
+            async with aclosing(self._worker.stream(self.request, AHEAD, self._owner)) as events:
                 async for event in events:
                     self._events.append(event)
                     self._news.set()
@@ -81,7 +87,7 @@ class Ahead:
     async def urge(self) -> None:
         """Somebody waits for it now."""
         if not self.task.done():
-            await self._worker.urge(self._request)
+            await self._worker.urge(self.request)
 
     def cancel(self) -> None:
         self.task.cancel()
@@ -93,28 +99,41 @@ class Foresight:
     def __init__(self) -> None:
         self._known: OrderedDict[str, Ahead] = OrderedDict()
 
-    async def begin(self, worker: Worker, request: Request, node: str) -> Event:
-        """Work something out unless that was done, and nothing else beside it. Returns the result; who leaves early
-        leaves it running."""
-        ahead = self._find(request, node)
+    async def begin(self, worker: Worker, owner: str, request: Request, node: str) -> Event:
+        """Work something out unless that is done or under way. Returns the result; who leaves early leaves it
+        running."""
+        ahead = self._find(request)
         if ahead is None:
             key = key_of(request)
-            ahead = self._known[key] = Ahead(worker, request, node)
+            ahead = self._known[key] = Ahead(worker, owner, request, node)
             while len(self._known) > KEPT:
                 self._known.popitem(last=False)[1].cancel()
         return await last(ahead.follow())
 
     async def take(self, request: Request, node: str) -> Ahead | None:
         """What was begun of a request that somebody now waits for, made urgent; what leads elsewhere gives way."""
-        ahead = self._find(request, node)
+        self.only({node})
+        ahead = self._find(request)
         if ahead is not None:
             await ahead.urge()
         return ahead
 
-    def _find(self, request: Request, node: str) -> Ahead | None:
+    def whole(self, node: str) -> Iterator[tuple[Request, Event]]:
+        """What is done of what leads to a node."""
+        for each in self._known.values():
+            if each.node == node and each.finished and each.useful:
+                yield each.request, each.result
+
+    def only(self, nodes: Collection[str]) -> None:
+        """Give up what is under way and leads to none of these."""
         for key, each in list(self._known.items()):
-            if not each.useful or (not each.finished and each.node != node):
+            if not each.finished and each.node not in nodes:
                 each.cancel()
+                del self._known[key]
+
+    def _find(self, request: Request) -> Ahead | None:
+        for key, each in list(self._known.items()):
+            if not each.useful:
                 del self._known[key]
         key = key_of(request)
         if key in self._known:

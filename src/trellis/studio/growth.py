@@ -7,7 +7,7 @@ what is on the screen.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..messages import (
     Assessed,
     Choice,
     Delta,
+    Event,
     Fit,
     Learn,
     Learned,
@@ -28,12 +29,13 @@ from ..messages import (
     Planted,
     Progress,
     Prompt,
+    Queued,
 )  # fmt: skip
 from ..params import Adapter, Learning, ModelOptions, Sampling, SessionConfig
 from ..store import steering as rows
 from ..store.store import Store
 from ..workers.worker import UNLOADED, Worker
-from .foresight import Foresight, last
+from .foresight import Foresight
 from .lessons import Logs
 from .models import Models
 from .shown import options_from
@@ -44,7 +46,8 @@ Grown = Callable[[int, str], None]
 
 
 class Growth:
-    """A session's side of the wire. `loading` is told how a load comes along, and None when it has ended."""
+    """A session's side of the wire. `loading` is told how a load comes along, and None when it has ended; `queued`
+    the place in the engine's queue in the same way."""
 
     def __init__(
         self,
@@ -56,6 +59,7 @@ class Growth:
         tree: Tree,
         loading: Callable[[Progress | None], None],
         notice: Callable[[str], None],
+        queued: Callable[[int | None], None],
     ) -> None:
         self._store = store
         self._models = models
@@ -66,6 +70,8 @@ class Growth:
         self._tree = tree
         self._loading = loading
         self._notice = notice
+        self._queued = queued
+        self._owner = tree.root.session
         self._planted_on: Worker | None = None
         self._in_memory: dict[str, Worker] = {}
         """Weights that were learned and not written yet, and who has them."""
@@ -76,11 +82,17 @@ class Growth:
         """A person wants something: a model that was unloaded by hand may be loaded again."""
         self._dismissals = self._models.dismissals(self._model)
 
+    @property
+    def dismissed(self) -> bool:
+        """Whether its model was unloaded by hand since a person last wanted something, and is not back."""
+        gone = self._models.state(self._model) != "loaded"
+        return gone and self._models.dismissals(self._model) != self._dismissals
+
     async def engine(self) -> Worker:
         """The loaded engine, loading it if need be."""
         if self._models.state(self._model) == "loaded":
             return await self._models.engine(self._model, lambda progress: None)
-        if self._models.dismissals(self._model) != self._dismissals:
+        if self.dismissed:
             raise UNLOADED
         self._loading(Progress(stage="connecting", fraction=0.0, message="Starting"))
         try:
@@ -105,7 +117,8 @@ class Growth:
     async def plant(self) -> str:
         """Make the weights that the session starts from, if they are not there. Returns their id."""
         worker = await self.engine()
-        planted = await worker.ask(Plant(adapter=self._config.part(Adapter), seed=self._config.seed))
+        request = Plant(adapter=self._config.part(Adapter), seed=self._config.seed)
+        planted = await worker.ask(request, owner=self._owner)
         assert isinstance(planted, Planted)
         return planted.weights
 
@@ -117,10 +130,28 @@ class Growth:
         request = await self._learn(parent, offer, choice)
         worker = await self._planted()
         ahead = await self._foresight.take(request, led_to(parent, offer, choice))
-        learned = await last(ahead.follow() if ahead else worker.stream(request))
+        learned = await self._waited_for(ahead.follow() if ahead else worker.stream(request, owner=self._owner))
         assert isinstance(learned, Learned)
         self._in_memory[learned.weights] = worker
         return learned
+
+    def made(self, node: str) -> Learned | None:
+        """What was learned ahead for a node that may come to be, where that is done. What leads elsewhere gives way."""
+        worker = self._planted_on
+        for _, event in self._foresight.whole(node):
+            if isinstance(event, Learned) and worker is not None and worker.alive:
+                self._foresight.only({node})
+                self._in_memory[event.weights] = worker
+                return event
+        return None
+
+    def drawn(self, node: Node, prompt: str) -> Offered | None:
+        """What was drawn ahead of the first offer at a node, where that is done."""
+        wanted = self._draw(node, 0, prompt)
+        for request, event in self._foresight.whole(node.id):
+            if isinstance(event, Offered) and request == wanted:
+                return event
+        return None
 
     async def keep(self, node: Node) -> None:
         """Have the weights of a node written that are in the engine's memory alone; made again where they are gone."""
@@ -133,7 +164,7 @@ class Growth:
 
     async def _learned(self, request: Learn) -> Learned:
         worker = await self._planted()
-        learned = await worker.ask(request)
+        learned = await worker.ask(request, owner=self._owner)
         assert isinstance(learned, Learned)
         return learned
 
@@ -141,15 +172,19 @@ class Growth:
         """Work out what a choice would lead to, after everything that somebody waits for. Raises WeightsMissing."""
         request = await self._learn(parent, offer, choice)
         worker = await self._planted()
-        learned = await self._foresight.begin(worker, request, led_to(parent, offer, choice))
+        learned = await self._foresight.begin(worker, self._owner, request, led_to(parent, offer, choice))
         assert isinstance(learned, Learned)
         return learned
+
+    def foresee_only(self, nodes: Collection[str]) -> None:
+        """Give up what was begun ahead and leads to none of these nodes."""
+        self._foresight.only(nodes)
 
     async def draw_ahead(self, node: Node, prompt: str) -> None:
         """Draw what would be offered first at a node that may come to be. Raises WeightsMissing, or Invalid for a
         prompt that does not fit."""
         worker = await self._planted()
-        await self._foresight.begin(worker, self._draw(node, 0, prompt), node.id)
+        await self._foresight.begin(worker, self._owner, self._draw(node, 0, prompt), node.id)
 
     async def draw(self, node: Node, number: int, prompt: str, grown: Grown) -> Offered:
         """The options of an offer at a node, or what was drawn of them ahead. Raises as `draw_ahead` does."""
@@ -157,15 +192,37 @@ class Growth:
         worker = await self._planted()
         ahead = await self._foresight.take(request, node.id)
         made = ahead is not None and ahead.finished  # all of it is there, and grows at once
-        async with aclosing(ahead.follow() if ahead else worker.stream(request)) as events:
-            async for event in events:
-                if isinstance(event, Delta) and not made:
-                    for index, more in event.texts.items():
-                        grown(index, more)
-        assert isinstance(event, Offered)
+
+        def told(event: Event) -> None:
+            if isinstance(event, Delta) and not made:
+                for index, more in event.texts.items():
+                    grown(index, more)
+
+        events = ahead.follow() if ahead else worker.stream(request, owner=self._owner)
+        offered = await self._waited_for(events, told)
+        assert isinstance(offered, Offered)
         if made:
-            for index, option in enumerate(event.options):
+            for index, option in enumerate(offered.options):
                 grown(index, option.text)
+        return offered
+
+    async def _waited_for(
+        self, events: AsyncGenerator[Event, None], told: Callable[[Event], None] = lambda event: None
+    ) -> Event:
+        """The result of what a person waits for; its place in the queue is told while it has one."""
+        waiting = False
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    if isinstance(event, Queued):
+                        self._queued(event.place)
+                    elif waiting:
+                        self._queued(None)
+                    waiting = isinstance(event, Queued)
+                    told(event)
+        finally:
+            if waiting:
+                self._queued(None)
         return event
 
     async def close(self) -> None:
@@ -187,7 +244,7 @@ class Growth:
             weights=weights, prompt=self.prompt(text), sampling=sampling, group_size=size, seed=seed,
             context_length=self._config.context_length,
         )  # fmt: skip
-        offered = await worker.ask(request, priority)
+        offered = await worker.ask(request, priority, self._owner)
         assert isinstance(offered, Offered)
         return offered
 
@@ -255,7 +312,7 @@ class Growth:
             weights=weights, lessons=tuple(lessons), learning=self._config.part(Learning),
             context_length=self._config.context_length,
         )  # fmt: skip
-        assessed = await worker.ask(request, priority=1)
+        assessed = await worker.ask(request, 1, self._owner)
         assert isinstance(assessed, Assessed)
         return assessed
 
@@ -287,13 +344,10 @@ class Growth:
         return (worker is not None and worker.alive) or weights in self._weights
 
     @property
-    def unwritten(self) -> Node | None:
-        """A node whose weights are in the engine's memory alone."""
-        for weights in self._in_memory:
-            node = self._tree.with_weights(weights)
-            if node is not None and weights not in self._weights:
-                return node
-        return None
+    def unwritten(self) -> list[Node]:
+        """The nodes whose weights are in the engine's memory alone."""
+        nodes = (self._tree.with_weights(weights) for weights in self._in_memory if weights not in self._weights)
+        return [node for node in nodes if node is not None]
 
     async def regrow(self, missing: WeightsMissing) -> None:
         """Work out weights that are not on disk from the log of choices, from the nearest that are."""

@@ -150,6 +150,11 @@ class Models:
             return "unloaded"
         return "loaded" if held.worker else "loading"
 
+    def lanes(self, options: ModelOptions) -> int:
+        """How many requests its engine works on at once."""
+        held = self._held.get(options)
+        return held.loaded.lanes if held and held.loaded else 1
+
     def fits(self, entry: ModelEntry, config: SessionConfig) -> dict[str, Any]:
         """What a session would need, what is free, and under which options it would fit if it does not."""
         precision, free = self.precision(config), self.free(config)

@@ -13,18 +13,20 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
-from functools import wraps
+from functools import partial, wraps
 from itertools import pairwise
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ..blobs import Blobs
-from ..errors import Conflict, EngineDied, EngineStopped, Invalid, NotFound, TrellisError, WeightsMissing, shorten
-from ..messages import CHOICE, Choice, Learned, Lesson, Metrics, Progress, Prompt, Ranking, Written
+from ..errors import Conflict, EngineDied, EngineStopped, NotFound, TrellisError, WeightsMissing, shorten
+from ..messages import CHOICE, Choice, Learned, Lesson, Metrics, Offered, Progress, Prompt
 from ..params import ModelOptions, Sampling, SessionConfig
 from ..store import steering as rows
 from ..store.store import Store
+from .choices import require_fits
 from .datasets import Datasets, Prompts
 from .growth import Growth
+from .guesses import Guess, likely
 from .hub import Hub
 from .keeping import prunable
 from .lessons import Logs
@@ -39,8 +41,18 @@ R = TypeVar("R")
 ASSESSED = 10
 """So many last choices of a branch are looked at to say whether the model still agrees with them."""
 
+BREATH = 0.12
+"""Seconds after something was shown in which nothing is begun that nobody waits for: a browser on the same computer
+has its processor to draw it."""
+
+SOON = 4
+"""So many of the likeliest choices are worked out before figures that nobody waits for."""
+
 CONTROL = Sampling(temperature=0.0, top_p=1.0, min_p=0.0, max_new_tokens=96)
 """How the control prompt is answered: the likeliest words, so that only the weights make a difference."""
+
+Foreseen = tuple[Guess, bool]
+"""A choice that may be made, and whether the options are worked out that would follow it."""
 
 Command = Callable[Concatenate["Session", P], Coroutine[Any, Any, None]]
 
@@ -53,6 +65,23 @@ def to_its_end(command: Command[P]) -> Command[P]:
         await asyncio.shield(asyncio.ensure_future(command(session, *args, **kwargs)))
 
     return whole
+
+
+async def side_by_side(works: Iterable[Callable[[], Coroutine[Any, Any, None]]], lanes: int) -> None:
+    """Do one work after another, so many at once. The first failure ends all and is raised."""
+    waiting = iter(works)
+
+    async def lane() -> None:
+        for work in waiting:
+            await work()
+
+    running = [asyncio.create_task(lane()) for _ in range(lanes)]
+    try:
+        await asyncio.gather(*running)
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
 
 class Interrupted(Exception):
@@ -93,8 +122,12 @@ class Session:
         self.intent = intent
         self.error: TrellisError | None = None
         self.loading: Progress | None = None
+        self.queue: int | None = None
+        """The place in the engine's queue, while others are worked for: 1 is next."""
         self.tokens_per_second: float | None = None
-        self._growth = Growth(store, models, weights, logs, self.config, self.tree, self._loading_moves, self._notice)
+        self._growth = Growth(
+            store, models, weights, logs, self.config, self.tree, self._loading_moves, self._notice, self._queue_moves
+        )
         self._lock = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._stream: asyncio.Task[Any] | None = None
@@ -105,8 +138,10 @@ class Session:
         self.used = time.monotonic()
         self.watched = 0
         self.foresees = foresees
-        self._foreseen: set[tuple[Choice, bool]] = set()
+        self._foreseen: set[Foreseen] = set()
         self._foreseen_of = ""
+        self._requests: set[str] | None = None
+        """The ids of all requests that were taken, once they are known."""
         self._closed = False
 
     # ── What a person sees ─────────────────────────────────────────────────────────────────────────
@@ -159,6 +194,7 @@ class Session:
             "figures": self.figures(),
             "engine": self._models.state(self._model),
             "load": self.loading.model_dump(exclude={"type"}) if self.loading else None,
+            "queue": self.queue,
         }
 
     def figures(self) -> dict[str, Any]:
@@ -194,15 +230,20 @@ class Session:
                     "offer_not_ready",
                     "Choose when all options are whole.",
                 )
-            self._require_fits(choice, len(shown.options))
+            require_fits(choice, len(shown.options))
             said = CHOICE.dump_python(choice, mode="json")
-            known = self.tree.nodes.get(child_id(self.tree.head, shown.id, said))
+            leads_to = child_id(self.tree.head, shown.id, said)
+            known = self.tree.nodes.get(leads_to)
             body = {"offer": shown.id, "node": self.tree.head_id, "choice": said}
-            if known is not None or choice == "skip":
-                await self._step_without_learning(known, said, self._intent(request, "choose", body, "done"))
+            learned = None
+            if known is None and choice != "skip":
+                learned = self._growth.made(leads_to)
+            if known is not None or choice == "skip" or learned is not None:
+                await self._step_at_once(known, choice, learned, self._intent(request, "choose", body, "done"))
                 return
             intent = self._intent(request, "choose", body, "open")
-            await self._store.write(self._replace_intent, intent)
+            await self._store.write(rows.replace_intent, intent, self._given_up)
+            self._taken(intent)
             self.intent, self.error = intent, None
             self._publish("learning", {"offer": shown.id, "choice": said})
             self._kick()
@@ -218,7 +259,7 @@ class Session:
                 raise self._conflict("There is nothing to skip yet.", "offer_not_ready", "Wait for the first options.")
             known = self.tree.nodes.get(child_id(self.tree.head, self.offer.id, "skip"))
             body = {"offer": self.offer.id, "node": self.tree.head_id, "choice": "skip"}
-            await self._step_without_learning(known, "skip", self._intent(request, "skip", body, "done"))
+            await self._step_at_once(known, "skip", None, self._intent(request, "skip", body, "done"))
 
     @to_its_end
     async def undo(self, request: str) -> None:
@@ -446,8 +487,11 @@ class Session:
 
     # ── Moving ─────────────────────────────────────────────────────────────────────────────────────
 
-    async def _step_without_learning(self, known: Node | None, said: Any, intent: dict[str, Any]) -> None:
-        """A skip, or a choice that was made here before: go to the child that it leads to."""
+    async def _step_at_once(
+        self, known: Node | None, choice: Choice, learned: Learned | None, intent: dict[str, Any]
+    ) -> None:
+        """A step for which nothing has to be learned any more: a skip, a choice that was made here before, or one that
+        was worked out ahead; with the options that follow, where they are there as well."""
         head, offer = self.tree.head, self.offer
         assert offer is not None
         notes = {head.id: {"shown": offer.id}}
@@ -455,17 +499,50 @@ class Session:
             notes[head.id]["forward"] = known.id
             await self._go(known, known.shown, notes, intent)
             return
-        node = self._child(head, offer.id, "skip", None)
+        node = self._child(head, offer.id, choice, learned)
         notes[head.id]["forward"] = node.id
-        await self._store.write(self._commit_node, node, notes, intent)
+        row = await self._drawn_ahead(node)
+        await self._store.write(rows.commit_node, node_row(node), notes, intent, self._given_up, row)
+        self._taken(intent)
         self._arrive(node, notes)
+        if row:
+            self._show(row)
         self._kick()
+
+    async def _drawn_ahead(self, node: Node) -> dict[str, Any] | None:
+        """The first offer at a new node, if its options are there."""
+        if self.prompts is None:
+            return None
+        prompt = await asyncio.to_thread(self.prompts.at, node.position)
+        offered = self._growth.drawn(node, prompt)
+        if offered is None:
+            return None
+        self._note_speed(offered)
+        options = [option.model_dump(mode="json") for option in offered.options]
+        return self._offer_row(node, 0, prompt) | {"options": options}
+
+    def _offer_row(self, node: Node, number: int, prompt: str) -> dict[str, Any]:
+        return {
+            "id": offer_id(node, number, prompt), "session": self.id, "node": node.id, "number": number,
+            "prompt": prompt, "options": None, "created": time.time(),
+        }  # fmt: skip
+
+    def _show(self, row: dict[str, Any]) -> None:
+        """Put an offer that is in the store on the screen."""
+        self.tree.note(row["node"], shown=row["id"])
+        self.offer = Shown.from_row(row, self.config.group_size)
+        self._publish_offer(self.offer)
+
+    def _note_speed(self, offered: Offered) -> None:
+        tokens = sum(len(option.tokens) for option in offered.options)
+        self.tokens_per_second = round(tokens / offered.seconds, 1) if offered.seconds else None
 
     async def _go(
         self, target: Node, offer: str | None, notes: dict[str, dict[str, Any]], intent: dict[str, Any]
     ) -> None:
         """Move the head and bring back what was shown there."""
-        row = await self._store.write(self._commit_move, target.id, offer, notes, intent)
+        row = await self._store.write(rows.commit_move, target.id, offer, notes, intent, self._given_up)
+        self._taken(intent)
         for node_id, changes in notes.items():
             self.tree.note(node_id, **changes)
         self.tree.head_id = target.id
@@ -485,41 +562,6 @@ class Session:
         self.offer, self.intent, self.error = None, None, None
         self._publish("node_added", node_json(node, self.tree))
         self._publish_head()
-
-    # These run in the store's thread, each in one transaction.
-
-    def _replace_intent(self, connection: Any, intent: dict[str, Any]) -> None:
-        """One intent in place of one that failed and is given up."""
-        if self.intent:
-            rows.close_intent(connection, self.id, self.intent["request"], "abandoned")
-        rows.add_intent(connection, intent)
-
-    def _commit_move(
-        self,
-        connection: Any,
-        head: str,
-        offer: str | None,
-        notes: dict[str, dict[str, Any]],
-        intent: dict[str, Any],
-    ) -> dict[str, Any] | None:
-        self._replace_intent(connection, intent)
-        rows.move(connection, self.id, head, offer, notes, intent["created"])
-        return rows.get_offer(connection, offer) if offer else None
-
-    def _commit_offer(self, connection: Any, offer: dict[str, Any], intent: dict[str, Any] | None) -> None:
-        if intent:
-            self._replace_intent(connection, intent)
-        rows.add_offer(connection, offer)
-
-    def _commit_node(
-        self, connection: Any, node: Node, notes: dict[str, dict[str, Any]], intent: dict[str, Any]
-    ) -> None:
-        rows.add_node(connection, node_row(node))
-        if intent["state"] == "open":
-            rows.close_intent(connection, self.id, intent["request"], "done")
-        else:
-            self._replace_intent(connection, intent)
-        rows.move(connection, self.id, node.id, None, notes, node.created)
 
     # ── The work that is missing ───────────────────────────────────────────────────────────────────
 
@@ -580,21 +622,35 @@ class Session:
             return self._begin_offer
         if self.offer.options is None:
             return self._draw
-        if self._growth.unwritten:
-            return self._keep
-        if self.config.control_prompt and self._needs_control() is not None:
-            return self._control
-        if self._to_assess():
-            return self._assess
-        if self._to_foresee() is not None:
-            return self._foresee
+        if self._behind():
+            return self._work_behind
         return None
 
-    def _needs_control(self) -> Node | None:
-        for node in (self.tree.root, self.tree.head):
-            if node.control is None:
-                return node
-        return None
+    def _behind(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:
+        """What is done while the options are read, the most useful first."""
+        works: list[Callable[[], Coroutine[Any, Any, None]]] = []
+        if self._growth.dismissed:
+            return works
+        works += [partial(self._keep, node) for node in self._growth.unwritten]
+        if self.config.control_prompt:
+            places = {node.id: node for node in (self.tree.root, self.tree.head)}.values()
+            works += [partial(self._control, node) for node in places if node.control is None]
+        foreseeing = [partial(self._foresee, self.tree.head, step) for step in self._to_foresee()]
+        return [*works, *foreseeing[:SOON], *([self._assess] if self._to_assess() else []), *foreseeing[SOON:]]
+
+    async def _work_behind(self) -> None:
+        """As much of it at once as the engine can; a command cuts it short."""
+        if self.offer and self._to_foresee():
+            self._growth.foresee_only({led_to(self.tree.head, self.offer.id, guess) for guess in self._likely()})
+
+        async def work() -> None:
+            await asyncio.sleep(BREATH)
+            await side_by_side(self._behind(), self._models.lanes(self._model))
+
+        try:
+            await self._interruptible(work())
+        except EngineStopped:  # nobody waits for any of it
+            log.info("session %s: its model was unloaded while it was at work behind the options", self.id)
 
     async def _prepare(self) -> None:
         """Have the prompts at hand, made ready from where they come from if they are not."""
@@ -647,7 +703,7 @@ class Session:
                 return
             node = self._child(parent, body["offer"], choice, learned)
             notes = {parent.id: {"forward": node.id, "shown": body["offer"]}}
-            await self._store.write(self._commit_node, node, notes, intent)
+            await self._store.write(rows.commit_node, node_row(node), notes, intent, None)
             self._arrive(node, notes)
 
     def _child(self, parent: Node, offer: str, choice: Choice, learned: Learned | None) -> Node:
@@ -659,12 +715,10 @@ class Session:
             control=None if learned else parent.control, shown=None, forward=None, created=time.time(),
         )  # fmt: skip
 
-    async def _keep(self) -> None:
+    async def _keep(self, node: Node) -> None:
         """Write weights that are in the engine's memory alone: behind the click, while its options are being read."""
-        node = self._growth.unwritten
-        if node is not None:
-            await self._interruptible(self._growth.keep(node))
-            await self._prune()
+        await self._growth.keep(node)
+        await self._prune()
 
     async def _begin_offer(self) -> None:
         assert self.prompts is not None
@@ -677,14 +731,10 @@ class Session:
         """Put a new offer on the screen, empty as yet, and close the intent that asked for it. The lock is held."""
         head = self.tree.head
         number = await self._store.read(rows.count_offers, head.id)
-        row = {
-            "id": offer_id(head, number, prompt), "session": self.id, "node": head.id, "number": number,
-            "prompt": prompt, "options": None, "created": time.time(),
-        }  # fmt: skip
-        await self._store.write(self._commit_offer, row, intent)
-        self.tree.note(head.id, shown=row["id"])
-        self.offer = Shown.from_row(row, self.config.group_size)
-        self._publish_offer(self.offer)
+        row = self._offer_row(head, number, prompt)
+        await self._store.write(rows.commit_offer, row, intent, self._given_up)
+        self._taken(intent)
+        self._show(row)
 
     async def _draw(self) -> None:
         """Draw the options of the offer on the screen, from its beginning: the same seed gives the same text."""
@@ -701,18 +751,13 @@ class Session:
             await self._store.write(rows.set_options, shown.id, options)
             shown.options = offered.options
             shown.texts = [option.text for option in offered.options]
-            tokens = sum(len(option.tokens) for option in offered.options)
-            self.tokens_per_second = round(tokens / offered.seconds, 1) if offered.seconds else None
+            self._note_speed(offered)
             self._publish("offer_ready", {"offer": shown.id, "options": shown.options_json()})
 
-    async def _control(self) -> None:
+    async def _control(self, node: Node) -> None:
         """Answer the control prompt at the head (and, once, at the root), when nobody waits for anything else."""
-        node = self._needs_control()
-        assert node is not None
         try:
-            offered = await self._interruptible(
-                self._growth.offer(self.config.control_prompt, node.weights, CONTROL, 1, 0, priority=1)
-            )
+            offered = await self._growth.offer(self.config.control_prompt, node.weights, CONTROL, 1, 0, priority=1)
             answer = offered.options[0].text
         except (EngineDied, EngineStopped, WeightsMissing):
             raise
@@ -736,7 +781,7 @@ class Session:
         node, nodes = self.tree.head, self._to_assess()
         assert node.metrics is not None
         try:
-            found = await self._interruptible(self._growth.assess(node.weights, nodes))
+            found = await self._growth.assess(node.weights, nodes)
         except (EngineDied, EngineStopped, WeightsMissing):
             raise
         except TrellisError as error:  # a figure that cannot be had must not stop the session
@@ -749,51 +794,36 @@ class Session:
             self.tree.note(node.id, metrics=metrics)
             self._publish("assessed", {"node": node.id, "agreed": found.agreed, "of": found.of})
 
-    def _to_foresee(self) -> tuple[int | Literal["none", "skip"], bool] | None:
-        """The next choice to work out while somebody looks, and whether the options are drawn that would follow.
+    def _to_foresee(self) -> list[Foreseen]:
+        """What to work out next while somebody looks: choices, and whether the options are drawn that would follow.
 
         The likeliest one to its end, then the weights of all others: whoever chooses one of these has the first words
         at once, and sees the rest being drawn.
         """
         if not (self.watched and self.foresees() and self.offer and self._models.state(self._model) == "loaded"):
-            return None
+            return []
         if self._foreseen_of != self.offer.id:
             self._foreseen_of, self._foreseen = self.offer.id, set()
         first, *others = self._likely()
         order = [(first, True), *((choice, drawn) for drawn in (False, True) for choice in others)]
-        return next((step for step in order if step not in self._foreseen), None)
+        return [step for step in order if step not in self._foreseen]
 
-    def _likely(self) -> list[int | Literal["none", "skip"]]:
-        """What may be chosen next, the likeliest first: by how often it was on this branch, then by how sure the model
-        is of an option."""
+    def _likely(self) -> list[Guess]:
         assert self.offer is not None
-        options = self.offer.options or ()
-        path = [node.choice for node in self.tree.path(self.tree.head_id) if node.answered]
-        refused, skipped = path.count("none"), path.count("skip")
-        sure = sorted(range(len(options)), key=lambda at: -options[at].logprob / max(len(options[at].tokens), 1))
-        chosen = len(path) - refused - skipped
-        ways: list[tuple[float, int | Literal["none", "skip"]]] = [
-            ((chosen + 1) / (len(options) or 1) * (1 - 0.01 * place), at) for place, at in enumerate(sure)
-        ]
-        ways += [(refused + 0.2, "none"), (skipped + 0.1, "skip")]
-        return [choice for _, choice in sorted(ways, key=lambda way: -way[0])]
+        said = [node.choice for node in self.tree.path(self.tree.head_id) if node.answered]
+        return likely(said, self.offer.options or ())
 
-    async def _foresee(self) -> None:
-        """Work out what the likeliest choice would lead to, weights and options: a click then finds them made."""
-        step, shown, head = self._to_foresee(), self.offer, self.tree.head
-        if step is None or shown is None:
+    async def _foresee(self, head: Node, step: Foreseen) -> None:
+        """Work out what a choice would lead to, weights and options: a click then finds them made."""
+        offer, (choice, drawn) = self.offer, step
+        if offer is None or not self.watched:
             return
-        choice, drawn = step
         try:
-            learned = None
-            if choice != "skip":
-                learned = await self._interruptible(self._growth.learn_ahead(head, shown.id, choice))
-            child = self._child(head, shown.id, choice, learned)
+            learned = await self._growth.learn_ahead(head, offer.id, choice) if choice != "skip" else None
+            child = self._child(head, offer.id, choice, learned)
             if drawn and child.id not in self.tree.nodes and self.prompts is not None:
                 prompt = await asyncio.to_thread(self.prompts.at, child.position)
-                await self._interruptible(self._growth.draw_ahead(child, prompt))
-        except Interrupted:
-            raise
+                await self._growth.draw_ahead(child, prompt)
         except TrellisError as error:  # what nobody asked for must not stop the session
             log.info("session %s: could not foresee %s: %s", self.id, choice, error.message)
         self._foreseen.add(step)
@@ -820,6 +850,11 @@ class Session:
                 raise
             raise Interrupted from None
 
+    @property
+    def _given_up(self) -> str | None:
+        """The request of an intent that failed: the next action takes its place."""
+        return self.intent["request"] if self.intent else None
+
     # ── Small things ───────────────────────────────────────────────────────────────────────────────
 
     def _loading_moves(self, progress: Progress | None) -> None:
@@ -829,6 +864,11 @@ class Session:
             self._publish("load_progress", progress.model_dump(exclude={"type"}))
         else:
             self._publish("state", self.state())
+
+    def _queue_moves(self, place: int | None) -> None:
+        """While the engine works for others, the session says which place it has."""
+        self.queue = place
+        self._publish("queued", {"place": place})
 
     def _notice(self, message: str) -> None:
         """Something that a person should know of and need do nothing about."""
@@ -876,7 +916,13 @@ class Session:
 
     async def _known(self, request: str) -> bool:
         """Whether a request was taken before: then it is the same action."""
-        return await self._store.read(rows.get_intent, self.id, request) is not None
+        if self._requests is None:
+            self._requests = await self._store.read(rows.get_requests, self.id)
+        return request in self._requests
+
+    def _taken(self, intent: dict[str, Any] | None) -> None:
+        if intent and self._requests is not None:
+            self._requests.add(intent["request"])
 
     def _intent(self, request: str, kind: str, body: dict[str, Any], state: str) -> dict[str, Any]:
         return {"session": self.id, "request": request, "kind": kind, "body": body, "state": state,
@@ -893,33 +939,6 @@ class Session:
                 "The model is still learning from the last choice.",
                 "busy",
                 "Wait for it to finish; it takes seconds.",
-            )
-
-    def _require_fits(self, choice: Choice, size: int) -> None:
-        """Raises Invalid for a choice that does not fit an offer of so many options."""
-        match choice:
-            case int():
-                indexes: tuple[int, ...] = (choice,)
-            case Ranking():
-                indexes = choice.ranking
-            case tuple():
-                indexes = choice
-            case Written() if not choice.written.strip():
-                raise Invalid("choice.written: is empty.", field="choice.written", next_step="Write an answer.")
-            case _:
-                return
-        for index in indexes:
-            if not 0 <= index < size:
-                raise Invalid(
-                    f"choice: {index} is not an option; there are {size}, counted from 0.",
-                    field="choice",
-                    next_step=f"Send an index from 0 to {size - 1}.",
-                )
-        if len(set(indexes)) != len(indexes):
-            raise Invalid(
-                f"choice: {list(indexes)} names an option twice.",
-                field="choice",
-                next_step="Name each option once.",
             )
 
     def _conflict(self, message: str, code: str, next_step: str) -> Conflict:

@@ -100,14 +100,15 @@ class Worker:
     def alive(self) -> bool:
         return self._death is None and not self._stopping
 
-    async def ask(self, request: Request, priority: int = 0) -> Event:
+    async def ask(self, request: Request, priority: int = 0, owner: str = "") -> Event:
         """The last event of a request. Raises the error that the engine answered with, or EngineDied."""
-        async for event in self.stream(request, priority):
+        async for event in self.stream(request, priority, owner):
             last = event
         return last
 
-    async def stream(self, request: Request, priority: int = 0) -> AsyncGenerator[Event, None]:
-        """All events of a request, the result last. Leaving the loop early cancels the request in the engine."""
+    async def stream(self, request: Request, priority: int = 0, owner: str = "") -> AsyncGenerator[Event, None]:
+        """All events of a request, the result last. Leaving the loop early cancels the request in the engine. Owners
+        take turns."""
         if self._death:
             raise self._death
         number = next(self._numbers)
@@ -116,7 +117,7 @@ class Worker:
         self._asked[number] = request
         last = False
         try:
-            await self._send(Down(id=number, priority=priority, body=request))
+            await self._send(Down(id=number, priority=priority, owner=owner, body=request))
             while not last:
                 item = await inbox.get()
                 if item is None:

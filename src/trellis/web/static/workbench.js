@@ -31,6 +31,7 @@ export class Workbench {
       option_delta: (delta) => this.optionDelta(delta),
       offer_ready: (ready) => this.offerReady(ready),
       learning: (what) => { this.state.learning = what; this.state.status = "learning"; this.learned = null; this.showStatus(); this.showChoice(); },
+      queued: ({ place }) => { this.state.queue = place; this.showStatus(); },
       engine: ({ state }) => { this.state.engine = state; this.showStatus(); },
       notice: ({ message }) => toast(message),
       node_named: () => this.refresh("tree"),
@@ -164,13 +165,14 @@ export class Workbench {
   }
 
   showStatus() {
-    const { status, error, load, learning } = this.state;
+    const { status, error, load, learning, queue } = this.state;
+    const turn = !queue ? "" : queue === 1 ? ". Others are at work too: you are next" : `. Others are at work too: ${queue - 1} before you`;
     this.root.dataset.status = status;
     const strip = $("[data-strip]", this.root);
     const words = {
       loading: (learning ? "Your choice is kept. " : "") + (load ? describeProgress(load) : "Getting the model ready"),
-      offering: this.learned ? `${this.learned} Writing the next options` : "Writing the options",
-      learning: "Learning from your choice",
+      offering: (this.learned ? `${this.learned} Writing the next options` : "Writing the options") + turn,
+      learning: `Learning from your choice${turn}`,
       ready: this.learned ?? "Choose the answer you like best.",
       failed: error ? `${error.message} ${error.next_step}` : "",
     };
