@@ -225,6 +225,8 @@ class Down(Message):
     priority: int = 0
     owner: str = ""
     """For whom it is: the requests of several owners take turns."""
+    goes_on: bool = False
+    """Whether it is the second half of what its owner has just had a turn for."""
     body: Annotated[Request | Cancel | Urge, Field(discriminator="type")]
 
 

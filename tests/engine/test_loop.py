@@ -279,6 +279,21 @@ def test_owners_who_wait_have_been_served_equally_often_give_or_take_one(owners:
         assert not counts or max(counts) - min(counts) <= 1
 
 
+def test_the_second_half_of_a_turn_comes_before_other_turns() -> None:
+    wire, log = Script(*plants((1, "a"), (2, "b"), (3, "c"))), []
+
+    def handler(request: Plant) -> Any:
+        log.append(request.seed)
+        if request.seed < 10:
+            (again,) = plants((request.seed + 10, "abc"[request.seed - 1]))
+            wire.put(again.model_copy(update={"goes_on": True}))
+        yield None
+        return REPORT
+
+    wire.run({Plant: handler})
+    assert log == [1, 11, 2, 12, 3, 13]
+
+
 def test_who_waits_is_told_their_place_and_each_time_it_is_another() -> None:
     _, wire = order_of(plants((1, "a"), (2, "b"), (3, "c"), (4, "a")))
     places = [(up.id, up.body.place) for up in wire.sent if isinstance(up.body, Queued)]

@@ -35,10 +35,10 @@ class Listening:
         stream, send = Worker.stream, Channel.send
 
         def listening(
-            worker: Worker, request: Request, priority: int = 0, owner: str = ""
+            worker: Worker, request: Request, priority: int = 0, owner: str = "", goes_on: bool = False
         ) -> AsyncGenerator[Event, None]:
             self.asked.append((request, priority))
-            return stream(worker, request, priority, owner)
+            return stream(worker, request, priority, owner, goes_on)
 
         async def sending(channel: Channel, down: Down) -> None:
             if isinstance(down.body, (Urge, Cancel)):

@@ -46,7 +46,7 @@ async def test_who_waits_for_others_is_told_their_place_until_it_is_their_turn(
     assert {1, 2, 3, 4} <= set(first)  # two lanes, and four who wait
     for places in told.values():
         waits = " ".join(str(place) for place in places).split("None")
-        for wait in waits:  # nobody falls back, but for what comes after a turn: learning, then the options
+        for wait in waits:  # nobody falls back
             numbers = [int(place) for place in wait.split()]
             assert numbers == sorted(numbers, reverse=True)
         assert not places or places[-1] is None

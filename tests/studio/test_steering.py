@@ -79,10 +79,10 @@ async def test_after_a_refusal_options_are_chosen_from_more_openings(
     asked: list[Offer] = []
     stream = Worker.stream
 
-    def listening(worker: Worker, request: Request, priority: int = 0, owner: str = "") -> AsyncGenerator[Event, None]:
+    def listening(worker: Worker, request: Request, *others: Any) -> AsyncGenerator[Event, None]:
         if isinstance(request, Offer):
             asked.append(request)
-        return stream(worker, request, priority, owner)
+        return stream(worker, request, *others)
 
     monkeypatch.setattr(Worker, "stream", listening)
     for choice in (1, "none", "skip", 0):

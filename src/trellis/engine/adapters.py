@@ -7,11 +7,12 @@ switching weights is one copy and an optimiser step is a few operations. It does
 from __future__ import annotations
 
 import json
+import mmap
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,7 +49,16 @@ class Weights:
 
     @property
     def nbytes(self) -> int:
-        return self.flat.nbytes + self.first.nbytes + self.second.nbytes
+        return self.flat.nbytes * (3 if self.steps else 1)  # before the first step the moments are everybody's
+
+
+def apart(tensor: Tensor) -> Tensor:
+    """A copy in memory of its own, where that is the main memory: what is kept for long among what comes and goes would
+    leave the allocator with holes as large as itself."""
+    if tensor.device.type != "cpu":
+        return tensor
+    copy = torch.frombuffer(mmap.mmap(-1, tensor.nbytes), dtype=tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
 
 
 KEPT_BYTES = 500_000_000
@@ -157,6 +167,8 @@ class Slot:
         device = parameters[0][1].device
         self.flat = torch.zeros(total, device=device)
         self.grad = torch.zeros(total, device=device)
+        self.still = torch.zeros(total, device=device)
+        """What the optimiser's moments are before its first step; never changed, and the same for all."""
         self.slices: list[tuple[str, slice, torch.Size]] = []
         start = 0
         for path, parameter in parameters:
@@ -283,10 +295,8 @@ class Shelf:
                 drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
                 flat[where] = drawn.flatten()
         flat = flat.to(slot.flat.device)
-        zeros = torch.zeros_like(flat)
-        weights = Weights(weights_id, slot.settings, flat, zeros, zeros.clone(), 0)
-        self.add(slot, weights, None, keep=True)
-        return weights
+        weights = Weights(weights_id, slot.settings, flat, slot.still, slot.still, 0)
+        return self.add(slot, weights, None, keep=True)
 
     def get(self, slot: Slot, weights_id: str) -> Weights:
         """Weights from memory or disk. Raises WeightsMissing where there is no whole folder that fits."""
@@ -297,25 +307,19 @@ class Shelf:
         try:
             flat = slot.join(load_file(folder / "adapter_model.safetensors"))
             state = load_file(folder / "optimizer.safetensors")
-            weights = Weights(
-                weights_id,
-                slot.settings,
-                flat,
-                state["first"].to(flat.device),
-                state["second"].to(flat.device),
-                int(about["steps"]),
-            )
+            steps = int(about["steps"])
+            first, second = (state[name].to(flat.device) if steps else slot.still for name in ("first", "second"))
+            weights = Weights(weights_id, slot.settings, flat, first, second, steps)
         except (OSError, KeyError, RuntimeError, SafetensorError):
             self.blobs.discard(weights_id)
             raise WeightsMissing(weights_id) from None
-        self._remember(weights)
-        return weights
+        return self._remember(slot, weights)
 
-    def add(self, slot: Slot, weights: Weights, metrics: Metrics | None, keep: bool) -> None:
+    def add(self, slot: Slot, weights: Weights, metrics: Metrics | None, keep: bool) -> Weights:
         """Take new weights, and write them if they are to be kept. Those that are not may have to be made again."""
         if keep:
             self._write(slot, weights, metrics)
-        self._remember(weights, None if keep or weights.id in self.blobs else metrics)
+        return self._remember(slot, weights, None if keep or weights.id in self.blobs else metrics)
 
     def keep(self, slot: Slot, weights_id: str) -> None:
         """Have weights on disk that are there or in memory. Raises WeightsMissing where they are in neither."""
@@ -333,7 +337,7 @@ class Shelf:
         with self.blobs.writing(weights.id) as folder:
             named = {name: tensor.contiguous().cpu() for name, tensor in slot.split(weights.flat).items()}
             save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-            state = {"first": weights.first.cpu(), "second": weights.second.cpu()}
+            state = {"first": weights.first.cpu(), "second": weights.second.cpu().clone()}  # a file shares nothing
             save_file(state, folder / "optimizer.safetensors")
             slot.config.save_pretrained(folder)
             (folder / "weights.json").write_text(json.dumps(about, indent=1))
@@ -375,8 +379,12 @@ class Shelf:
                 self._cache.move_to_end(weights_id)
             return self._cache.get(weights_id)
 
-    def _remember(self, weights: Weights, unwritten: Metrics | None = None) -> None:
+    def _remember(self, slot: Slot, weights: Weights, unwritten: Metrics | None = None) -> Weights:
         """Keep weights in memory; with what was measured of them where they are there alone."""
+        flat, first, second = (
+            each if each is slot.still else apart(each) for each in (weights.flat, weights.first, weights.second)
+        )
+        weights = replace(weights, flat=flat, first=first, second=second)
         with self._lock:
             if unwritten is not None:
                 self._unwritten[weights.id] = unwritten
@@ -387,3 +395,4 @@ class Shelf:
                 _, dropped = self._cache.popitem(last=False)
                 self._unwritten.pop(dropped.id, None)
                 kept -= dropped.nbytes
+        return weights

@@ -39,6 +39,7 @@ class Task:
     turn: int
     number: int
     steps: Steps
+    goes_on: bool = False
     begun: bool = False
     running: bool = False
     cancelled: bool = False
@@ -80,8 +81,8 @@ class Loop:
                     task.urgency = down.body.priority
             else:
                 steps = self._handlers[type(down.body)](down.body)
-                turn = self._turn_of(down.owner, down.priority)
-                self._tasks.append(Task(down.id, down.priority, turn, next(self._arrivals), steps))
+                turn = self._turn - 1 if down.goes_on else self._turn_of(down.owner, down.priority)
+                self._tasks.append(Task(down.id, down.priority, turn, next(self._arrivals), steps, down.goes_on))
             self._changed.notify_all()
             places = self._places()
         self._tell(places)
@@ -138,11 +139,13 @@ class Loop:
             return task
 
     def _places(self) -> list[tuple[int, Queued]]:
-        """Who waits for others to be done with, and what place they have now, where it is another one."""
+        """Who waits for a turn, and what place they have now, where it is another one."""
         waited_for = sorted((each for each in self._tasks if each.urgency <= WAITED_FOR), key=lambda task: task.order)
+        waiting = [task for task in waited_for if not task.begun and not task.goes_on]
+        at_once = max(0, self._lanes() - (len(waited_for) - len(waiting)))
         told = []
-        for place, task in enumerate(waited_for[self._lanes() :], start=1):
-            if not task.begun and task.place != place:
+        for place, task in enumerate(waiting[at_once:], start=1):
+            if task.place != place:
                 task.place = place
                 told.append((task.id, Queued(place=place)))
         return told

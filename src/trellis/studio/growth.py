@@ -130,7 +130,7 @@ class Growth:
         request = await self._learn(parent, offer, choice)
         worker = await self._planted()
         ahead = await self._foresight.take(request, led_to(parent, offer, choice))
-        learned = await self._waited_for(ahead.follow() if ahead else worker.stream(request, owner=self._owner))
+        learned = await self._waited_for(ahead.follow() if ahead else worker.stream(request, 0, self._owner))
         assert isinstance(learned, Learned)
         self._in_memory[learned.weights] = worker
         return learned
@@ -198,7 +198,8 @@ class Growth:
                 for index, more in event.texts.items():
                     grown(index, more)
 
-        events = ahead.follow() if ahead else worker.stream(request, owner=self._owner)
+        after_learning = number == 0 and node.learned
+        events = ahead.follow() if ahead else worker.stream(request, 0, self._owner, after_learning)
         offered = await self._waited_for(events, told)
         assert isinstance(offered, Offered)
         if made:

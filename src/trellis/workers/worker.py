@@ -106,9 +106,11 @@ class Worker:
             last = event
         return last
 
-    async def stream(self, request: Request, priority: int = 0, owner: str = "") -> AsyncGenerator[Event, None]:
+    async def stream(
+        self, request: Request, priority: int = 0, owner: str = "", goes_on: bool = False
+    ) -> AsyncGenerator[Event, None]:
         """All events of a request, the result last. Leaving the loop early cancels the request in the engine. Owners
-        take turns."""
+        take turns; what goes on with what an owner had a turn for needs no other."""
         if self._death:
             raise self._death
         number = next(self._numbers)
@@ -117,7 +119,7 @@ class Worker:
         self._asked[number] = request
         last = False
         try:
-            await self._send(Down(id=number, priority=priority, owner=owner, body=request))
+            await self._send(Down(id=number, priority=priority, owner=owner, goes_on=goes_on, body=request))
             while not last:
                 item = await inbox.get()
                 if item is None:
