@@ -59,6 +59,8 @@ browser: $(DEV) # nginx and the browser that the tests drive: Debian's where apt
 bench: $(DEV) ## Measure: drawing, the loop's speed, how soon a model takes up a voice, how it scales
 	$(BIN)/python bench/decoding.py
 	$(BIN)/python bench/speed.py
+	$(BIN)/python bench/crowd.py
+	$(BIN)/python bench/timeline.py
 	$(BIN)/python bench/learning.py --methods choice --seeds 1
 	$(BIN)/python bench/scale.py
 

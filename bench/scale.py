@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,14 @@ def wait_ready(client: httpx.Client, session: str) -> dict[str, Any]:
         time.sleep(0.01)
 
 
+def watch(server: Any, session: str) -> None:
+    """A page that is open until the server ends."""
+    events = f"{server.url}{API}/{session}/events"
+    with suppress(httpx.HTTPError), httpx.stream("GET", events, timeout=None) as stream:
+        for _ in stream.iter_bytes():
+            pass
+
+
 def many_steps(steps: int) -> None:
     from tests.server import Server
 
@@ -72,11 +81,12 @@ def many_steps(steps: int) -> None:
         server = Server(Path(folder), fake=False, TRELLIS_RATE_LIMIT="0")
         with server.client() as client:
             session = client.post(API, json={"config": config}).json()["id"]
+            threading.Thread(target=watch, args=(server, session), daemon=True).start()  # what is seen is foreseen
             begun = time.perf_counter()
             for step in range(1, steps + 1):
                 state = wait_ready(client, session)
                 client.post(f"{API}/{session}/choose", json={"offer": state["offer"]["id"], "choice": step % 2})
-                if step in (10, steps // 5, steps):
+                if step in (10, steps // 5, steps // 2, steps):
                     wait_ready(client, session)
                     (engine,) = server.engines()
                     disk = sum(file.stat().st_size for file in (Path(folder) / "weights").rglob("*") if file.is_file())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import Connection, select
 
 from tests.conftest import open_studio, ready, thread_spawner, until
 from trellis.blobs import Blobs
@@ -16,6 +17,8 @@ from trellis.engine import fake
 from trellis.engine.fake import FakeEngine
 from trellis.messages import Cancel, Down, Event, Learn, Offer, Request, Urge, Written
 from trellis.params import ModelOptions
+from trellis.store.steering import commit_node
+from trellis.store.tables import intents, nodes, offers
 from trellis.studio.devices import may_foresee, on_mains
 from trellis.studio.session import CONTROL, Session
 from trellis.studio.studio import Studio
@@ -97,9 +100,21 @@ async def test_a_choice_that_was_foreseen_asks_the_engine_for_nothing_and_is_the
     monkeypatch.setattr(session._hub, "publish", publishing)
     assert listening.of(Learn) == [3] * 5  # four options and none of these
     assert listening.of(Offer) == [3] * 6  # and what follows each of them, and a skip
+    write, writes = session._store.write, []
+
+    async def writing(work: Any, *args: Any, **kwargs: Any) -> Any:
+        writes.append(work)
+        return await write(work, *args, **kwargs)
+
+    monkeypatch.setattr(session._store, "write", writing)
     for choice, request in ((2, "r1"), ("none", "r2"), ("skip", "r3")):
         listening.asked.clear()
+        writes.clear()
         await choose(session, choice, request)
+        assert session.status == "ready"  # when the command is answered
+        assert writes == [commit_node]  # in one transaction
+        await choose(session, choice, request)  # asked again by a client that did not hear the answer
+        assert writes == [commit_node]
         await ready(session)
         shown = [request for request, priority in listening.asked if priority == 0 and isinstance(request, Offer)]
         assert shown == []
@@ -197,7 +212,30 @@ async def story(studio: Studio, seed: int, looked_at: bool, longest: float = 0.1
                 await session.prompt(f"Question {number}?", f"r{number}")
     await ready(session, 60)
     await until(lambda: not session._growth.unwritten, 60)  # weights are written behind the click
-    return seen
+    return [*seen, await studio.store.read(written_of, session.id)]
+
+
+UNLIKE = {"id", "session", "created", "metrics", "control"}
+
+
+def written_of(connection: Connection, session: str) -> list[Any]:
+    """What the database says of a session, but for its own id, times, and what is answered when there is time."""
+    node_ids = {row.id: number for number, row in enumerate(
+        connection.execute(select(nodes).where(nodes.c.session == session).order_by(nodes.c.created))
+    )}  # fmt: skip
+    offer_ids = {row.id: number for number, row in enumerate(
+        connection.execute(select(offers).where(offers.c.session == session).order_by(offers.c.created))
+    )}  # fmt: skip
+    found: list[Any] = []
+    for table in (nodes, offers):
+        ids = node_ids if table is nodes else offer_ids
+        for row in connection.execute(select(table).where(table.c.session == session)).mappings():
+            plain = {name: node_ids.get(value, offer_ids.get(value, value)) if isinstance(value, str) else value
+                     for name, value in row.items() if name not in UNLIKE}  # fmt: skip
+            found.append((table.name, ids[row["id"]], plain))
+    for row in connection.execute(select(intents).where(intents.c.session == session)).mappings():
+        found.append((row["request"], row["kind"], row["state"]))
+    return sorted(found, key=str)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -227,7 +265,7 @@ async def test_a_session_on_a_real_engine_is_the_same_to_the_bit(tmp_path: Path,
                 studio, seed, looked_at=name == "other", longest=1.0, model=tiny_llama.name, max_new_tokens=12,
                 learning_rate=1e-3, openings=3,
             ))  # fmt: skip
-        weights = seen[-1][-1][0]
+        weights = seen[-1][-2][0]
         seen[-1].append((tmp_path / name / "weights" / weights / "adapter_model.safetensors").read_bytes())
     assert seen[0] == seen[1]
 

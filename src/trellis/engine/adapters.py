@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -57,7 +58,8 @@ def apart(tensor: Tensor) -> Tensor:
     leave the allocator with holes as large as itself."""
     if tensor.device.type != "cpu":
         return tensor
-    copy = torch.frombuffer(mmap.mmap(-1, tensor.nbytes), dtype=tensor.dtype).view(tensor.shape)
+    private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+    copy = torch.frombuffer(mmap.mmap(-1, tensor.nbytes, **private), dtype=tensor.dtype).view(tensor.shape)
     return copy.copy_(tensor)
 
 

@@ -39,4 +39,5 @@ class Wire:
                     take(Down.model_validate_json(stream.read(frame_length(header))))
         except (OSError, ValueError):
             pass  # a broken frame and a broken socket mean the same: nobody to work for
-        closed()
+        finally:
+            closed()

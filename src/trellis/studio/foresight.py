@@ -39,7 +39,7 @@ class Ahead:
 
     def __init__(self, worker: Worker, owner: str, request: Request, node: str) -> None:
         self.node = node
-        self._worker = worker
+        self.worker = worker
         self._owner = owner
         self.request = request
         self._events: list[Event] = []
@@ -62,7 +62,7 @@ class Ahead:
 
     async def _run(self) -> None:
         try:
-            async with aclosing(self._worker.stream(self.request, AHEAD, self._owner)) as events:
+            async with aclosing(self.worker.stream(self.request, AHEAD, self._owner)) as events:
                 async for event in events:
                     self._events.append(event)
                     self._news.set()
@@ -87,7 +87,7 @@ class Ahead:
     async def urge(self) -> None:
         """Somebody waits for it now."""
         if not self.task.done():
-            await self._worker.urge(self.request)
+            await self.worker.urge(self.request)
 
     def cancel(self) -> None:
         self.task.cancel()
@@ -118,11 +118,11 @@ class Foresight:
             await ahead.urge()
         return ahead
 
-    def whole(self, node: str) -> Iterator[tuple[Request, Event]]:
-        """What is done of what leads to a node."""
+    def whole(self, node: str) -> Iterator[tuple[Request, Event, Worker]]:
+        """What is done of what leads to a node, and by whom."""
         for each in self._known.values():
             if each.node == node and each.finished and each.useful:
-                yield each.request, each.result
+                yield each.request, each.result, each.worker
 
     def only(self, nodes: Collection[str]) -> None:
         """Give up what is under way and leads to none of these."""

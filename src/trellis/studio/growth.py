@@ -137,9 +137,8 @@ class Growth:
 
     def made(self, node: str) -> Learned | None:
         """What was learned ahead for a node that may come to be, where that is done. What leads elsewhere gives way."""
-        worker = self._planted_on
-        for _, event in self._foresight.whole(node):
-            if isinstance(event, Learned) and worker is not None and worker.alive:
+        for _, event, worker in self._foresight.whole(node):
+            if isinstance(event, Learned) and worker.alive:
                 self._foresight.only({node})
                 self._in_memory[event.weights] = worker
                 return event
@@ -148,7 +147,7 @@ class Growth:
     def drawn(self, node: Node, prompt: str) -> Offered | None:
         """What was drawn ahead of the first offer at a node, where that is done."""
         wanted = self._draw(node, 0, prompt)
-        for request, event in self._foresight.whole(node.id):
+        for request, event, _ in self._foresight.whole(node.id):
             if isinstance(event, Offered) and request == wanted:
                 return event
         return None

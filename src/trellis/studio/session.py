@@ -13,9 +13,9 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
-from functools import partial, wraps
+from functools import partial
 from itertools import pairwise
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from ..blobs import Blobs
 from ..errors import Conflict, EngineDied, EngineStopped, NotFound, TrellisError, WeightsMissing, shorten
@@ -32,10 +32,10 @@ from .keeping import prunable
 from .lessons import Logs
 from .models import Models
 from .shown import Shown, first_words
+from .tasks import Work, side_by_side, to_its_end
 from .tree import Fitted, Node, Tree, child_id, drift_of, led_to, node_json, node_row, offer_id
 
 log = logging.getLogger(__name__)
-P = ParamSpec("P")
 R = TypeVar("R")
 
 ASSESSED = 10
@@ -53,35 +53,6 @@ CONTROL = Sampling(temperature=0.0, top_p=1.0, min_p=0.0, max_new_tokens=96)
 
 Foreseen = tuple[Guess, bool]
 """A choice that may be made, and whether the options are worked out that would follow it."""
-
-Command = Callable[Concatenate["Session", P], Coroutine[Any, Any, None]]
-
-
-def to_its_end(command: Command[P]) -> Command[P]:
-    """A command that has begun is finished, even when whoever asked for it is gone: the store and memory stay one."""
-
-    @wraps(command)
-    async def whole(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> None:
-        await asyncio.shield(asyncio.ensure_future(command(session, *args, **kwargs)))
-
-    return whole
-
-
-async def side_by_side(works: Iterable[Callable[[], Coroutine[Any, Any, None]]], lanes: int) -> None:
-    """Do one work after another, so many at once. The first failure ends all and is raised."""
-    waiting = iter(works)
-
-    async def lane() -> None:
-        for work in waiting:
-            await work()
-
-    running = [asyncio.create_task(lane()) for _ in range(lanes)]
-    try:
-        await asyncio.gather(*running)
-    finally:
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
 
 
 class Interrupted(Exception):
@@ -513,7 +484,10 @@ class Session:
         """The first offer at a new node, if its options are there."""
         if self.prompts is None:
             return None
-        prompt = await asyncio.to_thread(self.prompts.at, node.position)
+        try:
+            prompt = await asyncio.to_thread(self.prompts.at, node.position)
+        except (OSError, ValueError):  # told of when the offer is begun
+            return None
         offered = self._growth.drawn(node, prompt)
         if offered is None:
             return None
@@ -606,7 +580,7 @@ class Session:
                 log.exception("session %s failed", self.id)
                 self._fail(_unknown(self.id))
 
-    def _missing(self) -> Callable[[], Coroutine[Any, Any, None]] | None:
+    def _missing(self) -> Work | None:
         """The next piece of work, most urgent first; None when a person has to say something."""
         if self.error or self._closed:
             return None
@@ -626,9 +600,9 @@ class Session:
             return self._work_behind
         return None
 
-    def _behind(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:
+    def _behind(self) -> list[Work]:
         """What is done while the options are read, the most useful first."""
-        works: list[Callable[[], Coroutine[Any, Any, None]]] = []
+        works: list[Work] = []
         if self._growth.dismissed:
             return works
         works += [partial(self._keep, node) for node in self._growth.unwritten]
