@@ -279,6 +279,24 @@ def test_owners_who_wait_have_been_served_equally_often_give_or_take_one(owners:
         assert not counts or max(counts) - min(counts) <= 1
 
 
+def test_who_was_served_while_nobody_else_waited_does_not_come_after_others_for_that() -> None:
+    wire, log = Script(*plants((1, "a"))), []
+
+    def handler(request: Plant) -> Any:
+        log.append(request.seed)
+        yield None
+        return REPORT
+
+    loop = Loop(wire.send, {Plant: handler})
+    loop.take(wire.frames[0])
+    loop.end()
+    loop.run()  # and then, when all is done
+    for frame in plants((2, "a"), (3, "b"), (4, "c")):
+        loop.take(frame)
+    loop.run()
+    assert log == [1, 2, 3, 4]
+
+
 def test_the_second_half_of_a_turn_comes_before_other_turns() -> None:
     wire, log = Script(*plants((1, "a"), (2, "b"), (3, "c"))), []
 

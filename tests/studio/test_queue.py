@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
 
 from tests.conftest import ready, until
-from trellis.engine import fake
+from trellis.engine.fake import FakeEngine
+from trellis.engine.loop import Steps
+from trellis.messages import Learn
 from trellis.studio.studio import Studio
 
 pytestmark = pytest.mark.anyio
@@ -17,6 +20,15 @@ pytestmark = pytest.mark.anyio
 async def test_who_waits_for_others_is_told_their_place_until_it_is_their_turn(
     studio: Studio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    gate = threading.Event()
+    gate.set()
+    learn = FakeEngine.learn
+
+    def when_all_have_asked(engine: FakeEngine, request: Learn) -> Steps:
+        gate.wait(20)
+        return (yield from learn(engine, request))
+
+    monkeypatch.setattr(FakeEngine, "learn", when_all_have_asked)
     sessions = [await studio.steering.create(f"Person {number}", {"control_prompt": ""}) for number in range(6)]
     for session in sessions:
         await ready(session)
@@ -29,7 +41,7 @@ async def test_who_waits_for_others_is_told_their_place_until_it_is_their_turn(
         return publish(topic, name, data)
 
     monkeypatch.setattr(studio.hub, "publish", publishing)
-    monkeypatch.setattr(fake, "STEP_SECONDS", 0.02)
+    gate.clear()
 
     async def choose(number: int) -> None:
         session = sessions[number]
@@ -37,13 +49,14 @@ async def test_who_waits_for_others_is_told_their_place_until_it_is_their_turn(
         await session.choose(session.offer.id, number % 4, "r1")
 
     await asyncio.gather(*(choose(number) for number in range(6)))
-    await until(lambda: any(session.state()["queue"] for session in sessions))
+    # Two are being learned from, and four wait.
+    await until(lambda: sorted(session.queue for session in sessions if session.queue) == [1, 2, 3, 4])
+    assert sorted(session.state()["queue"] or 0 for session in sessions) == [0, 0, 1, 2, 3, 4]
+    gate.set()
     for session in sessions:
         state = await ready(session)
         assert state["head"]["step"] == 1
         assert state["queue"] is None
-    first = [places[0] for places in told.values() if places]
-    assert {1, 2, 3, 4} <= set(first)  # two lanes, and four who wait
     for places in told.values():
         waits = " ".join(str(place) for place in places).split("None")
         for wait in waits:  # nobody falls back

@@ -67,6 +67,7 @@ class Loop:
         self._turns: dict[tuple[str, int], int] = {}
         self._changed = threading.Condition()
         self._sending = threading.Lock()
+        self._telling = threading.Lock()
         self._others: list[threading.Thread] = []
         self._ending = False
 
@@ -84,12 +85,15 @@ class Loop:
                 turn = self._turn - 1 if down.goes_on else self._turn_of(down.owner, down.priority)
                 self._tasks.append(Task(down.id, down.priority, turn, next(self._arrivals), steps, down.goes_on))
             self._changed.notify_all()
-            places = self._places()
-        self._tell(places)
+        self._tell_places()
 
     def _turn_of(self, owner: str, urgency: int) -> int:
         """Start-time fair queuing (Goyal, Vin and Cheng 1996), all requests taken for equally long: who has asked for
         much already comes after who has not, and nobody is put off for ever."""
+        if not any(
+            task.urgency == urgency for task in self._tasks
+        ):  # what was had while nobody else waited is forgotten
+            self._turns = {who: turn for who, turn in self._turns.items() if who[1] != urgency}
         turn = max(self._turn, self._turns.get((owner, urgency), 0))
         self._turns[owner, urgency] = turn + 1
         return turn
@@ -120,8 +124,8 @@ class Loop:
                     self._tasks.remove(task)
                 self._open_lanes()
                 self._changed.notify_all()
-                places = self._places() if last else []
-            self._tell(places)
+            if last:
+                self._tell_places()
 
     def _wait(self, first: bool) -> Task | None:
         """The next task to do a step of, held by whoever asked; None when there will be none any more."""
@@ -138,21 +142,21 @@ class Loop:
                     del self._turns[owner]
             return task
 
-    def _places(self) -> list[tuple[int, Queued]]:
-        """Who waits for a turn, and what place they have now, where it is another one."""
-        waited_for = sorted((each for each in self._tasks if each.urgency <= WAITED_FOR), key=lambda task: task.order)
-        waiting = [task for task in waited_for if not task.begun and not task.goes_on]
-        at_once = max(0, self._lanes() - (len(waited_for) - len(waiting)))
-        told = []
-        for place, task in enumerate(waiting[at_once:], start=1):
-            if task.place != place:
-                task.place = place
-                told.append((task.id, Queued(place=place)))
-        return told
-
-    def _tell(self, places: list[tuple[int, Queued]]) -> None:
-        for request, queued in places:
-            self._send(request, queued, last=False)
+    def _tell_places(self) -> None:
+        """Tell who waits for a turn their place, where it is a better one: who goes on with a turn may take a lane that
+        another one was next for, and nobody is sent back for that."""
+        with self._telling:  # two threads must not tell in another order than they looked in
+            with self._changed:
+                waited_for = [each for each in self._tasks if each.urgency <= WAITED_FOR]
+                turns = [task for task in waited_for if not task.begun and not task.goes_on]
+                at_once = max(0, self._lanes() - (len(waited_for) - len(turns)))
+                told = []
+                for place, task in enumerate(sorted(turns, key=lambda task: task.order)[at_once:], start=1):
+                    if task.place is None or place < task.place:
+                        task.place = place
+                        told.append((task.id, Queued(place=place)))
+            for request, queued in told:
+                self._send(request, queued, last=False)
 
     def _next(self, first: bool) -> Task | None:
         free = [task for task in self._tasks if not task.running]
