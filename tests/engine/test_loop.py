@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import sys
 import threading
 from collections import Counter
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trellis.engine.crew import NICE
 from trellis.engine.loop import Loop
 from trellis.errors import WeightsMissing
 from trellis.messages import Cancel, Delta, Down, Plant, Queued, Status, StatusReport, Up
@@ -323,3 +326,22 @@ def test_nobody_is_told_a_place_where_there_are_lanes_enough_or_nobody_waits() -
     assert not [up for up in wire.sent if isinstance(up.body, Queued)]
     _, wire = order_of(plants((1, "a"), (2, "b"), (3, "c"), priority=3))
     assert not [up for up in wire.sent if isinstance(up.body, Queued)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a niceness of their own on Linux alone")
+def test_what_nobody_waits_for_stands_back_and_what_is_waited_for_does_not() -> None:
+    niceness: dict[int, int] = {}
+
+    def handler(request: Plant) -> Any:
+        for _ in range(3):
+            niceness[request.seed] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+            yield None
+        return REPORT
+
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    ahead = Script(*plants((1, "a"), (2, "b"), priority=3))
+    ahead.run({Plant: handler}, lanes=2)
+    assert niceness == {1: NICE, 2: NICE}
+    alone = Script(*plants((3, "a"), priority=3))
+    alone.run({Plant: handler}, lanes=1)
+    assert niceness[3] == own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,16 @@ def test_a_small_model_makes_two_passes_of_like_length_at_once_and_a_large_one_n
     assert rounds(groups_of(10, 10), 2_000_000_000) == [[range(1)], [range(1, 2)]]
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in an engine of a small model: each of its threads multiplies alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("reading", [GeneralReading, LeanReading])
 @pytest.mark.parametrize("hands", [1, 2])
 def test_parts_made_at_once_have_the_gradients_that_they_have_alone(

@@ -26,13 +26,29 @@ WHOLE = {
 
 
 class Person(threading.Thread):
-    """Chooses, skips and undoes as fast as the studio lets them, and writes down what it acknowledged."""
+    """Chooses, skips and undoes as fast as the studio lets them, or with a page open after reading for up to so long;
+    writes down what was acknowledged."""
 
-    def __init__(self, server: Server, session: str, dice: random.Random, round_number: int) -> None:
+    def __init__(
+        self, server: Server, session: str, dice: random.Random, round_number: int, reading: float = 0.0
+    ) -> None:
         super().__init__(daemon=True)
         self.server, self.session, self.dice, self.round = server, session, dice, round_number
+        self.reading = reading
         self.acknowledged: list[dict[str, Any]] = []
+        self.foreseen = 0
+        """Choices that were whole when they were acknowledged, options and all."""
         self.stopped = False
+        if reading:
+            threading.Thread(target=self.look, daemon=True).start()
+
+    def look(self) -> None:
+        """A page: what is looked at is foreseen."""
+        events = f"{self.server.url}{API}/{self.session}/events"
+        with contextlib.suppress(httpx.TransportError), httpx.stream("GET", events, timeout=None) as stream:
+            for _ in stream.iter_bytes():
+                if self.stopped:
+                    return
 
     def run(self) -> None:
         with contextlib.suppress(httpx.TransportError), self.server.client() as client:
@@ -45,6 +61,8 @@ class Person(threading.Thread):
         state = client.get(f"{API}/{self.session}").json()
         if state["status"] != "ready":
             return
+        if self.reading:
+            time.sleep(self.dice.uniform(0, self.reading))
         if state["can_undo"] and self.dice.random() < 0.15:
             client.post(f"{API}/{self.session}/undo", headers={"Idempotency-Key": key})
             return
@@ -53,6 +71,8 @@ class Person(threading.Thread):
         answer = client.post(f"{API}/{self.session}/choose", json=said, headers={"Idempotency-Key": key})
         if answer.status_code == 202:
             self.acknowledged.append(said | {"node": state["head"]["node"], "key": key})
+            if self.reading and client.get(f"{API}/{self.session}").json()["status"] == "ready":
+                self.foreseen += 1
 
 
 def processes_end(pids: list[int], seconds: float = 10) -> None:
@@ -94,15 +114,16 @@ def hit(server: Server, what: str) -> None:
         server.start()
 
 
-def storm(save_dir: Path, kind: str, rounds: int, longest: float) -> None:
+def storm(save_dir: Path, kind: str, rounds: int, longest: float, reading: float = 0.0) -> None:
     dice = random.Random(20)
     server = Server(save_dir, fake=kind == "fake")
     acknowledged: list[dict[str, Any]] = []
+    foreseen = 0
     try:
         with server.client() as client:
             session = new_session(client, control_prompt="", max_new_tokens=24)["id"]
         for number in range(rounds):
-            person = Person(server, session, dice, number)
+            person = Person(server, session, dice, number, reading)
             person.start()
             time.sleep(dice.uniform(0.01, longest))
             hit(server, dice.choice(["server", "engine", "both"]))
@@ -110,6 +131,7 @@ def storm(save_dir: Path, kind: str, rounds: int, longest: float) -> None:
             person.join(30)
             assert not person.is_alive()
             acknowledged += person.acknowledged
+            foreseen += person.foreseen
             with server.client() as client:
                 wait_ready(client, session, 60)
         with server.client() as client:
@@ -117,6 +139,7 @@ def storm(save_dir: Path, kind: str, rounds: int, longest: float) -> None:
     finally:
         server.stop()
     assert len(acknowledged) >= rounds / 3, "the test did nothing"
+    assert not reading or foreseen >= rounds / 3, "nothing was foreseen"
     assert "Traceback" not in server.output, server.output
 
 
@@ -129,6 +152,17 @@ def test_nothing_is_lost_whatever_is_killed_when(tmp_path: Path) -> None:
 @pytest.mark.engine
 def test_nothing_is_lost_with_the_real_engine(tmp_path: Path) -> None:
     storm(tmp_path, "real", rounds=4, longest=2.0)
+
+
+@pytest.mark.slow
+def test_nothing_of_what_was_foreseen_is_lost_whatever_is_killed_when(tmp_path: Path) -> None:
+    storm(tmp_path, "fake", rounds=10, longest=1.5, reading=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_nothing_of_what_was_foreseen_is_lost_with_the_real_engine(tmp_path: Path) -> None:
+    storm(tmp_path, "real", rounds=4, longest=8.0, reading=4.0)
 
 
 def test_a_second_studio_on_the_same_folder_is_refused(tmp_path: Path) -> None:

@@ -11,13 +11,28 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from tests.conftest import until
-from trellis.errors import EngineDied, EngineError
-from trellis.messages import Load, Status
+from trellis.errors import EngineDied, EngineError, WeightsMissing
+from trellis.messages import (
+    Learn,
+    Learned,
+    Lesson,
+    Load,
+    Loaded,
+    Offer,
+    Offered,
+    Option,
+    Plant,
+    Planted,
+    Prompt,
+    Status,
+)
+from trellis.params import Adapter, Learning, Sampling
 from trellis.workers.exits import explain_exit
 from trellis.workers.processes import ProcessSpawner
 from trellis.workers.worker import Spawn, Worker
@@ -184,6 +199,78 @@ def test_closing_lets_go_of_whoever_waits_for_an_engine(tmp_path: Path) -> None:
         with pytest.raises(ConnectionError):
             spawn(far)
     assert not any("--forks" in child.cmdline() for child in psutil.Process().children())
+
+
+def learning(weights: str, choice: Any, keep: bool = True) -> Learn:
+    """A choice among three answers, with two earlier ones beside it."""
+    texts = ("The sea is wide.", "Hm, no.", "I would rather not say anything about that.")
+    options = tuple(Option(text=text, tokens=(), finish="stop", logprob=-1.0) for text in texts)
+    lessons = [
+        Lesson(prompt=Prompt(text=prompt), options=options, choice=which, temperature=1.0)
+        for prompt, which in (("Why?", choice), ("What is rain?", 0), ("Tell me more.", 2))
+    ]
+    return Learn(
+        weights=weights, lesson=lessons[0], replay=tuple(lessons[1:]), learning=Learning(learning_rate=1e-3),
+        context_length=256, keep=keep,
+    )  # fmt: skip
+
+
+@pytest.mark.engine
+async def test_however_many_cores_an_engine_has_it_learns_the_same_to_the_bit(tmp_path: Path, tiny_llama: Path) -> None:
+    made: list[list[bytes]] = []
+    for threads in (1, 2, 3):
+        folder = tmp_path / str(threads) / "weights"
+        spawn = ProcessSpawner(folder, tmp_path / "logs", threads)
+        worker = await Worker.start(spawn)
+        try:
+            loaded = await worker.ask(Load(path=str(tiny_llama)))
+            assert isinstance(loaded, Loaded)
+            assert loaded.lanes == threads
+            planted = await worker.ask(Plant(adapter=Adapter(lora_rank=2), seed=1))
+            assert isinstance(planted, Planted)
+            alone = await worker.ask(learning(planted.weights, 1))  # on all cores
+            others = (worker.ask(learning(planted.weights, choice)) for choice in (0, 2, "none"))
+            learned = [alone, *await asyncio.gather(*others)]  # each on one
+        finally:
+            await worker.stop()
+            spawn.close()
+        made.append([])
+        for each in learned:
+            assert isinstance(each, Learned)
+            for name in ("adapter_model", "optimizer"):
+                made[-1].append((folder / each.weights / f"{name}.safetensors").read_bytes())
+    assert made[0] == made[1] == made[2]
+    assert len(set(made[0])) == 8
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("cache", "there"), [(None, True), (1, False)])
+async def test_an_engine_keeps_as_much_in_memory_as_it_was_given(
+    tmp_path: Path, tiny_llama: Path, cache: int | None, there: bool
+) -> None:
+    spawn = ProcessSpawner(tmp_path / "weights", tmp_path / "logs", 1, cache=cache)
+    worker = await Worker.start(spawn)
+    try:
+        await worker.ask(Load(path=str(tiny_llama)))
+        planted = await worker.ask(Plant(adapter=Adapter(lora_rank=2), seed=1))
+        assert isinstance(planted, Planted)
+        made: list[str] = []
+        for choice in range(3):
+            learned = await worker.ask(learning(planted.weights, choice, keep=False))
+            assert isinstance(learned, Learned)
+            made.append(learned.weights)
+        offer = Offer(
+            weights=made[0], prompt=Prompt(text="Why?"), sampling=Sampling(max_new_tokens=2), group_size=1, seed=1,
+            context_length=256,
+        )  # fmt: skip
+        if there:
+            assert isinstance(await worker.ask(offer), Offered)
+        else:
+            with pytest.raises(WeightsMissing):
+                await worker.ask(offer)
+    finally:
+        await worker.stop()
+        spawn.close()
 
 
 @pytest.mark.engine

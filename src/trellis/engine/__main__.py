@@ -35,7 +35,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes one per core")
     parser.add_argument("--memory-limit", type=int, default=0, help="bytes that this process may take; 0 is no limit")
     parser.add_argument("--hub-timeout", type=float, default=60.0, help="seconds to wait for a silent hub")
-    parser.add_argument("--cache", type=int, default=500_000_000, help="bytes of weights that are kept in memory")
+    parser.add_argument("--cache", type=int, help="bytes of weights that are kept in memory")
     parser.add_argument("--fake", action="store_true", help="answer the same messages without a model")
     parser.add_argument("--forks", action="store_true", help="fork engines as they are asked for over the socket")
     arguments = parser.parse_args(words)

@@ -152,14 +152,14 @@ class Slot:
         model: PeftModel,
         name: str,
         settings: Adapter,
-        lean: Lean | None = None,
-        turn: threading.RLock | None = None,
-        crew: Crew = ALONE,
+        lean: Lean | None,
+        turn: threading.RLock,
+        crew: Crew,
     ) -> None:
         self.model = model
         self.name = name
         self.settings = settings
-        self.turn = turn or threading.RLock()
+        self.turn = turn
         self.crew = crew
         self.config = model.peft_config[name]
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -272,9 +272,9 @@ class Slot:
 class Shelf:
     """The weights an engine can name: a bounded cache in memory over folders on disk. Safe to use from any thread."""
 
-    def __init__(self, blobs: Blobs, keep_bytes: int = KEPT_BYTES) -> None:
+    def __init__(self, blobs: Blobs, keep_bytes: int | None = None) -> None:
         self.blobs = blobs
-        self._keep_bytes = keep_bytes
+        self._keep_bytes = KEPT_BYTES if keep_bytes is None else keep_bytes
         self._cache: OrderedDict[str, Weights] = OrderedDict()
         self._unwritten: dict[str, Metrics] = {}
         """What was measured of weights that are in the cache alone."""

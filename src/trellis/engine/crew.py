@@ -31,7 +31,7 @@ class Crew:
         self._hands = hands
         self._taken = 0
         self._lock = threading.Lock()
-        self._helpers = ThreadPoolExecutor(max(hands - 1, 1), "hand", stand_back)
+        self._helpers = ThreadPoolExecutor(hands - 1, "hand", stand_back) if hands > 1 else None
 
     def both(self, first: Callable[[], R], second: Callable[[], R]) -> tuple[R, R]:
         """The results of both; one after the other where no hand is free."""
@@ -39,7 +39,7 @@ class Crew:
             mine = 2 if self._taken + 2 <= self._hands else 1
             self._taken += mine
         try:
-            if mine == 1:
+            if mine == 1 or self._helpers is None:
                 return first(), second()
             other = self._helpers.submit(second)
             try:

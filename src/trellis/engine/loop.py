@@ -90,9 +90,8 @@ class Loop:
     def _turn_of(self, owner: str, urgency: int) -> int:
         """Start-time fair queuing (Goyal, Vin and Cheng 1996), all requests taken for equally long: who has asked for
         much already comes after who has not, and nobody is put off for ever."""
-        if not any(
-            task.urgency == urgency for task in self._tasks
-        ):  # what was had while nobody else waited is forgotten
+        alone = not any(task.urgency == urgency for task in self._tasks)
+        if alone:  # what was had while nobody else waited is forgotten
             self._turns = {who: turn for who, turn in self._turns.items() if who[1] != urgency}
         turn = max(self._turn, self._turns.get((owner, urgency), 0))
         self._turns[owner, urgency] = turn + 1
@@ -165,12 +164,11 @@ class Loop:
         task = min(free, key=lambda task: (not task.cancelled, task.order))
         if task.cancelled:
             return task
-        urgency = task.urgency
-        if urgency > WAITED_FOR and first and self._others:
-            return None
-        if urgency > WAITED_FOR and any(each.urgency <= WAITED_FOR for each in self._tasks):
-            return None
-        alike = sum(each.running and each.urgency <= urgency for each in self._tasks)
+        if task.urgency > WAITED_FOR:
+            kept_free = first and bool(self._others)
+            if kept_free or any(each.urgency <= WAITED_FOR for each in self._tasks):
+                return None
+        alike = sum(each.running and each.urgency <= task.urgency for each in self._tasks)
         return task if alike < self._lanes() else None
 
     def _open_lanes(self) -> None:

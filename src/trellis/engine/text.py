@@ -41,7 +41,7 @@ from ..messages import (
     recipe_of,
 )  # fmt: skip
 from ..params import Learning
-from .adapters import KEPT_BYTES, Shelf, Slot, Weights
+from .adapters import Shelf, Slot, Weights
 from .decode import Growing, decode_group
 from .download import download
 from .fits import fit_steps, sight
@@ -65,7 +65,7 @@ DELTA_SECONDS = 0.025
 class TextEngine:
     """One text model and the weights grown on it. All state is a cache of files and of pure functions."""
 
-    def __init__(self, blobs: Blobs, hub_timeout: float = 60.0, cache: int = KEPT_BYTES) -> None:
+    def __init__(self, blobs: Blobs, hub_timeout: float = 60.0, cache: int | None = None) -> None:
         self._shelf = Shelf(blobs, cache)
         self._hub_timeout = hub_timeout
         self._loaded: LoadedModel | None = None
@@ -159,8 +159,8 @@ class TextEngine:
         for group in groups:
             references.append(self._reference(slot, group))
             yield None
-        drawn = request.lesson.options
-        sums = references[0].sum(dim=-1).tolist()[: len(drawn)]
+        shown = groups[0].answers[: len(request.lesson.options)]
+        sums = references[0].sum(dim=-1).tolist()[: len(shown)]
         start = Point(weights.flat, weights.first, weights.second, weights.steps)
         outcome = yield from learn_steps(slot, start, groups[0], groups[1:], references, request.learning, made)
         metrics = Metrics(
@@ -171,8 +171,8 @@ class TextEngine:
             drift=slot.drift(outcome.point.flat),
             inner_steps=outcome.inner_steps,
             seconds=time.monotonic() - started,
-            fluency=fluency_of(sums, [len(option.tokens) for option in drawn]),
-            variety=variety_of([option.tokens for option in drawn]),
+            fluency=fluency_of(sums, [len(answer) for answer in shown]),
+            variety=variety_of(shown),
         )
         self._shelf.add(slot, _weights_at(made, slot, outcome.point), metrics, request.keep)
         return Learned(weights=made, metrics=metrics)

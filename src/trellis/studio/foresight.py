@@ -96,16 +96,17 @@ class Ahead:
 class Foresight:
     """The requests that one session had begun ahead, by what they ask; each for the node that it would lead to."""
 
-    def __init__(self) -> None:
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
         self._known: OrderedDict[str, Ahead] = OrderedDict()
 
-    async def begin(self, worker: Worker, owner: str, request: Request, node: str) -> Event:
+    async def begin(self, worker: Worker, request: Request, node: str) -> Event:
         """Work something out unless that is done or under way. Returns the result; who leaves early leaves it
         running."""
         ahead = self._find(request)
         if ahead is None:
             key = key_of(request)
-            ahead = self._known[key] = Ahead(worker, owner, request, node)
+            ahead = self._known[key] = Ahead(worker, self._owner, request, node)
             while len(self._known) > KEPT:
                 self._known.popitem(last=False)[1].cancel()
         return await last(ahead.follow())

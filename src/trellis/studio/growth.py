@@ -75,7 +75,7 @@ class Growth:
         self._planted_on: Worker | None = None
         self._in_memory: dict[str, Worker] = {}
         """Weights that were learned and not written yet, and who has them."""
-        self._foresight = Foresight()
+        self._foresight = Foresight(self._owner)
         self._dismissals = models.dismissals(self._model)
 
     def welcome(self) -> None:
@@ -171,7 +171,7 @@ class Growth:
         """Work out what a choice would lead to, after everything that somebody waits for. Raises WeightsMissing."""
         request = await self._learn(parent, offer, choice)
         worker = await self._planted()
-        learned = await self._foresight.begin(worker, self._owner, request, led_to(parent, offer, choice))
+        learned = await self._foresight.begin(worker, request, led_to(parent, offer, choice))
         assert isinstance(learned, Learned)
         return learned
 
@@ -183,7 +183,7 @@ class Growth:
         """Draw what would be offered first at a node that may come to be. Raises WeightsMissing, or Invalid for a
         prompt that does not fit."""
         worker = await self._planted()
-        await self._foresight.begin(worker, self._owner, self._draw(node, 0, prompt), node.id)
+        await self._foresight.begin(worker, self._draw(node, 0, prompt), node.id)
 
     async def draw(self, node: Node, number: int, prompt: str, grown: Grown) -> Offered:
         """The options of an offer at a node, or what was drawn of them ahead. Raises as `draw_ahead` does."""

@@ -206,10 +206,8 @@ class Session:
             leads_to = child_id(self.tree.head, shown.id, said)
             known = self.tree.nodes.get(leads_to)
             body = {"offer": shown.id, "node": self.tree.head_id, "choice": said}
-            learned = None
-            if known is None and choice != "skip":
-                learned = self._growth.made(leads_to)
-            if known is not None or choice == "skip" or learned is not None:
+            learned = self._growth.made(leads_to) if known is None else None
+            if known is not None or learned is not None or choice == "skip":
                 await self._step_at_once(known, choice, learned, self._intent(request, "choose", body, "done"))
                 return
             intent = self._intent(request, "choose", body, "open")

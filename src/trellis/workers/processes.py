@@ -148,12 +148,13 @@ class ProcessSpawner:
         fake: bool = False,
         memory_limit: int = 0,
         hub_timeout: float = 60.0,
-        cache: int = 500_000_000,
+        cache: int | None = None,
     ) -> None:
         self._logs = logs
         self._arguments = [
             "--weights", str(weights), "--threads", str(threads), "--memory-limit", str(memory_limit),
-            "--hub-timeout", str(hub_timeout), "--cache", str(cache), *(["--fake"] if fake else []),
+            "--hub-timeout", str(hub_timeout), *([] if cache is None else ["--cache", str(cache)]),
+            *(["--fake"] if fake else []),
         ]  # fmt: skip
         self._forking = not fake and sys.platform == "linux" and not any(path.exists() for path in GPU_DRIVERS)
         self._forks: Forks | None = None
