@@ -34,7 +34,7 @@ class ThreadEngine:
 
     def __init__(self, sock: socket.socket, engine: Any) -> None:
         self._wire = Wire(sock)
-        self._loop = Loop(self._wire.send, engine.handlers(), lambda: engine.lanes)
+        self._loop = Loop(self._wire.send, engine.handlers(), lambda: engine.lanes, engine.together())
         self._wire.listen(self._loop.take, closed=self._loop.end)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()

@@ -194,6 +194,33 @@ class Assess(Message):
     context_length: int
 
 
+class Turn(Message):
+    """What one side said in a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+
+
+class Chat(Message):
+    """Answer a conversation, or go on with a text where there are no turns.
+
+    Many at once share batches, which makes their last bits depend on who else is there: unlike an offer, the same
+    request gives nearly the same answer, and is not named. `weights` may be empty, which is the base model. A last turn
+    of the assistant is gone on with. With `trims`, the oldest turns are left out where they do not all fit.
+    """
+
+    type: Literal["chat"] = "chat"
+    turns: tuple[Turn, ...] = ()
+    text: str = ""
+    weights: str = ""
+    sampling: Sampling
+    seed: int
+    stop: tuple[str, ...] = ()
+    top: int | None = None
+    """So many of the likeliest tokens are told beside each that is drawn, with their log-probabilities."""
+    trims: bool = False
+
+
 class Status(Message):
     """Ask what is loaded and how much memory it takes."""
 
@@ -215,7 +242,7 @@ class Urge(Message):
     priority: int
 
 
-Request = Load | Plant | Offer | Learn | Fit | Assess | Merge | Status
+Request = Load | Plant | Offer | Learn | Fit | Assess | Merge | Chat | Status
 
 
 class Down(Message):
@@ -342,6 +369,47 @@ class Assessed(Message):
     of: int
 
 
+class Heard(Message):
+    """How much of a conversation has been read. `warm` tokens of it were known from before; `left_out` turns did not
+    fit."""
+
+    type: Literal["heard"] = "heard"
+    read: int
+    prompt_tokens: int
+    warm: int
+    left_out: int
+    context_length: int
+
+
+class Drawn(Message):
+    """One token of an answer, with its log-probability and those of the likeliest, in nats."""
+
+    text: str
+    bytes: tuple[int, ...]
+    logprob: float
+    top: tuple[tuple[str, tuple[int, ...], float], ...] = ()
+
+
+class Spoke(Message):
+    """Text that an answer grew by, and how many tokens it has now."""
+
+    type: Literal["spoke"] = "spoke"
+    text: str
+    tokens: int
+    drawn: tuple[Drawn, ...] = ()
+
+
+class Answered(Message):
+    """An answer is whole. Seconds are counted from when the engine was asked."""
+
+    type: Literal["answered"] = "answered"
+    finish: Literal["stop", "length"]
+    tokens: int
+    prompt_tokens: int
+    seconds_to_first: float
+    seconds: float
+
+
 class StatusReport(Message):
     type: Literal["status_report"] = "status_report"
     model: str | None
@@ -374,6 +442,9 @@ Event = (
     | Offered
     | Learned
     | Assessed
+    | Heard
+    | Spoke
+    | Answered
     | StatusReport
     | Cancelled
     | Failed

@@ -15,10 +15,13 @@ from trellis.blobs import Blobs
 from trellis.errors import EngineError, Invalid, TrellisError, WeightsMissing
 from trellis.messages import (
     LOG_FILE,
+    Answered,
     Assess,
     Assessed,
+    Chat,
     Delta,
     Fit,
+    Heard,
     Learn,
     Learned,
     Lesson,
@@ -34,8 +37,10 @@ from trellis.messages import (
     Progress,
     Prompt,
     Ranking,
+    Spoke,
     Status,
     StatusReport,
+    Turn,
     Written,
 )  # fmt: skip
 from trellis.params import Adapter, Learning, Sampling
@@ -460,3 +465,69 @@ async def test_merging_writes_a_model_and_says_how_far_it_is_from_base_and_adapt
     assert "model.safetensors" in merged.files
     fractions = [event.fraction for event in events if isinstance(event, Progress)]
     assert fractions == sorted(fractions)
+
+
+def chat(text: str, **more: Any) -> Chat:
+    return Chat(**({"turns": (Turn(role="user", text=text),), "sampling": Sampling(), "seed": 1} | more))
+
+
+async def test_a_conversation_is_heard_then_answered(worker: Worker) -> None:
+    planted = await worker.ask(Plant(adapter=Adapter(), seed=1))
+    assert isinstance(planted, Planted)
+    for weights in ("", planted.weights):
+        events = [event async for event in worker.stream(chat("Tell me about the sea.", weights=weights))]
+        heard, answered = events[0], events[-1]
+        assert isinstance(heard, Heard)
+        assert heard.left_out == 0
+        assert isinstance(answered, Answered)
+        assert answered.prompt_tokens == heard.prompt_tokens > 0
+        spoken = [event for event in events if isinstance(event, Spoke)]
+        assert "".join(event.text for event in spoken)
+        assert spoken[-1].tokens <= answered.tokens
+        counts = [event.tokens for event in spoken]
+        assert counts == sorted(counts)
+
+
+async def test_conversations_go_on_side_by_side(worker: Worker) -> None:
+    async def tell(text: str) -> list[str]:
+        return [event.type async for event in worker.stream(chat(text))]
+
+    for told in await asyncio.gather(*(tell(f"Number {number}, the sea.") for number in range(8))):
+        assert told[0] == "heard"
+        assert told[-1] == "answered"
+
+
+async def test_who_stops_listening_stops_the_answer(worker: Worker) -> None:
+    async with aclosing(worker.stream(chat("say 900 words at 100 a second"))) as events:
+        async for event in events:
+            if isinstance(event, Spoke):
+                break
+    assert isinstance(await worker.ask(Status()), StatusReport)
+    assert not worker.busy
+
+
+async def test_a_chat_with_weights_that_are_not_there_says_so(worker: Worker) -> None:
+    with pytest.raises(WeightsMissing):
+        await worker.ask(chat("Hello.", weights="w" + "0" * 32))
+
+
+async def test_chats_before_a_model_is_loaded_are_refused(made: Made, blobs: Blobs) -> None:
+    worker = await Worker.start(thread_spawner(lambda: made(blobs)))
+    with pytest.raises(EngineError) as refused:
+        await worker.ask(chat("Hello."))
+    assert refused.value.code == "not_loaded"
+    await worker.stop()
+
+
+async def test_a_conversation_goes_on_while_somebody_steers(worker: Worker) -> None:
+    planted = await worker.ask(Plant(adapter=Adapter(), seed=1))
+    assert isinstance(planted, Planted)
+    long = Sampling(max_new_tokens=100)
+    talking = asyncio.create_task(worker.ask(chat("say 50 words at 500 a second", sampling=long)))
+    for number in range(3):
+        offer = Offer(
+            weights=planted.weights, prompt=Prompt(text=f"Bread {number}"), sampling=Sampling(), group_size=2, seed=1,
+            context_length=256,
+        )  # fmt: skip
+        assert isinstance(await worker.ask(offer), Offered)
+    assert isinstance(await talking, Answered)

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trellis.engine import loop as loop_module
 from trellis.engine.crew import NICE
 from trellis.engine.loop import Loop
 from trellis.errors import WeightsMissing
-from trellis.messages import Cancel, Delta, Down, Plant, Queued, Status, StatusReport, Up
+from trellis.messages import Cancel, Cancelled, Delta, Down, Plant, Queued, Status, StatusReport, Up
 from trellis.params import Adapter
 
 
@@ -345,3 +346,85 @@ def test_what_nobody_waits_for_stands_back_and_what_is_waited_for_does_not() -> 
     alone = Script(*plants((3, "a"), priority=3))
     alone.run({Plant: handler}, lanes=1)
     assert niceness[3] == own
+
+
+class Choir:
+    """What is done together, for as many steps as each member asks for."""
+
+    def __init__(self, steps: int) -> None:
+        self.left: dict[int, int] = {}
+        self.steps = steps
+        self.gone: list[int] = []
+        self.fails = False
+
+    def join(self, number: int, owner: str, request: Any) -> None:
+        self.left[number] = self.steps
+
+    def leave(self, number: int) -> None:
+        if self.left.pop(number, None) is not None:
+            self.gone.append(number)
+
+    @property
+    def wanted(self) -> bool:
+        return bool(self.left or self.gone)
+
+    def give_up(self) -> list[int]:
+        numbers, self.left = list(self.left), {}
+        return numbers
+
+    def step(self) -> list[tuple[int, Any, bool]]:
+        if self.fails:
+            raise MemoryError
+        told: list[tuple[int, Any, bool]] = [(number, Cancelled(), True) for number in self.gone]
+        self.gone = []
+        for number in list(self.left):
+            self.left[number] -= 1
+            done = self.left[number] == 0
+            told.append((number, REPORT if done else Delta(texts={}), done))
+            if done:
+                del self.left[number]
+        return told
+
+
+def sing(*frames: Down, choir: Choir, lanes: int = 1, handlers: Any = None) -> list[tuple[int, str, bool]]:
+    script = Script()
+    loop = Loop(script.send, handlers or {}, lambda: lanes, {Status: choir})
+    for frame in frames:
+        loop.take(frame)
+    loop.end()
+    loop.run()
+    return [(up.id, up.body.type, up.last) for up in script.told]
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_what_is_done_together_has_one_step_for_all(lanes: int) -> None:
+    sent = sing(down(1, Status()), down(2, Status()), choir=Choir(3), lanes=lanes)
+    assert [number for number, _, _ in sent] == [1, 2, 1, 2, 1, 2]
+    assert [last for *_, last in sent] == [False] * 4 + [True] * 2
+
+
+def test_one_may_leave_what_is_done_together() -> None:
+    sent = sing(down(1, Status()), down(2, Status()), down(9, Cancel(request=1)), choir=Choir(2))
+    assert sent == [(1, "cancelled", True), (2, "delta", False), (2, "status_report", True)]
+
+
+def test_a_failed_step_is_told_to_all_that_took_part() -> None:
+    choir = Choir(2)
+    choir.fails = True
+    sent = sing(down(1, Status()), down(2, Status()), choir=choir)
+    assert sent == [(1, "failed", True), (2, "failed", True)]
+
+
+def test_who_waits_for_a_click_comes_before_what_is_done_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(request: Any) -> Any:
+        for _ in range(3):
+            yield Delta(texts={})
+        return REPORT
+
+    frames = (down(1, Status()), down(2, PLANT), down(3, PLANT, 1))
+    sent = [number for number, _, _ in sing(*frames, choir=Choir(3), handlers={Plant: work})]
+    assert sent == [2] * 4 + [1] * 3 + [3] * 4
+    monkeypatch.setattr(loop_module, "PATIENCE", 0.0)
+    sent = [number for number, _, _ in sing(*frames, choir=Choir(3), handlers={Plant: work})]
+    assert sent[:2] != [2, 2], "but it never stands still"
+    assert Counter(sent) == {1: 3, 2: 4, 3: 4}

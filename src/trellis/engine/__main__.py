@@ -72,7 +72,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def _serve(wire: Wire, engine: TextEngine | FakeEngine) -> None:
-    loop = Loop(wire.send, engine.handlers(), lambda: engine.lanes)
+    loop = Loop(wire.send, engine.handlers(), lambda: engine.lanes, engine.together())
     # The socket closes when the parent is gone, however it went: then nobody needs the rest.
     wire.listen(loop.take, closed=lambda: os._exit(0))
     loop.run()

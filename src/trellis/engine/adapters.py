@@ -192,6 +192,10 @@ class Slot:
             self._own.adapted = Adapted(self._lean, self.slices, scale)
         return self._own.adapted
 
+    def beside(self, lean: Lean) -> Adapted:
+        """Lean layers with the adapter beside the base model's weights, which whoever asks has alone."""
+        return Adapted(lean, self.slices, self.settings.lora_alpha / self.settings.lora_rank, apart=True)
+
     @property
     def graphs(self) -> Graphs | None:
         """The captured steps over this thread's lean layers, on a GPU."""

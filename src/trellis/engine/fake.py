@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,15 @@ from ..blobs import Blobs
 from ..errors import EngineError, Invalid, TrellisError, WeightsMissing
 from ..messages import (
     LOG_FILE,
+    Answered,
     Assess,
     Assessed,
+    Cancelled,
+    Chat,
     Delta,
+    Drawn,
     Fit,
+    Heard,
     Learn,
     Learned,
     Load,
@@ -36,12 +43,13 @@ from ..messages import (
     Plant,
     Planted,
     Progress,
+    Spoke,
     Status,
     StatusReport,
     recipe_id,
     recipe_of,
 )  # fmt: skip
-from .loop import Handler, Steps
+from .loop import Handler, Steps, Together, Told, failed
 from .vitals import variety_of
 
 WORDS = [
@@ -71,6 +79,11 @@ WORDS = [
 
 STEP_SECONDS = 0.002
 
+CONTEXT = 1024
+"""Words of a conversation that are taken."""
+
+SAY = re.compile(r"say (\d{1,6}) words at (\d{1,6}) a second")
+
 
 class FakeEngine:
     lanes = 2
@@ -79,6 +92,15 @@ class FakeEngine:
         self._blobs = blobs
         self._path: str | None = None
         self._unwritten: dict[str, dict[str, Any]] = {}
+        self._chats = FakeChats(self._may_chat)
+
+    def together(self) -> Mapping[type, Together]:
+        return {Chat: self._chats}
+
+    def _may_chat(self, request: Chat) -> None:
+        self._require_loaded()
+        if request.weights:
+            self._steps_of(request.weights)
 
     def handlers(self) -> Mapping[type, Handler]:
         return {
@@ -269,6 +291,96 @@ class FakeEngine:
         except (OSError, ValueError):
             return None
         return about
+
+
+class FakeSeat:
+    """One conversation. A last message that says “say N words at M a second” is answered so."""
+
+    def __init__(self, number: int, request: Chat) -> None:
+        self.number, self.request = number, request
+        said = request.turns[-1].text if request.turns else request.text
+        asked = SAY.search(said)
+        heard = sum(len(turn.text.split()) for turn in request.turns) or len(request.text.split())
+        self.heard = min(heard, CONTEXT)
+        self.left_out = 1 if heard > CONTEXT and request.trims else 0
+        self.most = min(int(asked[1]) if asked else 3 + _draw(request.seed, said) % 12, request.sampling.max_new_tokens)
+        self.pause = 1 / float(asked[2]) if asked else STEP_SECONDS
+        self.key = (request.seed, request.weights, said)
+        self.count = 0
+        self.started = self.due = time.monotonic()
+
+    def word(self) -> str:
+        said = self.request.turns[-1] if self.request.turns else None
+        going_on = self.count == 0 and not (said and said.role == "assistant")
+        return ("" if going_on else " ") + WORDS[_draw(self.key, self.count) % len(WORDS)]
+
+
+class FakeChats:
+    """Conversations side by side, each at its own pace."""
+
+    def __init__(self, check: Callable[[Chat], None]) -> None:
+        self._check = check
+        self._lock = threading.Lock()
+        self._seats: dict[int, FakeSeat] = {}
+        self._said: Told = []
+
+    def join(self, number: int, owner: str, request: Any) -> None:
+        try:
+            self._check(request)
+        except TrellisError as error:
+            self._said.append((number, failed(error), True))
+            return
+        seat = FakeSeat(number, request)
+        heard = Heard(read=seat.heard, prompt_tokens=seat.heard, warm=0, left_out=seat.left_out, context_length=CONTEXT)
+        with self._lock:
+            self._said.append((number, heard, False))
+            self._seats[number] = seat
+
+    def leave(self, number: int) -> None:
+        with self._lock:
+            if self._seats.pop(number, None):
+                self._said.append((number, Cancelled(), True))
+
+    @property
+    def wanted(self) -> bool:
+        return bool(self._seats or self._said)
+
+    def give_up(self) -> list[int]:
+        with self._lock:
+            numbers = list(self._seats)
+            self._seats.clear()
+            return numbers
+
+    def step(self) -> Told:
+        with self._lock:
+            told, self._said = self._said, []
+            now = time.monotonic()
+            due = [seat for seat in self._seats.values() if seat.due <= now]
+            for seat in due:
+                text = seat.word()
+                seat.count += 1
+                seat.due += seat.pause
+                drawn = (
+                    (Drawn(text=text, bytes=tuple(text.encode()), logprob=-1.0),)
+                    if seat.request.top is not None
+                    else ()
+                )
+                told.append((seat.number, Spoke(text=text, tokens=seat.count, drawn=drawn), False))
+                if seat.count >= seat.most:
+                    seconds = now - seat.started
+                    answered = Answered(
+                        finish="stop",
+                        tokens=seat.count,
+                        prompt_tokens=seat.heard,
+                        seconds_to_first=0.0,
+                        seconds=seconds,
+                    )
+                    told.append((seat.number, answered, True))
+                    del self._seats[seat.number]
+            soonest = min((seat.due for seat in self._seats.values()), default=now)
+        if not told:
+            time.sleep(min(max(soonest - now, 0.0), STEP_SECONDS))
+        return told
 
 
 def _about(steps: int, metrics: Metrics | None) -> dict[str, Any]:

@@ -132,9 +132,9 @@ class LeanRows(Rows):
         self._forward, self._prompt, self._room, self._base = forward, prompt, room, base
         lean = forward.lean
         with torch.inference_mode():
-            self.cache = Cache(lean, count, room)
+            self.cache = Cache.empty(lean, count, room)
             if known is None:
-                read = Cache(lean, 1, len(prompt))
+                read = Cache.empty(lean, 1, len(prompt))
                 ids = torch.tensor([prompt], device=lean.device)
                 self._first = lean.logits(lean.forward(forward.layers(base), ids, read)[:, -1])
                 self.cache.begin_with(read, len(prompt))

@@ -48,7 +48,7 @@ class Stepper:
     def __init__(self, lean: Lean, layers: Sequence[Layer], shape: Shape) -> None:
         self._lean, self._layers, self.shape = lean, layers, shape
         device = lean.device
-        self.cache = Cache(lean, shape.rows, shape.room)
+        self.cache = Cache.empty(lean, shape.rows, shape.room)
         for each in (*self.cache.keys, *self.cache.values):
             each.zero_()  # what is masked must still be a number
         self.angles = [table[: shape.room].clone() for table in lean.angles(shape.room)]

@@ -68,6 +68,8 @@ class Linear:
             found = functional.linear(x, self.weight, self.bias)
         if self.down is None or self.up is None:
             return found
+        if self.down.dim() == 3:  # (N, r, in) and (N, r, out): each row has an adapter of its own
+            return found + torch.bmm(self.up.transpose(1, 2), torch.bmm(self.down, x[:, :, None]))[:, :, 0]
         return found.addmm_(functional.linear(x, self.down), self.up)
 
     def onto(self, x: Tensor, seen: Tensor) -> Tensor:
@@ -75,6 +77,20 @@ class Linear:
         if self.packed is None and self.bias is None and self.down is None:
             return torch.addmm(x, seen, self.weight.T)
         return x + self(seen)
+
+
+def side_by_side(linears: Sequence[Linear]) -> Linear:
+    """The same base layer for as many rows, each with the adapter that it has there, or none."""
+    base = linears[0]
+    ranks = max((0 if each.down is None else len(each.down)) for each in linears)
+    if not ranks:
+        return base
+    down = base.weight.new_zeros(len(linears), ranks, base.weight.shape[1])
+    up = base.weight.new_zeros(len(linears), ranks, base.weight.shape[0])
+    for row, each in enumerate(linears):
+        if each.down is not None and each.up is not None:
+            down[row, : len(each.down)], up[row, : len(each.up)] = each.down, each.up
+    return Linear(base.weight, base.bias, base.parts, down, up, base.packed)
 
 
 @dataclass
@@ -200,6 +216,26 @@ class Lean:
         cache.length = end
         return self.normed(x, self.norm).view(rows, width, -1)
 
+    def step(self, layers: Sequence[Layer], ids: Tensor, cache: Cache, lengths: Tensor, room: int) -> Tensor:
+        """Read one token (R,) each into rows of different lengths (R,), all below `room`. Returns hidden states (R, H).
+
+        The lengths are the caller's to keep.
+        """
+        rows = torch.arange(len(ids), device=ids.device)
+        cos, sin = (table[lengths][:, None, None] for table in self.angles(room))
+        mask = (torch.arange(room, device=ids.device) <= lengths[:, None])[:, None, None]
+        x = self.embed(ids)
+        for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
+            q, k, v = self.heads_of(layer, x, len(ids), 1, cos, sin)
+            keys[rows, :, lengths] = k[:, :, 0]
+            values[rows, :, lengths] = v[:, :, 0]
+            seen = functional.scaled_dot_product_attention(
+                q, keys[: len(ids), :, :room], values[: len(ids), :, :room], attn_mask=mask, scale=self.scale,
+                enable_gqa=self.heads != self.kv_heads,
+            )  # fmt: skip
+            x = self.after_attention(layer, x, seen)
+        return self.normed(x, self.norm)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., H) to logits (..., V)."""
         return self._head(hidden.flatten(0, -2)).view(*hidden.shape[:-1], -1)
@@ -239,12 +275,14 @@ class Lean:
 class Cache:
     """Keys and values (R, kv heads, room, D) of each layer, and how many positions of them are filled."""
 
-    def __init__(self, lean: Lean, rows: int, room: int) -> None:
+    def __init__(self, keys: list[Tensor], values: list[Tensor], length: int = 0) -> None:
+        self.keys, self.values, self.length = keys, values, length
+
+    @classmethod
+    def empty(cls, lean: Lean, rows: int, room: int) -> Cache:
         shape = (rows, lean.kv_heads, room, lean.head_dim)
         like = lean.embedding
-        self.keys = [like.new_empty(shape) for _ in lean.layers]
-        self.values = [like.new_empty(shape) for _ in lean.layers]
-        self.length = 0
+        return cls([like.new_empty(shape) for _ in lean.layers], [like.new_empty(shape) for _ in lean.layers])
 
     def begin_with(self, other: Cache, length: int) -> None:
         """Take over the first positions of the first row of another cache, into every row."""
@@ -257,10 +295,13 @@ class Cache:
 class Adapted:
     """The layers of a lean model with one slot's adapter in them. Other values are put in place.
 
-    A small model's layers are merged with the adapter, W + s B A; a large one keeps both apart.
+    A small model's layers are merged with the adapter, W + s B A; a large one keeps both apart, as does who wants them
+    `apart`.
     """
 
-    def __init__(self, lean: Lean, slices: Sequence[tuple[str, slice, torch.Size]], scale: float) -> None:
+    def __init__(
+        self, lean: Lean, slices: Sequence[tuple[str, slice, torch.Size]], scale: float, apart: bool = False
+    ) -> None:
         self.lean = lean
         self._scale = scale
         self._slices = [(where, shape) for _, where, shape in slices]
@@ -276,7 +317,7 @@ class Adapted:
         self.layers: list[Layer] = []
         size = sum(each.weight.nbytes for layer in lean.layers for each in layer.linears())
         # Merged with fewer digits, small changes would be rounded away.
-        self._merges = size <= MERGED_BYTES and lean.embedding.dtype == torch.float32
+        self._merges = not apart and size <= MERGED_BYTES and lean.embedding.dtype == torch.float32
         self._puts: list[Callable[[Tensor], None]] = []
         for number, layer in enumerate(lean.layers):
             qkv, out, gate_up, down = (

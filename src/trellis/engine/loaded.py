@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import json
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +32,11 @@ from transformers import (
 
 from ..errors import Invalid, LoadFailed
 from ..memory import estimate, shape_of
-from ..messages import Load, Loaded, Progress, Prompt
+from ..messages import Chat, Load, Loaded, Progress, Prompt, Turn
 from ..params import Precision, SessionConfig
 from ..tensors import UNREADABLE, shapes_in
 from .adapters import Slots
+from .chats import Prepared, too_long
 from .crew import Crew
 from .lean import Lean
 from .reading import SMALL
@@ -50,6 +51,12 @@ LANES = 4
 
 INDEX = "model.safetensors.index.json"
 
+UNKNOWN_POSITIONS = 8192
+"""What a conversation may take of a model that does not say how far it looks back."""
+
+SPEAKS = {"system": "", "user": "\n\nUser: ", "assistant": "\n\nAssistant: "}
+"""How a conversation is put to a model without a chat template."""
+
 
 @dataclass
 class LoadedModel:
@@ -58,6 +65,7 @@ class LoadedModel:
     model: Any
     tokenizer: Any
     slots: Slots
+    lean: Lean | None
     ends: frozenset[int]
     about: Loaded
 
@@ -70,9 +78,7 @@ class LoadedModel:
             tokens = self.tokenizer(self._in_template(prompt) + prompt.opening, add_special_tokens=False)["input_ids"]
         else:
             text = f"{prompt.system}\n\n{prompt.text}" if prompt.system else prompt.text
-            tokens = self.tokenizer(text + prompt.opening)["input_ids"]
-            if len(tokens) > 1 and tokens[-1] in self.ends:  # some tokenizers close every text
-                tokens = tokens[:-1]
+            tokens = self._text_tokens(text + prompt.opening)
         limit = min(context_length, positions_of(self.model.config) or context_length)
         if len(tokens) + room > limit:
             raise Invalid(
@@ -83,6 +89,75 @@ class LoadedModel:
                 next_step="Shorten the prompt, allow shorter answers, or use a longer context.",
             )
         return list(tokens)
+
+    def conversation(self, request: Chat) -> Prepared:
+        """A conversation as tokens, without its oldest turns where it may be trimmed and does not fit. Raises Invalid.
+
+        A quarter of the context, or the longest answer where that is less, is kept free for the answer.
+        """
+        limit = positions_of(self.model.config) or UNKNOWN_POSITIONS
+        most = request.sampling.max_new_tokens
+        room = min(most, limit // 4) if request.trims else 1
+        stop = request.stop
+        if not request.turns:
+            tokens = self._text_tokens(request.text)
+        elif self.tokenizer.chat_template:
+            tokens = self._turn_tokens(request.turns)
+        else:
+            tokens, stop = self._turn_tokens(request.turns), (*stop, SPEAKS["user"])
+        left_out = 0
+        if len(tokens) + room > limit:
+            if not request.trims or not request.turns:
+                raise too_long(len(tokens), limit)
+            tokens, left_out = self._trimmed(request.turns, limit - room, len(tokens))
+        return Prepared(tokens, left_out, limit, most, stop)
+
+    def _trimmed(self, turns: Sequence[Turn], most: int, whole: int) -> tuple[list[int], int]:
+        """The longest end of a conversation that fits, after what the system said, and how many turns it leaves out."""
+        said = [turn for turn in turns if turn.role == "system"]
+        rest = [turn for turn in turns if turn.role != "system"]
+        last = max((place for place, turn in enumerate(rest) if turn.role == "user"), default=0)
+        beginnings = [place for place, turn in enumerate(rest[: last + 1]) if turn.role == "user" and place] or [0]
+        low, high = 0, len(beginnings) - 1
+        best: tuple[list[int], int] | None = None
+        while low <= high:
+            middle = (low + high) // 2
+            tokens = self._turn_tokens([*said, *rest[beginnings[middle] :]])
+            if len(tokens) <= most:
+                best, high = (tokens, beginnings[middle]), middle - 1
+            else:
+                low, whole = middle + 1, len(tokens)
+        if best is None:
+            raise too_long(whole, most)
+        return best
+
+    def _turn_tokens(self, turns: Sequence[Turn]) -> list[int]:
+        opening = turns[-1].text if turns[-1].role == "assistant" else ""
+        said = [{"role": turn.role, "content": turn.text} for turn in (turns[:-1] if opening else turns)]
+        if not self.tokenizer.chat_template:
+            lines = [f"{SPEAKS[each['role']]}{each['content']}" for each in said]
+            return self._text_tokens("".join(lines).lstrip() + SPEAKS["assistant"].rstrip(" ") + opening)
+        text = self._conversation_in_template(said) + opening
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _text_tokens(self, text: str) -> list[int]:
+        """Plain text as tokens, at least one."""
+        tokens = list(self.tokenizer(text)["input_ids"])
+        if len(tokens) > 1 and tokens[-1] in self.ends:  # some tokenizers close every text
+            tokens = tokens[:-1]
+        return tokens or [self.tokenizer.bos_token_id or self.end_token or 0]
+
+    def _conversation_in_template(self, said: list[dict[str, str]]) -> str:
+        """A conversation as the model's own template writes it. Raises Invalid."""
+        try:
+            return self._written_somehow(said)
+        except TemplateError as error:
+            raise Invalid(
+                f"The model's chat template could not write this conversation: {error}",
+                code="bad_template",
+                field="messages",
+                next_step="Use another model, or send the whole as one message.",
+            ) from None
 
     def answer_tokens(self, text: str, ended: bool = True) -> list[int]:
         """An answer as tokens; with the end token where it ended by itself, so that the model learns to stop."""
@@ -98,12 +173,9 @@ class LoadedModel:
         """The prompt as the model's own template writes it (in transformers' sandbox). Raises Invalid."""
         turns = [{"role": "user", "content": prompt.text}]
         if prompt.system:
-            try:
-                return self._written([{"role": "system", "content": prompt.system}, *turns])
-            except TemplateError:  # Gemma's template, for one, knows no system role: it is said by the user then
-                turns = [{"role": "user", "content": f"{prompt.system}\n\n{prompt.text}"}]
+            turns = [{"role": "system", "content": prompt.system}, *turns]
         try:
-            return self._written(turns)
+            return self._written_somehow(turns)
         except TemplateError as error:
             raise Invalid(
                 f"The model's chat template could not write this prompt: {error}",
@@ -112,10 +184,29 @@ class LoadedModel:
                 next_step="Turn the chat template off, or use another model.",
             ) from None
 
+    def _written_somehow(self, turns: list[dict[str, str]]) -> str:
+        """Gemma's template, for one, knows no system role: what it would say is said by the user then."""
+        try:
+            return self._written(turns)
+        except TemplateError:
+            return self._written(by_turns(turns))
+
     def _written(self, turns: list[dict[str, str]]) -> str:
         written = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         assert isinstance(written, str)
         return written
+
+
+def by_turns(turns: list[dict[str, str]]) -> list[dict[str, str]]:
+    """A conversation in which user and assistant speak by turns, and what the system said comes first from the user."""
+    told: list[dict[str, str]] = []
+    for turn in turns:
+        role = "user" if turn["role"] == "system" else turn["role"]
+        if told and told[-1]["role"] == role:
+            told[-1] = {"role": role, "content": f"{told[-1]['content']}\n\n{turn['content']}"}
+        else:
+            told.append({"role": role, "content": turn["content"]})
+    return told
 
 
 def read_model(
@@ -166,7 +257,7 @@ def read_model(
         positions=positions_of(config),
         lanes=lanes,
     )
-    return LoadedModel(model, tokenizer, Slots(model, lean, Crew(lanes)), _ends(path, config, tokenizer), about)
+    return LoadedModel(model, tokenizer, Slots(model, lean, Crew(lanes)), lean, _ends(path, config, tokenizer), about)
 
 
 def _digest(path: Path, precision: Precision) -> Any:

@@ -11,9 +11,10 @@ import errno
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from ..errors import TrellisError
 from ..messages import Cancel, Cancelled, Down, Event, Failed, Queued, Up, Urge
@@ -27,7 +28,35 @@ Steps = Generator[Event | None, None, Event]
 WAITED_FOR = 0
 """The priority of what somebody waits for; anything with a higher number can wait."""
 
+TALKED_TO = 0.5
+"""The priority of what is worked on together: after who waits for a click, before all that can wait."""
+
+PATIENCE = 0.1
+"""Seconds after which what is worked on together has a step even while somebody waits: text goes on at the speed at
+which it is read."""
+
 Handler = Callable[[Any], Steps]
+
+Told = list[tuple[int, Event, bool]]
+"""Events of several requests: each with its request's number, and whether it is the last."""
+
+
+class Together(Protocol):
+    """Requests that are worked on together: each step is one for all of them. Any thread may let one join or leave."""
+
+    def join(self, number: int, owner: str, request: Any) -> None: ...
+
+    def leave(self, number: int) -> None:
+        """One is not wanted any more. The next step says so of it, if it is there."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to do."""
+
+    def step(self) -> Told: ...
+
+    def give_up(self) -> list[int]:
+        """Forget all of them, after a step that failed. Returns their numbers."""
 
 
 @dataclass(eq=False)
@@ -35,20 +64,32 @@ class Task:
     """A request. `turn` is when it would begin if every owner had a machine of their own, in requests."""
 
     id: int
-    urgency: int
+    urgency: float
     turn: int
     number: int
-    steps: Steps
+    steps: Steps | Together
     goes_on: bool = False
     begun: bool = False
     running: bool = False
     cancelled: bool = False
     place: int | None = None
+    stepped: float = field(default_factory=time.monotonic)
 
     @property
-    def order(self) -> tuple[int, bool, int, int]:
+    def wanted(self) -> bool:
+        """Whether it has work to do: what is done together is there also when nobody takes part."""
+        return isinstance(self.steps, Generator) or self.steps.wanted
+
+    @property
+    def urgent(self) -> float:
+        """How urgent it is by now."""
+        overdue = not isinstance(self.steps, Generator) and time.monotonic() - self.stepped > PATIENCE
+        return WAITED_FOR if overdue else self.urgency
+
+    @property
+    def order(self) -> tuple[float, bool, int, int]:
         """What is begun is ended first; owners take turns."""
-        return self.urgency, not self.begun, self.turn, self.number
+        return self.urgent, not self.begun, self.turn, self.number
 
 
 class Loop:
@@ -56,12 +97,17 @@ class Loop:
     how many requests may be worked on at once. Safe to use from any thread."""
 
     def __init__(
-        self, send: Callable[[Up], None], handlers: Mapping[type, Handler], lanes: Callable[[], int] = lambda: 1
+        self,
+        send: Callable[[Up], None],
+        handlers: Mapping[type, Handler],
+        lanes: Callable[[], int] = lambda: 1,
+        together: Mapping[type, Together] | None = None,
     ) -> None:
         self._frames_out = send
         self._handlers = handlers
         self._lanes = lanes
-        self._tasks: list[Task] = []
+        self._together = together or {}
+        self._tasks = [Task(0, TALKED_TO, -1, -1, each, begun=True) for each in self._together.values()]
         self._arrivals = itertools.count()
         self._turn = 0
         self._turns: dict[tuple[str, int], int] = {}
@@ -77,9 +123,13 @@ class Loop:
             if isinstance(down.body, Cancel):
                 for task in self._named(down.body.request):
                     task.cancelled = True
+                for each in self._together.values():
+                    each.leave(down.body.request)
             elif isinstance(down.body, Urge):
                 for task in self._named(down.body.request):
                     task.urgency = down.body.priority
+            elif type(down.body) in self._together:
+                self._together[type(down.body)].join(down.id, down.owner, down.body)
             else:
                 steps = self._handlers[type(down.body)](down.body)
                 turn = self._turn - 1 if down.goes_on else self._turn_of(down.owner, down.priority)
@@ -113,12 +163,15 @@ class Loop:
 
     def _work(self, first: bool) -> None:
         while (task := self._wait(first)) is not None:
-            event, last = self._step(task)
+            last = False
             # Sent while the task is held, so that its events leave in their order.
-            if event is not None:
-                self._send(task.id, event, last)
+            for number, event, last in self._step(task):
+                if event is not None:
+                    self._send(number, event, last)
+            last = last and isinstance(task.steps, Generator)
             with self._changed:
                 task.running = False
+                task.stepped = time.monotonic()
                 if last and task in self._tasks:
                     self._tasks.remove(task)
                 self._open_lanes()
@@ -130,7 +183,7 @@ class Loop:
         """The next task to do a step of, held by whoever asked; None when there will be none any more."""
         with self._changed:
             while (task := self._next(first)) is None:
-                if self._ending and not self._tasks:
+                if self._ending and not any(task.wanted or task.running for task in self._tasks):
                     return None
                 self._changed.wait()
             task.running = True
@@ -158,18 +211,18 @@ class Loop:
                 self._send(request, queued, last=False)
 
     def _next(self, first: bool) -> Task | None:
-        free = [task for task in self._tasks if not task.running]
+        free = [task for task in self._tasks if not task.running and task.wanted]
         if not free:
             return None
         task = min(free, key=lambda task: (not task.cancelled, task.order))
         if task.cancelled:
             return task
-        if task.urgency > WAITED_FOR:
-            kept_free = first and bool(self._others)
+        if task.urgent > WAITED_FOR:
+            kept_free = first and bool(self._others) and task.urgency > TALKED_TO
             if kept_free or any(each.urgency <= WAITED_FOR for each in self._tasks):
                 return None
         alike = sum(each.running and each.urgency <= task.urgency for each in self._tasks)
-        return task if alike < self._lanes() else None
+        return task if alike < self._lanes() or task.urgent <= WAITED_FOR < task.urgency else None
 
     def _open_lanes(self) -> None:
         """Where there are several lanes, each has a thread that leaves the processor to whoever else wants it; the
@@ -187,33 +240,21 @@ class Loop:
     def _named(self, request: int) -> list[Task]:
         return [task for task in self._tasks if task.id == request]
 
-    def _step(self, task: Task) -> tuple[Event | None, bool]:
+    def _step(self, task: Task) -> list[tuple[int, Event | None, bool]]:
+        """What is to be sent, each with the number of its request and whether it is that one's last."""
         try:
+            if not isinstance(task.steps, Generator):
+                return [*task.steps.step()]
             if task.cancelled:
                 task.steps.close()
-                return Cancelled(), True
-            return next(task.steps), False
+                return [(task.id, Cancelled(), True)]
+            return [(task.id, next(task.steps), False)]
         except StopIteration as stop:
-            return stop.value, True
-        except TrellisError as error:
-            return failed(error), True
-        except OSError as error:
-            return failed(disk_trouble(error)), True
-        except MemoryError:
-            return failed(out_of_memory("this computer's memory")), True
-        except Exception as error:
-            if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
-                return failed(out_of_memory("the device's memory")), True
-            if "not enough memory" in str(error) or "can't allocate memory" in str(error):  # torch's on a CPU
-                return failed(out_of_memory("this computer's memory")), True
-            if "os error 28" in str(error):  # safetensors', which hides the kind of the error in its words
-                return failed(disk_trouble(OSError(errno.ENOSPC, "No space left on device"))), True
-            log.exception("a request failed")
-            return Failed(
-                code="engine_bug",
-                message=f"The engine met an error it does not know: {type(error).__name__}: {error}",
-                next_step="Try again. If it comes back, the engine's log has the details.",
-            ), True
+            return [(task.id, stop.value, True)]
+        except Exception as error:  # noqa: BLE001 - the engine's loop; what it does not know is logged
+            said = explained(error)
+            numbers = [task.id] if isinstance(task.steps, Generator) else task.steps.give_up()
+            return [(number, said, True) for number in numbers]
 
     def _send(self, request: int, event: Event, last: bool) -> None:
         try:
@@ -223,6 +264,26 @@ class Loop:
             with self._changed:
                 self._tasks.clear()
                 self._ending = True
+
+
+def explained(error: Exception) -> Failed:
+    """What went wrong in words for a person."""
+    if isinstance(error, TrellisError):
+        return failed(error)
+    if isinstance(error, OSError):
+        return failed(disk_trouble(error))
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
+        return failed(out_of_memory("the device's memory"))
+    if isinstance(error, MemoryError) or "not enough memory" in str(error) or "can't allocate memory" in str(error):
+        return failed(out_of_memory("this computer's memory"))
+    if "os error 28" in str(error):  # safetensors', which hides the kind of the error in its words
+        return failed(disk_trouble(OSError(errno.ENOSPC, "No space left on device")))
+    log.error("a request failed", exc_info=error)
+    return Failed(
+        code="engine_bug",
+        message=f"The engine met an error it does not know: {type(error).__name__}: {error}",
+        next_step="Try again. If it comes back, the engine's log has the details.",
+    )
 
 
 def out_of_memory(where: str) -> TrellisError:

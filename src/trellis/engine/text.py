@@ -19,6 +19,7 @@ from ..messages import (
     LOG_FILE,
     Assess,
     Assessed,
+    Chat,
     Delta,
     Fit,
     Learn,
@@ -42,13 +43,15 @@ from ..messages import (
 )  # fmt: skip
 from ..params import Learning
 from .adapters import Shelf, Slot, Weights
+from .chats import Chats
 from .decode import Growing, decode_group
 from .download import download
 from .fits import fit_steps, sight
 from .forward import forward_of
 from .learning import Point, learn_steps
+from .lines import Lines, lines_of
 from .loaded import LoadedModel, read_model, require_memory
-from .loop import Handler, Steps
+from .loop import Handler, Steps, Together
 from .merging import merge
 from .methods import METHODS
 from .reading import Group, reading_of
@@ -57,6 +60,9 @@ from .vitals import fluency_of, variety_of
 PROGRESS_SECONDS = 0.2
 REFERENCES = 1024
 """Lessons of which the base model's log-probabilities are kept: a few of each session that learns."""
+
+WARM_BYTES = 256_000_000
+"""Keys and values that are kept of conversations, so that a next message need not have all of them read again."""
 
 DELTA_SECONDS = 0.025
 """Text goes up in batches of about this long: often enough to look alive, seldom enough to cost nothing."""
@@ -70,6 +76,8 @@ class TextEngine:
         self._hub_timeout = hub_timeout
         self._loaded: LoadedModel | None = None
         self._path: str | None = None
+        self._lines: Lines | None = None
+        self._chats = Chats(self._lines_now, lambda: self.loaded)
         self._references: OrderedDict[str, Tensor] = OrderedDict()
         self._keeping = threading.Lock()
 
@@ -78,6 +86,15 @@ class TextEngine:
             Load: self.load, Plant: self.plant, Offer: self.offer, Learn: self.learn, Fit: self.fit,
             Assess: self.assess, Merge: self.merge, Status: self.status,
         }  # fmt: skip
+
+    def together(self) -> Mapping[type, Together]:
+        return {Chat: self._chats}
+
+    def _lines_now(self) -> Lines:
+        if self._lines is None:
+            loaded = self.loaded
+            self._lines = lines_of(loaded.slots, loaded.lean, loaded.model, self.weights, WARM_BYTES)
+        return self._lines
 
     @property
     def lanes(self) -> int:

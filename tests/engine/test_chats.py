@@ -1,0 +1,306 @@
+"""Many conversations in one batch: each is answered as if it were alone, and none is in another's way."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.tiny import make_model
+from trellis.blobs import Blobs
+from trellis.engine import chats
+from trellis.engine.adapters import Weights
+from trellis.engine.chats import begins, until
+from trellis.engine.lines import GeneralLines, LeanLines, Lines, lines_of, shared
+from trellis.engine.text import TextEngine
+from trellis.errors import WeightsMissing
+from trellis.messages import Answered, Cancelled, Chat, Failed, Heard, Load, Plant, Queued, Spoke, Turn
+from trellis.params import Adapter, Sampling
+
+pytestmark = pytest.mark.engine
+
+GREEDY = Sampling(temperature=0.0, min_p=0.0, max_new_tokens=12)
+WORDS = ["Tell me about the sea.", "Bread", "東京 and 🌱 are words too, are they not? Say so.", "The sea is wide. " * 9]
+
+
+def run(steps: Iterator[Any]) -> Any:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+class Room:
+    """An engine with some weights, and conversations in it that are stepped by hand."""
+
+    def __init__(self, model: Path, blobs: Path, general: bool = False) -> None:
+        self.engine = TextEngine(Blobs(blobs))
+        run(self.engine.load(Load(path=str(model))))
+        loaded = self.engine.loaded
+        self.weights = ["", *(self.grown(Adapter(lora_rank=rank), seed) for rank, seed in ((4, 1), (4, 2), (2, 3)))]
+        if general:
+            self.engine._lines = GeneralLines(loaded.slots, loaded.model, self.engine.weights)
+        self.chats = self.engine._chats
+
+    def grown(self, adapter: Adapter, seed: int) -> str:
+        """Weights that say something of their own."""
+        planted = run(self.engine.plant(Plant(adapter=adapter, seed=seed))).weights
+        slot, found = self.engine.weights(planted)
+        flat = torch.randn(slot.flat.shape, generator=torch.Generator().manual_seed(seed)) * 0.5
+        made = Weights(f"w{seed:032x}", slot.settings, flat, found.first, found.second, 1)
+        self.engine._shelf.add(slot, made, None, keep=True)
+        return made.id
+
+    def run(self, *wanted: Chat, owners: str = "") -> dict[int, list[Any]]:
+        """All events of some conversations that come at once, by their number."""
+        told: dict[int, list[Any]] = {number: [] for number in range(1, len(wanted) + 1)}
+        for number, request in enumerate(wanted, start=1):
+            self.chats.join(number, owners[number - 1] if owners else "", request)
+        while self.chats.wanted:
+            for number, event, _ in self.chats.step():
+                told[number].append(event)
+        return told
+
+    def generated(self, request: Chat) -> str:
+        """What transformers' own `generate` makes of it."""
+        loaded = self.engine.loaded
+        tokens = loaded.conversation(request).tokens
+        slot, found = self.engine.weights(request.weights or self.weights[1])
+        slot.install(found.flat)
+        ids = torch.tensor([tokens])
+        options = {"max_new_tokens": request.sampling.max_new_tokens, "do_sample": False, "pad_token_id": 0}
+        if request.weights:
+            found_ids: Tensor = slot.model.generate(input_ids=ids, **options)
+        else:
+            with slot.reference():
+                found_ids = slot.model.generate(input_ids=ids, **options)
+        return str(loaded.tokenizer.decode(found_ids[0, len(tokens) :], skip_special_tokens=True))
+
+
+def said(events: list[Any]) -> str:
+    return "".join(event.text for event in events if isinstance(event, Spoke))
+
+
+def asks(text: str, weights: str = "", **more: Any) -> Chat:
+    values = {"turns": (Turn(role="user", text=text),), "weights": weights, "sampling": GREEDY, "seed": 1}
+    return Chat(**(values | more))
+
+
+@pytest.fixture(scope="module", params=["lean", "general"])
+def room(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Room:
+    folder = tmp_path_factory.mktemp("chats")
+    return Room(make_model(folder / "model", "llama"), folder / "weights", general=request.param == "general")
+
+
+def test_each_is_answered_as_generate_would_whoever_else_is_there(room: Room) -> None:
+    wanted = [asks(text, weights) for text in WORDS for weights in room.weights]
+    together = room.run(*wanted)
+    for number, request in enumerate(wanted, start=1):
+        assert said(together[number]) == room.generated(request), request
+        assert isinstance(together[number][-1], Answered)
+    assert len({said(events) for events in together.values()}) > len(wanted) // 2, "the weights make a difference"
+
+
+def test_the_lean_batch_is_what_a_small_model_gets(room: Room) -> None:
+    loaded = room.engine.loaded
+    made = lines_of(loaded.slots, loaded.lean, loaded.model, room.engine.weights, 1000)
+    assert isinstance(made, LeanLines)
+
+
+@settings(max_examples=15)
+@given(chance=st.integers(0, 2**32).map(random.Random))
+def test_coming_and_going_changes_nobody_elses_words(room: Room, chance: random.Random) -> None:
+    wanted = [asks(text, weights) for text in WORDS[:3] for weights in room.weights[:3]]
+    alone = [said(room.run(request)[1]) for request in wanted]
+    order = chance.sample(range(len(wanted)), len(wanted))
+    leaves = chance.sample(order, 3)
+    told: dict[int, list[Any]] = {number: [] for number in order}
+    coming = list(order)
+    while coming or room.chats.wanted:
+        for _ in range(chance.randint(0, 2)):
+            if coming:
+                room.chats.join(coming[0], str(coming[0] % 2), wanted[coming.pop(0)])
+        for number, event, _ in room.chats.step():
+            told[number].append(event)
+            if number in leaves and len(told[number]) == 4:
+                room.chats.leave(number)
+    for number in order:
+        words = said(told[number])
+        if isinstance(told[number][-1], Cancelled):
+            assert number in leaves
+            assert alone[number].startswith(words)
+        else:
+            assert words == alone[number]
+
+
+def test_what_was_read_before_is_not_read_again(room: Room) -> None:
+    first = asks("Slowly, in a warm kitchen, bread keeps its own time.", room.weights[1])
+    events = room.run(first)[1]
+    turns = (*first.turns, Turn(role="assistant", text=said(events)), Turn(role="user", text="More."))
+    then = room.run(asks("", room.weights[1], turns=turns))[1]
+    heard = [event for event in then if isinstance(event, Heard)]
+    before = next(event for event in events if isinstance(event, Heard))
+    assert heard[0].warm >= before.prompt_tokens, "an answer that is cut short may be other tokens when it is read"
+    assert said(then) == room.generated(asks("", room.weights[1], turns=turns))
+    other = room.run(asks("", room.weights[2], turns=turns))[1]
+    assert next(event for event in other if isinstance(event, Heard)).warm <= 1, "other weights read for themselves"
+
+
+def test_the_same_seed_draws_the_same_words(room: Room) -> None:
+    drawn = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=12)
+    first, again, other = (said(room.run(asks("Bread", sampling=drawn, seed=seed))[1]) for seed in (5, 5, 6))
+    assert first == again != other
+
+
+def test_a_long_message_is_read_between_the_words_of_others(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chats, "PIECE", 8)
+    room.chats.join(1, "a", asks("Bread"))
+    room.chats.step()
+    room.chats.join(2, "b", asks("Bread rises slowly, as it does. " * 9, room.weights[3]))
+    order: list[tuple[int, str]] = []
+    while room.chats.wanted:
+        order += [(number, event.type) for number, event, _ in room.chats.step()]
+    reads = [place for place, each in enumerate(order) if each == (2, "heard")]
+    words = [place for place, each in enumerate(order) if each[0] == 1 and each[1] == "spoke"]
+    assert len(reads) > 5
+    assert any(reads[0] < place < reads[-1] for place in words)
+
+
+def test_a_full_batch_lets_wait_and_says_the_place(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chats, "MOST", 2)
+    told = room.run(*(asks(WORDS[0]) for _ in range(5)), owners="aaaab")
+    queued = {number: [event.place for event in told[number] if isinstance(event, Queued)] for number in told}
+    assert queued == {1: [], 5: [], 2: [1], 3: [2, 1], 4: [3, 2, 1]}, "who has nothing in the batch comes before"
+
+
+def test_one_that_is_larger_than_the_room_is_answered_alone(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chats, "KEYS_BYTES", 1)
+    told = room.run(asks(WORDS[0]), asks(WORDS[1]))
+    assert all(isinstance(events[-1], Answered) for events in told.values())
+    assert any(isinstance(event, Queued) for event in told[2])
+
+
+def test_stopping_takes_one_step(room: Room) -> None:
+    room.chats.join(1, "", asks(WORDS[0]))
+    room.chats.step()
+    room.chats.leave(1)
+    assert room.chats.step() == [(1, Cancelled(), True)]
+    assert not room.chats.wanted
+
+
+def test_what_is_wrong_with_one_is_said_to_it_alone(room: Room) -> None:
+    told = room.run(asks("x " * 3000), asks(WORDS[0]), asks(WORDS[0], "w" + "0" * 32))
+    assert isinstance(told[1][-1], Failed)
+    assert told[1][-1].code == "prompt_too_long"
+    assert isinstance(told[2][-1], Answered)
+    assert isinstance(told[3][-1], Failed)
+    assert told[3][-1].code == WeightsMissing("w").code
+
+
+def test_the_oldest_turns_are_left_out_where_that_is_wanted(room: Room) -> None:
+    turns = [Turn(role="system", text="Be kind.")]
+    for number in range(60):
+        turns += [Turn(role="user", text=f"Number {number}, the sea."), Turn(role="assistant", text="Wide.")]
+    turns.append(Turn(role="user", text="And now?"))
+    events = room.run(asks("", turns=tuple(turns), trims=True))[1]
+    heard = next(event for event in events if isinstance(event, Heard))
+    assert heard.left_out > 0
+    assert heard.left_out % 2 == 0
+    assert heard.prompt_tokens + GREEDY.max_new_tokens <= heard.context_length
+    kept = [turns[0], *turns[1 + heard.left_out :]]
+    assert said(events) == room.generated(asks("", turns=tuple(kept)))
+    fewer = [turns[0], *turns[heard.left_out - 1 :]]
+    loaded = room.engine.loaded
+    limit = heard.context_length - GREEDY.max_new_tokens
+    assert len(loaded.conversation(asks("", turns=tuple(fewer))).tokens) > limit, "no more than need be"
+
+
+def test_the_answer_ends_with_the_context(room: Room) -> None:
+    long = asks("The sea is wide. " * 68, sampling=GREEDY.model_copy(update={"max_new_tokens": 8192}))
+    events = room.run(long)[1]
+    assert isinstance(events[-1], Answered)
+    heard = next(event for event in events if isinstance(event, Heard))
+    if events[-1].finish == "length":
+        assert events[-1].tokens + heard.prompt_tokens == heard.context_length
+
+
+def test_a_last_word_of_the_model_is_gone_on_with(room: Room) -> None:
+    whole = said(room.run(asks(WORDS[0]))[1])
+    turns = (Turn(role="user", text=WORDS[0]), Turn(role="assistant", text=whole[:9]))
+    tokens = room.engine.loaded.conversation(asks("", turns=turns)).tokens
+    assert room.engine.loaded.tokenizer.decode(tokens).endswith("<|assistant|>" + whole[:9])
+
+
+def test_tokens_are_told_with_their_log_probabilities(room: Room) -> None:
+    events = room.run(asks(WORDS[0], top=3))[1]
+    drawn = [token for event in events if isinstance(event, Spoke) for token in event.drawn]
+    answered = events[-1]
+    assert isinstance(answered, Answered)
+    assert len(drawn) == answered.tokens
+    for token in drawn:
+        assert len(token.top) == 3
+        assert token.top[0][2] == pytest.approx(token.logprob), "greedy takes the likeliest"
+        assert math.exp(token.logprob) <= 1
+        assert bytes(token.bytes).decode("utf-8", "replace") == token.text or "\ufffd" in token.text
+
+
+def test_a_failed_step_is_said_to_all_and_the_next_one_goes_on(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise MemoryError
+
+    lines: Lines = room.engine._lines_now()
+    room.chats.join(1, "", asks(WORDS[0]))
+    room.chats.join(2, "", asks(WORDS[1]))
+    room.chats.step()
+    with monkeypatch.context() as broken:
+        broken.setattr(lines, "grow", fail)
+        broken.setattr(lines, "read", fail)
+        with pytest.raises(MemoryError):
+            room.chats.step()
+    assert sorted(room.chats.give_up()) == [1, 2]
+    assert said(room.run(asks(WORDS[0]))[1]) == room.generated(asks(WORDS[0]))
+
+
+def test_a_model_without_a_template_is_spoken_to_in_lines(tmp_path: Path) -> None:
+    room = Room(make_model(tmp_path / "model", "gpt2", template=None), tmp_path / "weights")
+    prepared = room.engine.loaded.conversation(asks("Hello."))
+    assert room.engine.loaded.tokenizer.decode(prepared.tokens) == "User: Hello.\n\nAssistant:"
+    assert prepared.stop == ("\n\nUser: ",)
+    assert isinstance(room.run(asks("Hello."))[1][-1], Answered)
+
+
+@given(
+    pieces=st.lists(st.text("ab#", max_size=4), max_size=12),
+    stops=st.lists(st.text("ab#", min_size=1, max_size=3), max_size=3).map(tuple),
+)
+def test_what_is_told_is_the_text_up_to_the_first_stop(pieces: list[str], stops: tuple[str, ...]) -> None:
+    told, held, stopped = "", "", False
+    for piece in pieces:
+        text, stopped = until(held + piece, stops)
+        keep = 0 if stopped else begins(text, stops)
+        told, held = told + text[: len(text) - keep], text[len(text) - keep :]
+        if stopped:
+            break
+    whole = "".join(pieces)
+    assert told + ("" if stopped else held) == until(whole, stops)[0] or stopped
+    if stopped:
+        assert all(stop not in told for stop in stops)
+        assert whole.startswith(told)
+    else:
+        assert all(stop not in whole for stop in stops)
+
+
+@given(st.lists(st.integers(0, 2), max_size=9), st.lists(st.integers(0, 2), max_size=9))
+def test_what_two_texts_begin_with(one: list[int], other: list[int]) -> None:
+    alike = shared(one, other)
+    assert one[:alike] == other[:alike]
+    assert alike in (len(one), len(other)) or one[alike] != other[alike]
