@@ -68,8 +68,8 @@ class Linear:
             found = functional.linear(x, self.weight, self.bias)
         if self.down is None or self.up is None:
             return found
-        if self.down.dim() == 3:  # (N, r, in) and (N, r, out): each row has an adapter of its own
-            return found + torch.bmm(self.up.transpose(1, 2), torch.bmm(self.down, x[:, :, None]))[:, :, 0]
+        if self.down.dim() == 3:  # (N, in, r) and (N, r, out): each row has an adapter of its own
+            return torch.baddbmm(found[:, None], torch.bmm(x[:, None], self.down), self.up)[:, 0]
         return found.addmm_(functional.linear(x, self.down), self.up)
 
     def onto(self, x: Tensor, seen: Tensor) -> Tensor:
@@ -85,11 +85,11 @@ def side_by_side(linears: Sequence[Linear]) -> Linear:
     ranks = max((0 if each.down is None else len(each.down)) for each in linears)
     if not ranks:
         return base
-    down = base.weight.new_zeros(len(linears), ranks, base.weight.shape[1])
+    down = base.weight.new_zeros(len(linears), base.weight.shape[1], ranks)
     up = base.weight.new_zeros(len(linears), ranks, base.weight.shape[0])
     for row, each in enumerate(linears):
         if each.down is not None and each.up is not None:
-            down[row, : len(each.down)], up[row, : len(each.up)] = each.down, each.up
+            down[row, :, : len(each.down)], up[row, : len(each.up)] = each.down.T, each.up
     return Linear(base.weight, base.bias, base.parts, down, up, base.packed)
 
 
