@@ -162,6 +162,7 @@ def _serve(settings: Settings, open_page: bool, first: tuple[str | None, dict[st
 
     from .store.store import Store, migrate
     from .studio.studio import Studio
+    from .web.access import MAX_BODY
     from .web.app import create_app
     from .workers.processes import ProcessSpawner
 
@@ -181,6 +182,7 @@ def _serve(settings: Settings, open_page: bool, first: tuple[str | None, dict[st
         log_level="warning",
         ws="websockets-sansio",
         ws_per_message_deflate=False,
+        ws_max_size=MAX_BODY,
         timeout_graceful_shutdown=5,
         server_header=False,
         proxy_headers=settings.behind_proxy,

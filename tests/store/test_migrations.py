@@ -8,11 +8,12 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import text
+from sqlalchemy import insert, select, text
 
+from trellis.store import steering as rows
 from trellis.store import store
 from trellis.store.store import migrate, open_engine
-from trellis.store.tables import HEAD, metadata
+from trellis.store.tables import HEAD, metadata, nodes, sessions
 
 
 def test_the_migrations_make_the_tables(tmp_path: Path) -> None:
@@ -42,4 +43,21 @@ def test_migrating_twice_keeps_what_is_there(tmp_path: Path) -> None:
     migrate(url)
     with engine.begin() as connection:
         assert connection.execute(text("SELECT count(*) FROM logins")).scalar() == 1
+    engine.dispose()
+
+
+def test_a_session_of_thousands_of_steps_can_be_deleted(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'trellis.db'}"
+    migrate(url)
+    engine = open_engine(url)
+    chain = [
+        {"id": f"n{i}", "session": "s", "parent": f"n{i - 1}" if i else None, "step": i, "weights": "w", "position": i,
+         "created": i} for i in range(3000)
+    ]  # fmt: skip
+    with engine.begin() as connection:
+        connection.execute(insert(sessions).values(id="s", name="long", config={}, created=1, updated=1))
+        connection.execute(insert(nodes), chain)
+    with engine.begin() as connection:
+        rows.delete_session(connection, "s")
+        assert connection.execute(select(nodes.c.id)).first() is None
     engine.dispose()

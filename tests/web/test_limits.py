@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.server import Server, new_session, wait_ready
-from trellis.web.markdown import to_html
+from trellis.markdown import to_html
 
 
 def test_expensive_actions_are_counted_and_cheap_ones_are_not(tmp_path: Path) -> None:

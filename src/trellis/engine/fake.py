@@ -298,21 +298,24 @@ class FakeSeat:
 
     def __init__(self, number: int, request: Chat) -> None:
         self.number, self.request = number, request
-        said = request.turns[-1].text if request.turns else request.text
+        asked_last = [turn.text for turn in request.turns if turn.role == "user"]
+        said = asked_last[-1] if asked_last else request.text
+        goes_on = bool(request.turns) and request.turns[-1].role == "assistant"
+        self.before = len(request.turns[-1].text.split()) if goes_on else 0
         asked = SAY.search(said)
         heard = sum(len(turn.text.split()) for turn in request.turns) or len(request.text.split())
         self.heard = min(heard, CONTEXT)
         self.left_out = 1 if heard > CONTEXT and request.trims else 0
-        self.most = min(int(asked[1]) if asked else 3 + _draw(request.seed, said) % 12, request.sampling.max_new_tokens)
+        wanted = int(asked[1]) if asked else 3 + _draw(request.seed, said) % 12
+        self.most = min(max(1, wanted - self.before), request.sampling.max_new_tokens)
         self.pause = 1 / float(asked[2]) if asked else STEP_SECONDS
         self.key = (request.seed, request.weights, said)
         self.count = 0
         self.started = self.due = time.monotonic()
 
     def word(self) -> str:
-        said = self.request.turns[-1] if self.request.turns else None
-        going_on = self.count == 0 and not (said and said.role == "assistant")
-        return ("" if going_on else " ") + WORDS[_draw(self.key, self.count) % len(WORDS)]
+        place = self.before + self.count
+        return (" " if place else "") + WORDS[_draw(self.key, place) % len(WORDS)]
 
 
 class FakeChats:

@@ -54,6 +54,8 @@ def rename_session(connection: Connection, session_id: str, name: str, now: floa
 
 
 def delete_session(connection: Connection, session_id: str) -> None:
+    # Let go of each other first: SQLite follows a chain of a thousand parents at most.
+    connection.execute(update(nodes).where(nodes.c.session == session_id).values(parent=None))
     connection.execute(delete(sessions).where(sessions.c.id == session_id))
 
 

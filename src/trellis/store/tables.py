@@ -16,7 +16,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-HEAD = "0003"
+HEAD = "0004"
 """The newest migration, so that a start with nothing to migrate need not import Alembic."""
 
 metadata = MetaData()
@@ -126,5 +126,90 @@ logins = Table(
     "logins",
     metadata,
     Column("token_hash", String, primary_key=True),
+    Column("created", Float, nullable=False),
+)
+
+rooms = Table(
+    "rooms",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("request", String, unique=True),
+    Column("title", Text, nullable=False),
+    Column("folded", Text, nullable=False),
+    Column("named", Integer, nullable=False),
+    Column("system", Text, nullable=False),
+    Column("models", JSON, nullable=False),
+    Column("sampling", JSON, nullable=False),
+    Column("head", String),
+    Column("archived", Integer, nullable=False),
+    Column("created", Float, nullable=False),
+    Column("updated", Float, nullable=False),
+)
+
+messages = Table(
+    "messages",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("room", ForeignKey("rooms.id", ondelete="CASCADE"), nullable=False),
+    Column("parent", String),
+    Column("role", String, nullable=False),
+    Column("text", Text, nullable=False),
+    Column("folded", Text, nullable=False),
+    Column("model", Text),
+    Column("group", String),
+    Column("state", String, nullable=False),
+    Column("finish", String),
+    Column("usage", JSON),
+    Column("error", JSON),
+    Column("files", JSON, nullable=False),
+    Column("rating", Integer, nullable=False),
+    Column("request", String),
+    Column("created", Float, nullable=False),
+    Index("messages_by_room", "room", "created"),
+    UniqueConstraint("room", "request", name="one_message_of_each_request"),
+)
+
+files = Table(
+    "files",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("room", ForeignKey("rooms.id", ondelete="CASCADE"), nullable=False),
+    Column("name", Text, nullable=False),
+    Column("kind", String, nullable=False),
+    Column("bytes", Integer, nullable=False),
+    Column("text", Text, nullable=False),
+    Column("created", Float, nullable=False),
+    Index("files_by_room", "room"),
+)
+
+prompts = Table(
+    "prompts",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("text", Text, nullable=False),
+    Column("created", Float, nullable=False),
+)
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("hash", String, primary_key=True),
+    Column("id", String, nullable=False, unique=True),
+    Column("name", Text, nullable=False),
+    Column("start", String, nullable=False),
+    Column("created", Float, nullable=False),
+    Column("used", Float),
+)
+
+remotes = Table(
+    "remotes",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("url", Text, nullable=False),
+    Column("secret", Text, nullable=False),
+    Column("models", JSON, nullable=False),
+    Column("sees", Integer, nullable=False),
     Column("created", Float, nullable=False),
 )

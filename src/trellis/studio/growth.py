@@ -16,6 +16,7 @@ from ..errors import Conflict, WeightsMissing
 from ..messages import (
     Assess,
     Assessed,
+    Chat,
     Choice,
     Delta,
     Event,
@@ -224,6 +225,13 @@ class Growth:
             if waiting:
                 self._queued(None)
         return event
+
+    async def chat(self, request: Chat, owner: str) -> AsyncGenerator[Event, None]:
+        """Answer a conversation. Raises WeightsMissing before anything is said."""
+        worker = await self._planted()
+        async with aclosing(worker.stream(request, owner=owner)) as events:
+            async for event in events:
+                yield event
 
     async def close(self) -> None:
         """Give up what was begun ahead."""

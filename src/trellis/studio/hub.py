@@ -74,6 +74,15 @@ class Hub:
         place = self._topics.setdefault(topic, Topic())
         return f"{place.mark}-{place.number}"
 
+    def number(self, topic: str) -> int:
+        """How many events a topic has had."""
+        place = self._topics.get(topic)
+        return place.number if place else 0
+
+    def name(self, topic: str, number: int) -> str:
+        """The id of an event by its number."""
+        return f"{self._topics.setdefault(topic, Topic()).mark}-{number}"
+
     async def subscribe(self, topic: str, after: str | None, snapshot: Snapshot) -> AsyncIterator[HubEvent]:
         """Events after an id, without end until the topic or the hub closes.
 

@@ -150,6 +150,11 @@ class Models:
             return "unloaded"
         return "loaded" if held.worker else "loading"
 
+    def options_of(self, model_id: str) -> ModelOptions:
+        """How a model is loaded at present, the one used last where that is in several ways; else the defaults."""
+        held = sorted((each for each in self._held.values() if each.entry.id == model_id), key=lambda each: each.used)
+        return held[-1].options if held else ModelOptions(model=model_id)
+
     def lanes(self, options: ModelOptions) -> int:
         """How many requests its engine works on at once."""
         held = self._held.get(options)

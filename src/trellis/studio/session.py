@@ -11,15 +11,15 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any, TypeVar
 
 from ..blobs import Blobs
 from ..errors import Conflict, EngineDied, EngineStopped, NotFound, TrellisError, WeightsMissing, shorten
-from ..messages import CHOICE, Choice, Learned, Lesson, Metrics, Offered, Progress, Prompt
+from ..messages import CHOICE, Chat, Choice, Event, Learned, Lesson, Metrics, Offered, Progress, Prompt
 from ..params import ModelOptions, Sampling, SessionConfig
 from ..store import steering as rows
 from ..store.store import Store
@@ -329,6 +329,29 @@ class Session:
                 self.prompts = await self._datasets.open(self.prepared, self.config.dataset, self.config.seed)
             except (OSError, ValueError):
                 log.warning("session %s: its prompts are gone and must be read again", self.id)
+
+    async def chat(self, request: Chat, node: Node, owner: str) -> AsyncGenerator[Event, None]:
+        """Answer a conversation from any node, without moving the session. Weights that are gone are made again."""
+        if not node.weights:
+            raise self._conflict("The session is not ready yet.", "offer_not_ready", "Wait for the first options.")
+        self.used = time.monotonic()
+        self._growth.welcome()
+        self._pins[node.weights] += 1
+        request = request.model_copy(update={"weights": node.weights})
+        try:
+            if not self._growth.at_hand(node.weights):
+                await self._growth.regrow(WeightsMissing(node.weights))
+            try:
+                async with aclosing(self._growth.chat(request, owner)) as events:
+                    async for event in events:
+                        yield event
+            except WeightsMissing as missing:  # what looked whole was not; it is said before anything is
+                await self._growth.regrow(missing)
+                async with aclosing(self._growth.chat(request, owner)) as events:
+                    async for event in events:
+                        yield event
+        finally:
+            self._pins[node.weights] -= 1
 
     async def sample(self, prompt: str, node: str | None, n: int, sampling: Sampling, seed: int) -> list[str]:
         """Answers from any node without moving the session."""

@@ -20,6 +20,8 @@ from .hub import Hub
 from .jobs import Jobs
 from .lessons import Logs
 from .models import Models
+from .rooms import Rooms
+from .speakers import Speakers
 from .steering import Steering
 from .uploads import Uploads
 
@@ -48,6 +50,8 @@ class Studio:
         self.blind = Blind(store, self.steering)
         self.comparisons = Comparisons(self.jobs, self.steering)
         self.exports = Exports(self.jobs, self.steering, catalog, spawn, weights, settings.save_dir / "exports")
+        self.speakers = Speakers(self.models, self.steering)
+        self.rooms = Rooms(store, self.hub, self.speakers)
         self.uploads = Uploads(
             settings.save_dir / "uploads", settings.prompts_folders[0], settings.models_folders[0],
             int(settings.upload_gb * 1e9),
@@ -58,10 +62,12 @@ class Studio:
         await self.models.open()
         await asyncio.to_thread(self.exports.sweep)
         await self.steering.open()
+        await self.rooms.open()
 
     async def close(self) -> None:
         """Let readers go, then stop work, engines and store, in this order."""
         self.hub.close()
+        await self.rooms.close()
         await self.blind.close()
         await self.steering.close()
         await self.jobs.close()

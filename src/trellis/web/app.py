@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Scope
 from .. import __version__
 from ..settings import Settings
 from ..studio.studio import Studio
-from . import failures
+from . import failures, socket
 from .access import MAX_BODY, Access, Guard
 from .api import blind as blind_api
 from .api import exports as exports_api
@@ -21,10 +21,11 @@ from .api import fits as fits_api
 from .api import health
 from .api import jobs as jobs_api
 from .api import models as models_api
+from .api import rooms as rooms_api
 from .api import steering as steering_api
 from .api import uploads as uploads_api
 from .limits import Expense
-from .pages import blind, fits, login, models, review, setup, steering
+from .pages import blind, chat, fits, login, models, review, setup, steering
 from .render import STATIC, VERSION, Render
 
 
@@ -68,6 +69,8 @@ def create_app(studio: Studio, settings: Settings) -> ASGIApp:
         models_api,
         jobs_api,
         uploads_api,
+        rooms_api,
+        socket,
         exports_api,
         blind_api,
         fits_api,
@@ -78,6 +81,7 @@ def create_app(studio: Studio, settings: Settings) -> ASGIApp:
         blind,
         fits,
         models,
+        chat,
         login,
     )
     for part in parts:

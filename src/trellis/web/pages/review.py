@@ -13,6 +13,7 @@ from pydantic import Field
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ...errors import TrellisError
+from ...markdown import to_html
 from ...studio import journal as journals
 from ...studio.narrative import tell
 from ...studio.session import Session
@@ -21,7 +22,6 @@ from ...studio.tree import Node, drift_of
 from ..api.steering import OfSession, OfStudio
 from ..failures import status_of
 from ..limits import expensive
-from ..markdown import to_html
 from ..render import render_of
 from .forms import flat, groups_of
 from .plant import Chart, chart

@@ -2,6 +2,7 @@
 
 import { $, bindPage } from "./page.js";
 import { bindBlind } from "./blind.js";
+import { Chat, bindKeys, bindStart } from "./chat.js";
 import { bindLoads } from "./loads.js";
 import { bindSetup } from "./setup.js";
 import { bindUploads } from "./uploads.js";
@@ -14,3 +15,8 @@ bindSetup();
 bindBlind();
 const workbench = $("[data-session]");
 if (workbench) new Workbench(workbench);
+const room = $("[data-room]");
+if (room) new Chat(room);
+const beginning = $("[data-chat-start]");
+if (beginning) bindStart(beginning);
+bindKeys();

@@ -1,0 +1,102 @@
+"""Rows of rooms, messages, their files, and the prompt library. Plain functions of a connection; values in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, and_, delete, exists, func, insert, or_, select, update
+
+from .tables import files, messages, prompts, rooms
+
+Row = dict[str, Any]
+
+
+def add_room(connection: Connection, room: Row, found: Sequence[Row] = ()) -> None:
+    """A room, with messages that it begins with."""
+    connection.execute(insert(rooms).values(room))
+    if found:
+        connection.execute(insert(messages), list(found))
+
+
+def room_by_request(connection: Connection, request: str) -> str | None:
+    return connection.execute(select(rooms.c.id).where(rooms.c.request == request)).scalar()
+
+
+def get_room(connection: Connection, room_id: str) -> tuple[Row, list[Row]] | None:
+    """A room and all its messages, in the order in which they were written."""
+    row = connection.execute(select(rooms).where(rooms.c.id == room_id)).mappings().first()
+    if row is None:
+        return None
+    query = select(messages).where(messages.c.room == room_id).order_by(messages.c.created, messages.c.id)
+    return dict(row), [dict(message) for message in connection.execute(query).mappings()]
+
+
+def list_rooms(connection: Connection, words: Sequence[str], archived: bool, most: int) -> list[Row]:
+    """Rooms in whose title or text each of some folded words occurs, the last used first, each with a message in which
+    the first word stands."""
+    query = select(rooms).where(rooms.c.archived == int(archived)).order_by(rooms.c.updated.desc()).limit(most)
+    for word in words:
+        said = exists().where(and_(messages.c.room == rooms.c.id, _holds(messages.c.folded, word)))
+        query = query.where(or_(_holds(rooms.c.folded, word), said))
+    found = [dict(row) for row in connection.execute(query).mappings()]
+    for row in found if words else []:
+        hit = select(messages.c.text).where(messages.c.room == row["id"], _holds(messages.c.folded, words[0])).limit(1)
+        row["hit"] = connection.execute(hit).scalar()
+    return found
+
+
+def _holds(column: Any, word: str) -> ColumnElement[bool]:
+    found: ColumnElement[bool] = column.contains(word, autoescape=True)
+    return found
+
+
+def count_rooms(connection: Connection, archived: bool) -> int:
+    query = select(func.count()).select_from(rooms).where(rooms.c.archived == int(archived))
+    return connection.execute(query).scalar_one()
+
+
+def change_room(connection: Connection, room_id: str, values: Row) -> None:
+    connection.execute(update(rooms).where(rooms.c.id == room_id).values(values))
+
+
+def delete_room(connection: Connection, room_id: str) -> None:
+    connection.execute(delete(rooms).where(rooms.c.id == room_id))
+
+
+def add_messages(connection: Connection, room_id: str, found: Sequence[Row], changes: Row) -> None:
+    """What was said, and what it changes of the room, in one transaction."""
+    connection.execute(insert(messages), list(found))
+    change_room(connection, room_id, changes)
+
+
+def change_message(connection: Connection, message_id: str, values: Row) -> None:
+    connection.execute(update(messages).where(messages.c.id == message_id).values(values))
+
+
+def interrupt_messages(connection: Connection) -> None:
+    """No answer is growing when the studio has just started."""
+    connection.execute(update(messages).where(messages.c.state == "growing").values(state="interrupted"))
+
+
+def add_file(connection: Connection, file: Row) -> None:
+    connection.execute(insert(files).values(file))
+
+
+def get_files(connection: Connection, room_id: str) -> list[Row]:
+    query = select(files).where(files.c.room == room_id).order_by(files.c.created)
+    return [dict(row) for row in connection.execute(query).mappings()]
+
+
+def list_prompts(connection: Connection) -> list[Row]:
+    return [dict(row) for row in connection.execute(select(prompts).order_by(prompts.c.name)).mappings()]
+
+
+def put_prompt(connection: Connection, prompt: Row) -> None:
+    """A prompt in the library, in place of the one of that name."""
+    connection.execute(delete(prompts).where(prompts.c.name == prompt["name"]))
+    connection.execute(insert(prompts).values(prompt))
+
+
+def delete_prompt(connection: Connection, prompt_id: str) -> None:
+    connection.execute(delete(prompts).where(prompts.c.id == prompt_id))

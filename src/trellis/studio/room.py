@@ -1,0 +1,634 @@
+"""One room while the studio runs: what was said in it, and the answers that are growing.
+
+What is said is written down before anybody answers; an answer is written down as it grows. It does not know sockets
+or pages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..errors import Conflict, EngineDied, EngineStopped, Invalid, NotFound, TrellisError, shorten
+from ..markdown import Blocks, block_to_html, blocks_to_html
+from ..messages import Answered, Chat, Heard, Progress, Queued, Spoke, Turn, derived_seed
+from ..params import Sampling, invalid_from
+from ..store import rooms as rows
+from ..store.store import Store
+from .hub import Hub
+from .jobs import timestamp
+from .speakers import Speakers
+
+SAVE_SECONDS, SAVE_CHARACTERS = 2.0, 4096
+"""An answer that grows is written down this often: a crash loses no more of it."""
+
+INLINE = 2000
+"""A block of up to so many characters is rendered at once; a longer one in another thread."""
+
+TITLE = 60
+MOST_MODELS = 4
+MOST_MESSAGES = 20_000
+
+CHAT = Sampling(max_new_tokens=1024)
+"""How answers are drawn in a room where nobody has said otherwise."""
+
+
+@dataclass(eq=False)
+class Message:
+    """What one side said. `group` is shared by answers that were asked for to be compared."""
+
+    id: str
+    room: str
+    parent: str | None
+    role: str
+    text: str
+    model: str | None = None
+    label: str = ""
+    group: str | None = None
+    state: str = "done"
+    finish: str | None = None
+    usage: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+    files: list[dict[str, Any]] = field(default_factory=list)
+    rating: int = 0
+    request: str | None = None
+    created: float = field(default_factory=time.time)
+    html: str | None = None
+    """The whole blocks as HTML, once somebody has asked for it."""
+    shown: int = 0
+    """Characters that the whole blocks hold."""
+
+    def row(self) -> dict[str, Any]:
+        kept = ("id", "room", "parent", "role", "text", "model", "group", "state", "finish", "usage", "error", "files",
+                "rating", "request", "created")  # fmt: skip
+        return {name: getattr(self, name) for name in kept} | {"folded": self.text.casefold()}
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "id": self.id, "parent": self.parent, "role": self.role, "text": self.text, "model": self.model,
+            "label": self.label, "group": self.group, "state": self.state, "finish": self.finish, "usage": self.usage,
+            "error": self.error, "files": self.files, "rating": self.rating, "request": self.request,
+            "created": timestamp(self.created),
+        }  # fmt: skip
+
+
+def message_from(row: dict[str, Any]) -> Message:
+    return Message(**{name: value for name, value in row.items() if name != "folded"})
+
+
+class Room:
+    """A conversation, which is a tree: who edits or asks again starts a branch. The head is the last message of the
+    branch that is looked at."""
+
+    def __init__(
+        self, store: Store, hub: Hub, speakers: Speakers, row: dict[str, Any], messages: Sequence[Message]
+    ) -> None:
+        self._store, self._hub, self._speakers = store, hub, speakers
+        self.id: str = row["id"]
+        self.title: str = row["title"]
+        self.named: bool = bool(row["named"])
+        self.system: str = row["system"]
+        self.models: list[str] = row["models"]
+        self.sampling: dict[str, Any] = row["sampling"]
+        self.head: str | None = row["head"]
+        self.archived: bool = bool(row["archived"])
+        self.created: float = row["created"]
+        self.updated: float = row["updated"]
+        self.messages: dict[str, Message] = {}
+        self._children: dict[str | None, list[Message]] = {}
+        for message in messages:
+            self._take(message)
+        self._answers: dict[str, asyncio.Task[None]] = {}
+        self._growing: dict[str, Growth] = {}
+        self._stopping: set[str] = set()
+        self._lock = asyncio.Lock()
+        self._labels: dict[str, str] = {}
+        self._first = int(time.time() * 1000)
+        """Numbers of events begin here, so that they grow over restarts too."""
+        self.watched = 0
+        self.used = time.monotonic()
+        self.closed = False
+
+    # ── What people see ────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def topic(self) -> str:
+        return f"rooms/{self.id}"
+
+    @property
+    def last(self) -> int:
+        """The number of the newest event."""
+        return self._first + self._hub.number(self.topic)
+
+    def place(self, after: int) -> str | None:
+        """The hub's name for an event's number; None for one that is from before this room was opened."""
+        return self._hub.name(self.topic, after - self._first) if after >= self._first else None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "id": self.id, "title": self.title, "system": self.system, "models": self.models,
+            "sampling": self.sampling, "head": self.head, "archived": self.archived, "growing": list(self._answers),
+            "created": timestamp(self.created), "updated": timestamp(self.updated),
+        }  # fmt: skip
+
+    def message(self, message_id: str) -> Message:
+        """Raises NotFound."""
+        if message_id not in self.messages:
+            raise NotFound(
+                f"There is no message “{shorten(message_id)}” in this room.", field="message",
+                next_step="Reload the page to see what was said.",
+            )  # fmt: skip
+        return self.messages[message_id]
+
+    def path(self, head: str | None) -> list[Message]:
+        """The branch that ends in a message."""
+        found: list[Message] = []
+        while head is not None:
+            found.append(self.messages[head])
+            head = found[-1].parent
+        return found[::-1]
+
+    def children(self, message_id: str | None) -> list[Message]:
+        return self._children.get(message_id, [])
+
+    def _take(self, message: Message) -> None:
+        self.messages[message.id] = message
+        self._children.setdefault(message.parent, []).append(message)
+
+    async def drawn(self, message: Message) -> Message:
+        """A message with the text of an answer as HTML; what people write is shown as they typed it."""
+        if message.html is None:
+            if message.role == "user" or message.id in self._growing:  # who makes it grow makes its blocks
+                message.html = ""
+            else:
+                text = message.text
+                html = blocks_to_html(text) if len(text) <= INLINE else await asyncio.to_thread(blocks_to_html, text)
+                message.html, message.shown = html, len(text)
+        if message.model and not message.label:
+            message.label = await self._label(message.model)
+        return message
+
+    async def whole(self, message: Message) -> dict[str, Any]:
+        """A message as events tell it: `html` holds its first `shown` characters."""
+        await self.drawn(message)
+        return self._told(message)
+
+    def _told(self, message: Message) -> dict[str, Any]:
+        if growing := self._growing.get(message.id):
+            growing.gather()
+        return message.as_json() | {"html": message.html or "", "shown": message.shown}
+
+    async def view(self, messages: Sequence[Message]) -> tuple[list[dict[str, Any]], int]:
+        """Some messages as they are at one moment, and the number of the last event before it."""
+        for message in messages:
+            await self.drawn(message)
+        return [self._told(message) for message in messages], self.last
+
+    async def _label(self, model: str) -> str:
+        if model not in self._labels:
+            self._labels[model] = await self._speakers.label(model)
+        return self._labels[model]
+
+    # ── What people say ────────────────────────────────────────────────────────────────────────────
+
+    async def send(
+        self,
+        text: str,
+        request: str,
+        *,
+        parent: str | None = None,
+        models: Sequence[str] = (),
+        sampling: dict[str, Any] | None = None,
+        files: Sequence[str] = (),
+    ) -> Message:
+        """Say something, and have it answered by each of some models. The same request says it once."""
+        async with self._lock:
+            if known := self._known(request):
+                return known
+            self._require_open()
+            given = await self._files(files)
+            if not text.strip() and not given:
+                raise Invalid("text: is empty.", field="text", next_step="Write something, or add a file.")
+            before = self._parent(parent)
+            if sampling:
+                sampling_from(sampling)
+            message = Message(_new("m"), self.id, before, "user", text, files=given, request=request)
+            return await self._say(message, models, sampling)
+
+    async def edit(self, message_id: str, text: str, request: str) -> Message:
+        """Say something else in place of a message: another branch, which is answered. An answer that is edited stays
+        as it is written."""
+        async with self._lock:
+            if known := self._known(request):
+                return known
+            old = self.message(message_id)
+            if not text.strip():
+                raise Invalid("text: is empty.", field="text", next_step="Write something.")
+            if old.role == "user":
+                message = Message(_new("m"), self.id, old.parent, "user", text, files=old.files, request=request)
+                asked = [each.model for each in self.children(old.id) if each.model]
+                return await self._say(message, list(dict.fromkeys(asked))[:MOST_MODELS], None)
+            message = Message(
+                _new("m"), self.id, old.parent, "assistant", text, old.model, finish="edited", request=request
+            )
+            await self._add([message], message.id)
+            return message
+
+    async def regenerate(self, message_id: str, request: str, model: str | None = None) -> Message:
+        """Have a message answered once more, beside the answer that there is."""
+        async with self._lock:
+            if known := self._known(request):
+                return known
+            old = self.message(message_id)
+            asked = old if old.role == "user" else self.message(old.parent or "")
+            chosen = model or old.model or (self.models or ["demo"])[0]
+            await self._speakers.find(chosen)
+            answer = Message(
+                _new("m"), self.id, asked.id, "assistant", "", chosen, state="growing", request=request
+            )  # fmt: skip
+            await self._add([answer], answer.id)
+            await self._begin(answer)
+            return answer
+
+    async def go_on(self, message_id: str) -> None:
+        """Have an answer that broke off, was stopped or was cut go on where it ended."""
+        async with self._lock:
+            message = self.message(message_id)
+            if message.role != "assistant" or message.id in self._answers:
+                raise Conflict(
+                    "This answer is still growing." if message.id in self._answers else "Only an answer can go on.",
+                    code="not_now", next_step="Wait for its end.",
+                )  # fmt: skip
+            self._require_open()
+            message.state, message.error, message.finish = "growing", None, None
+            await self._store.write(rows.change_message, message.id, {"state": "growing", "error": None})
+            message.html, message.shown = None, 0
+            await self._begin(message)
+            self.publish("message", message=await self.whole(message), head=self.head)
+
+    async def stop(self, message_id: str | None = None) -> None:
+        """Stop an answer, or all that grow. Returns when it has been written down."""
+        tasks = [task for each, task in self._answers.items() if message_id in (None, each)]
+        self._stopping.update(each for each in self._answers if message_id in (None, each))
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def choose(self, message_id: str) -> None:
+        """Look at the branch that goes through a message, up to what was said last there."""
+        async with self._lock:
+            message = self.message(message_id)
+            below = message
+            while children := self.children(below.id):
+                below = children[-1]
+            self.head = below.id
+            await self._store.write(rows.change_room, self.id, {"head": self.head})
+            self.publish("message", message=await self.whole(message), head=self.head)
+
+    async def rate(self, message_id: str, rating: int) -> None:
+        """Call an answer good (1), bad (-1) or neither (0)."""
+        async with self._lock:
+            message = self.message(message_id)
+            if message.role != "assistant" or rating not in (-1, 0, 1):
+                raise Invalid("rating: must be -1, 0 or 1, of an answer.", field="rating", next_step="Rate an answer.")
+            message.rating = rating
+            await self._store.write(rows.change_message, message.id, {"rating": rating})
+            self.publish("message", message=await self.whole(message), head=self.head)
+
+    async def change(
+        self,
+        *,
+        title: str | None = None,
+        system: str | None = None,
+        models: Sequence[str] | None = None,
+        sampling: dict[str, Any] | None = None,
+        archived: bool | None = None,
+    ) -> None:
+        """Change what a room is called, who answers in it and how. Raises Invalid or NotFound."""
+        async with self._lock:
+            values: dict[str, Any] = {}
+            if title is not None:
+                values |= {"title": title, "named": 1, "folded": title.casefold()}
+            if system is not None:
+                values["system"] = system
+            if models is not None:
+                values["models"] = await self._checked(models)
+            if sampling is not None:
+                sampling_from(sampling)
+                values["sampling"] = sampling
+            if archived is not None:
+                values["archived"] = int(archived)
+            if values:
+                await self._store.write(rows.change_room, self.id, values)
+                for name, value in values.items():
+                    if name != "folded":
+                        setattr(self, name, bool(value) if name in ("named", "archived") else value)
+                self.publish("room", room=self.as_json())
+
+    async def close(self, reason: str | None = None) -> None:
+        """Break off what grows, which is written down as far as it has come."""
+        self.closed = True
+        for task in self._answers.values():
+            task.cancel()
+        await asyncio.gather(*self._answers.values(), return_exceptions=True)
+        if reason:
+            self.publish("closed", reason=reason)
+        self._hub.end(self.topic)
+
+    @property
+    def idle(self) -> bool:
+        return not self._answers and self.watched == 0 and not self._lock.locked()
+
+    # ── How it is said ─────────────────────────────────────────────────────────────────────────────
+
+    def _known(self, request: str) -> Message | None:
+        return next((message for message in self.messages.values() if message.request == request), None)
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise Conflict("This room was closed.", code="closed", next_step="Reload the page.")
+        if len(self.messages) >= MOST_MESSAGES:
+            raise Conflict(
+                f"This room has {len(self.messages)} messages, which is the most.", code="room_full",
+                next_step="Start a new room.",
+            )  # fmt: skip
+
+    def _parent(self, parent: str | None) -> str | None:
+        """What a new message comes after: the head, where nobody says otherwise. Raises NotFound or Conflict."""
+        before = self.message(parent) if parent else self.messages.get(self.head or "")
+        if before is None:
+            return None
+        if before.role == "user":
+            raise Conflict(
+                "The last message has no answer yet.", code="not_now", next_step="Have it answered first, or edit it."
+            )
+        if before.id in self._answers:
+            raise Conflict(
+                "The answer is still growing.", code="not_now", next_step="Wait for its end, or stop it."
+            )  # fmt: skip
+        return before.id
+
+    async def _checked(self, models: Sequence[str]) -> list[str]:
+        names = list(dict.fromkeys(models))
+        if not 1 <= len(names) <= MOST_MODELS:
+            raise Invalid(
+                f"models: 1 to {MOST_MODELS} can answer, got {len(names)}.", field="models",
+                next_step="Choose fewer." if names else "Choose one.",
+            )  # fmt: skip
+        return [(await self._speakers.find(name)).name for name in names]
+
+    async def _files(self, wanted: Sequence[str]) -> list[dict[str, Any]]:
+        if not wanted:
+            return []
+        there = {row["id"]: row for row in await self._store.read(rows.get_files, self.id)}
+        if unknown := [each for each in wanted if each not in there]:
+            raise NotFound(
+                f"There is no file “{shorten(unknown[0])}” in this room.", field="files", next_step="Add it again."
+            )
+        return [{name: there[each][name] for name in ("id", "name", "kind", "bytes")} for each in wanted]
+
+    async def _say(self, message: Message, models: Sequence[str], sampling: dict[str, Any] | None) -> Message:
+        chosen = await self._checked(models or self.models or ["demo"])
+        group = _new("g") if len(chosen) > 1 else None
+        answers = [
+            Message(_new("m"), self.id, message.id, "assistant", "", each, group=group, state="growing",
+                    created=time.time() + 1e-4 * (place + 1))
+            for place, each in enumerate(chosen)
+        ]  # fmt: skip
+        changes: dict[str, Any] = {"models": chosen}
+        if sampling is not None:
+            changes["sampling"] = self.sampling = sampling
+        if not self.named and message.parent is None:
+            title = title_of(message.text) or (message.files[0]["name"] if message.files else "")
+            changes |= {"title": title, "folded": title.casefold()}
+            self.title = title
+        self.models = chosen
+        await self._add([message, *answers], answers[0].id, changes)
+        if len(changes) > 1:
+            self.publish("room", room=self.as_json())
+        for answer in answers:
+            await self._begin(answer)
+        return message
+
+    async def _add(self, messages: Sequence[Message], head: str, changes: dict[str, Any] | None = None) -> None:
+        """Write down what was said, then tell it."""
+        self.updated = time.time()
+        values = {"head": head, "updated": self.updated} | (changes or {})
+        await self._store.write(rows.add_messages, self.id, [message.row() for message in messages], values)
+        self.head = head
+        for message in messages:
+            self._take(message)
+        for message in messages:
+            if message.state == "growing":
+                message.html = ""
+            self.publish("message", message=await self.whole(message), head=head)
+
+    # ── How it is answered ─────────────────────────────────────────────────────────────────────────
+
+    async def _begin(self, message: Message) -> None:
+        growth = self._growing[message.id] = Growth(self, message)
+        self._answers[message.id] = asyncio.create_task(self._answer(message, growth), name=f"answer {message.id}")
+        await asyncio.sleep(0)  # one that is cancelled before its first step would never say how it ended
+
+    async def _answer(self, message: Message, growth: Growth) -> None:
+        try:
+            await growth.run()
+        except asyncio.CancelledError:
+            message.state = "stopped" if message.id in self._stopping else "interrupted"
+        except (EngineDied, EngineStopped) as error:
+            message.state, message.error = "interrupted", error.as_json()
+        except TrellisError as error:
+            message.state, message.error = "failed", error.as_json()
+        else:
+            message.state = "done"
+        await asyncio.shield(self._settle(message, growth))
+
+    async def _settle(self, message: Message, growth: Growth) -> None:
+        """Write down how an answer ended, then tell it."""
+        await growth.finish()
+        try:
+            await self._store.write(rows.change_message, message.id, message.row())
+        except TrellisError as error:  # a full disk: what was said is on the screens, and is said not to be kept
+            message.error = error.as_json()
+        self._answers.pop(message.id, None)
+        self._growing.pop(message.id, None)
+        self._stopping.discard(message.id)
+        if message.error:
+            self.publish("error", message=message.id, error=message.error, state=message.state, usage=message.usage)
+        elif message.state == "done":
+            self.publish("done", message=message.id, finish=message.finish, usage=message.usage)
+        else:
+            self.publish("stopped", message=message.id, state=message.state, usage=message.usage)
+
+    async def turns(self, message: Message) -> list[Turn]:
+        """The conversation that an answer answers, with what it holds already."""
+        said = [Turn(role="system", text=self.system)] if self.system else []
+        files = {row["id"]: row for row in await self._store.read(rows.get_files, self.id)}
+        for each in self.path(message.parent):
+            text = with_files(each, files)
+            said.append(Turn(role="user" if each.role == "user" else "assistant", text=text))
+        if message.text:
+            said.append(Turn(role="assistant", text=message.text))
+        return said
+
+    async def speak(self, message: Message, growth: Growth) -> None:
+        """Have an answer made, and hand on what comes."""
+        speaker = await self._speakers.find(message.model or "")
+        request = Chat(
+            turns=tuple(await self.turns(message)), sampling=sampling_from(self.sampling),
+            seed=derived_seed("chat", message.id, len(message.text)), trims=True,
+        )  # fmt: skip
+        async with aclosing(speaker.answer(request, self.id, growth.loading)) as events:
+            async for event in events:
+                await growth.take(event)
+
+    def publish(self, kind: str, **data: Any) -> None:
+        """Tell everybody who looks at the room."""
+        self._hub.publish(self.topic, kind, {"type": kind, "seq": self.last + 1, **data})
+
+    async def save(self, message: Message) -> None:
+        values = {"text": message.text, "folded": message.text.casefold()}
+        await self._store.write(rows.change_message, message.id, values)
+
+
+class Growth:
+    """One answer while it grows: its text, its blocks, its figures, and how much of it is written down."""
+
+    def __init__(self, room: Room, message: Message) -> None:
+        self._room, self._message = room, message
+        self._blocks = Blocks()
+        self._started = time.monotonic()
+        self._first = self._latest = 0.0
+        self._tokens = self._tokens_at_first = 0
+        self._heard: Heard | None = None
+        self._engine_first: float | None = None
+        self._saved, self._saved_at = len(message.text), self._started
+        self._pieces = [message.text] if message.text else []
+        self._length = len(message.text)
+
+    async def run(self) -> None:
+        if self._message.text:  # it goes on: its blocks so far are made again
+            await self._show(self._blocks.feed(self._message.text))
+        await self._room.speak(self._message, self)
+
+    def loading(self, progress: Progress) -> None:
+        self._room.publish(
+            "progress",
+            message=self._message.id,
+            stage=progress.stage,
+            fraction=progress.fraction,
+            told=progress.message,
+        )
+
+    async def take(self, event: Any) -> None:
+        match event:
+            case Queued():
+                self._progress("queued", 0.0, place=event.place)
+            case Heard():
+                self._heard = event
+                share = event.read / max(event.prompt_tokens, 1)
+                self._progress("prompt", share, left_out=event.left_out)
+            case Spoke():
+                now = time.monotonic()
+                self._first, self._latest = self._first or now, now
+                self._tokens_at_first = self._tokens_at_first or event.tokens
+                self._tokens = event.tokens
+                if event.text:
+                    await self._grow(event.text)
+            case Answered():
+                self._message.finish = event.finish
+                self._tokens = event.tokens
+                self._engine_first = event.seconds_to_first
+
+    async def _grow(self, text: str) -> None:
+        self._room.publish("delta", message=self._message.id, text=text, at=self._length)
+        self._pieces.append(text)
+        self._length += len(text)
+        if whole := self._blocks.feed(text):
+            await self._show(whole)
+        due = time.monotonic() - self._saved_at > SAVE_SECONDS or self._length - self._saved > SAVE_CHARACTERS
+        if due:
+            self.gather()
+            self._saved, self._saved_at = self._length, time.monotonic()
+            await self._room.save(self._message)
+
+    async def _show(self, blocks: Sequence[str]) -> None:
+        """Tell the HTML of blocks that are whole, each once."""
+        for block in blocks:
+            html = block_to_html(block) if len(block) <= INLINE else await asyncio.to_thread(block_to_html, block)
+            self.gather()
+            self._message.html = (self._message.html or "") + html
+            self._message.shown += len(block)
+            self._room.publish("block", message=self._message.id, html=html, shown=self._message.shown)
+
+    async def finish(self) -> None:
+        """What is left is a block too. Says what it took."""
+        self.gather()
+        if rest := self._blocks.rest():
+            await self._show([rest])
+        self._message.html = self._message.html or ""
+        self._message.usage = self._usage()
+
+    def gather(self) -> None:
+        if len(self._pieces) > 1:
+            self._pieces = ["".join(self._pieces)]
+        self._message.text = self._pieces[0] if self._pieces else ""
+
+    def _progress(self, stage: str, fraction: float, **more: Any) -> None:
+        self._room.publish("progress", message=self._message.id, stage=stage, fraction=fraction, **more)
+
+    def _usage(self) -> dict[str, Any]:
+        heard = self._heard
+        speaking = self._latest - self._first
+        spoken = self._tokens - self._tokens_at_first
+        return {
+            "prompt_tokens": heard.prompt_tokens if heard else None,
+            "completion_tokens": self._tokens,
+            "time_to_first_token_ms": round((self._first - self._started) * 1000, 1) if self._first else None,
+            "engine_to_first_token_ms": round(self._engine_first * 1000, 1) if self._engine_first else None,
+            "tokens_per_second": round(spoken / speaking, 1) if spoken > 0 and speaking > 0 else None,
+            "context_used": heard.prompt_tokens + self._tokens if heard else None,
+            "context_length": heard.context_length if heard else None,
+            "warm_tokens": heard.warm if heard else None,
+            "left_out": heard.left_out if heard else None,
+        }
+
+
+def with_files(message: Message, files: dict[str, dict[str, Any]]) -> str:
+    """A message as the model reads it: the text of its files first, each under its name."""
+    parts = []
+    for each in message.files:
+        text = files.get(each["id"], {}).get("text", "")
+        fence = "```"
+        while fence in text:
+            fence += "`"
+        parts.append(f"{each['name']}:\n{fence}\n{text}\n{fence}")
+    return "\n\n".join([*parts, message.text] if message.text else parts)
+
+
+def sampling_from(given: dict[str, Any]) -> Sampling:
+    """How a room's answers are drawn. Raises Invalid."""
+    try:
+        return Sampling.model_validate(CHAT.model_dump() | given)
+    except ValidationError as error:
+        raise invalid_from(error, prefix="sampling") from None
+
+
+def title_of(text: str) -> str:
+    """The first words of a message."""
+    line = next((line.strip("#>*-` \t") for line in text.splitlines() if line.strip("#>*-` \t")), "")
+    if len(line) <= TITLE:
+        return line
+    return line[:TITLE].rsplit(" ", 1)[0].rstrip(",;:. ") + "…"
+
+
+def _new(kind: str) -> str:
+    return f"{kind}{secrets.token_hex(8)}"

@@ -1,0 +1,149 @@
+"""All rooms: made, found, searched, taken away, brought in. One that was asked for stays in memory for a while."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from ..errors import NotFound, shorten
+from ..store import rooms as rows
+from ..store.store import Store
+from .hub import Hub, HubEvent
+from .jobs import timestamp
+from .room import Message, Room, message_from, sampling_from
+from .speakers import Speakers
+
+log = logging.getLogger(__name__)
+
+IDLE_SECONDS = 600.0
+MOST_SHOWN = 200
+UNNAMED = "New room"
+
+
+class Rooms:
+    """Every room is in the store; an open one is here too."""
+
+    def __init__(self, store: Store, hub: Hub, speakers: Speakers) -> None:
+        self._store, self._hub, self.speakers = store, hub, speakers
+        self._rooms: dict[str, Room] = {}
+        self._opening = asyncio.Lock()
+
+    async def open(self) -> None:
+        """Say of answers that a crash cut off that they broke off."""
+        await self._store.write(rows.interrupt_messages)
+
+    async def close(self) -> None:
+        await asyncio.gather(*(room.close() for room in list(self._rooms.values())))
+
+    async def create(
+        self,
+        *,
+        title: str = "",
+        models: Sequence[str] = (),
+        system: str = "",
+        sampling: dict[str, Any] | None = None,
+        request: str | None = None,
+        messages: Sequence[Message] = (),
+        head: str | None = None,
+        room_id: str | None = None,
+    ) -> Room:
+        """A new room; the same request makes one. Raises NotFound for a model that is not there, or Invalid."""
+        if request and (known := await self._store.read(rows.room_by_request, request)):
+            return await self.room(known)
+        names = [(await self.speakers.find(name)).name for name in models]
+        sampling_from(sampling or {})
+        now = time.time()
+        row: dict[str, Any] = {
+            "id": room_id or new_room_id(), "request": request, "title": title or UNNAMED,
+            "folded": title.casefold(), "named": int(bool(title)), "system": system, "models": names or ["demo"],
+            "sampling": sampling or {}, "head": head, "archived": 0, "created": now, "updated": now,
+        }  # fmt: skip
+        await self._store.write(rows.add_room, row, [message.row() for message in messages])
+        return await self.room(row["id"])
+
+    async def room(self, room_id: str) -> Room:
+        """A room by its id. Raises NotFound."""
+        async with self._opening:
+            if room_id in self._rooms:
+                self._rooms[room_id].used = time.monotonic()
+                return self._rooms[room_id]
+            await self._let_idle_ones_go()
+            found = await self._store.read(rows.get_room, room_id)
+            if found is None:
+                raise NotFound(
+                    f"There is no room “{shorten(room_id)}”.", next_step="The rooms are listed on the chat page."
+                )
+            row, messages = found
+            room = Room(self._store, self._hub, self.speakers, row, [message_from(each) for each in messages])
+            self._rooms[room_id] = room
+            return room
+
+    async def found(self, q: str = "", archived: bool = False, most: int = MOST_SHOWN) -> list[dict[str, Any]]:
+        """Rooms in which all words of `q` occur, the last used first, each with the place where the first one does."""
+        words = q.casefold().split()[:10]
+        found = await self._store.read(rows.list_rooms, words, archived, most)
+        return [
+            {
+                "id": row["id"], "title": row["title"], "models": row["models"], "archived": bool(row["archived"]),
+                "created": timestamp(row["created"]), "updated": timestamp(row["updated"]),
+                "growing": row["id"] in self._rooms and bool(self._rooms[row["id"]].as_json()["growing"]),
+                "found": around(row["hit"], words[0]) if row.get("hit") else None,
+            }
+            for row in found
+        ]  # fmt: skip
+
+    async def count(self, archived: bool = False) -> int:
+        return await self._store.read(rows.count_rooms, archived)
+
+    async def delete(self, room_id: str) -> None:
+        """Forget a room and all that was said in it. Raises NotFound."""
+        room = await self.room(room_id)
+        await room.close("deleted")
+        self._rooms.pop(room_id, None)
+        await self._store.write(rows.delete_room, room_id)
+
+    async def events(self, room: Room, after: int | None) -> AsyncIterator[HubEvent]:
+        """What happens in a room after an event's number; from now on without one. Where the number is too old a
+        `snapshot` comes first."""
+        place = room.place(room.last if after is None else after)
+        room.watched += 1
+        try:
+            async for event in self._hub.subscribe(room.topic, place, lambda: ("snapshot", {"seq": room.last})):
+                yield event
+        finally:
+            room.watched -= 1
+            room.used = time.monotonic()
+
+    async def prompts(self) -> list[dict[str, Any]]:
+        """The prompt library."""
+        return [{"id": row["id"], "name": row["name"], "text": row["text"]} for row in
+                await self._store.read(rows.list_prompts)]  # fmt: skip
+
+    async def keep_prompt(self, name: str, text: str) -> None:
+        row = {"id": f"p{secrets.token_hex(8)}", "name": name, "text": text, "created": time.time()}
+        await self._store.write(rows.put_prompt, row)
+
+    async def drop_prompt(self, prompt_id: str) -> None:
+        await self._store.write(rows.delete_prompt, prompt_id)
+
+    async def _let_idle_ones_go(self) -> None:
+        now = time.monotonic()
+        for room in list(self._rooms.values()):
+            if room.idle and now - room.used > IDLE_SECONDS:
+                del self._rooms[room.id]
+                await room.close()
+
+
+def new_room_id() -> str:
+    return f"r{secrets.token_hex(8)}"
+
+
+def around(text: str, word: str, width: int = 120) -> str:
+    """The words around the first place where a folded word stands."""
+    place = max(text.casefold().find(word), 0)
+    start = max(0, place - width // 3)
+    return ("…" if start else "") + " ".join(text[start : start + width].split())

@@ -1,0 +1,162 @@
+"""Who can be talked to: every model, every session's head and every step of its tree, and models elsewhere.
+
+Names are what `/v1/models` lists: `demo`, `session:<name or id>`, `session:<name or id>@<step, name or id>`,
+`remote:<server>/<model>`. It does not know rooms.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from ..errors import NotFound, TrellisError, shorten
+from ..messages import Chat, Event, Progress
+from ..params import ModelOptions
+from .models import Models
+from .session import Session
+from .steering import Steering
+from .tree import Node
+
+Follow = Callable[[Progress], None]
+
+
+class Speaker(ABC):
+    """Somebody who answers. `name` finds them again, `label` is for people."""
+
+    name: str
+    label: str
+    sees = False
+    """Whether pictures can be shown to them."""
+
+    @abstractmethod
+    def answer(self, request: Chat, owner: str, follow: Follow) -> AsyncGenerator[Event, None]:
+        """Answer a conversation: how loading goes is followed, then the events of a Chat come."""
+
+
+class Base(Speaker):
+    """A model as it is."""
+
+    def __init__(self, models: Models, options: ModelOptions) -> None:
+        self._models, self._options = models, options
+        self.name = self.label = options.model
+
+    async def answer(self, request: Chat, owner: str, follow: Follow) -> AsyncGenerator[Event, None]:
+        worker = await self._models.engine(self._options, follow)
+        async with aclosing(worker.stream(request, owner=owner)) as events:
+            async for event in events:
+                yield event
+
+
+class Version(Speaker):
+    """A step of a session; its head, as it stands when it is asked, where none is named."""
+
+    def __init__(self, models: Models, session: Session, node: Node | None, label: str) -> None:
+        self._models, self._session, self._node = models, session, node
+        self.name = f"session:{session.id}" + (f"@{node.id}" if node else "")
+        self.label = label
+
+    async def answer(self, request: Chat, owner: str, follow: Follow) -> AsyncGenerator[Event, None]:
+        await self._models.engine(self._session.config.part(ModelOptions), follow)
+        node = self._node or self._session.tree.head
+        async with aclosing(self._session.chat(request, node, owner)) as events:
+            async for event in events:
+                yield event
+
+
+class Speakers:
+    """Finds who is named, and lists all."""
+
+    def __init__(self, models: Models, steering: Steering) -> None:
+        self._models, self._steering = models, steering
+
+    async def find(self, name: str) -> Speaker:
+        """Raises NotFound for a name that nobody has."""
+        if name.startswith("session:"):
+            return await self._version(name)
+        try:
+            entry = await self._models.catalog.find(name, field="model")
+        except TrellisError as error:
+            raise self._nobody(name) from error
+        return Base(self._models, self._models.options_of(entry.id))
+
+    async def everybody(self) -> list[dict[str, Any]]:
+        """Everybody, as {name, label, kind, ready}: models first, then sessions, the last used one first."""
+        found: list[dict[str, Any]] = []
+        for entry in await self._models.catalog.all():
+            ready = self._models.state(self._models.options_of(entry.id)) == "loaded"
+            found.append({"name": entry.id, "label": entry.id, "kind": "model", "ready": ready})
+        for session in await self._steering.sessions():
+            found.append({
+                "name": f"session:{session['id']}", "label": f"{session['name']}, step {session['step']}",
+                "kind": "session", "ready": session["status"] != "asleep", "session": session["name"],
+                "model": session["model"],
+            })  # fmt: skip
+        return found
+
+    async def versions(self, session_id: str) -> list[dict[str, Any]]:
+        """The steps of a session as {name, label, head}, the newest first."""
+        session = await self._steering.session(session_id)
+        labels = await session.labels()
+        nodes = sorted(session.tree.nodes.values(), key=lambda node: node.created, reverse=True)
+        return [
+            {
+                "name": f"session:{session.id}@{node.id}",
+                "label": _named(node, labels),
+                "head": node is session.tree.head,
+            }
+            for node in nodes
+            if node.weights
+        ]  # fmt: skip
+
+    async def label(self, name: str) -> str:
+        """What somebody is called on a page; the name itself when there is nobody of that name any more."""
+        try:
+            return (await self.find(name)).label
+        except TrellisError:
+            return name
+
+    async def _version(self, name: str) -> Speaker:
+        called, _, place = name.removeprefix("session:").partition("@")
+        session = await self._session(called, name)
+        if not place:
+            return Version(self._models, session, None, session.name)
+        node = _node_of(session, place)
+        if node is None or not node.weights:
+            raise NotFound(
+                f"The session “{shorten(session.name)}” has no step “{shorten(place)}”.",
+                field="model",
+                next_step=f"Its steps are 0 to {max(each.step for each in session.tree.nodes.values())}.",
+            )
+        return Version(self._models, session, node, f"{session.name}, {_named(node, {})}")
+
+    async def _session(self, called: str, name: str) -> Session:
+        for row in await self._steering.sessions():
+            if called in (row["id"], row["name"]):
+                return await self._steering.session(row["id"])
+        raise self._nobody(name)
+
+    def _nobody(self, name: str) -> NotFound:
+        return NotFound(
+            f"There is no model “{shorten(name)}”.",
+            code="model_not_found",
+            field="model",
+            next_step="The models that there are stand at /v1/models.",
+        )
+
+
+def _node_of(session: Session, place: str) -> Node | None:
+    """A step by its id, its own name or its number: on the branch of the head first, else the newest."""
+    tree = session.tree
+    if place in tree.nodes:
+        return tree.nodes[place]
+    branch = tree.path(tree.head_id)[::-1]
+    others = sorted(tree.nodes.values(), key=lambda node: node.created, reverse=True)
+    return next((node for node in (*branch, *others) if place in (node.name, str(node.step))), None)
+
+
+def _named(node: Node, labels: dict[str, str]) -> str:
+    if node.parent is None:
+        return "before any step"
+    return f"step {node.step}" + (f": {node.name or labels.get(node.id, '')}" if node.name or node.id in labels else "")
