@@ -199,6 +199,8 @@ class Turn(Message):
 
     role: Literal["system", "user", "assistant"]
     text: str
+    pictures: tuple[str, ...] = ()
+    """As `data:` addresses; for models elsewhere alone."""
 
 
 class Chat(Message):

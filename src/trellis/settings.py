@@ -52,6 +52,11 @@ class Settings(BaseSettings):
     hub_timeout: float = Field(
         60.0, gt=0, description="Seconds to wait for a hub that says nothing, before a download is given up."
     )
+    local_servers: str = Field(
+        "",
+        description="Servers of models in your own network that may be talked to, as host:port with commas, such as "
+        "“localhost:11434”. Others must have public addresses.",
+    )
     rate_limit: int = Field(
         120, ge=0, description="Expensive actions a minute that one client may take (sessions, loads, exports). 0: any."
     )
@@ -79,6 +84,11 @@ class Settings(BaseSettings):
     def prompts_folders(self) -> list[Path]:
         """Folders that files of prompts are read from; uploads go into the first."""
         return [self.save_dir / "prompts", *_paths(self.data_dirs)]
+
+    @property
+    def own_servers(self) -> frozenset[str]:
+        """Servers that may have private addresses, as `host:port`, lower case."""
+        return frozenset(each.strip().lower() for each in self.local_servers.split(",") if each.strip())
 
     @property
     def engine_memory(self) -> int:

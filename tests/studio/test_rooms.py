@@ -347,7 +347,7 @@ async def test_prompts_are_kept_by_name(studio: Studio) -> None:
 
 
 def test_files_stand_before_a_message_under_their_names() -> None:
-    message = Message("m", "r", None, "user", "What is it?", files=[{"id": "f", "name": "a.md"}])
+    message = Message("m", "r", None, "user", "What is it?", files=[{"id": "f", "name": "a.md", "kind": "text"}])
     text = with_files(message, {"f": {"text": "```\ncode\n```"}})
     assert text == "a.md:\n````\n```\ncode\n```\n````\n\nWhat is it?"
 

@@ -308,6 +308,7 @@ class FakeSeat:
         self.left_out = 1 if heard > CONTEXT and request.trims else 0
         wanted = int(asked[1]) if asked else 3 + _draw(request.seed, said) % 12
         self.most = min(max(1, wanted - self.before), request.sampling.max_new_tokens)
+        self.is_cut = self.most < wanted - self.before
         self.pause = 1 / float(asked[2]) if asked else STEP_SECONDS
         self.key = (request.seed, request.weights, said)
         self.count = 0
@@ -372,7 +373,7 @@ class FakeChats:
                 if seat.count >= seat.most:
                     seconds = now - seat.started
                     answered = Answered(
-                        finish="stop",
+                        finish="length" if seat.is_cut else "stop",
                         tokens=seat.count,
                         prompt_tokens=seat.heard,
                         seconds_to_first=0.0,

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import Invalid, TrellisError
 from ..texts import PROMPT_LIMIT, storable
 from .jobs import timestamp
-from .room import MOST_MESSAGES, Message, Room, title_of
+from .room import FIGURES, MOST_MESSAGES, Message, Room, title_of
 from .rooms import Rooms, new_room_id
 
 FORMATS: Mapping[str, tuple[str, str]] = {
@@ -213,7 +213,7 @@ def _plan(
             model=_text(each["model"])[:300] or None,
             group=groups.setdefault(group, f"g{secrets.token_hex(8)}") if isinstance(group, str) else None,
             finish=_text(each.get("finish"))[:20] or None,
-            usage=each["usage"] if _figures(each.get("usage")) else None,
+            usage=_figures(each.get("usage")),
             rating=rating if rating in (-1, 1) and not isinstance(rating, bool) else 0,
             created=each["created"] or now + place * 1e-3,
         )
@@ -247,14 +247,16 @@ def _among(ids: dict[str, str], name: Any) -> str | None:
     return ids.get(name) if isinstance(name, str) else None
 
 
-def _figures(usage: Any) -> bool:
-    """Whether what was measured of an answer is figures and nothing else."""
+def _figures(usage: Any) -> dict[str, Any] | None:
+    """What was measured of an answer: figures and nothing else."""
+    if not isinstance(usage, dict):
+        return None
 
-    def is_one(name: Any, value: Any) -> bool:
-        number = isinstance(value, int | float) and abs(value) < 1e12
-        return isinstance(name, str) and len(name) < 40 and (value is None or number)
+    def figure(value: Any) -> Any:
+        is_one = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e12
+        return value if is_one else None
 
-    return isinstance(usage, dict) and len(usage) < 20 and all(is_one(*pair) for pair in usage.items())
+    return {name: figure(usage.get(name)) for name in FIGURES}
 
 
 def _text(value: Any) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Conflict, Invalid
-from ..messages import Lesson, Progress, Prompt
+from ..messages import Choice, Lesson, Option, Progress, Prompt
 from .datasets import Datasets
 from .jobs import Job, Jobs, key_reused
 from .lessons import Logs, teaching_first, told_in_words
@@ -84,6 +84,18 @@ class Fits:
         return await self._start(
             session, node, "import", read.lessons, epochs, file, file, request, read.sentences()
         )  # fmt: skip
+
+    async def teach(
+        self, session_id: str, prompt: str, options: tuple[Option, ...], choice: Choice, what: str, request: str
+    ) -> Job:
+        """Learn from what was said of answers elsewhere, on from the head: a step of its own in the tree."""
+        if known := await self._known(request, "import", session_id):
+            return known
+        session = await self._steering.session(session_id)
+        lesson = Lesson(
+            prompt=session.prompt_of(prompt), options=options, choice=choice, temperature=session.config.temperature
+        )
+        return await self._start(session, session.tree.head, "import", [lesson], None, what, what, request)
 
     async def replay(
         self,

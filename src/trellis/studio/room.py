@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -22,6 +22,7 @@ from ..messages import Answered, Chat, Heard, Progress, Queued, Spoke, Turn, der
 from ..params import Sampling, invalid_from
 from ..store import rooms as rows
 from ..store.store import Store
+from .attachments import PICTURE, Attachments
 from .hub import Hub
 from .jobs import timestamp
 from .speakers import Speakers
@@ -33,6 +34,12 @@ INLINE = 2000
 """A block of up to so many characters is rendered at once; a longer one in another thread."""
 
 TITLE = 60
+FIGURES = (
+    "prompt_tokens", "completion_tokens", "time_to_first_token_ms", "engine_to_first_token_ms", "tokens_per_second",
+    "context_used", "context_length", "warm_tokens", "left_out",
+)  # fmt: skip
+"""What is measured of each answer."""
+
 MOST_MODELS = 4
 MOST_MESSAGES = 20_000
 
@@ -88,9 +95,15 @@ class Room:
     branch that is looked at."""
 
     def __init__(
-        self, store: Store, hub: Hub, speakers: Speakers, row: dict[str, Any], messages: Sequence[Message]
+        self,
+        store: Store,
+        hub: Hub,
+        speakers: Speakers,
+        attachments: Attachments,
+        row: dict[str, Any],
+        messages: Sequence[Message],
     ) -> None:
-        self._store, self._hub, self._speakers = store, hub, speakers
+        self._store, self._hub, self._speakers, self._attachments = store, hub, speakers, attachments
         self.id: str = row["id"]
         self.title: str = row["title"]
         self.named: bool = bool(row["named"])
@@ -385,6 +398,24 @@ class Room:
             )  # fmt: skip
         return [(await self._speakers.find(name)).name for name in names]
 
+    async def _require_sight(self, models: Sequence[str]) -> None:
+        for name in models:
+            speaker = await self._speakers.find(name)
+            if not speaker.sees:
+                raise Invalid(
+                    f"“{shorten(speaker.label)}” does not see pictures.", field="files", code="cannot_see",
+                    next_step="Take the picture away, or choose a model that sees.",
+                )  # fmt: skip
+
+    async def file(self, file_id: str) -> dict[str, Any]:
+        """A file of this room. Raises NotFound."""
+        found = next((row for row in await self._store.read(rows.get_files, self.id) if row["id"] == file_id), None)
+        if found is None:
+            raise NotFound(
+                f"There is no file “{shorten(file_id)}” in this room.", field="file", next_step="Add it again."
+            )
+        return found
+
     async def _files(self, wanted: Sequence[str]) -> list[dict[str, Any]]:
         if not wanted:
             return []
@@ -397,6 +428,8 @@ class Room:
 
     async def _say(self, message: Message, models: Sequence[str], sampling: dict[str, Any] | None) -> Message:
         chosen = await self._checked(models or self.models or ["demo"])
+        if any(file["kind"] == PICTURE for file in message.files):
+            await self._require_sight(chosen)
         group = _new("g") if len(chosen) > 1 else None
         answers = [
             Message(_new("m"), self.id, message.id, "assistant", "", each, group=group, state="growing",
@@ -468,13 +501,15 @@ class Room:
         else:
             self.publish("stopped", message=message.id, state=message.state, usage=message.usage)
 
-    async def turns(self, message: Message) -> list[Turn]:
-        """The conversation that an answer answers, with what it holds already."""
+    async def turns(self, message: Message, sees: bool = False) -> list[Turn]:
+        """The conversation that an answer answers, with what it holds already; with its pictures for who sees."""
         said = [Turn(role="system", text=self.system)] if self.system else []
         files = {row["id"]: row for row in await self._store.read(rows.get_files, self.id)}
         for each in self.path(message.parent):
-            text = with_files(each, files)
-            said.append(Turn(role="user" if each.role == "user" else "assistant", text=text))
+            pictures = [file["id"] for file in each.files if file["kind"] == PICTURE] if sees else []
+            shown = tuple([await self._attachments.as_data(picture) for picture in pictures])
+            role: Literal["user", "assistant"] = "user" if each.role == "user" else "assistant"
+            said.append(Turn(role=role, text=with_files(each, files), pictures=shown))
         if message.text:
             said.append(Turn(role="assistant", text=message.text))
         return said
@@ -483,7 +518,7 @@ class Room:
         """Have an answer made, and hand on what comes."""
         speaker = await self._speakers.find(message.model or "")
         request = Chat(
-            turns=tuple(await self.turns(message)), sampling=sampling_from(self.sampling),
+            turns=tuple(await self.turns(message, speaker.sees)), sampling=sampling_from(self.sampling),
             seed=derived_seed("chat", message.id, len(message.text)), trims=True,
         )  # fmt: skip
         async with aclosing(speaker.answer(request, self.id, growth.loading)) as events:
@@ -595,8 +630,8 @@ class Growth:
             "time_to_first_token_ms": round((self._first - self._started) * 1000, 1) if self._first else None,
             "engine_to_first_token_ms": round(self._engine_first * 1000, 1) if self._engine_first else None,
             "tokens_per_second": round(spoken / speaking, 1) if spoken > 0 and speaking > 0 else None,
-            "context_used": heard.prompt_tokens + self._tokens if heard else None,
-            "context_length": heard.context_length if heard else None,
+            "context_used": heard.prompt_tokens + self._tokens if heard and heard.prompt_tokens else None,
+            "context_length": heard.context_length if heard and heard.context_length else None,
             "warm_tokens": heard.warm if heard else None,
             "left_out": heard.left_out if heard else None,
         }
@@ -606,6 +641,8 @@ def with_files(message: Message, files: dict[str, dict[str, Any]]) -> str:
     """A message as the model reads it: the text of its files first, each under its name."""
     parts = []
     for each in message.files:
+        if each["kind"] == PICTURE:
+            continue
         text = files.get(each["id"], {}).get("text", "")
         fence = "```"
         while fence in text:

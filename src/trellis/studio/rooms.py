@@ -9,9 +9,11 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from ..errors import NotFound, shorten
+from ..errors import Conflict, NotFound, shorten
+from ..messages import Choice, Option, Written
 from ..store import rooms as rows
 from ..store.store import Store
+from .attachments import Attachments
 from .hub import Hub, HubEvent
 from .jobs import timestamp
 from .room import Message, Room, message_from, sampling_from
@@ -22,13 +24,14 @@ log = logging.getLogger(__name__)
 IDLE_SECONDS = 600.0
 MOST_SHOWN = 200
 UNNAMED = "New room"
+MOST_OPTIONS = 8
 
 
 class Rooms:
     """Every room is in the store; an open one is here too."""
 
-    def __init__(self, store: Store, hub: Hub, speakers: Speakers) -> None:
-        self._store, self._hub, self.speakers = store, hub, speakers
+    def __init__(self, store: Store, hub: Hub, speakers: Speakers, attachments: Attachments) -> None:
+        self._store, self._hub, self.speakers, self._attachments = store, hub, speakers, attachments
         self._rooms: dict[str, Room] = {}
         self._opening = asyncio.Lock()
 
@@ -78,7 +81,9 @@ class Rooms:
                     f"There is no room “{shorten(room_id)}”.", next_step="The rooms are listed on the chat page."
                 )
             row, messages = found
-            room = Room(self._store, self._hub, self.speakers, row, [message_from(each) for each in messages])
+            room = Room(
+                self._store, self._hub, self.speakers, self._attachments, row, [message_from(each) for each in messages]
+            )
             self._rooms[room_id] = room
             return room
 
@@ -104,7 +109,10 @@ class Rooms:
         room = await self.room(room_id)
         await room.close("deleted")
         self._rooms.pop(room_id, None)
+        files = await self._store.read(rows.get_files, room_id)
         await self._store.write(rows.delete_room, room_id)
+        for file in files:
+            await self._attachments.discard(file["id"])
 
     async def events(self, room: Room, after: int | None) -> AsyncIterator[HubEvent]:
         """What happens in a room after an event's number; from now on without one. Where the number is too old a
@@ -117,6 +125,31 @@ class Rooms:
         finally:
             room.watched -= 1
             room.used = time.monotonic()
+
+    def said_of(self, room: Room, message_id: str) -> tuple[str, tuple[Option, ...], Choice]:
+        """What was said of the answers to one prompt, as a choice: an answer against those beside it; a refusal of one
+        that was called bad; an answer to learn where it stands alone and was called good. Raises Conflict where that
+        says nothing."""
+        answer = room.message(message_id)
+        if answer.role != "assistant" or answer.parent is None or not answer.text.strip():
+            raise Conflict("Only of an answer something can be said.", code="no_choice", next_step="Choose an answer.")
+        asked = room.message(answer.parent)
+        if asked.parent is not None or room.system or asked.files:
+            raise Conflict(
+                "A session learns from answers to a single prompt; this one follows others, or has a system prompt or "
+                "files.", code="not_a_prompt", next_step="Ask in a new room, and choose there.",
+            )  # fmt: skip
+        others = [each for each in room.children(asked.id) if each.text.strip() and each.text != answer.text]
+        if answer.rating < 0:
+            return asked.text, (_option(answer),), "none"
+        if not others and answer.rating == 0:
+            raise Conflict(
+                "There is nothing to set this answer against.", code="no_choice",
+                next_step="Call it good or bad, or have another one made beside it.",
+            )  # fmt: skip
+        if not others:
+            return asked.text, (), Written(written=answer.text)
+        return asked.text, tuple(map(_option, [answer, *others][:MOST_OPTIONS])), 0
 
     async def prompts(self) -> list[dict[str, Any]]:
         """The prompt library."""
@@ -136,6 +169,11 @@ class Rooms:
             if room.idle and now - room.used > IDLE_SECONDS:
                 del self._rooms[room.id]
                 await room.close()
+
+
+def _option(message: Message) -> Option:
+    whole = message.state == "done" and message.finish != "length"
+    return Option(text=message.text, tokens=(), finish="stop" if whole else "length")
 
 
 def new_room_id() -> str:

@@ -6,33 +6,19 @@ Names are what `/v1/models` lists: `demo`, `session:<name or id>`, `session:<nam
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 from ..errors import NotFound, TrellisError, shorten
-from ..messages import Chat, Event, Progress
+from ..messages import Chat, Event
 from ..params import ModelOptions
 from .models import Models
+from .remotes import Remotes
 from .session import Session
+from .speaker import Follow, Speaker
 from .steering import Steering
 from .tree import Node
-
-Follow = Callable[[Progress], None]
-
-
-class Speaker(ABC):
-    """Somebody who answers. `name` finds them again, `label` is for people."""
-
-    name: str
-    label: str
-    sees = False
-    """Whether pictures can be shown to them."""
-
-    @abstractmethod
-    def answer(self, request: Chat, owner: str, follow: Follow) -> AsyncGenerator[Event, None]:
-        """Answer a conversation: how loading goes is followed, then the events of a Chat come."""
 
 
 class Base(Speaker):
@@ -68,13 +54,17 @@ class Version(Speaker):
 class Speakers:
     """Finds who is named, and lists all."""
 
-    def __init__(self, models: Models, steering: Steering) -> None:
-        self._models, self._steering = models, steering
+    def __init__(self, models: Models, steering: Steering, remotes: Remotes) -> None:
+        self._models, self._steering, self._remotes = models, steering, remotes
 
     async def find(self, name: str) -> Speaker:
         """Raises NotFound for a name that nobody has."""
         if name.startswith("session:"):
             return await self._version(name)
+        if name.startswith("remote:"):
+            if (remote := await self._remotes.find(name)) is None:
+                raise self._nobody(name)
+            return remote
         try:
             entry = await self._models.catalog.find(name, field="model")
         except TrellisError as error:
@@ -93,6 +83,11 @@ class Speakers:
                 "kind": "session", "ready": session["status"] != "asleep", "session": session["name"],
                 "model": session["model"],
             })  # fmt: skip
+        for server in await self._remotes.all():
+            for model in server["models"]:
+                label = f"{model} at {server['name']}"
+                name = f"remote:{server['name']}/{model}"
+                found.append({"name": name, "label": label, "kind": "remote", "ready": True})
         return found
 
     async def versions(self, session_id: str) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from ..settings import Settings
 from ..store.store import Store
 from ..workers.reader import Reader
 from ..workers.worker import Spawn
+from .attachments import Attachments
 from .blind import Blind
 from .catalog import Catalog
 from .comparing import Comparisons
@@ -18,8 +19,10 @@ from .exports import Exports
 from .fits import Fits
 from .hub import Hub
 from .jobs import Jobs
+from .keys import Keys
 from .lessons import Logs
 from .models import Models
+from .remotes import Remotes
 from .rooms import Rooms
 from .speakers import Speakers
 from .steering import Steering
@@ -50,8 +53,11 @@ class Studio:
         self.blind = Blind(store, self.steering)
         self.comparisons = Comparisons(self.jobs, self.steering)
         self.exports = Exports(self.jobs, self.steering, catalog, spawn, weights, settings.save_dir / "exports")
-        self.speakers = Speakers(self.models, self.steering)
-        self.rooms = Rooms(store, self.hub, self.speakers)
+        self.keys = Keys(store)
+        self.remotes = Remotes(store, settings.own_servers)
+        self.speakers = Speakers(self.models, self.steering, self.remotes)
+        self.attachments = Attachments(store, Blobs(settings.save_dir / "files"))
+        self.rooms = Rooms(store, self.hub, self.speakers, self.attachments)
         self.uploads = Uploads(
             settings.save_dir / "uploads", settings.prompts_folders[0], settings.models_folders[0],
             int(settings.upload_gb * 1e9),

@@ -27,13 +27,18 @@ from ..errors import Refused, TrellisError, shorten
 from ..settings import Settings, is_loopback
 from ..store import logins
 from ..store.store import Store
+from ..studio.keys import PREFIX, Keys
 
 COOKIE = "trellis"
 LOGIN_DAYS = 30
 MAX_BODY = 2_000_000
 """Bytes in a request's body; a prompt is at most 100,000 characters, which is less than this in any script."""
+MAX_FILE = 12_000_000
+"""Bytes in a body that is a file for a room, or a room that is brought in."""
+FILE_PATHS = ("/files", "/import")
 HOST = re.compile(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
 SAFE = {"GET", "HEAD", "OPTIONS"}
+FOR_PROGRAMS = "/v1/"
 OPEN_PATHS = {"/login", "/healthz", "/readyz"}
 
 POLICY = (
@@ -130,8 +135,9 @@ class Guard:
 class Access:
     """The outermost layer: what does not pass here reaches nothing."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, guard: Guard) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, guard: Guard, keys: Keys) -> None:
         self._app = app
+        self._keys = keys
         self._names = settings.host_names
         self._any_address = not is_loopback(settings.host)
         self._guard = guard
@@ -145,11 +151,23 @@ class Access:
             self._check_host(headers)
             if scope["type"] == "websocket" or scope["method"] not in SAFE:
                 check_origin(headers)
-            check_length(headers)
+            check_length(headers, MAX_FILE if scope["path"].endswith(FILE_PATHS) else MAX_BODY)
         except Refused as error:
             await refuse(scope, send, {"bad_host": 400, "too_large": 413}.get(error.code, 403), error)
             return
         token = cookie_token(headers)
+        if scope["path"].startswith(FOR_PROGRAMS) and (given := bearer(headers)):
+            # A program with a key needs no login; a key that is none is refused, also where no login is wanted.
+            scope["trellis.key"] = key = await self._keys.owner(given)
+            if key is None and (self._guard.wanted or given.startswith(PREFIX)):
+                await self._refuse_key(send)
+                return
+            if key is not None:
+                await self._app(scope, receive, with_headers(scope, send))
+                return
+        elif scope["path"].startswith(FOR_PROGRAMS) and self._guard.wanted and not await self._guard.knows(token):
+            await self._refuse_key(send)
+            return
         is_open = scope["path"] in OPEN_PATHS or scope["path"].startswith("/static/")
         if self._guard.wanted and not is_open and not await self._guard.knows(token):
             await self._ask_to_log_in(scope, headers, send)
@@ -158,6 +176,13 @@ class Access:
             await self._until_logout(scope, receive, with_headers(scope, send), token)
         else:
             await self._app(scope, receive, with_headers(scope, send))
+
+    async def _refuse_key(self, send: Send) -> None:
+        about = {
+            "message": "A key of this studio is needed. One is made on its page of connections, and sent as Bearer.",
+            "type": "invalid_request_error", "param": None, "code": "invalid_api_key",
+        }  # fmt: skip
+        await respond(send, 401, json.dumps({"error": about}).encode(), [(b"content-type", b"application/json")])
 
     def _check_host(self, headers: Headers) -> None:
         """A foreign name in Host means that another site's name was pointed at this server (DNS rebinding)."""
@@ -222,12 +247,12 @@ def _names_of(host: str, origin: str) -> set[str]:
     return {host, host.removesuffix(port)}
 
 
-def check_length(headers: Headers) -> None:
+def check_length(headers: Headers, most: int = MAX_BODY) -> None:
     """A body that says it is too large is refused unread; one that does not say is cut off where it is read."""
     length = headers.get("content-length", "0")
-    if not length.isascii() or not length.isdecimal() or int(length[:18]) > MAX_BODY:
+    if not length.isascii() or not length.isdecimal() or int(length[:18]) > most:
         raise Refused(
-            f"The request has {shorten(length, 20)} bytes; {MAX_BODY} is the most.",
+            f"The request has {shorten(length, 20)} bytes; {most} is the most.",
             code="too_large",
             next_step="Send less at once.",
         )
@@ -245,6 +270,12 @@ def host_name(host: str) -> str:
     """The name in a Host header: lower case, without the port. Empty for what is not a host and a port."""
     found = HOST.fullmatch(host.strip().lower())
     return found[1] if found else ""
+
+
+def bearer(headers: Headers) -> str:
+    """The key in an Authorization header; empty where there is none."""
+    kind, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if kind.lower() == "bearer" else ""
 
 
 def cookie_token(headers: Headers) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -16,16 +17,18 @@ from ..studio.studio import Studio
 from . import failures, socket
 from .access import MAX_BODY, Access, Guard
 from .api import blind as blind_api
+from .api import connections as connections_api
 from .api import exports as exports_api
 from .api import fits as fits_api
 from .api import health
 from .api import jobs as jobs_api
 from .api import models as models_api
+from .api import openai as openai_api
 from .api import rooms as rooms_api
 from .api import steering as steering_api
 from .api import uploads as uploads_api
 from .limits import Expense
-from .pages import blind, chat, fits, login, models, review, setup, steering
+from .pages import blind, chat, connections, fits, login, models, review, setup, steering
 from .render import STATIC, VERSION, Render
 
 
@@ -61,6 +64,7 @@ def create_app(studio: Studio, settings: Settings) -> ASGIApp:
     guard = Guard(settings, studio.store)
     app.state.studio = studio
     app.state.guard = guard
+    app.state.answering = Counter()
     app.state.expense = Expense(settings.rate_limit)
     app.state.render = Render(guard.wanted)
     failures.install(app, app.state.render)
@@ -70,6 +74,8 @@ def create_app(studio: Studio, settings: Settings) -> ASGIApp:
         jobs_api,
         uploads_api,
         rooms_api,
+        openai_api,
+        connections_api,
         socket,
         exports_api,
         blind_api,
@@ -82,9 +88,10 @@ def create_app(studio: Studio, settings: Settings) -> ASGIApp:
         fits,
         models,
         chat,
+        connections,
         login,
     )
     for part in parts:
         app.include_router(part.router)
     app.mount(f"/static/{VERSION}", VersionedFiles(directory=STATIC), name="static")
-    return Access(app, settings, guard)
+    return Access(app, settings, guard, studio.keys)

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from ..errors import Conflict, EngineError, Invalid, NotFound, Refused, TrellisError
 from ..params import invalid_fields
+from .api.openai import as_openai
 from .render import Render
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ def install(app: FastAPI, render: Render) -> None:
 
     def answer(request: Request, error: TrellisError, status: int) -> Response:
         wants_page = "text/html" in request.headers.get("accept", "") and not request.url.path.startswith("/api/")
+        if request.url.path.startswith("/v1/"):
+            return JSONResponse({"error": as_openai(error)}, 400 if status == 422 else status)
         if wants_page and "hx-request" not in request.headers:
             return render.page("error.html", status, error=error.as_json(), status=status)
         return JSONResponse({"error": error.as_json(), **error.details}, status)

@@ -46,7 +46,7 @@ class Render:
             version=__version__, static=f"/static/{VERSION}", letters=LETTERS, can_log_out=logged_in, times=times
         )
         self._environment.filters.update(
-            percent=percent, size=size, ago=ago, count=lambda value: f"{value:,}".replace(",", " ")
+            duration=duration, percent=percent, size=size, ago=ago, count=lambda value: f"{value:,}".replace(",", " ")
         )
 
     def page(self, template: str, status: int = 200, /, **values: Any) -> HTMLResponse:
@@ -83,6 +83,11 @@ def size(value: int | None) -> str:
             break
         amount /= 1000
     return f"{amount:.0f} {unit}" if amount >= 100 or unit == "bytes" else f"{amount:.1f} {unit}"
+
+
+def duration(milliseconds: float) -> str:
+    """`312 ms`, and from a second on `1.2 s`."""
+    return f"{milliseconds:.0f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.1f} s"
 
 
 def ago(timestamp: str) -> str:

@@ -4,15 +4,18 @@ live way."""
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import AfterValidator, Field
 from starlette.responses import Response
 
 from ...studio.carrying import FORMATS, taken_in, written
+from ...studio.jobs import as_json
 from ...studio.room import MOST_MODELS, Room
 from ...studio.studio import Studio
 from ...texts import PROMPT_LIMIT, storable
+from ..access import MAX_FILE
 from ..limits import expensive
 from .steering import Body, Name, OfStudio, RequestId, studio_of
 
@@ -43,6 +46,11 @@ class NewMessage(Body):
     models: list[ModelName] = Field([], max_length=MOST_MODELS)
     sampling: dict[str, float | int] | None = None
     attachments: list[Annotated[str, Field(max_length=100)]] = Field([], max_length=20)
+
+
+class Teach(Body):
+    message: str = Field(max_length=100)
+    session: str = Field(max_length=100)
 
 
 class NewPrompt(Body):
@@ -104,7 +112,7 @@ async def drop_prompt(prompt: str, studio: OfStudio) -> Response:
     return Response(status_code=204)
 
 
-@router.post("/import", status_code=201, dependencies=[Depends(expensive)])
+@router.post("/import", status_code=201, dependencies=[Depends(expensive)], max_body_size=MAX_FILE)
 async def take_in(request: Request, studio: OfStudio) -> list[dict[str, Any]]:
     """Rooms from a body: our JSON, Markdown, or what open-webui exports."""
     made = await taken_in(studio.rooms, await request.body())
@@ -139,6 +147,31 @@ async def send(body: NewMessage, room: OfRoom, request: RequestId) -> dict[str, 
         body.text, request, parent=body.parent, models=body.models, sampling=body.sampling, files=body.attachments
     )
     return {"request": request, "message": message.id}
+
+
+@router.post("/{room}/files", status_code=201, dependencies=[Depends(expensive)], max_body_size=MAX_FILE)
+async def add_file(
+    request: Request, room: OfRoom, studio: OfStudio, name: Annotated[str, Query(min_length=1, max_length=300)]
+) -> dict[str, Any]:
+    """Add the body as a file, which a message may then name: text, code, a PDF, or a picture for a model that sees."""
+    return await studio.attachments.add(room.id, name, await request.body())
+
+
+@router.get("/{room}/files/{file}")
+async def get_file(room: OfRoom, studio: OfStudio, file: str) -> Response:
+    """A file as it was sent, as a download."""
+    about = await room.file(file)
+    quoted = quote(about["name"], safe="")
+    headers = {"content-disposition": f"attachment; filename*=UTF-8''{quoted}", "content-security-policy": "sandbox"}
+    return Response(await studio.attachments.content(file), media_type="application/octet-stream", headers=headers)
+
+
+@router.post("/{room}/teach", status_code=202, dependencies=[Depends(expensive)])
+async def teach(body: Teach, room: OfRoom, studio: OfStudio, request: RequestId) -> dict[str, Any]:
+    """Have a session learn from what was said of an answer: a job whose result is a step of its tree."""
+    prompt, options, choice = studio.rooms.said_of(room, body.message)
+    what = f"an answer in “{room.title}”"
+    return as_json((await studio.fits.teach(body.session, prompt, options, choice, what, request)).row)
 
 
 @router.post("/{room}/stop", status_code=202)

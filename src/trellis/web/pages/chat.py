@@ -18,6 +18,7 @@ from ...studio.carrying import taken_in
 from ...studio.room import CHAT, MOST_MODELS, Message, Room
 from ...studio.studio import Studio
 from ...texts import PROMPT_LIMIT
+from ..access import MAX_FILE
 from ..api.rooms import OfRoom
 from ..api.steering import Name, OfStudio
 from ..failures import status_of
@@ -42,6 +43,8 @@ class Turn:
     columns: list[dict[str, Any]]
     others: list[str]
     place: int
+    first: bool
+    """Whether it answers a prompt that stands alone, as those that a session learns from do."""
 
 
 class SendForm(Sent):
@@ -63,6 +66,10 @@ class AgainForm(MessageForm):
 
 class RateForm(MessageForm):
     rating: int
+
+
+class TeachForm(MessageForm):
+    session: str = Field(max_length=100)
 
 
 class RenameForm(Sent):
@@ -112,6 +119,8 @@ async def start_page(
     text: str = "",
     error: TrellisError | None = None,
 ) -> HTMLResponse:
+    speakers = await studio.speakers.everybody()
+    listed = not model or model in {each["name"] for each in speakers}
     return render_of(request).page(
         "chat/start.html",
         status_of(error) if error else 200,
@@ -119,8 +128,8 @@ async def start_page(
         current="",
         text=text,
         chosen=[model or "demo"],
-        speakers=await studio.speakers.everybody(),
-        known=[] if not model else [(model, await studio.speakers.label(model))],
+        speakers=speakers,
+        known=[] if listed else [(model, await studio.speakers.label(model))],
         most=MOST_MODELS,
         error=error.as_json() if error else None,
         request_id=secrets.token_hex(12),
@@ -148,7 +157,7 @@ async def begin(request: Request, studio: OfStudio, form: Annotated[SendForm, Fo
     return RedirectResponse(f"/chat/{room.id}", 303)
 
 
-@router.post("/chat/import")
+@router.post("/chat/import", max_body_size=MAX_FILE)
 async def take_in(request: Request, studio: OfStudio, file: UploadFile) -> Response:
     """Rooms from a file."""
     await expensive(request)
@@ -183,6 +192,7 @@ async def show_room(
         after=after,
         earlier=earlier,
         speakers=speakers,
+        sessions=[each for each in speakers if each["kind"] == "session"],
         known=known,
         chosen=room.models,
         most=MOST_MODELS,
@@ -218,6 +228,11 @@ async def thread_of(room: Room, all: bool = False) -> tuple[list[Turn], int, int
     return turns, after, len(path) - len(shown)
 
 
+async def sessions_of(studio: Studio) -> list[dict[str, Any]]:
+    """The sessions that may learn from an answer."""
+    return [each for each in await studio.speakers.everybody() if each["kind"] == "session"]
+
+
 def beside(room: Room, message: Message) -> list[Message]:
     """The answers that were asked for together with one; itself alone where it was not."""
     if message.group is None:
@@ -248,31 +263,38 @@ def turn_of(room: Room, message: Message, by_id: dict[str, dict[str, Any]], colu
             others.append(each.id)
     return Turn(
         by_id[message.id], [by_id[each.id] for each in columns] if len(columns) > 1 else [], others,
-        others.index(message.id),
+        others.index(message.id), is_first(room, message),
     )  # fmt: skip
 
 
+def is_first(room: Room, message: Message) -> bool:
+    asked = room.messages.get(message.parent or "")
+    return asked is not None and asked.parent is None and not asked.files and not room.system
+
+
 @router.get("/chat/{room}/thread")
-async def thread(request: Request, room: OfRoom, all: bool = False) -> HTMLResponse:
+async def thread(request: Request, room: OfRoom, studio: OfStudio, all: bool = False) -> HTMLResponse:
     """The thread alone, for a page that is open."""
+    sessions = await sessions_of(studio)
     turns, after, earlier = await thread_of(room, all)
     page = render_of(request).page
     return await asyncio.to_thread(
-        page, "chat/_thread.html", room=room.as_json(), turns=turns, after=after, earlier=earlier
+        page, "chat/_thread.html", room=room.as_json(), turns=turns, after=after, earlier=earlier, sessions=sessions
     )
 
 
 @router.get("/chat/{room}/messages/{message}")
-async def one_message(request: Request, room: OfRoom, message: str) -> HTMLResponse:
+async def one_message(request: Request, room: OfRoom, studio: OfStudio, message: str) -> HTMLResponse:
     """One place in the thread: a message, with what stands beside it."""
     found = room.message(message)
     columns = beside(room, found)
+    sessions = await sessions_of(studio)
     if len(columns) > 1:  # of a comparison, the answer that is on the branch
         on_branch = {each.id for each in room.path(room.head)}
         found = next((each for each in columns if each.id in on_branch), columns[0])
     told, after = await room.view(columns)
     turn = turn_of(room, found, {each["id"]: shown_as(each) for each in told}, columns)
-    return render_of(request).page("chat/_turn.html", room=room.as_json(), turn=turn, after=after)
+    return render_of(request).page("chat/_turn.html", room=room.as_json(), turn=turn, after=after, sessions=sessions)
 
 
 def answered(request: Request, room: Room) -> Response:
@@ -331,6 +353,18 @@ async def choose(request: Request, room: OfRoom, form: Annotated[MessageForm, Fo
 async def rate(request: Request, room: OfRoom, form: Annotated[RateForm, Form()]) -> Response:
     await room.rate(form.message, form.rating)
     return answered(request, room)
+
+
+@router.post("/chat/{room}/teach")
+async def teach(request: Request, room: OfRoom, studio: OfStudio, form: Annotated[TeachForm, Form()]) -> Response:
+    """Have a session learn from an answer, and look at it there."""
+    await expensive(request)
+    prompt, options, choice = studio.rooms.said_of(room, form.message)
+    what = f"an answer in “{room.title}”"
+    await studio.fits.teach(form.session, prompt, options, choice, what, form.request)
+    if "hx-request" in request.headers:
+        return Response(status_code=204, headers={"hx-redirect": f"/steer/{form.session}/log#fits"})
+    return RedirectResponse(f"/steer/{form.session}/log#fits", 303)
 
 
 @router.post("/chat/{room}/rename")

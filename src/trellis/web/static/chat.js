@@ -418,9 +418,13 @@ export class Chat {
 
   bindScroll() {
     const button = $("[data-to-end]", this.root);
+    let before = 0;
     this.scroller.addEventListener("scroll", () => {
-      const left = this.scroller.scrollHeight - this.scroller.scrollTop - this.scroller.clientHeight;
-      this.follows = left < 48;
+      const { scrollHeight, scrollTop, clientHeight } = this.scroller;
+      // What grows meanwhile is no reader who scrolled: only a way up is.
+      if (scrollHeight - scrollTop - clientHeight < 48) this.follows = true;
+      else if (scrollTop < before - 1) this.follows = false;
+      before = scrollTop;
       button.hidden = this.follows;
     }, { passive: true });
     button.addEventListener("click", () => { this.follows = true; this.toEnd(); });

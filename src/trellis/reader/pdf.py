@@ -1,0 +1,54 @@
+"""`python -m trellis.reader.pdf MOST`: a PDF on standard input, its text as JSON on standard output.
+
+A process of its own, which may take so much memory and time and no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+
+MEMORY, SECONDS = 1_500_000_000, 30
+MOST_PAGES = 2000
+
+
+def main() -> None:
+    with contextlib.suppress(ImportError):  # Windows has no such limits
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    data = sys.stdin.buffer.read()
+    json.dump(text_of(data, int(sys.argv[1])), sys.stdout)
+
+
+def text_of(data: bytes, most: int) -> dict[str, str]:
+    """The text of a PDF, page by page, or what is the matter with it. One character too many is read, and no more."""
+    from pypdf import PdfReader
+    from pypdf.errors import PyPdfError
+
+    try:
+        reader = PdfReader(io.BytesIO(data))
+        if reader.is_encrypted and not reader.decrypt(""):
+            return {"problem": "is locked with a password"}
+        if len(reader.pages) > MOST_PAGES:
+            return {"problem": f"has {len(reader.pages)} pages; {MOST_PAGES} are the most"}
+        parts: list[str] = []
+        length = 0
+        for page in reader.pages:
+            parts.append(page.extract_text().encode("utf-8", "replace").decode().strip())
+            length += len(parts[-1]) + 2
+            if length > most:
+                break
+    except (PyPdfError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OSError) as error:
+        return {"problem": f"could not be read as a PDF ({type(error).__name__})"}
+    except MemoryError:
+        return {"problem": "needs too much memory to be read"}
+    return {"text": "\n\n".join(part for part in parts if part)[: most + 1]}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Where the studio may connect to: every address is looked up, checked, and then the one that is used.
+
+A name that points at this computer or its network would let a page make the studio ask for what its user cannot see
+(server-side request forgery). It does not know what is asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Collection
+from dataclasses import dataclass
+from urllib.parse import SplitResult, urlsplit
+
+from ..errors import Invalid, Refused, TrellisError, shorten
+
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+PORTS = {"http": 80, "https": 443}
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+@dataclass(frozen=True)
+class Place:
+    """A checked address: connect to `address`, and call the server by its name."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+    address: Address
+
+    @property
+    def url(self) -> str:
+        """With the address in place of the name, so that nobody looks the name up again."""
+        there = f"[{self.address}]" if self.address.version == 6 else str(self.address)
+        return f"{self.scheme}://{there}:{self.port}{self.path}"
+
+    @property
+    def name(self) -> str:
+        """As a Host header has it."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == PORTS[self.scheme] else f"{host}:{self.port}"
+
+
+async def checked(url: str, own: Collection[str]) -> Place:
+    """A place that may be connected to. `own` are servers, as `host:port`, that may have private addresses.
+
+    Raises Invalid for what is not an address, Refused for one that is not allowed, TrellisError where there is none.
+    """
+    parts = parsed(url)
+    host, port = str(parts.hostname), parts.port or PORTS[parts.scheme]
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        raise TrellisError(
+            f"There is no server called “{shorten(host)}”.", code="network", field="url",
+            next_step="Check the address.",
+        ) from None  # fmt: skip
+    addresses = list(dict.fromkeys(ipaddress.ip_address(str(each[4][0]).split("%")[0]) for each in found))
+    allowed = f"{host}:{port}" in own
+    for address in addresses:
+        if never(address) or not (allowed or is_public(address)):
+            raise Refused(
+                f"“{shorten(host)}” is at {address}, which is this computer or its own network.",
+                code="private_address", field="url", next_step=f"If it is a server of yours, start the studio with "
+                f"TRELLIS_LOCAL_SERVERS={shorten(host)}:{port}.",
+            )  # fmt: skip
+    return Place(parts.scheme, host, port, parts.path.rstrip("/"), addresses[0])
+
+
+def parsed(url: str) -> SplitResult:
+    """Raises Invalid for what is not the address of a server."""
+    try:
+        parts = urlsplit(url.strip())
+        good = parts.scheme in PORTS and parts.hostname and not parts.username and not parts.password
+        good = bool(good and not parts.query and not parts.fragment and (parts.port is None or parts.port > 0))
+    except ValueError:
+        good = False
+    if not good or any(ord(letter) < 33 for letter in url.strip()):
+        raise Invalid(
+            f"url: must be an address such as “https://example.org/v1”, got “{shorten(url)}”.", field="url",
+            next_step="Type it with http or https, without a key in it.",
+        )  # fmt: skip
+    return parts
+
+
+def plain(address: Address) -> Address:
+    """An IPv4 address that stands in an IPv6 one, by itself."""
+    if isinstance(address, ipaddress.IPv6Address):
+        inside = address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
+        if inside is None and address in NAT64:
+            inside = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        return inside or address
+    return address
+
+
+def is_public(address: Address) -> bool:
+    each = plain(address)
+    return each.is_global and not each.is_multicast and not each.is_reserved
+
+
+def never(address: Address) -> bool:
+    """What no server of models has: link-local, where clouds keep their secrets, multicast, and no address at all."""
+    each = plain(address)
+    return each.is_link_local or each.is_multicast or each.is_unspecified

@@ -1,0 +1,476 @@
+"""`/v1`: every model and version for the public OpenAI clients, as they are.
+
+What they may ask for and is not here is refused by its name, never passed over in silence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from ...errors import EngineError, Invalid, Refused, TrellisError, shorten
+from ...messages import Answered, Chat, Drawn, Event, Heard, Spoke, Turn
+from ...params import Sampling
+from ...studio.speaker import Speaker
+from ...studio.studio import Studio
+from ...texts import storable
+from ..live import HEADERS
+from .steering import OfStudio
+
+router = APIRouter(prefix="/v1", tags=["openai"])
+
+MOST_TEXT = 1_500_000
+LONGEST = 8192
+"""Tokens of one answer at most, and where nobody says how many."""
+
+AT_ONCE = 64
+"""Answers that one key, or one address without a key, may have made at the same time."""
+
+NOT_HERE: dict[str, Any] = {
+    "tools": None, "functions": None, "tool_choice": "none", "function_call": "none", "audio": None,
+    "modalities": ["text"], "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": None, "prediction": None,
+    "web_search_options": None, "echo": False, "suffix": None,
+}  # fmt: skip
+"""What is not here, with the value at which it asks for nothing."""
+
+Said = Annotated[str, Field(max_length=MOST_TEXT), AfterValidator(storable)]
+Stop = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class Part(BaseModel):
+    type: str = Field(max_length=40)
+    text: Said = ""
+
+
+class OneMessage(BaseModel):
+    """One message."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Said | list[Part] | None = None
+
+    def turn(self, place: int) -> Turn:
+        """Raises Invalid for what is not text."""
+        role: Literal["system", "user", "assistant"] = "system" if self.role == "developer" else self.role
+        if not isinstance(self.content, list):
+            return Turn(role=role, text=self.content or "")
+        for part in self.content:
+            if part.type != "text":
+                raise Invalid(
+                    f"messages.{place}.content: “{shorten(part.type)}” cannot be read; only text can.",
+                    field=f"messages.{place}.content", code="unsupported_value", next_step="Send text alone.",
+                )  # fmt: skip
+        return Turn(role=role, text="".join(part.text for part in self.content))
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class Asked(BaseModel):
+    """What both ways of asking have in common."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    model: str = Field(min_length=1, max_length=300)
+    n: int | None = Field(1, ge=1, le=16)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    stop: Stop | list[Stop] | None = None
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    temperature: float | None = Field(1.0, ge=0, le=5)
+    top_p: float | None = Field(1.0, ge=0, le=1)
+    min_p: float | None = Field(0.0, ge=0, lt=1)
+    max_tokens: int | None = Field(None, ge=1, le=10_000_000)
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_tokens
+
+    def sampling(self) -> Sampling:
+        return Sampling(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=max(1.0 if self.top_p is None else self.top_p, 1e-6),
+            min_p=self.min_p or 0.0,
+            max_new_tokens=min(self.longest or LONGEST, LONGEST),
+        )
+
+    def stops(self) -> tuple[str, ...]:
+        """Raises Invalid for too many."""
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if len(stops) > 16:
+            raise Invalid("stop: 16 are the most.", field="stop", next_step="Send fewer.")
+        return stops
+
+    def refuse_what_is_not_here(self) -> None:
+        """Raises Invalid."""
+        for name, value in (self.model_extra or {}).items():
+            if name in NOT_HERE and value not in (None, NOT_HERE[name], [], {}):
+                raise Invalid(
+                    f"{name}: this is not supported here, got “{shorten(value)}”.", field=name,
+                    code="unsupported_parameter", next_step="Leave it out.",
+                )  # fmt: skip
+        wanted = (self.model_extra or {}).get("response_format")
+        if isinstance(wanted, dict) and wanted.get("type", "text") != "text":
+            raise Invalid(
+                f"response_format: “{shorten(wanted.get('type'))}” is not supported here, only “text”.",
+                field="response_format", code="unsupported_parameter", next_step="Leave it out.",
+            )  # fmt: skip
+
+
+class ChatAsked(Asked):
+    messages: list[OneMessage] = Field(min_length=1, max_length=5000)
+    max_completion_tokens: int | None = Field(None, ge=1, le=10_000_000)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class TextAsked(Asked):
+    prompt: Said | list[Said] | list[int] | list[list[int]] = Field("", max_length=MOST_TEXT)
+    max_tokens: int | None = Field(16, ge=1, le=10_000_000)
+    logprobs: int | None = Field(None, ge=0, le=20)
+    best_of: int | None = Field(None, ge=1, le=16)
+
+    def prompts(self) -> list[str]:
+        """Raises Invalid for tokens."""
+        texts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        found = [text for text in texts if isinstance(text, str)]
+        if len(found) < len(texts) or len(found) > 64:
+            what = "tokens are not taken, only text" if len(found) < len(texts) else "64 prompts are the most"
+            raise Invalid(f"prompt: {what}.", field="prompt", code="unsupported_value", next_step="Send text.")
+        return found
+
+
+@router.get("/models")
+async def models(studio: OfStudio) -> dict[str, Any]:
+    """Every model and session by the name that the other calls take; a session's steps are `session:<name>@<step>`."""
+    found: dict[str, dict[str, Any]] = {}
+    for each in await studio.speakers.everybody():
+        name = f"session:{each['session']}" if each["kind"] == "session" else each["name"]
+        found.setdefault(each["name"] if name in found else name, _model(name if name not in found else each["name"]))
+    return {"object": "list", "data": list(found.values())}
+
+
+@router.get("/models/{model:path}")
+async def model(model: str, studio: OfStudio) -> dict[str, Any]:
+    await studio.speakers.find(model)
+    return _model(model)
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "trellis"}
+
+
+@router.post("/chat/completions")
+async def chat_completions(request: Request, body: ChatAsked, studio: OfStudio) -> Response:
+    """Answer a conversation."""
+    body.refuse_what_is_not_here()
+    turns = tuple(each.turn(place) for place, each in enumerate(body.messages))
+    if sum(len(turn.text) for turn in turns) > MOST_TEXT:
+        raise Invalid("messages: too much text.", field="messages", next_step="Send less.")
+    top = (body.top_logprobs or 0) if body.logprobs else None
+    first = _seed(body)
+    asked = [
+        Chat(turns=turns, sampling=body.sampling(), seed=_nth(first, place), stop=body.stops(), top=top)
+        for place in range(body.n or 1)
+    ]
+    return await _answer(request, studio, body, asked, ChatShape(body.model))
+
+
+@router.post("/completions")
+async def completions(request: Request, body: TextAsked, studio: OfStudio) -> Response:
+    """Go on with a text, without a chat template."""
+    body.refuse_what_is_not_here()
+    if body.best_of not in (None, body.n or 1):
+        raise Invalid("best_of: it must be as many as n.", field="best_of", next_step="Leave it out.")
+    first = _seed(body)
+    asked = [
+        Chat(text=prompt, sampling=body.sampling(), seed=_nth(first, place), stop=body.stops(), top=body.logprobs)
+        for prompt in body.prompts()
+        for place in range(body.n or 1)
+    ]
+    return await _answer(request, studio, body, asked, TextShape(body.model))
+
+
+def _seed(body: Asked) -> int:
+    return secrets.randbits(62) if body.seed is None else body.seed % 2**63
+
+
+def _nth(seed: int, place: int) -> int:
+    return (seed + place) % 2**63
+
+
+class Shape:
+    """How answers are written: whole, or in pieces."""
+
+    kind = ""
+    piece_kind = ""
+    prefix = ""
+
+    def __init__(self, model: str) -> None:
+        self._about = {"id": f"{self.prefix}{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+    def whole(self, choices: list[Answer], usage: dict[str, Any]) -> dict[str, Any]:
+        made = [
+            {"index": place, "finish_reason": each.finish, "logprobs": self.logprobs(each.drawn, 0)} | self.said(each)
+            for place, each in enumerate(choices)
+        ]
+        return self._about | {"object": self.kind, "choices": made, "usage": usage}
+
+    def piece(
+        self, place: int, text: str | None, drawn: list[Drawn], at: int, finish: str | None, first: bool = False
+    ) -> dict[str, Any]:
+        choice = {"index": place, "finish_reason": finish, "logprobs": self.logprobs(drawn, at)}
+        return self._about | {"object": self.piece_kind, "choices": [choice | self.grown(text, first)]}
+
+    def usage(self, usage: dict[str, Any]) -> dict[str, Any]:
+        return self._about | {"object": self.piece_kind, "choices": [], "usage": usage}
+
+    def said(self, answer: Answer) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def grown(self, text: str | None, first: bool) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def logprobs(self, drawn: list[Drawn], at: int) -> dict[str, Any] | None:
+        raise NotImplementedError
+
+
+class ChatShape(Shape):
+    kind, piece_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
+
+    def said(self, answer: Answer) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
+
+    def grown(self, text: str | None, first: bool) -> dict[str, Any]:
+        delta = {} if text is None else {"content": text}
+        return {"delta": {"role": "assistant"} | delta if first else delta}
+
+    def logprobs(self, drawn: list[Drawn], at: int) -> dict[str, Any] | None:
+        if not drawn:
+            return None
+        return {
+            "content": [
+                {
+                    "token": each.text, "logprob": each.logprob, "bytes": list(each.bytes),
+                    "top_logprobs": [
+                        {"token": text, "logprob": logprob, "bytes": list(raw)} for text, raw, logprob in each.top
+                    ],
+                }
+                for each in drawn
+            ],
+            "refusal": None,
+        }  # fmt: skip
+
+
+class TextShape(Shape):
+    kind = piece_kind = "text_completion"
+    prefix = "cmpl-"
+
+    def said(self, answer: Answer) -> dict[str, Any]:
+        return {"text": answer.text}
+
+    def grown(self, text: str | None, first: bool) -> dict[str, Any]:
+        return {"text": text or ""}
+
+    def logprobs(self, drawn: list[Drawn], at: int) -> dict[str, Any] | None:
+        if not drawn:
+            return None
+        offsets = []
+        for each in drawn:
+            offsets.append(at)
+            at += len(each.text)
+        return {
+            "tokens": [each.text for each in drawn], "token_logprobs": [each.logprob for each in drawn],
+            "top_logprobs": [{text: logprob for text, _, logprob in each.top} for each in drawn],
+            "text_offset": offsets,
+        }  # fmt: skip
+
+
+class Answer:
+    """One answer as it comes."""
+
+    def __init__(self) -> None:
+        self.pieces: list[str] = []
+        self.drawn: list[Drawn] = []
+        self.finish = "stop"
+        self.tokens = self.prompt_tokens = self.warm = 0
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    def take(self, event: Event) -> None:
+        match event:
+            case Heard():
+                self.prompt_tokens, self.warm = event.prompt_tokens, event.warm
+            case Spoke():
+                self.pieces.append(event.text)
+                self.drawn += event.drawn
+                self.tokens = event.tokens
+            case Answered():
+                self.finish, self.tokens = event.finish, event.tokens
+
+
+async def _answer(request: Request, studio: Studio, body: Asked, asked: list[Chat], shape: Shape) -> Response:
+    owner = request.scope.get("trellis.key") or (request.client.host if request.client else "unknown")
+    speaker = await studio.speakers.find(body.model)
+    if not body.stream:
+        async with _counted(request, owner, len(asked)):
+            answers = await _while_connected(request, _whole(speaker, asked, owner))
+        return JSONResponse(shape.whole(answers, _usage(answers)))
+    events = _side_by_side(speaker, asked, owner)
+    first = await anext(events)  # what is wrong with the request is said before the stream begins
+    wants_usage = bool(body.stream_options and body.stream_options.include_usage)
+    counted = _counted(request, owner, len(asked))
+    await counted.__aenter__()
+
+    async def frames() -> AsyncIterator[str]:
+        try:
+            async for frame in _frames(first, events, len(asked), shape, wants_usage):
+                yield frame
+        finally:
+            await events.aclose()
+            await counted.__aexit__(None, None, None)
+
+    return StreamingResponse(frames(), media_type="text/event-stream", headers=HEADERS)
+
+
+async def _whole(speaker: Speaker, asked: list[Chat], owner: str) -> list[Answer]:
+    answers = [Answer() for _ in asked]
+    async with aclosing(_side_by_side(speaker, asked, owner)) as events:
+        async for place, event in events:
+            answers[place].take(event)
+    return answers
+
+
+async def _side_by_side(speaker: Speaker, asked: list[Chat], owner: str) -> Any:
+    """The events of several answers as they come, each with its place. The first error ends all."""
+    inbox: asyncio.Queue[tuple[int, Event | BaseException | None]] = asyncio.Queue(maxsize=256)
+
+    async def ask(place: int, request: Chat) -> None:
+        try:
+            async with aclosing(speaker.answer(request, owner, lambda progress: None)) as events:
+                async for event in events:
+                    await inbox.put((place, event))
+            await inbox.put((place, None))
+        except TrellisError as error:
+            await inbox.put((place, error))
+
+    tasks = [asyncio.create_task(ask(place, request)) for place, request in enumerate(asked)]
+    try:
+        left = len(tasks)
+        while left:
+            place, event = await inbox.get()
+            if isinstance(event, BaseException):
+                raise event
+            if event is None:
+                left -= 1
+            else:
+                yield place, event
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _frames(
+    first: tuple[int, Event], events: AsyncIterator[tuple[int, Event]], count: int, shape: Shape, wants_usage: bool
+) -> AsyncIterator[str]:
+    answers = [Answer() for _ in range(count)]
+    lengths = [0] * count
+    begun = [False] * count
+
+    async def all_of_them() -> AsyncIterator[tuple[int, Event]]:
+        yield first
+        async for each in events:
+            yield each
+
+    try:
+        async for place, event in all_of_them():
+            answer = answers[place]
+            answer.take(event)
+            if isinstance(event, Heard) and not begun[place]:
+                begun[place] = True
+                yield _frame(shape.piece(place, "", [], 0, None, first=True))
+            elif isinstance(event, Spoke):
+                yield _frame(shape.piece(place, event.text, list(event.drawn), lengths[place], None))
+                lengths[place] += len(event.text)
+            elif isinstance(event, Answered):
+                yield _frame(shape.piece(place, None, [], lengths[place], event.finish))
+    except TrellisError as error:
+        yield _frame({"error": as_openai(error)})
+        return
+    if wants_usage:
+        yield _frame(shape.usage(_usage(answers)))
+    yield "data: [DONE]\n\n"
+
+
+def _frame(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=True, separators=(',', ':'))}\n\n"
+
+
+def _usage(answers: list[Answer]) -> dict[str, Any]:
+    prompt = max((each.prompt_tokens for each in answers), default=0)
+    said = sum(each.tokens for each in answers)
+    warm = max((each.warm for each in answers), default=0)
+    return {
+        "prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said,
+        "prompt_tokens_details": {"cached_tokens": warm},
+    }  # fmt: skip
+
+
+async def _while_connected(request: Request, work: Any) -> Any:
+    """The result of some work, which is given up when nobody waits for it any more."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=0.5))[0]:
+            if await request.is_disconnected():
+                raise EngineError("The client has gone.", code="cancelled", next_step="Ask again.")
+        return task.result()
+    finally:
+        task.cancel()
+
+
+@asynccontextmanager
+async def _counted(request: Request, owner: str, count: int) -> AsyncIterator[None]:
+    """Raises Refused where one has too many answers made at once."""
+    busy: Counter[str] = request.app.state.answering
+    if busy[owner] + count > AT_ONCE:
+        raise Refused(
+            f"{busy[owner]} answers are being made for you; {AT_ONCE} at once are the most.", code="too_many_requests",
+            next_step="Wait for some of them.",
+        )  # fmt: skip
+    busy[owner] += count
+    try:
+        yield
+    finally:
+        busy[owner] -= count
+        if busy[owner] <= 0:
+            del busy[owner]
+
+
+def as_openai(error: TrellisError) -> dict[str, Any]:
+    """An error in the shape that these clients know."""
+    code = {"prompt_too_long": "context_length_exceeded", "too_many_requests": "rate_limit_exceeded"}.get(
+        error.code, error.code
+    )
+    kind = "invalid_request_error"
+    if code == "rate_limit_exceeded":
+        kind = "rate_limit_error"
+    elif isinstance(error, EngineError) and error.field is None:
+        kind = "server_error"
+    param = error.field.removeprefix("body.") if error.field else None
+    return {"message": f"{error.message} {error.next_step}", "type": kind, "param": param, "code": code}

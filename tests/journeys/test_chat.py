@@ -1,0 +1,443 @@
+"""Chat in a real browser: words that grow, branches, comparisons, a line that breaks, and everything by keyboard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Page, expect
+
+from tests.journeys.conftest import Open
+from tests.server import Server, new_session
+from tests.tiny import make_parrot
+
+pytestmark = pytest.mark.browser
+
+SLOW = "say 400 words at 60 a second"
+MARKDOWN = """<think>
+They want *everything*.
+</think>
+# A title
+
+Words with `code` and $a_1 * b_1$.
+
+```python
+def f(x):
+    return "<b>"
+```
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+- one
+- two
+
+<img src=x onerror=alert(1)> ![p](http://evil.example/p) [link](https://example.org)
+"""
+
+
+def begin(page: Page, server: Server, text: str = "Hello.") -> str:
+    """A new room with a first message. Returns its id."""
+    page.goto(f"{server.url}/chat")
+    page.get_by_label("Message", exact=True).fill(text)
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/chat/r*")
+    expect(page.locator("[data-connection]")).to_have_attribute("data-state", "connected")
+    return page.url.split("/chat/")[1].split("#")[0]
+
+
+def say(page: Page, text: str) -> None:
+    page.get_by_label("Message", exact=True).fill(text)
+    page.keyboard.press("Enter")
+
+
+def whole(page: Page, answers: int) -> None:
+    """Wait until so many answers stand there, whole."""
+    expect(page.locator(".message.assistant[data-state=done]")).to_have_count(answers)
+
+
+def stored(server: Server, room: str) -> list[dict[str, Any]]:
+    with server.client() as client:
+        messages: list[dict[str, Any]] = client.get(f"/api/rooms/{room}").json()["messages"]
+        return messages
+
+
+def on_screen(page: Page) -> list[str]:
+    return [" ".join(text.split()) for text in page.locator(".message.assistant .said").all_inner_texts()]
+
+
+def test_a_conversation(open_page: Open, server: Server) -> None:
+    page = open_page()
+    room = begin(page, server, "Tell me\nabout the sea.")
+    whole(page, 1)
+    assert on_screen(page) == [stored(server, room)[1]["text"]]
+    expect(page.locator(".measured")).to_contain_text("to the first word")
+    expect(page.locator(".measured")).to_contain_text("tokens of context")
+    expect(page).to_have_title("Tell me · Chat · Trellis")
+    box = page.get_by_label("Message", exact=True)
+    box.fill("One")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("two")
+    assert box.input_value() == "One\ntwo"
+    page.keyboard.press("Enter")
+    whole(page, 2)
+    expect(box).to_have_value("")
+    assert [each["text"] for each in stored(server, room) if each["role"] == "user"][1] == "One\ntwo"
+    expect(page.locator("#room-list a[aria-current=page]")).to_contain_text("Tell me")
+
+
+def test_stop_by_button_and_by_key_and_go_on(open_page: Open, server: Server) -> None:
+    page = open_page()
+    room = begin(page, server)
+    whole(page, 1)
+    say(page, SLOW)
+    expect(page.locator(".tail.growing")).to_contain_text(" ")
+    page.get_by_role("button", name="Stop Esc").click()
+    expect(page.get_by_text("Stopped.")).to_be_visible()
+    text = stored(server, room)[-1]["text"]
+    assert on_screen(page)[-1] == text
+    page.get_by_role("button", name="Go on").click()
+    expect(page.locator(".tail.growing")).to_be_visible()
+    page.wait_for_timeout(300)
+    page.keyboard.press("Escape")
+    expect(page.get_by_text("Stopped.")).to_be_visible()
+    more = stored(server, room)[-1]["text"]
+    assert more.startswith(text)
+    assert len(more) > len(text)
+    expect(page.locator(".message.assistant .said").last).to_have_text(more)
+
+
+def test_edits_and_answers_once_more_keep_their_branches(open_page: Open, server: Server) -> None:
+    page = open_page()
+    begin(page, server, "Hello.")
+    whole(page, 1)
+    first = on_screen(page)[0]
+    page.locator("body").click()
+    page.keyboard.press("r")
+    expect(page.locator(".branches")).to_contain_text("2 of 2")
+    whole(page, 1)
+    assert on_screen(page)[0] != first
+    page.get_by_role("button", name="‹ before").click()
+    expect(page.locator(".branches")).to_contain_text("1 of 2")
+    assert on_screen(page) == [first]
+    page.get_by_label("Message", exact=True).focus()
+    page.keyboard.press("ArrowUp")
+    page.get_by_role("textbox", name="Text").first.fill("Good evening.")
+    page.get_by_role("button", name="Ask this instead").click()
+    expect(page.locator(".message.user .tail")).to_have_text("Good evening.")
+    whole(page, 1)
+    expect(page.locator(".branches").first).to_contain_text("2 of 2")
+    page.get_by_role("button", name="‹ before").first.click()
+    expect(page.locator(".message.user .tail")).to_have_text("Hello.")
+
+
+def test_two_people_see_the_same_as_it_grows(open_page: Open, server: Server) -> None:
+    one, other = open_page(), open_page()
+    room = begin(one, server)
+    whole(one, 1)
+    other.goto(f"{server.url}/chat/{room}")
+    expect(other.locator("[data-connection]")).to_have_attribute("data-state", "connected")
+    say(one, "say 30 words at 60 a second")
+    for page in (one, other):
+        expect(page.locator(".tail.growing")).to_contain_text(" ")
+    for page in (one, other):
+        whole(page, 2)
+        assert on_screen(page) == [each["text"] for each in stored(server, room) if each["role"] == "assistant"]
+
+
+def test_a_reload_in_mid_answer_loses_and_doubles_nothing(open_page: Open, server: Server) -> None:
+    page = open_page()
+    room = begin(page, server)
+    whole(page, 1)
+    say(page, "say 120 words at 80 a second")
+    for _ in range(2):
+        expect(page.locator(".tail.growing")).to_contain_text(" ")
+        page.reload()
+    whole(page, 2)
+    assert on_screen(page)[-1] == stored(server, room)[-1]["text"]
+    assert len(on_screen(page)[-1].split()) == 120
+
+
+def test_what_is_written_offline_is_sent_once_when_the_line_is_back(open_page: Open, server: Server) -> None:
+    page = open_page()
+    room = begin(page, server)
+    whole(page, 1)
+    page.context.set_offline(True)
+    page.evaluate("dispatchEvent(new Event('offline'))")
+    cut_all_lines(page)
+    expect(page.locator("[data-connection]")).not_to_have_attribute("data-state", "connected")
+    say(page, "Written in a tunnel.")
+    expect(page.locator("[data-outbox]")).to_contain_text("Written in a tunnel.")
+    assert len(stored(server, room)) == 2
+    page.context.set_offline(False)
+    page.evaluate("dispatchEvent(new Event('online'))")
+    whole(page, 2)
+    assert [each["text"] for each in stored(server, room) if each["role"] == "user"].count("Written in a tunnel.") == 1
+    expect(page.locator("[data-outbox]")).to_be_empty()
+
+
+def cut_all_lines(page: Page) -> None:
+    """Have the page's socket close, as a network that goes away does after a while."""
+    session = page.context.new_cdp_session(page)
+    session.send("Network.enable")
+    session.send("Network.emulateNetworkConditions",
+                 {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0})  # fmt: skip
+    page.evaluate("document.dispatchEvent(new Event('trellis:cut'))")
+    session.send("Network.emulateNetworkConditions",
+                 {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1})  # fmt: skip
+
+
+def test_a_restart_of_the_server_in_mid_answer(open_page: Open, save_dir: Path) -> None:
+    server = Server(save_dir)
+    page = open_page()
+    room = begin(page, server)
+    whole(page, 1)
+    say(page, SLOW)
+    expect(page.locator(".tail.growing")).to_contain_text(" ")
+    page.wait_for_timeout(2500)
+    server.kill()
+    expect(page.locator("[data-connection]")).to_have_attribute("data-state", "reconnecting")
+    server.start()
+    try:
+        expect(page.locator("[data-connection]")).to_have_attribute("data-state", "connected")
+        expect(page.get_by_text("This answer broke off")).to_be_visible()
+        assert on_screen(page)[-1] == stored(server, room)[-1]["text"] != ""
+        page.get_by_role("button", name="Go on").click()
+        expect(page.locator(".tail.growing")).to_be_visible()
+        page.keyboard.press("Escape")
+        expect(page.get_by_text("Stopped.")).to_be_visible()
+        expect(page.locator(".message.assistant .said").last).to_have_text(stored(server, room)[-1]["text"])
+    finally:
+        server.stop()
+
+
+def test_models_answer_side_by_side_and_one_is_gone_on_with(open_page: Open, server: Server) -> None:
+    with server.client() as client:
+        state = new_session(client)
+    page = open_page()
+    page.goto(f"{server.url}/steer/{state['id']}")
+    page.get_by_role("link", name="Chat with this step").click()
+    chosen = page.locator("[data-model]").first
+    expect(chosen.locator("option:checked")).to_have_text(f"{state['name']}, before any step")
+    page.get_by_text("Compare with another").click()
+    page.get_by_label("Who answers too").select_option("demo")
+    say(page, "Hello.")
+    page.wait_for_url("**/chat/r*")
+    whole(page, 2)
+    expect(page.locator(".turn.columns .message")).to_have_count(2)
+    expect(page.locator(".turn.columns .who")).to_have_text([f"{state['name']}, before any step", "demo"])
+    page.get_by_role("button", name="Go on with this one").click()
+    expect(page.locator(".turn.columns .message.aside .who")).to_have_text(f"{state['name']}, before any step")
+    page.get_by_role("button", name="Good").last.click()
+    expect(page.get_by_role("button", name="Good").last).to_have_attribute("aria-pressed", "true")
+    page.locator(".teach summary").last.click()
+    page.get_by_role("button", name="Learn from this").last.click()
+    page.wait_for_url("**/log#fits")
+    expect(page.get_by_text("an answer in").first).to_be_visible()
+
+
+def imported(server: Server, *texts: str) -> str:
+    messages = [
+        {"id": str(place), "parent": str(place - 1) if place else None, "role": "assistant" if place % 2 else "user",
+         "text": text, "model": "demo" if place % 2 else None,
+         "usage": {"time_to_first_token_ms": 210, "tokens_per_second": 41, "context_used": 99, "context_length": 1024}}
+        for place, text in enumerate(texts)
+    ]  # fmt: skip
+    body = {"format": "trellis-room-1", "title": texts[0][:60], "messages": messages, "head": str(len(texts) - 1)}
+    response = httpx.post(f"{server.url}/api/rooms/import", content=json.dumps(body))
+    assert response.status_code == 201, response.text
+    return str(response.json()[0]["id"])
+
+
+def test_markdown_is_shown_and_is_nothing_more(open_page: Open, server: Server) -> None:
+    page = open_page()
+    page.on("dialog", lambda dialog: pytest.fail("a script of the model ran"))
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{server.url}/chat/{imported(server, '<img src=x onerror=alert(1)>', MARKDOWN)}")
+    expect(page.locator(".prose h1")).to_have_text("A title")
+    expect(page.locator(".prose table td")).to_have_text(["1", "2"])
+    expect(page.locator(".prose .maths")).to_have_text("$a_1 * b_1$")
+    expect(page.locator(".thought")).not_to_have_attribute("open", "")
+    page.locator(".thought summary").click()
+    expect(page.locator(".thought em")).to_have_text("everything")
+    assert page.locator("main img").count() == 0
+    expect(page.locator(".prose a").last).to_have_attribute("rel", "noopener noreferrer nofollow")
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator("[data-copy-code]").click()
+    expect(page.locator("[data-copy-code]")).to_have_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == 'def f(x):\n    return "<b>"\n'
+    assert not [url for url in asked if "evil" in url]
+
+
+def test_files_are_dropped_shown_and_refused(open_page: Open, server: Server, tmp_path: Path) -> None:
+    page = open_page()
+    room = begin(page, server)
+    whole(page, 1)
+    (tmp_path / "notes.md").write_text("What I noted.")
+    (tmp_path / "bad.bin").write_bytes(b"\x00\x01")
+    page.locator("#add-file").set_input_files([tmp_path / "notes.md", tmp_path / "bad.bin"])
+    expect(page.locator(".toast.error")).to_contain_text("bad.bin")
+    expect(page.locator("[data-chips] .chip")).to_have_count(1)
+    expect(page.locator("[data-chips] .chip")).to_contain_text("notes.md")
+    say(page, "What is it?")
+    whole(page, 2)
+    expect(page.locator(".message.user .chip")).to_contain_text("notes.md")
+    with page.expect_download() as download:
+        page.locator(".message.user .chip a").click()
+    assert download.value.path().read_text() == "What I noted."
+    assert stored(server, room)[-2]["files"][0]["name"] == "notes.md"
+
+
+def test_prompts_by_slash_and_keys_by_question_mark(open_page: Open, server: Server) -> None:
+    page = open_page()
+    begin(page, server)
+    whole(page, 1)
+    box = page.get_by_label("Message", exact=True)
+    box.press_sequentially("/brief Answer in three words.")
+    page.get_by_role("button", name="Keep as “brief”").click()
+    expect(box).to_have_value("Answer in three words.")
+    box.fill("")
+    box.press_sequentially("/br")
+    expect(page.locator(".prompt-row")).to_have_count(1)
+    page.keyboard.press("Enter")
+    expect(box).to_have_value("Answer in three words.")
+    page.locator("h1").evaluate("node => document.activeElement.blur()")
+    page.keyboard.press("?")
+    expect(page.get_by_role("dialog", name="Keys")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog", name="Keys")).not_to_be_visible()
+    page.keyboard.press("w")
+    expect(box).to_be_focused()
+
+
+def test_rooms_are_found_renamed_and_deleted(open_page: Open, server: Server) -> None:
+    page = open_page()
+    begin(page, server, "Of zebras and quaggas.")
+    whole(page, 1)
+    page.get_by_label("Name of the room").fill("Striped ones")
+    page.keyboard.press("Enter")
+    expect(page.locator("#room-list a[aria-current=page] strong")).to_have_text("Striped ones")
+    page.get_by_label("Search all rooms").fill("QUAGGAS zebras")
+    expect(page.locator("#room-list li")).to_have_count(1)
+    expect(page.locator("#room-list .found")).to_contain_text("quaggas")
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.locator(".room-menu summary").first.click()
+    page.get_by_role("button", name="Delete this room").click()
+    page.wait_for_url("**/chat")
+    expect(page.locator("#room-list")).not_to_contain_text("Striped ones")
+
+
+def test_the_view_follows_unless_the_reader_scrolled_up(open_page: Open, server: Server) -> None:
+    page = open_page(viewport={"width": 1000, "height": 500})
+    begin(page, server)
+    whole(page, 1)
+    say(page, SLOW)
+    scroller = page.locator("[data-scroller]")
+    at = "node => node.scrollHeight - node.scrollTop - node.clientHeight"
+    page.wait_for_timeout(2500)
+    assert scroller.evaluate(at) < 60
+    scroller.evaluate("node => { node.scrollTop = 0; }")
+    page.wait_for_timeout(600)
+    assert scroller.evaluate("node => node.scrollTop") == 0
+    page.get_by_role("button", name="Newest").click()
+    page.wait_for_timeout(300)
+    assert scroller.evaluate(at) < 60
+    page.keyboard.press("Escape")
+    expect(page.get_by_text("Stopped.")).to_be_visible()
+
+
+def test_five_hundred_messages_open_and_can_be_written_under(open_page: Open, server: Server) -> None:
+    room = imported(server, *[f"{MARKDOWN} number {number}" for number in range(500)])
+    page = open_page()
+    page.goto(f"{server.url}/chat/{room}")
+    expect(page.locator(".message")).to_have_count(200)
+    page.get_by_role("link", name="Show 300 earlier messages").click()
+    expect(page.locator(".message")).to_have_count(500)
+    say(page, "Still here?")
+    expect(page.locator(".message")).to_have_count(502)
+
+
+def test_without_a_script(open_page: Open, server: Server) -> None:
+    page = open_page(java_script_enabled=False)
+    page.goto(f"{server.url}/chat")
+    page.get_by_label("Message", exact=True).fill("Hello.")
+    page.get_by_role("button", name="Send").click()
+    page.wait_for_url("**/chat/r*")
+    page.wait_for_timeout(700)
+    page.reload()
+    whole(page, 1)
+    page.get_by_role("button", name="Once more").click()
+    page.wait_for_timeout(500)
+    page.reload()
+    expect(page.locator(".branches")).to_contain_text("2 of 2")
+    page.get_by_role("button", name="‹ before").click()
+    expect(page.locator(".branches")).to_contain_text("1 of 2")
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1440), ("dark", 1440), ("light", 375), ("dark", 375)])
+def test_every_page_of_chat_passes_axe_and_fits(open_page: Open, server: Server, scheme: str, width: int) -> None:
+    room = imported(server, "Show me everything.", MARKDOWN)
+    page = open_page(color_scheme=scheme, viewport={"width": width, "height": 800}, bypass_csp=True)
+    for path in ("/chat", f"/chat/{room}", "/chat?archived=true", "/chat?q=nothing-like-it", "/connections"):
+        page.goto(server.url + path)
+        page.wait_for_timeout(300)
+        found = Axe().run(page)
+        assert found.violations_count == 0, f"{path}: {found.generate_report()}"
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+    page.goto(f"{server.url}/chat/{room}")
+    page.locator(".room-menu summary").first.click()
+    page.locator(".edit-message summary").last.click()
+    page.wait_for_timeout(200)
+    found = Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    if width == 375:
+        page.locator(".room-menu summary").first.click()
+        page.get_by_role("button", name="Show the rooms").click()
+        expect(page.locator("#room-list a").first).to_be_visible()
+        assert Axe().run(page).response["violations"] == []
+
+
+def test_a_key_is_shown_once(open_page: Open, server: Server) -> None:
+    page = open_page()
+    page.goto(f"{server.url}/connections")
+    page.get_by_label("For which program").fill("My script")
+    page.get_by_role("button", name="Make a key").click()
+    key = page.locator("[data-made-key]").inner_text()
+    assert httpx.get(f"{server.url}/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
+    page.goto(f"{server.url}/connections")
+    expect(page.get_by_text("My script")).to_be_visible()
+    expect(page.locator("body")).not_to_contain_text(key)
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.locator("li", has_text="My script").get_by_role("button", name="Revoke").click()
+    expect(page.locator("main")).not_to_contain_text("My script")
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_a_real_model_is_talked_to_and_what_it_says_is_text(open_page: Open, save_dir: Path) -> None:
+    attack = "<img src=x onerror=alert(1)>"
+    make_parrot(save_dir / "models" / "parrot", attack)
+    server = Server(save_dir, fake=False)
+    try:
+        page = open_page()
+        page.on("dialog", lambda dialog: pytest.fail("a script of the model ran"))
+        page.goto(f"{server.url}/chat?model=parrot")
+        say(page, attack)
+        page.wait_for_url("**/chat/r*")
+        expect(page.locator(".message.assistant[data-state=done]")).to_have_count(1, timeout=60_000)
+        expect(page.locator(".message.assistant .said")).to_contain_text("<img src=")
+        expect(page.locator(".message.user .tail")).to_have_text(attack)
+        assert page.locator("main img").count() == 0
+        page.locator("[data-model]").first.select_option("demo")
+        say(page, "Tell me about the sea.")
+        expect(page.locator(".message.assistant[data-state=done]")).to_have_count(2, timeout=60_000)
+        expect(page.locator(".measured").last).to_contain_text("tokens/s")
+    finally:
+        server.stop()
