@@ -342,7 +342,8 @@ def test_the_view_follows_unless_the_reader_scrolled_up(open_page: Open, server:
     at = "node => node.scrollHeight - node.scrollTop - node.clientHeight"
     page.wait_for_timeout(2500)
     assert scroller.evaluate(at) < 60
-    scroller.evaluate("node => { node.scrollTop = 0; }")
+    scroller.hover()
+    page.mouse.wheel(0, -5000)
     page.wait_for_timeout(600)
     assert scroller.evaluate("node => node.scrollTop") == 0
     page.get_by_role("button", name="Newest").click()

@@ -418,12 +418,13 @@ export class Chat {
 
   bindScroll() {
     const button = $("[data-to-end]", this.root);
-    let before = 0;
+    let before = 0, touched = 0;
+    for (const way of ["wheel", "touchmove", "keydown", "pointerdown"]) this.scroller.addEventListener(way, () => { touched = Date.now(); }, { passive: true });
     this.scroller.addEventListener("scroll", () => {
       const { scrollHeight, scrollTop, clientHeight } = this.scroller;
-      // What grows meanwhile is no reader who scrolled: only a way up is.
+      // What grows or is drawn anew meanwhile is no reader who scrolled: only a way up by hand is.
       if (scrollHeight - scrollTop - clientHeight < 48) this.follows = true;
-      else if (scrollTop < before - 1) this.follows = false;
+      else if (scrollTop < before - 1 && Date.now() - touched < 1000) this.follows = false;
       before = scrollTop;
       button.hidden = this.follows;
     }, { passive: true });
