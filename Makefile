@@ -61,6 +61,8 @@ bench: $(DEV) ## Measure: drawing, the loop's speed, how soon a model takes up a
 	$(BIN)/python bench/speed.py
 	$(BIN)/python bench/crowd.py
 	$(BIN)/python bench/timeline.py
+	$(BIN)/python bench/chats.py
+	$(BIN)/python bench/sockets.py
 	$(BIN)/python bench/learning.py --methods choice --seeds 1
 	$(BIN)/python bench/scale.py
 

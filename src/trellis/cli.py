@@ -164,6 +164,7 @@ def _serve(settings: Settings, open_page: bool, first: tuple[str | None, dict[st
     from .studio.studio import Studio
     from .web.access import MAX_BODY
     from .web.app import create_app
+    from .web.pushing import PushingProtocol
     from .workers.processes import ProcessSpawner
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -180,7 +181,7 @@ def _serve(settings: Settings, open_page: bool, first: tuple[str | None, dict[st
     config = uvicorn.Config(
         create_app(studio, settings),
         log_level="warning",
-        ws="websockets-sansio",
+        ws=PushingProtocol,
         ws_per_message_deflate=False,
         ws_max_size=MAX_BODY,
         timeout_graceful_shutdown=5,

@@ -82,7 +82,7 @@ STEP_SECONDS = 0.002
 CONTEXT = 1024
 """Words of a conversation that are taken."""
 
-SAY = re.compile(r"say (\d{1,6}) words at (\d{1,6}) a second")
+SAY = re.compile(r"say (\d{1,6}) (words|times) at (\d{1,6}) a second")
 
 
 class FakeEngine:
@@ -294,7 +294,8 @@ class FakeEngine:
 
 
 class FakeSeat:
-    """One conversation. A last message that says “say N words at M a second” is answered so."""
+    """One conversation. A last message that says “say N words at M a second” is answered so; “say N times …” by the
+    time on the computer's steady clock, from which a bench reads how long a word was under way."""
 
     def __init__(self, number: int, request: Chat) -> None:
         self.number, self.request = number, request
@@ -309,13 +310,16 @@ class FakeSeat:
         wanted = int(asked[1]) if asked else 3 + _draw(request.seed, said) % 12
         self.most = min(max(1, wanted - self.before), request.sampling.max_new_tokens)
         self.is_cut = self.most < wanted - self.before
-        self.pause = 1 / float(asked[2]) if asked else STEP_SECONDS
+        self.pause = 1 / float(asked[3]) if asked else STEP_SECONDS
+        self.tells_time = bool(asked and asked[2] == "times")
         self.key = (request.seed, request.weights, said)
         self.count = 0
         self.started = self.due = time.monotonic()
 
     def word(self) -> str:
         place = self.before + self.count
+        if self.tells_time:
+            return f" {time.monotonic():.6f}"
         return (" " if place else "") + WORDS[_draw(self.key, place) % len(WORDS)]
 
 

@@ -38,6 +38,9 @@ class HubEvent:
         return text
 
 
+Listen = Callable[[HubEvent | None], None]
+"""Told of each event as it is published, and of None when there will be no more. It must not wait."""
+
 Snapshot = Callable[[], tuple[str, dict[str, Any]]]
 
 
@@ -50,6 +53,7 @@ class Topic:
     number: int = 0
     ring: deque[HubEvent] = field(default_factory=lambda: deque(maxlen=RING))
     waiting: set[asyncio.Future[None]] = field(default_factory=set)
+    listening: dict[object, Listen] = field(default_factory=dict)
     closed: bool = False
 
 
@@ -67,12 +71,24 @@ class Hub:
         event = HubEvent(f"{place.mark}-{place.number}", name, data)
         place.ring.append(event)
         self._wake(place)
+        for listen in list(place.listening.values()):
+            listen(event)
         return event.id
 
     def last(self, topic: str) -> str:
         """The id of the newest event of a topic."""
         place = self._topics.setdefault(topic, Topic())
         return f"{place.mark}-{place.number}"
+
+    def listen(self, topic: str, listen: Listen) -> Callable[[], None]:
+        """Be told of every event of a topic at once, until the function that is returned is called."""
+        place, key = self._topics.setdefault(topic, Topic()), object()
+        place.listening[key] = listen
+
+        def leave() -> None:
+            place.listening.pop(key, None)
+
+        return leave
 
     def number(self, topic: str) -> int:
         """How many events a topic has had."""
@@ -113,12 +129,14 @@ class Hub:
         if place:
             place.closed = True
             self._wake(place)
+            _say_no_more(place)
 
     def close(self) -> None:
         """Let all readers go."""
         self.closing = True
         for place in self._topics.values():
             self._wake(place)
+            _say_no_more(place)
 
     def _number(self, place: Topic, after: str | None) -> int | None:
         mark, _, number = (after or "").partition("-")
@@ -139,3 +157,8 @@ class Hub:
             if not future.done():
                 future.set_result(None)
         place.waiting.clear()
+
+
+def _say_no_more(place: Topic) -> None:
+    for listen in list(place.listening.values()):
+        listen(None)

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import Conflict, NotFound, shorten
@@ -14,7 +15,7 @@ from ..messages import Choice, Option, Written
 from ..store import rooms as rows
 from ..store.store import Store
 from .attachments import Attachments
-from .hub import Hub, HubEvent
+from .hub import Hub, HubEvent, Listen
 from .jobs import timestamp
 from .room import Message, Room, message_from, sampling_from
 from .speakers import Speakers
@@ -114,14 +115,20 @@ class Rooms:
         for file in files:
             await self._attachments.discard(file["id"])
 
-    async def events(self, room: Room, after: int | None) -> AsyncIterator[HubEvent]:
-        """What happens in a room after an event's number; from now on without one. Where the number is too old a
-        `snapshot` comes first."""
-        place = room.place(room.last if after is None else after)
+    def events(self, room: Room, after: int) -> AsyncIterator[HubEvent]:
+        """What happens in a room after an event's number. Where that is too old a `snapshot` comes first."""
+        return self._hub.subscribe(room.topic, room.place(after), lambda: ("snapshot", {"seq": room.last}))
+
+    def listen(self, room: Room, listen: Listen) -> Callable[[], None]:
+        """Be told of what happens in a room at once, until the function that is returned is called."""
+        return self._hub.listen(room.topic, listen)
+
+    @contextmanager
+    def watching(self, room: Room) -> Iterator[None]:
+        """Within this the room stays in memory."""
         room.watched += 1
         try:
-            async for event in self._hub.subscribe(room.topic, place, lambda: ("snapshot", {"seq": room.last})):
-                yield event
+            yield
         finally:
             room.watched -= 1
             room.used = time.monotonic()

@@ -29,6 +29,7 @@ from .api import steering as steering_api
 from .api import uploads as uploads_api
 from .limits import Expense
 from .pages import blind, chat, connections, fits, login, models, review, setup, steering
+from .pushing import Frames
 from .render import STATIC, VERSION, Render
 
 
@@ -65,6 +66,7 @@ def create_app(studio: Studio, settings: Settings) -> ASGIApp:
     app.state.studio = studio
     app.state.guard = guard
     app.state.answering = Counter()
+    app.state.frames = Frames()
     app.state.expense = Expense(settings.rate_limit)
     app.state.render = Render(guard.wanted)
     failures.install(app, app.state.render)

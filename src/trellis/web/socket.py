@@ -18,10 +18,12 @@ from starlette.websockets import WebSocketDisconnect
 
 from ..errors import Invalid, Refused, TrellisError
 from ..params import invalid_fields
+from ..studio.hub import HubEvent
 from ..studio.room import MOST_MODELS, Room
 from ..studio.studio import Studio
 from ..texts import PROMPT_LIMIT, storable
 from .limits import Expense
+from .pushing import PUSH, Frames, Push
 
 log = logging.getLogger(__name__)
 router = APIRouter()
@@ -133,18 +135,25 @@ class Line:
         self._refused = 0
         self._works: set[asyncio.Task[None]] = set()
         self._telling: asyncio.Task[None] | None = None
+        self._push: Push | None = socket.scope.get("extensions", {}).get(PUSH)
+        self._frames: Frames = socket.app.state.frames
+        self._told = 0
+        """The last event that was told."""
+        self._behind = asyncio.Event()
+        self._over = False
 
     async def run(self, after: int | None) -> None:
         last = self._room.last
-        try:
-            await self._say("connected", room=self._room.as_json(), last=last)
-            self._tell_after(last if after is None else after)
-            await self._listen()
-        except WebSocketDisconnect:
-            pass
-        finally:
-            for task in [*self._works, *([self._telling] if self._telling else [])]:
-                task.cancel()
+        with self._studio.rooms.watching(self._room):
+            try:
+                await self._say("connected", room=self._room.as_json(), last=last)
+                self._tell_after(last if after is None else after)
+                await self._listen()
+            except WebSocketDisconnect:
+                pass
+            finally:
+                for task in [*self._works, *([self._telling] if self._telling else [])]:
+                    task.cancel()
 
     async def _listen(self) -> None:
         while True:
@@ -233,16 +242,49 @@ class Line:
         self._telling = asyncio.create_task(self._tell(seq))
 
     async def _tell(self, after: int) -> None:
-        """Send what happens after an event, for as long as the room is there."""
+        """Send what happens after an event, for as long as the room is there: what has happened one after the other, at
+        the reader's own pace; then what happens as it happens, until the reader falls behind."""
+        self._told = after
         try:
-            async for event in self._studio.rooms.events(self._room, after):
-                if event.name == "snapshot":
-                    await self._catch_up()
+            while True:
+                async for event in self._studio.rooms.events(self._room, self._told):
+                    if event.name == "snapshot":
+                        await self._catch_up()
+                    else:
+                        await self._socket.send_text(event.json)
+                        self._told = event.data["seq"]
+                    if self._push and self._told == self._room.last:
+                        break
                 else:
-                    await self._socket.send_text(event.json)
+                    break
+                if not await self._tell_live():
+                    break
             await self._socket.close(1012 if self._studio.hub.closing else 1000)
         except (WebSocketDisconnect, RuntimeError):
             pass  # it is gone, which whoever listens to it sees
+
+    async def _tell_live(self) -> bool:
+        """Write events straight to the socket as they happen, until one cannot be written at once. Whether there may be
+        more of them."""
+        self._behind.clear()
+        self._over = False
+        leave = self._studio.rooms.listen(self._room, self._take)
+        try:
+            await self._behind.wait()
+        finally:
+            leave()
+        return not self._over
+
+    def _take(self, event: HubEvent | None) -> None:
+        if self._behind.is_set():
+            return
+        if event is None:
+            self._over = True
+            self._behind.set()
+        elif self._push is None or not self._push(self._frames.of(event)):
+            self._behind.set()
+        else:
+            self._told = event.data["seq"]
 
     async def _catch_up(self) -> None:
         """All messages as they are, for who has missed more than is kept."""
@@ -250,6 +292,7 @@ class Line:
         for message in found:
             told = {"type": "message", "seq": seq, "message": message, "head": self._room.head}
             await self._socket.send_text(json.dumps(told, ensure_ascii=False))
+        self._told = seq
 
     async def _say(self, kind: str, **data: Any) -> None:
         told = {"type": kind, "seq": self._room.last, **data}
