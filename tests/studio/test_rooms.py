@@ -18,10 +18,12 @@ from tests.conftest import open_studio, ready, thread_spawner, until
 from trellis.blobs import Blobs
 from trellis.engine.fake import FakeEngine
 from trellis.errors import Conflict, Invalid, NotFound, TrellisError
+from trellis.messages import Written
 from trellis.store import rooms as rows
 from trellis.studio import room as room_module
 from trellis.studio.carrying import taken_in, written
-from trellis.studio.room import Message, Room, title_of, with_files
+from trellis.studio.message import Message
+from trellis.studio.room import Room, title_of, with_files
 from trellis.studio.studio import Studio
 from trellis.workers.processes import ProcessSpawner
 from trellis.workers.worker import Spawn
@@ -183,7 +185,7 @@ async def test_a_restart_shows_what_broke_off_and_goes_on(tmp_path: Path, fake_s
 
 
 async def test_an_answer_is_written_down_as_it_grows(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room_module, "SAVE_SECONDS", 0.05)
+    monkeypatch.setattr("trellis.studio.answering.SAVE_SECONDS", 0.05)
     room = await studio.rooms.create()
     await room.send(LONG, "a request")
     answer = room.head or ""
@@ -329,6 +331,7 @@ async def test_a_branch_comes_back_from_markdown(studio: Studio) -> None:
         {"id": "2", "parent": "1", "role": "user", "text": "x"},
     ]}).encode(),
     json.dumps({"format": "trellis-room-1", "messages": [{"id": "1", "role": "user", "text": "\ud800"}]}).encode(),
+    json.dumps({"format": "trellis-room-1", "messages": [{"id": "1", "role": "user", "text": "a"}] * 2}).encode(),
 ])  # fmt: skip
 async def test_what_is_no_room_is_refused_and_makes_none(studio: Studio, body: bytes) -> None:
     with pytest.raises(Invalid) as refused:
@@ -454,3 +457,58 @@ async def test_rooms_that_nobody_looks_at_leave_memory(studio: Studio, monkeypat
     assert room.closed
     assert not other.closed
     assert (await studio.rooms.room(room.id)).title == "Hello."
+
+
+async def test_an_error_that_nobody_knows_is_said_and_logged(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    room = await studio.rooms.create()
+
+    def fail(*arguments: Any) -> Any:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(room_module, "sampling_from", fail)
+        await room.send("Hello.", "a request")
+        await quiet(room)
+    answer = room.message(room.head or "")
+    assert answer.state == "failed"
+    assert answer.error is not None
+    assert answer.error["code"] == "internal"
+    assert "ZeroDivisionError" in caplog.text
+    assert answer.error["next_step"].split()[-1].rstrip(".") in caplog.text
+    await room.regenerate(answer.id, "again-request")
+    assert (await quiet(room))[-1].state == "done"
+
+
+async def test_a_session_learns_from_what_was_said_of_answers(studio: Studio) -> None:
+    session = await studio.steering.create("Ivy", {})
+    await ready(session)
+    room = await said(studio, "Hello.")
+    asked, answer = await quiet(room)
+    with pytest.raises(Conflict):
+        studio.rooms.said_of(room, answer.id)
+    with pytest.raises(Conflict):
+        studio.rooms.said_of(room, asked.id)
+    await room.rate(answer.id, 1)
+    prompt, options, choice = studio.rooms.said_of(room, answer.id)
+    assert (prompt, options, choice) == ("Hello.", (), Written(written=answer.text))
+    other = await room.regenerate(answer.id, "again-request")
+    await quiet(room)
+    prompt, options, choice = studio.rooms.said_of(room, other.id)
+    assert [option.text for option in options] == [other.text, answer.text]
+    assert choice == 0
+    await room.rate(other.id, -1)
+    assert studio.rooms.said_of(room, other.id)[1:] == ((options[0],), "none")
+    job = await studio.fits.teach(session.id, prompt, options, 0, "an answer", "teach-request")
+    again = await studio.fits.teach(session.id, prompt, options, 0, "an answer", "teach-request")
+    assert again.id == job.id
+    await until(lambda: job.row["state"] not in ("queued", "running"))
+    assert job.row["state"] == "done", job.row
+    grown = [node for node in session.tree.nodes.values() if node.step == 1]
+    assert len(grown) == 1
+    await room.send("More.", "more-request")
+    last = (await quiet(room))[-1]
+    with pytest.raises(Conflict) as refused:
+        studio.rooms.said_of(room, last.id)
+    assert refused.value.code == "not_a_prompt"

@@ -12,8 +12,10 @@ from typing import Any
 
 from ..errors import Invalid, TrellisError
 from ..texts import PROMPT_LIMIT, storable
+from .answering import FIGURES
 from .jobs import timestamp
-from .room import FIGURES, MOST_MESSAGES, Message, Room, title_of
+from .message import Message
+from .room import MOST_MESSAGES, Room, title_of
 from .rooms import Rooms, new_room_id
 
 FORMATS: Mapping[str, tuple[str, str]] = {
@@ -197,6 +199,8 @@ def _plan(
         raise _unreadable(f"it has {len(said)} messages, {MOST_MESSAGES} are the most")
     room_id = new_room_id()
     ids = {each["id"]: f"m{secrets.token_hex(8)}" for each in said if isinstance(each["id"], str)}
+    if len(ids) < len(said):
+        raise _unreadable("two of its messages have the same id, or one has none")
     groups: dict[str, str] = {}
     now = time.time()
     messages: list[Message] = []

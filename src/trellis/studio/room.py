@@ -7,87 +7,36 @@ or pages.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from ..errors import Conflict, EngineDied, EngineStopped, Invalid, NotFound, TrellisError, shorten
-from ..markdown import Blocks, block_to_html, blocks_to_html
-from ..messages import Answered, Chat, Heard, Progress, Queued, Spoke, Turn, derived_seed
+from ..markdown import blocks_to_html
+from ..messages import Chat, Turn, derived_seed
 from ..params import Sampling, invalid_from
 from ..store import rooms as rows
 from ..store.store import Store
+from .answering import INLINE, Answering
 from .attachments import PICTURE, Attachments
 from .hub import Hub
 from .jobs import timestamp
+from .message import Message
 from .speakers import Speakers
 
-SAVE_SECONDS, SAVE_CHARACTERS = 2.0, 4096
-"""An answer that grows is written down this often: a crash loses no more of it."""
-
-INLINE = 2000
-"""A block of up to so many characters is rendered at once; a longer one in another thread."""
+log = logging.getLogger(__name__)
 
 TITLE = 60
-FIGURES = (
-    "prompt_tokens", "completion_tokens", "time_to_first_token_ms", "engine_to_first_token_ms", "tokens_per_second",
-    "context_used", "context_length", "warm_tokens", "left_out",
-)  # fmt: skip
-"""What is measured of each answer."""
-
 MOST_MODELS = 4
 MOST_MESSAGES = 20_000
 
 CHAT = Sampling(max_new_tokens=1024)
 """How answers are drawn in a room where nobody has said otherwise."""
-
-
-@dataclass(eq=False)
-class Message:
-    """What one side said. `group` is shared by answers that were asked for to be compared."""
-
-    id: str
-    room: str
-    parent: str | None
-    role: str
-    text: str
-    model: str | None = None
-    label: str = ""
-    group: str | None = None
-    state: str = "done"
-    finish: str | None = None
-    usage: dict[str, Any] | None = None
-    error: dict[str, Any] | None = None
-    files: list[dict[str, Any]] = field(default_factory=list)
-    rating: int = 0
-    request: str | None = None
-    created: float = field(default_factory=time.time)
-    html: str | None = None
-    """The whole blocks as HTML, once somebody has asked for it."""
-    shown: int = 0
-    """Characters that the whole blocks hold."""
-
-    def row(self) -> dict[str, Any]:
-        kept = ("id", "room", "parent", "role", "text", "model", "group", "state", "finish", "usage", "error", "files",
-                "rating", "request", "created")  # fmt: skip
-        return {name: getattr(self, name) for name in kept} | {"folded": self.text.casefold()}
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "id": self.id, "parent": self.parent, "role": self.role, "text": self.text, "model": self.model,
-            "label": self.label, "group": self.group, "state": self.state, "finish": self.finish, "usage": self.usage,
-            "error": self.error, "files": self.files, "rating": self.rating, "request": self.request,
-            "created": timestamp(self.created),
-        }  # fmt: skip
-
-
-def message_from(row: dict[str, Any]) -> Message:
-    return Message(**{name: value for name, value in row.items() if name != "folded"})
 
 
 class Room:
@@ -119,7 +68,7 @@ class Room:
         for message in messages:
             self._take(message)
         self._answers: dict[str, asyncio.Task[None]] = {}
-        self._growing: dict[str, Growth] = {}
+        self._growing: dict[str, Answering] = {}
         self._stopping: set[str] = set()
         self._lock = asyncio.Lock()
         self._labels: dict[str, str] = {}
@@ -467,26 +416,34 @@ class Room:
     # ── How it is answered ─────────────────────────────────────────────────────────────────────────
 
     async def _begin(self, message: Message) -> None:
-        growth = self._growing[message.id] = Growth(self, message)
-        self._answers[message.id] = asyncio.create_task(self._answer(message, growth), name=f"answer {message.id}")
+        answering = self._growing[message.id] = Answering(self, message)
+        self._answers[message.id] = asyncio.create_task(self._answer(message, answering), name=f"answer {message.id}")
         await asyncio.sleep(0)  # one that is cancelled before its first step would never say how it ended
 
-    async def _answer(self, message: Message, growth: Growth) -> None:
+    async def _answer(self, message: Message, answering: Answering) -> None:
         try:
-            await growth.run()
+            await answering.run()
         except asyncio.CancelledError:
             message.state = "stopped" if message.id in self._stopping else "interrupted"
         except (EngineDied, EngineStopped) as error:
             message.state, message.error = "interrupted", error.as_json()
         except TrellisError as error:
             message.state, message.error = "failed", error.as_json()
+        except Exception:
+            reference = secrets.token_hex(4)
+            log.exception("reference %s: an answer failed", reference)
+            unknown = TrellisError(
+                "The studio met an error that it does not know.", code="internal",
+                next_step=f"Ask again. The log has the details under reference {reference}.",
+            )  # fmt: skip
+            message.state, message.error = "failed", unknown.as_json()
         else:
             message.state = "done"
-        await asyncio.shield(self._settle(message, growth))
+        await asyncio.shield(self._settle(message, answering))
 
-    async def _settle(self, message: Message, growth: Growth) -> None:
+    async def _settle(self, message: Message, answering: Answering) -> None:
         """Write down how an answer ended, then tell it."""
-        await growth.finish()
+        await answering.finish()
         try:
             await self._store.write(rows.change_message, message.id, message.row())
         except TrellisError as error:  # a full disk: what was said is on the screens, and is said not to be kept
@@ -514,16 +471,16 @@ class Room:
             said.append(Turn(role="assistant", text=message.text))
         return said
 
-    async def speak(self, message: Message, growth: Growth) -> None:
+    async def speak(self, message: Message, answering: Answering) -> None:
         """Have an answer made, and hand on what comes."""
         speaker = await self._speakers.find(message.model or "")
         request = Chat(
             turns=tuple(await self.turns(message, speaker.sees)), sampling=sampling_from(self.sampling),
             seed=derived_seed("chat", message.id, len(message.text)), trims=True,
         )  # fmt: skip
-        async with aclosing(speaker.answer(request, self.id, growth.loading)) as events:
+        async with aclosing(speaker.answer(request, self.id, answering.loading)) as events:
             async for event in events:
-                await growth.take(event)
+                await answering.take(event)
 
     def publish(self, kind: str, **data: Any) -> None:
         """Tell everybody who looks at the room."""
@@ -532,109 +489,6 @@ class Room:
     async def save(self, message: Message) -> None:
         values = {"text": message.text, "folded": message.text.casefold()}
         await self._store.write(rows.change_message, message.id, values)
-
-
-class Growth:
-    """One answer while it grows: its text, its blocks, its figures, and how much of it is written down."""
-
-    def __init__(self, room: Room, message: Message) -> None:
-        self._room, self._message = room, message
-        self._blocks = Blocks()
-        self._started = time.monotonic()
-        self._first = self._latest = 0.0
-        self._tokens = self._tokens_at_first = 0
-        self._heard: Heard | None = None
-        self._engine_first: float | None = None
-        self._saved, self._saved_at = len(message.text), self._started
-        self._pieces = [message.text] if message.text else []
-        self._length = len(message.text)
-
-    async def run(self) -> None:
-        if self._message.text:  # it goes on: its blocks so far are made again
-            await self._show(self._blocks.feed(self._message.text))
-        await self._room.speak(self._message, self)
-
-    def loading(self, progress: Progress) -> None:
-        self._room.publish(
-            "progress",
-            message=self._message.id,
-            stage=progress.stage,
-            fraction=progress.fraction,
-            told=progress.message,
-        )
-
-    async def take(self, event: Any) -> None:
-        match event:
-            case Queued():
-                self._progress("queued", 0.0, place=event.place)
-            case Heard():
-                self._heard = event
-                share = event.read / max(event.prompt_tokens, 1)
-                self._progress("prompt", share, left_out=event.left_out)
-            case Spoke():
-                now = time.monotonic()
-                self._first, self._latest = self._first or now, now
-                self._tokens_at_first = self._tokens_at_first or event.tokens
-                self._tokens = event.tokens
-                if event.text:
-                    await self._grow(event.text)
-            case Answered():
-                self._message.finish = event.finish
-                self._tokens = event.tokens
-                self._engine_first = event.seconds_to_first
-
-    async def _grow(self, text: str) -> None:
-        self._room.publish("delta", message=self._message.id, text=text, at=self._length)
-        self._pieces.append(text)
-        self._length += len(text)
-        if whole := self._blocks.feed(text):
-            await self._show(whole)
-        due = time.monotonic() - self._saved_at > SAVE_SECONDS or self._length - self._saved > SAVE_CHARACTERS
-        if due:
-            self.gather()
-            self._saved, self._saved_at = self._length, time.monotonic()
-            await self._room.save(self._message)
-
-    async def _show(self, blocks: Sequence[str]) -> None:
-        """Tell the HTML of blocks that are whole, each once."""
-        for block in blocks:
-            html = block_to_html(block) if len(block) <= INLINE else await asyncio.to_thread(block_to_html, block)
-            self.gather()
-            self._message.html = (self._message.html or "") + html
-            self._message.shown += len(block)
-            self._room.publish("block", message=self._message.id, html=html, shown=self._message.shown)
-
-    async def finish(self) -> None:
-        """What is left is a block too. Says what it took."""
-        self.gather()
-        if rest := self._blocks.rest():
-            await self._show([rest])
-        self._message.html = self._message.html or ""
-        self._message.usage = self._usage()
-
-    def gather(self) -> None:
-        if len(self._pieces) > 1:
-            self._pieces = ["".join(self._pieces)]
-        self._message.text = self._pieces[0] if self._pieces else ""
-
-    def _progress(self, stage: str, fraction: float, **more: Any) -> None:
-        self._room.publish("progress", message=self._message.id, stage=stage, fraction=fraction, **more)
-
-    def _usage(self) -> dict[str, Any]:
-        heard = self._heard
-        speaking = self._latest - self._first
-        spoken = self._tokens - self._tokens_at_first
-        return {
-            "prompt_tokens": heard.prompt_tokens if heard else None,
-            "completion_tokens": self._tokens,
-            "time_to_first_token_ms": round((self._first - self._started) * 1000, 1) if self._first else None,
-            "engine_to_first_token_ms": round(self._engine_first * 1000, 1) if self._engine_first else None,
-            "tokens_per_second": round(spoken / speaking, 1) if spoken > 0 and speaking > 0 else None,
-            "context_used": heard.prompt_tokens + self._tokens if heard and heard.prompt_tokens else None,
-            "context_length": heard.context_length if heard and heard.context_length else None,
-            "warm_tokens": heard.warm if heard else None,
-            "left_out": heard.left_out if heard else None,
-        }
 
 
 def with_files(message: Message, files: dict[str, dict[str, Any]]) -> str:

@@ -17,7 +17,8 @@ from ..store.store import Store
 from .attachments import Attachments
 from .hub import Hub, HubEvent, Listen
 from .jobs import timestamp
-from .room import Message, Room, message_from, sampling_from
+from .message import Message, message_from
+from .room import Room, sampling_from
 from .speakers import Speakers
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from ...errors import TrellisError
 from ...params import Sampling
 from ...studio.carrying import taken_in
-from ...studio.room import CHAT, MOST_MODELS, Message, Room
+from ...studio.message import Message
+from ...studio.room import CHAT, MOST_MODELS, Room
 from ...studio.studio import Studio
 from ...texts import PROMPT_LIMIT
 from ..access import MAX_FILE
@@ -43,6 +44,7 @@ class Turn:
     columns: list[dict[str, Any]]
     others: list[str]
     place: int
+    unanswered: bool
     first: bool
     """Whether it answers a prompt that stands alone, as those that a session learns from do."""
 
@@ -263,7 +265,7 @@ def turn_of(room: Room, message: Message, by_id: dict[str, dict[str, Any]], colu
             others.append(each.id)
     return Turn(
         by_id[message.id], [by_id[each.id] for each in columns] if len(columns) > 1 else [], others,
-        others.index(message.id), is_first(room, message),
+        others.index(message.id), not room.children(message.id), is_first(room, message),
     )  # fmt: skip
 
 

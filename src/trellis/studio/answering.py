@@ -1,0 +1,140 @@
+"""One answer while it grows: its text, its blocks, its figures, and how much of it is written down."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from ..markdown import Blocks, block_to_html
+from ..messages import Answered, Event, Heard, Progress, Queued, Spoke
+from .message import Message
+
+SAVE_SECONDS, SAVE_CHARACTERS = 2.0, 4096
+"""An answer that grows is written down this often: a crash loses no more of it."""
+
+INLINE = 2000
+"""A block of up to so many characters is rendered at once; a longer one in another thread."""
+
+FIGURES = (
+    "prompt_tokens", "completion_tokens", "time_to_first_token_ms", "engine_to_first_token_ms", "tokens_per_second",
+    "context_used", "context_length", "warm_tokens", "left_out",
+)  # fmt: skip
+"""What is measured of each answer."""
+
+
+class Place(Protocol):
+    """What an answer needs of the room in which it grows."""
+
+    async def speak(self, message: Message, answering: Answering) -> None:
+        """Have it made, and hand on what comes."""
+
+    async def save(self, message: Message) -> None:
+        """Write down what there is of it."""
+
+    def publish(self, kind: str, **data: Any) -> None:
+        """Tell everybody who looks at the room."""
+
+
+class Answering:
+    """One answer while it grows: its text, its blocks, its figures, and how much of it is written down."""
+
+    def __init__(self, room: Place, message: Message) -> None:
+        self._room, self._message = room, message
+        self._blocks = Blocks()
+        self._started = time.monotonic()
+        self._first = self._latest = 0.0
+        self._tokens = self._tokens_at_first = 0
+        self._heard: Heard | None = None
+        self._engine_first: float | None = None
+        self._saved, self._saved_at = len(message.text), self._started
+        self._pieces = [message.text] if message.text else []
+        self._length = len(message.text)
+
+    async def run(self) -> None:
+        if self._message.text:  # it goes on: its blocks so far are made again
+            await self._show(self._blocks.feed(self._message.text))
+        await self._room.speak(self._message, self)
+
+    def loading(self, progress: Progress) -> None:
+        self._room.publish(
+            "progress",
+            message=self._message.id,
+            stage=progress.stage,
+            fraction=progress.fraction,
+            told=progress.message,
+        )
+
+    async def take(self, event: Event) -> None:
+        match event:
+            case Queued():
+                self._progress("queued", 0.0, place=event.place)
+            case Heard():
+                self._heard = event
+                share = event.read / max(event.prompt_tokens, 1)
+                self._progress("prompt", share, left_out=event.left_out)
+            case Spoke():
+                now = time.monotonic()
+                self._first, self._latest = self._first or now, now
+                self._tokens_at_first = self._tokens_at_first or event.tokens
+                self._tokens = event.tokens
+                if event.text:
+                    await self._grow(event.text)
+            case Answered():
+                self._message.finish = event.finish
+                self._tokens = event.tokens
+                self._engine_first = event.seconds_to_first
+
+    async def _grow(self, text: str) -> None:
+        self._room.publish("delta", message=self._message.id, text=text, at=self._length)
+        self._pieces.append(text)
+        self._length += len(text)
+        if whole := self._blocks.feed(text):
+            await self._show(whole)
+        due = time.monotonic() - self._saved_at > SAVE_SECONDS or self._length - self._saved > SAVE_CHARACTERS
+        if due:
+            self.gather()
+            self._saved, self._saved_at = self._length, time.monotonic()
+            await self._room.save(self._message)
+
+    async def _show(self, blocks: Sequence[str]) -> None:
+        """Tell the HTML of blocks that are whole, each once."""
+        for block in blocks:
+            html = block_to_html(block) if len(block) <= INLINE else await asyncio.to_thread(block_to_html, block)
+            self.gather()
+            self._message.html = (self._message.html or "") + html
+            self._message.shown += len(block)
+            self._room.publish("block", message=self._message.id, html=html, shown=self._message.shown)
+
+    async def finish(self) -> None:
+        """What is left is a block too. Says what it took."""
+        self.gather()
+        if rest := self._blocks.rest():
+            await self._show([rest])
+        self._message.html = self._message.html or ""
+        self._message.usage = self._usage()
+
+    def gather(self) -> None:
+        if len(self._pieces) > 1:
+            self._pieces = ["".join(self._pieces)]
+        self._message.text = self._pieces[0] if self._pieces else ""
+
+    def _progress(self, stage: str, fraction: float, **more: Any) -> None:
+        self._room.publish("progress", message=self._message.id, stage=stage, fraction=fraction, **more)
+
+    def _usage(self) -> dict[str, Any]:
+        heard = self._heard
+        speaking = self._latest - self._first
+        spoken = self._tokens - self._tokens_at_first
+        return {
+            "prompt_tokens": heard.prompt_tokens if heard else None,
+            "completion_tokens": self._tokens,
+            "time_to_first_token_ms": round((self._first - self._started) * 1000, 1) if self._first else None,
+            "engine_to_first_token_ms": round(self._engine_first * 1000, 1) if self._engine_first else None,
+            "tokens_per_second": round(spoken / speaking, 1) if spoken > 0 and speaking > 0 else None,
+            "context_used": heard.prompt_tokens + self._tokens if heard and heard.prompt_tokens else None,
+            "context_length": heard.context_length if heard and heard.context_length else None,
+            "warm_tokens": heard.warm if heard else None,
+            "left_out": heard.left_out if heard else None,
+        }
