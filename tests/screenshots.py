@@ -59,6 +59,40 @@ def judge(page: Page, voice: str, rounds: int) -> None:
         page.locator(f"[data-round='{number}']").wait_for(state="detached")
 
 
+MARKDOWN = """A loop, and what it gives:
+
+```python
+for step in range(3):
+    print(f"step {step}")
+```
+
+| step | drift |
+|---|---|
+| 0 | 0.0 % |
+| 3 | 1.2 % |
+"""
+
+
+def talk(page: Page, server: Server, session: str) -> str:
+    """A room in which the base model and the session answer the same. Returns its path."""
+    with server.client() as client:
+        said = [
+            {"id": "1", "role": "user", "text": "How do I watch a model grow?"},
+            {"id": "2", "parent": "1", "role": "assistant", "text": MARKDOWN, "model": "demo"},
+        ]
+        body = {"format": "trellis-room-1", "title": "Watching it grow", "messages": said, "head": "2"}
+        client.post("/api/rooms/import", json=body)
+    page.goto(f"{server.url}/chat?model=session:{session}")
+    page.get_by_text("Compare with another").click()
+    page.get_by_label("Who answers too").select_option("demo")
+    page.get_by_label("Message", exact=True).fill("What do you think of the sea?")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/chat/r*")
+    page.locator(".message.assistant[data-state=done]").nth(1).wait_for(timeout=60_000)
+    page.get_by_role("button", name="Good").first.click()
+    return page.url.removeprefix(server.url).split("#")[0]
+
+
 def main() -> None:
     IMAGES.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
@@ -89,13 +123,14 @@ def main() -> None:
         first.goto(f"{session}/log")
         first.locator("#refit-title ~ form button").click()
         first.get_by_text("Agrees with the log").wait_for(timeout=120_000)
+        room = talk(first, server, session.split("/steer/")[1])
         for name, options in SCREENS.items():
             page = browser.new_context(**options).new_page()  # type: ignore[arg-type]
             steering = session.removeprefix(server.url)
             for path, what in (
                 ("/", "start"), ("/new", "new"), (steering, "steering"), (f"{steering}/review", "review"),
                 (f"{steering}/compare?job={compared}", "compare"), ("/models", "models"), (f"{steering}/log", "log"),
-                (f"{steering}/blind", "blind-start"), (judging, "blind"), (result, "blind-result"),
+                ("/chat", "chat-start"), (room, "chat"), ("/connections", "connections"), (f"{steering}/blind", "blind-start"), (judging, "blind"), (result, "blind-result"),
             ):  # fmt: skip
                 page.goto(server.url + path)
                 page.wait_for_timeout(800)

@@ -128,7 +128,7 @@ async def test_several_answer_side_by_side_and_one_is_gone_on_with(studio: Studi
     await quiet(room)
     one, other = room.children(asked.id)
     assert one.group == other.group is not None
-    assert [each.model for each in (one, other)] == ["demo", f"session:{session.id}"]
+    assert [each.model for each in (one, other)] == ["demo", f"session:{session.id}@{session.tree.head_id}"]
     assert one.text != other.text, "the fake's words depend on the weights"
     await room.choose(other.id)
     await room.send("More.", "another request", models=["demo"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import secrets
@@ -40,6 +41,15 @@ def written(room: Room, format: str) -> str:
 
 async def taken_in(rooms: Rooms, body: bytes) -> list[Room]:
     """Make rooms of a file. Raises Invalid, and then makes none."""
+    made = []
+    for plan in await asyncio.to_thread(_planned, body):
+        known = [name for name in plan.pop("models") if await _answers(rooms, name)]
+        made.append(await rooms.create(models=known, **plan))
+    return made
+
+
+def _planned(body: bytes) -> list[dict[str, Any]]:
+    """What the rooms of a file are to be. Raises Invalid."""
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -52,14 +62,8 @@ async def taken_in(rooms: Rooms, body: bytes) -> list[Room]:
         chats = data if isinstance(data, list) else [data]
         if len(chats) > MOST_ROOMS:
             raise _unreadable(f"it has {len(chats)} rooms, {MOST_ROOMS} are the most")
-        planned = [_from_ours(each) if _is_ours(each) else _from_open_webui(each) for each in chats]
-    else:
-        planned = [_from_markdown(text)]
-    made = []
-    for plan in planned:
-        known = [name for name in plan.pop("models") if await _answers(rooms, name)]
-        made.append(await rooms.create(models=known, **plan))
-    return made
+        return [_from_ours(each) if _is_ours(each) else _from_open_webui(each) for each in chats]
+    return [_from_markdown(text)]
 
 
 async def _answers(rooms: Rooms, name: str) -> bool:
@@ -84,7 +88,7 @@ def _ours(room: Room) -> dict[str, Any]:
     return {
         "format": MARK, "title": room.title, "system": room.system, "models": room.models, "sampling": room.sampling,
         "head": room.head, "created": timestamp(room.created),
-        "messages": [message.as_json() for message in room.messages.values()],
+        "messages": [message.as_json() for message in list(room.messages.values())],
     }  # fmt: skip
 
 
@@ -125,7 +129,7 @@ def _open_webui(room: Room) -> list[dict[str, Any]]:
 
     chat = {
         "title": room.title, "models": room.models, "system": room.system,
-        "history": {"messages": {each.id: told(each) for each in room.messages.values()}, "currentId": room.head},
+        "history": {"messages": {each.id: told(each) for each in list(room.messages.values())}, "currentId": room.head},
         "messages": [told(each) for each in room.path(room.head)],
         "timestamp": int(room.created * 1000),
     }  # fmt: skip

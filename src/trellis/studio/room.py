@@ -124,34 +124,37 @@ class Room:
         self.messages[message.id] = message
         self._children.setdefault(message.parent, []).append(message)
 
-    async def drawn(self, message: Message) -> Message:
-        """A message with the text of an answer as HTML; what people write is shown as they typed it."""
-        if message.html is None:
-            if message.role == "user" or message.id in self._growing:  # who makes it grow makes its blocks
-                message.html = ""
-            else:
-                text = message.text
-                html = blocks_to_html(text) if len(text) <= INLINE else await asyncio.to_thread(blocks_to_html, text)
-                message.html, message.shown = html, len(text)
-        if message.model and not message.label:
-            message.label = await self._label(message.model)
-        return message
-
     async def whole(self, message: Message) -> dict[str, Any]:
         """A message as events tell it: `html` holds its first `shown` characters."""
-        await self.drawn(message)
+        await self._draw([message])
         return self._told(message)
+
+    async def view(self, messages: Sequence[Message]) -> tuple[list[dict[str, Any]], int]:
+        """Some messages as they are at one moment, and the number of the last event before it."""
+        await self._draw(messages)
+        return [self._told(message) for message in messages], self.last
+
+    async def _draw(self, messages: Sequence[Message]) -> None:
+        """Have the text of whole answers as HTML, made once. What people write is shown as they typed it, and of an
+        answer that grows the blocks are made by who makes it grow."""
+        wanted = [each for each in messages if each.html is None and each.role == "assistant"]
+        wanted = [each for each in wanted if each.id not in self._growing]
+        texts = [each.text for each in wanted]
+        if sum(map(len, texts)) <= INLINE:
+            drawn = list(map(blocks_to_html, texts))
+        else:
+            drawn = await asyncio.to_thread(lambda: list(map(blocks_to_html, texts)))
+        for message, text, html in zip(wanted, texts, drawn, strict=True):
+            if message.html is None and message.id not in self._growing:
+                message.html, message.shown = html, len(text)
+        for message in messages:
+            if message.model and not message.label:
+                message.label = await self._label(message.model)
 
     def _told(self, message: Message) -> dict[str, Any]:
         if growing := self._growing.get(message.id):
             growing.gather()
         return message.as_json() | {"html": message.html or "", "shown": message.shown}
-
-    async def view(self, messages: Sequence[Message]) -> tuple[list[dict[str, Any]], int]:
-        """Some messages as they are at one moment, and the number of the last event before it."""
-        for message in messages:
-            await self.drawn(message)
-        return [self._told(message) for message in messages], self.last
 
     async def _label(self, model: str) -> str:
         if model not in self._labels:
@@ -185,8 +188,8 @@ class Room:
             return await self._say(message, models, sampling)
 
     async def edit(self, message_id: str, text: str, request: str) -> Message:
-        """Say something else in place of a message: another branch, which is answered. An answer that is edited stays
-        as it is written."""
+        """Say something else in place of a message: another branch, which is answered by whom the room has chosen. An
+        answer that is edited stays as it is written."""
         async with self._lock:
             if known := self._known(request):
                 return known
@@ -195,8 +198,7 @@ class Room:
                 raise Invalid("text: is empty.", field="text", next_step="Write something.")
             if old.role == "user":
                 message = Message(_new("m"), self.id, old.parent, "user", text, files=old.files, request=request)
-                asked = [each.model for each in self.children(old.id) if each.model]
-                return await self._say(message, list(dict.fromkeys(asked))[:MOST_MODELS], None)
+                return await self._say(message, (), None)
             message = Message(
                 _new("m"), self.id, old.parent, "assistant", text, old.model, finish="edited", request=request
             )
@@ -211,7 +213,7 @@ class Room:
             old = self.message(message_id)
             asked = old if old.role == "user" else self.message(old.parent or "")
             chosen = model or old.model or (self.models or ["demo"])[0]
-            await self._speakers.find(chosen)
+            chosen = (await self._speakers.find(chosen)).exactly
             answer = Message(
                 _new("m"), self.id, asked.id, "assistant", "", chosen, state="growing", request=request
             )  # fmt: skip
@@ -377,13 +379,14 @@ class Room:
 
     async def _say(self, message: Message, models: Sequence[str], sampling: dict[str, Any] | None) -> Message:
         chosen = await self._checked(models or self.models or ["demo"])
+        exactly = [(await self._speakers.find(name)).exactly for name in chosen]
         if any(file["kind"] == PICTURE for file in message.files):
             await self._require_sight(chosen)
         group = _new("g") if len(chosen) > 1 else None
         answers = [
             Message(_new("m"), self.id, message.id, "assistant", "", each, group=group, state="growing",
                     created=time.time() + 1e-4 * (place + 1))
-            for place, each in enumerate(chosen)
+            for place, each in enumerate(exactly)
         ]  # fmt: skip
         changes: dict[str, Any] = {"models": chosen}
         if sampling is not None:

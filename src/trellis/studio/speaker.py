@@ -18,6 +18,11 @@ class Speaker(ABC):
     sees = False
     """Whether pictures can be shown to them."""
 
+    @property
+    def exactly(self) -> str:
+        """The name of who would answer now: of a session as it stands, the step that it stands at."""
+        return self.name
+
     @abstractmethod
     def answer(self, request: Chat, owner: str, follow: Follow) -> AsyncGenerator[Event, None]:
         """Answer a conversation: how loading goes is followed, then the events of a Chat come."""

@@ -43,6 +43,11 @@ class Version(Speaker):
         self.name = f"session:{session.id}" + (f"@{node.id}" if node else "")
         self.label = label
 
+    @property
+    def exactly(self) -> str:
+        node = self._node or self._session.tree.head
+        return f"session:{self._session.id}@{node.id}" if node.weights else self.name
+
     async def answer(self, request: Chat, owner: str, follow: Follow) -> AsyncGenerator[Event, None]:
         await self._models.engine(self._session.config.part(ModelOptions), follow)
         node = self._node or self._session.tree.head

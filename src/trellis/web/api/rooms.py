@@ -3,6 +3,7 @@ live way."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
@@ -186,4 +187,5 @@ async def export(room: OfRoom, format: Literal["json", "markdown", "open-webui"]
     """A room to take away: all of it, the branch that is looked at as Markdown, or as open-webui reads it."""
     kind, ending = FORMATS[format]
     disposition = {"content-disposition": f'attachment; filename="{room.id}.{ending}"'}
-    return Response(written(room, format), media_type=kind, headers=disposition)
+    text = await asyncio.to_thread(written, room, format)  # of thousands of messages, longer than the loop may be held
+    return Response(text, media_type=kind, headers=disposition)

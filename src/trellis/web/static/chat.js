@@ -1,6 +1,6 @@
 // A room: words that grow as they come, a line that comes back by itself, and nothing that is sent twice or lost.
 
-import { $, $$, announce, ask, toast } from "./page.js";
+import { $, $$, announce, ask, copyText, toast } from "./page.js";
 
 const points = (text) => { let count = 0; for (const _ of text) count += 1; return count; };
 const from = (text, start) => (start <= 0 ? text : [...text].slice(start).join(""));
@@ -502,20 +502,6 @@ export class Chat {
       return chip;
     }));
   }
-}
-
-async function copyText(text, button) {
-  try { await navigator.clipboard.writeText(text); } catch {
-    const box = document.createElement("textarea");
-    box.value = text;
-    document.body.append(box);
-    box.select();
-    document.execCommand("copy");
-    box.remove();
-  }
-  const said = button.textContent;
-  button.textContent = "Copied";
-  setTimeout(() => { button.textContent = said === "Copied" ? "Copy" : said; }, 1200);
 }
 
 /** Enter sends; "/" at the start lists the prompt library. */

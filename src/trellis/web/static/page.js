@@ -67,7 +67,25 @@ function keepWritten() {
   });
 }
 
+/** Copy text, and say so on the button that was pressed. */
+export async function copyText(text, button) {
+  try { await navigator.clipboard.writeText(text); } catch {
+    const box = document.createElement("textarea");
+    box.value = text;
+    document.body.append(box);
+    box.select();
+    document.execCommand("copy");
+    box.remove();
+  }
+  const said = button.textContent;
+  button.textContent = "Copied";
+  setTimeout(() => { button.textContent = said === "Copied" ? "Copy" : said; }, 1200);
+}
+
 export function bindPage() {
+  document.addEventListener("click", (event) => {
+    if (event.target.matches?.("[data-copy-key]")) copyText($("[data-made-key]").textContent, event.target);
+  });
   // htmx knows only the last button that was pressed inside a form; what was pressed may stand outside of it.
   document.addEventListener("htmx:configRequest", (event) => {
     const pressed = event.detail.triggeringEvent?.submitter;
