@@ -130,7 +130,8 @@ def main() -> None:
             for path, what in (
                 ("/", "start"), ("/new", "new"), (steering, "steering"), (f"{steering}/review", "review"),
                 (f"{steering}/compare?job={compared}", "compare"), ("/models", "models"), (f"{steering}/log", "log"),
-                ("/chat", "chat-start"), (room, "chat"), ("/connections", "connections"), (f"{steering}/blind", "blind-start"), (judging, "blind"), (result, "blind-result"),
+                (f"{steering}/blind", "blind-start"), ("/chat", "chat-start"), (room, "chat"),
+                ("/connections", "connections"), (judging, "blind"), (result, "blind-result"),
             ):  # fmt: skip
                 page.goto(server.url + path)
                 page.wait_for_timeout(800)
