@@ -22,8 +22,23 @@ from trellis.engine.chats import begins, until
 from trellis.engine.lines import GeneralLines, LeanLines, Lines, lines_of, shared
 from trellis.engine.text import TextEngine
 from trellis.errors import WeightsMissing
-from trellis.messages import Answered, Cancelled, Chat, Failed, Heard, Load, Plant, Queued, Spoke, Turn
-from trellis.params import Adapter, Sampling
+from trellis.messages import (
+    Answered,
+    Cancelled,
+    Chat,
+    Failed,
+    Heard,
+    Learn,
+    Lesson,
+    Load,
+    Option,
+    Plant,
+    Prompt,
+    Queued,
+    Spoke,
+    Turn,
+)  # fmt: skip
+from trellis.params import Adapter, Learning, Sampling
 
 pytestmark = pytest.mark.engine
 
@@ -183,7 +198,7 @@ def test_a_full_batch_lets_wait_and_says_the_place(room: Room, monkeypatch: pyte
 
 
 def test_one_that_is_larger_than_the_room_is_answered_alone(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chats, "KEYS_BYTES", 1)
+    monkeypatch.setattr(room.engine, "_room_for_chats", 1)
     told = room.run(asks(WORDS[0]), asks(WORDS[1]))
     assert all(isinstance(events[-1], Answered) for events in told.values())
     assert any(isinstance(event, Queued) for event in told[2])
@@ -261,12 +276,14 @@ def test_a_failed_step_is_said_to_all_and_the_next_one_goes_on(room: Room, monke
     room.chats.join(1, "", asks(WORDS[0]))
     room.chats.join(2, "", asks(WORDS[1]))
     room.chats.step()
+    room.chats.step()
     with monkeypatch.context() as broken:
         broken.setattr(lines, "grow", fail)
-        broken.setattr(lines, "read", fail)
         with pytest.raises(MemoryError):
             room.chats.step()
-    assert sorted(room.chats.give_up()) == [1, 2]
+        room.chats.join(3, "", asks(WORDS[1]))
+    assert room.chats.give_up() == [1, 2, 3]
+    assert not room.chats.wanted
     assert said(room.run(asks(WORDS[0]))[1]) == room.generated(asks(WORDS[0]))
 
 
@@ -304,3 +321,85 @@ def test_what_two_texts_begin_with(one: list[int], other: list[int]) -> None:
     alike = shared(one, other)
     assert one[:alike] == other[:alike]
     assert alike in (len(one), len(other)) or one[alike] != other[alike]
+
+
+@pytest.mark.parametrize("turns", [
+    (Turn(role="assistant", text="hi"),), (Turn(role="assistant", text=""),), (Turn(role="system", text="Be kind."),),
+    (Turn(role="user", text=""),), (Turn(role="user", text="a"), Turn(role="user", text="b")),
+])  # fmt: skip
+def test_an_odd_conversation_is_in_nobodys_way(room: Room, turns: tuple[Turn, ...]) -> None:
+    told = room.run(asks(WORDS[0]), asks("", turns=turns), asks(WORDS[1]))
+    assert [isinstance(told[number][-1], Answered) for number in (1, 3)] == [True, True]
+    assert isinstance(told[2][-1], Answered | Failed)
+
+
+def test_a_template_that_fails_in_its_own_way_is_said_to_one_alone(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(request: Chat) -> Any:
+        raise ZeroDivisionError
+
+    room.chats.join(1, "", asks(WORDS[0]))
+    room.chats.step()
+    with monkeypatch.context() as broken:
+        broken.setattr(room.engine.loaded, "conversation", fail)
+        room.chats.join(2, "", asks(WORDS[1]))
+        told = room.chats.step()
+    assert [(number, event.code) for number, event, last in told if last] == [(2, "engine_bug")]
+    rest = [number for _ in range(40) if room.chats.wanted for number, _, last in room.chats.step() if last]
+    assert rest == [1]
+
+
+def test_what_cannot_be_read_costs_the_others_nothing(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise MemoryError
+
+    alone = said(room.run(asks(WORDS[0]))[1])
+    room.chats.join(1, "", asks(WORDS[0]))
+    events = [event for _, event, _ in room.chats.step()]
+    lines = room.engine._lines_now()
+    with monkeypatch.context() as broken:
+        broken.setattr(lines, "begin", fail)
+        room.chats.join(2, "", asks(WORDS[1]))
+        told = room.chats.step()
+    assert [(number, event.code) for number, event, last in told if last] == [(2, "out_of_memory")]
+    events += [event for number, event, _ in told if number == 1]
+    while room.chats.wanted:
+        events += [event for _, event, _ in room.chats.step()]
+    assert said(events) == alone
+
+
+def test_leaving_before_being_taken_in_is_heard(room: Room) -> None:
+    room.chats.join(1, "", asks(WORDS[0]))
+    room.chats.leave(1)
+    room.chats.leave(7)
+    assert room.chats.step() == [(1, Cancelled(), True)]
+    assert not room.chats.wanted
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-5, 5.0])
+def test_no_temperature_is_too_cold_or_too_hot(room: Room, temperature: float) -> None:
+    sampling = Sampling(temperature=temperature, min_p=0.0, max_new_tokens=6)
+    other = sampling.model_copy(update={"top_p": 0.5})
+    told = room.run(asks(WORDS[0], sampling=sampling), asks(WORDS[0], sampling=other))
+    assert all(isinstance(events[-1], Answered) for events in told.values())
+    if temperature < 1e-3:
+        greedy = GREEDY.model_copy(update={"max_new_tokens": 6})
+        assert said(told[1]) == said(room.run(asks(WORDS[0], sampling=greedy))[1])
+
+
+def test_many_adapters_come_and_go(room: Room) -> None:
+    weights = [room.grown(Adapter(lora_rank=1 + seed % 5), seed) for seed in range(20, 34)]
+    for group in (weights[:3], weights[3:12], weights[:1], weights[10:], weights):
+        wanted = [asks(WORDS[1], each) for each in group]
+        told = room.run(*wanted, asks(WORDS[1]))
+        for number, request in enumerate(wanted, start=1):
+            assert said(told[number]) == room.generated(request)
+
+
+def test_talking_leaves_nothing_in_the_way_of_learning(room: Room) -> None:
+    planted = run(room.engine.plant(Plant(adapter=Adapter(lora_rank=4), seed=77))).weights
+    room.engine._shelf._cache.clear()  # what is talked to is read from disk
+    room.run(asks(WORDS[0], planted))
+    options = (Option(text="a", tokens=(5, 6), finish="stop"), Option(text="b", tokens=(7, 8), finish="stop"))
+    lesson = Lesson(prompt=Prompt(text="Bread"), options=options, choice=0, temperature=1.0)
+    request = Learn(weights=planted, lesson=lesson, learning=Learning(learning_rate=1e-2), context_length=256)
+    assert run(room.engine.learn(request)).metrics.drift > 0

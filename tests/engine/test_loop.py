@@ -428,3 +428,17 @@ def test_who_waits_for_a_click_comes_before_what_is_done_together(monkeypatch: p
     sent = [number for number, _, _ in sing(*frames, choir=Choir(3), handlers={Plant: work})]
     assert sent[:2] != [2, 2], "but it never stands still"
     assert Counter(sent) == {1: 3, 2: 4, 3: 4}
+
+
+def test_people_who_talk_without_an_end_do_not_keep_what_can_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(request: Any) -> Any:
+        for _ in range(3):
+            yield Delta(texts={})
+        return REPORT
+
+    frames = (down(1, Status()), down(3, PLANT, 1))
+    assert [number for number, _, _ in sing(*frames, choir=Choir(30), handlers={Plant: work})] == [1] * 30 + [3] * 4
+    monkeypatch.setattr(loop_module, "LENIENCE", 0.0)
+    sent = [number for number, _, _ in sing(*frames, choir=Choir(30), handlers={Plant: work})]
+    assert sent.index(3) < 30
+    assert Counter(sent) == {1: 30, 3: 4}

@@ -351,7 +351,7 @@ async def test_prompts_are_kept_by_name(studio: Studio) -> None:
 
 def test_files_stand_before_a_message_under_their_names() -> None:
     message = Message("m", "r", None, "user", "What is it?", files=[{"id": "f", "name": "a.md", "kind": "text"}])
-    text = with_files(message, {"f": {"text": "```\ncode\n```"}})
+    text = with_files(message, {"f": "```\ncode\n```"})
     assert text == "a.md:\n````\n```\ncode\n```\n````\n\nWhat is it?"
 
 
@@ -512,3 +512,68 @@ async def test_a_session_learns_from_what_was_said_of_answers(studio: Studio) ->
     with pytest.raises(Conflict) as refused:
         studio.rooms.said_of(room, last.id)
     assert refused.value.code == "not_a_prompt"
+
+
+async def test_what_is_said_while_a_room_is_deleted_leaves_nothing_behind(studio: Studio) -> None:
+    room = await studio.rooms.create()
+    sent, _ = await asyncio.gather(
+        room.send(LONG, "a request"), studio.rooms.delete(room.id), return_exceptions=True
+    )  # fmt: skip
+    assert isinstance(sent, Message | Conflict)
+    assert room.as_json()["growing"] == []
+    assert room.topic not in studio.hub._topics
+    for late in (room.send("x", "late 1"), room.regenerate("m", "late 2"), room.edit("m", "x", "late 3")):
+        with pytest.raises(Conflict):
+            await late
+
+
+async def test_stop_waits_until_all_is_written_down(studio: Studio) -> None:
+    room = await studio.rooms.create()
+    for number in range(8):
+        await room.send("say 6 words at 300 a second", f"request-{number}")
+        await asyncio.sleep(0.003 * number)
+        await room.stop()
+        assert room.as_json()["growing"] == []
+        answer = room.message(room.head or "")
+        assert answer.state in ("done", "stopped")
+        _, messages = await studio.store.read(rows.get_room, room.id) or ({}, [])
+        assert messages[-1]["state"] == answer.state
+
+
+async def test_a_block_that_is_being_drawn_when_it_is_stopped_is_drawn_all_the_same(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = await studio.rooms.create()
+    monkeypatch.setattr("trellis.studio.answering.INLINE", 0)
+    await room.send(LONG, "a request")
+    answering = room._growing[room.head or ""]
+    await until(lambda: answering._length > 20)
+    answering._whole += ["First.\n\n", "Second.\n\n"]
+    await room.stop()
+    answer = room.message(room.head or "")
+    assert answer.html is not None
+    assert answer.html.index("First.") < answer.html.index("Second.")
+
+
+async def test_the_same_room_is_made_once_however_it_is_asked_for(studio: Studio) -> None:
+    made = await asyncio.gather(*(studio.rooms.create(request="the same request") for _ in range(5)))
+    assert len({room.id for room in made}) == 1
+
+
+async def test_a_file_with_one_room_that_cannot_be_makes_none(studio: Studio) -> None:
+    good = {"format": "trellis-room-1", "title": "a", "messages": []}
+    far = [{"id": "1", "role": "user", "text": "x", "created": "9999-12-31T23:59:59-12:00"}]
+    for bad in ({"sampling": {"temperature": 99}}, {"messages": [{"id": 5, "role": "user"}]}):
+        with pytest.raises(Invalid):
+            await taken_in(studio.rooms, json.dumps([good, good | bad]).encode())
+        assert await studio.rooms.found() == []
+    (room,) = await taken_in(studio.rooms, json.dumps(good | {"messages": far}).encode())
+    (message,), _ = await room.view(list(room.messages.values()))
+    assert message["created"].startswith("20")
+
+
+async def test_a_session_whose_name_has_an_at_in_it_is_found(studio: Studio) -> None:
+    session = await studio.steering.create("me@home", {})
+    await ready(session)
+    for name in ("session:me@home", "session:me@home@0", f"session:{session.id}@0"):
+        assert (await studio.speakers.find(name)).label.startswith("me@home")

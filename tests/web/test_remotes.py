@@ -135,8 +135,8 @@ def test_a_redirect_is_not_followed(tmp_path: Path) -> None:
 
 
 STREAMS = [
-    (b"data: not json\n\n", "failed"), (b"data: [1, 2]\n\ndata: [DONE]\n\n", "done"), (b"", "done"),
-    (b'data: {"choices": "x"}\n\ndata: {"choices": [5, {"delta": 7}]}\n\n', "done"),
+    (b"data: not json\n\n", "failed"), (b"data: [1, 2]\n\ndata: [DONE]\n\n", "failed"), (b"", "failed"),
+    (b'data: {"choices": "x"}\n\ndata: {"choices": [5, {"delta": 7}]}\n\n', "failed"),
     (b'data: {"error": {"message": "out of <b>memory</b>"}}\n\n', "failed"),
     (b'data: {"choices": [{"delta": {"content": "<script>alert(1)</script>"}}], "usage": {"prompt_tokens": "x"}}\n\n',
      "done"),
@@ -192,3 +192,32 @@ def test_pictures_go_to_who_sees(tmp_path: Path) -> None:
         content = json.loads(asked[-1]["body"])["messages"][0]["content"]
         assert [part["type"] for part in content] == ["text", "image_url"]
         assert content[1]["image_url"]["url"].startswith("data:image/png;base64,")
+
+
+def test_halves_of_characters_become_whole_and_none_are_left(tmp_path: Path) -> None:
+    pieces = ["\\ud83c", "\\udf31 and \\ud83c", " alone", "a\\u0000b"]
+    stream = "".join(f'data: {{"choices": [{{"delta": {{"content": "{piece}"}}}}]}}\n\n' for piece in pieces)
+    with elsewhere(stream.encode()) as (there, _), studio(tmp_path, there) as (server, client):
+        client.post("/api/remotes", json={"name": "odd", "url": f"http://{there}/v1", "models": ["m"]})
+        found = told(client, "remote:odd/m")
+        assert found["state"] == "done", found
+        assert found["text"] == "🌱 and \ufffd aloneab"
+    assert "Traceback" not in server.output
+
+
+def test_a_server_that_does_not_stream_is_understood(tmp_path: Path) -> None:
+    answer = {"choices": [{"message": {"content": "All at once."}, "finish_reason": "stop"}],
+              "usage": {"prompt_tokens": 3, "completion_tokens": 4}}  # fmt: skip
+    headers = {"Content-Type": "application/json"}
+    with elsewhere(json.dumps(answer).encode(), **headers) as (there, _), studio(tmp_path, there) as (_, client):
+        client.post("/api/remotes", json={"name": "odd", "url": f"http://{there}/v1", "models": ["m"]})
+        found = told(client, "remote:odd/m")
+        assert found["text"] == "All at once."
+        assert found["usage"]["prompt_tokens"] == 3
+
+
+@pytest.mark.parametrize("url", ["http://münchen.invalid/v1", "http://a..b/v1", f"http://{'x' * 70}.invalid/v1"])
+def test_odd_names_of_servers_are_said(client: httpx.Client, url: str) -> None:
+    response = client.post("/api/remotes", json={"name": "a", "url": url})
+    assert response.status_code in (422, 502), response.text
+    assert response.json()["error"]["field"] == "url"

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -22,8 +23,8 @@ from ..errors import Invalid, TrellisError
 from ..messages import Answered, Cancelled, Chat, Drawn, Heard, Queued, Spoke
 from .decode import TextReader
 from .lines import Line, Lines
-from .loop import Told, failed
-from .sampling import drawn_from
+from .loop import Told, explained
+from .sampling import drawn_from, is_greedy
 
 PIECE = 256
 """Tokens of a conversation that are read between two steps of those that speak."""
@@ -31,8 +32,11 @@ PIECE = 256
 MOST = 64
 """Conversations in one batch."""
 
-KEYS_BYTES = 1_000_000_000
-"""Keys and values that one batch may take; one conversation may, however long it is."""
+RESERVED = 1024
+"""Tokens of an answer that room is kept for at least; few answers are as long as they may be."""
+
+TAKING_SECONDS = 0.01
+"""How long conversations that have come are made ready within one step."""
 
 
 @dataclass(frozen=True)
@@ -86,44 +90,49 @@ class Seat:
 
     @property
     def needs(self) -> int:
-        """So many tokens at most."""
-        return min(self.prepared.limit, len(self.prepared.tokens) + self.prepared.most)
+        """So many tokens, as far as can be told."""
+        longest = max(min(self.prepared.most, RESERVED), self.count)
+        return min(self.prepared.limit, len(self.prepared.tokens) + longest)
 
 
 class Chats:
-    """The batch of one model: what the loop works on together. Joining and leaving is safe from any thread."""
+    """The batch of one model: what the loop works on together. Joining and leaving is safe from any thread.
 
-    def __init__(self, lines: Callable[[], Lines], speaker: Callable[[], Speaker]) -> None:
-        self._lines, self._speaker = lines, speaker
+    `room` are the bytes that keys, values and adapters of a batch may take; one conversation may, however long it is.
+    """
+
+    def __init__(self, lines: Callable[[], Lines], speaker: Callable[[], Speaker], room: Callable[[], int]) -> None:
+        self._lines, self._speaker, self._room = lines, speaker, room
         self._lock = threading.Lock()
         self._coming: deque[tuple[int, str, Chat, float]] = deque()
+        self._live: set[int] = set()
+        """All that were not told yet how they ended."""
         self._leaving: set[int] = set()
         self._waiting: list[Seat] = []
         self._seats: list[Seat] = []
 
     def join(self, number: int, owner: str, request: Any) -> None:
         with self._lock:
+            self._live.add(number)
             self._coming.append((number, owner, request, time.monotonic()))
 
     def leave(self, number: int) -> None:
         with self._lock:
-            if self._coming or self._waiting or self._seats:
+            if number in self._live:
                 self._leaving.add(number)
 
     @property
     def wanted(self) -> bool:
-        return bool(self._coming or self._waiting or self._seats)
+        return bool(self._live)
 
     def give_up(self) -> list[int]:
         with self._lock:
-            numbers = [number for number, *_ in self._coming]
-            numbers += [seat.number for seat in (*self._waiting, *self._seats)]
+            numbers, self._live = sorted(self._live), set()
             self._coming.clear()
             self._leaving.clear()
-        for seat in self._seats:
-            if seat.line:
-                self._lines().end(seat.line)
         self._waiting, self._seats = [], []
+        with suppress(TrellisError):  # no model is loaded
+            self._lines().clear()
         return numbers
 
     def step(self) -> Told:
@@ -136,6 +145,8 @@ class Chats:
             self._read(reading, told)
         if speaking := [seat for seat in self._seats if seat.next is not None]:
             self._speak(speaking, told)
+        with self._lock:
+            self._live -= {number for number, _, last in told if last}
         return told
 
     def _let_go(self, told: Told) -> None:
@@ -149,14 +160,15 @@ class Chats:
         told += [(number, Cancelled(), True) for number in gone]
 
     def _take_in(self, told: Told) -> None:
-        """Those that have come, as tokens. What is wrong with one is said to it alone."""
-        while self._coming:
+        """Those that have come, as tokens, for a moment. What is wrong with one is said to it alone."""
+        until = time.monotonic() + TAKING_SECONDS
+        while self._coming and time.monotonic() < until:
             with self._lock:
                 number, owner, request, arrived = self._coming.popleft()
             try:
                 prepared = self._speaker().conversation(request)
-            except TrellisError as error:
-                told.append((number, failed(error), True))
+            except Exception as error:  # noqa: BLE001 - whatever a template or a tokenizer does; what is not known is logged
+                told.append((number, explained(error), True))
                 continue
             reader, chances = TextReader(self._speaker().tokenizer), random.Random(request.seed)
             self._waiting.append(Seat(number, owner, request, arrived, prepared, reader, chances))
@@ -168,12 +180,13 @@ class Chats:
             seat = min(self._waiting, key=lambda seat: taken[seat.owner])
             if self._seats and not self._room_for(seat):
                 break
-            self._waiting.remove(seat)
             try:
                 seat.line = self._lines().begin(seat.request.weights, seat.prepared.tokens)
-            except TrellisError as error:
-                told.append((seat.number, failed(error), True))
+            except Exception as error:  # noqa: BLE001 - of one conversation alone
+                told.append((seat.number, explained(error), True))
+                self._waiting.remove(seat)
                 continue
+            self._waiting.remove(seat)
             seat.warm = len(seat.line.tokens)
             self._seats.append(seat)
             self._say_heard(seat, told)
@@ -183,16 +196,22 @@ class Chats:
                 told.append((seat.number, Queued(place=place), False))
 
     def _room_for(self, seat: Seat) -> bool:
-        longest = max(each.needs for each in (*self._seats, seat))
-        rows = len(self._seats) + 1
-        return rows <= MOST and rows * self._lines().bytes_for(longest) <= KEYS_BYTES
+        seats = (*self._seats, seat)
+        longest = max(each.needs for each in seats)
+        taken = self._lines().takes(len(seats), longest, {each.request.weights for each in seats})
+        return len(seats) <= MOST and taken <= self._room()
 
     def _read(self, seat: Seat, told: Told) -> None:
         """Read a piece, after the others that read have had their turn; at the end the first token is drawn."""
         assert seat.line is not None
         tokens = seat.prepared.tokens
         done = len(seat.line.tokens)
-        logits = self._lines().read(seat.line, tokens[done : done + PIECE])
+        try:
+            logits = self._lines().read(seat.line, tokens[done : done + PIECE])
+        except Exception as error:  # noqa: BLE001 - of one conversation alone: the others have not been touched
+            told.append((seat.number, explained(error), True))
+            self._remove(seat)
+            return
         self._seats.remove(seat)
         self._seats.append(seat)
         self._say_heard(seat, told)
@@ -284,12 +303,12 @@ def draw_each(logits: Tensor, seats: list[Seat]) -> list[int]:
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, device=device)[:, None]
 
-    scaled = logits.float() / column([each.temperature or 1.0 for each in asked])
+    scaled = logits.float() / column([1.0 if is_greedy(each) else each.temperature for each in asked])
     chances = torch.tensor([seat.chances.random() * (1 - 2**-20) for seat in seats], device=device)
     top_p: float | Tensor = column([each.top_p for each in asked]) if any(each.top_p < 1 for each in asked) else 1.0
     drawn, _ = drawn_from(scaled, column([each.min_p for each in asked]), top_p, chances)
-    if any(each.temperature == 0 for each in asked):
-        greedy = torch.tensor([each.temperature == 0 for each in asked], device=device)
+    if any(map(is_greedy, asked)):
+        greedy = torch.tensor(list(map(is_greedy, asked)), device=device)
         drawn = torch.where(greedy, scaled.argmax(dim=-1), drawn)
     tokens: list[int] = drawn.tolist()
     return tokens

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..params import OPENING_POSITIONS, Sampling
 from .forward import Forward, Rows
-from .sampling import draw, uniforms
+from .sampling import draw, is_greedy, uniforms
 from .vitals import grams_of, overlap_of
 
 OPENING = 6
@@ -76,7 +76,7 @@ def decode_group(
     generator = torch.Generator().manual_seed(seed)
     most = sampling.max_new_tokens
     group = [Growing(tokenizer) for _ in range(size)]
-    if sampling.temperature == 0:
+    if is_greedy(sampling):
         openings = 1  # they would all be the same
     openings = max(1, min(openings, OPENING_POSITIONS // (size * len(prompt))))
     drawn: Tensor | None = None

@@ -336,7 +336,8 @@ class FakeChats:
         try:
             self._check(request)
         except TrellisError as error:
-            self._said.append((number, failed(error), True))
+            with self._lock:
+                self._said.append((number, failed(error), True))
             return
         seat = FakeSeat(number, request)
         heard = Heard(read=seat.heard, prompt_tokens=seat.heard, warm=0, left_out=seat.left_out, context_length=CONTEXT)

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ..params import Sampling
 from .lean import Cache, Layer, Lean
-from .sampling import drawn_from
+from .sampling import drawn_from, is_greedy
 
 STEPS = 4
 """So many steps are run for each time that the processor waits for their tokens."""
@@ -71,7 +71,7 @@ class Stepper:
         self.position.fill_(cache.length)
         self.count.zero_()
         self.chances[: len(uniforms)] = uniforms
-        self.temperature.fill_(sampling.temperature or 1.0)
+        self.temperature.fill_(1.0 if is_greedy(sampling) else sampling.temperature)
         self.min_p.fill_(sampling.min_p)
         self.top_p.fill_(sampling.top_p)
 
@@ -138,7 +138,7 @@ class Graphs:
             return
         draws = -(-len(uniforms) // ROUND) * ROUND
         room = -(-(cache.length + draws) // ROUND) * ROUND
-        shape = Shape(len(drawn), room, draws, sampling.top_p < 1, sampling.temperature == 0)
+        shape = Shape(len(drawn), room, draws, sampling.top_p < 1, is_greedy(sampling))
         stepper = self._take(shape)
         try:
             with torch.inference_mode():

@@ -28,6 +28,29 @@ MERGED_BYTES = 50_000_000
 the number of its operations."""
 
 
+class Mix:
+    """Which rows of a batch have which of some adapters. Rows of one adapter are multiplied by it together."""
+
+    def __init__(self, adapters: Sequence[int | None], count: int, device: torch.device) -> None:
+        """The number of each row's adapter, of so many; None for a row that has none."""
+        members: list[list[int]] = [[] for _ in range(count)]
+        for row, adapter in enumerate(adapters):
+            if adapter is not None:
+                members[adapter].append(row)
+        self._count, self._width = count, max(map(len, members))
+        rows = [row for each in members for row in each]
+        slots = [number * self._width + place for number, each in enumerate(members) for place in range(len(each))]
+        self._rows = torch.tensor(rows, device=device, dtype=torch.long)
+        self._slots = torch.tensor(slots, device=device, dtype=torch.long)
+
+    def onto(self, found: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """found (N, out) and what each row's adapter, of down (K, in, r) and up (K, r, out), makes of x (N, in)."""
+        grouped = x.new_zeros(self._count * self._width, x.shape[1])
+        grouped[self._slots] = x[self._rows]
+        seen = torch.bmm(torch.bmm(grouped.view(self._count, self._width, -1), down), up)
+        return found.index_add(0, self._rows, seen.view(len(grouped), -1)[self._slots])
+
+
 @dataclass
 class Linear:
     """Linear layers that read the same input, as one: x Wᵀ + b, and x Aᵀ Bᵀ where an adapter is in it."""
@@ -39,6 +62,8 @@ class Linear:
     down: Tensor | None = None
     up: Tensor | None = None
     packed: Tensor | None = None
+    mix: Mix | None = None
+    """Which row has which of several adapters; `down` is then (K, in, r) and `up` (K, r, out)."""
 
     @classmethod
     def over(cls, layers: dict[str, nn.Linear]) -> Linear:
@@ -68,8 +93,8 @@ class Linear:
             found = functional.linear(x, self.weight, self.bias)
         if self.down is None or self.up is None:
             return found
-        if self.down.dim() == 3:  # (N, in, r) and (N, r, out): each row has an adapter of its own
-            return torch.baddbmm(found[:, None], torch.bmm(x[:, None], self.down), self.up)[:, 0]
+        if self.mix is not None:
+            return self.mix.onto(found, x, self.down, self.up)
         return found.addmm_(functional.linear(x, self.down), self.up)
 
     def onto(self, x: Tensor, seen: Tensor) -> Tensor:
@@ -77,20 +102,6 @@ class Linear:
         if self.packed is None and self.bias is None and self.down is None:
             return torch.addmm(x, seen, self.weight.T)
         return x + self(seen)
-
-
-def side_by_side(linears: Sequence[Linear]) -> Linear:
-    """The same base layer for as many rows, each with the adapter that it has there, or none."""
-    base = linears[0]
-    ranks = max((0 if each.down is None else len(each.down)) for each in linears)
-    if not ranks:
-        return base
-    down = base.weight.new_zeros(len(linears), base.weight.shape[1], ranks)
-    up = base.weight.new_zeros(len(linears), ranks, base.weight.shape[0])
-    for row, each in enumerate(linears):
-        if each.down is not None and each.up is not None:
-            down[row, :, : len(each.down)], up[row, : len(each.up)] = each.down.T, each.up
-    return Linear(base.weight, base.bias, base.parts, down, up, base.packed)
 
 
 @dataclass
@@ -182,13 +193,16 @@ class Lean:
     def angles(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines (at least `length`, D) by position; the sines of the first half are negative, so that
         rotating is x cos + roll(x) sin."""
-        if self._angles is None or len(self._angles[0]) < length:
+        known = self._angles
+        if known is None or len(known[0]) < length:
             size = max(256, 1 << (length - 1).bit_length())
             cos, sin = self._rotary(self.embedding[:1], torch.arange(size, device=self.device)[None])
             sign = torch.ones(self.head_dim, device=self.device, dtype=sin.dtype)
             sign[: self.head_dim // 2] = -1
-            self._angles = cos[0], sin[0] * sign
-        return self._angles
+            known = cos[0], sin[0] * sign
+            if self._angles is None or len(self._angles[0]) < size:  # another thread may want a longer one
+                self._angles = known
+        return known
 
     def reaches(self, length: int) -> bool:
         """Whether every token of so many sees all before it."""
@@ -306,7 +320,7 @@ class Adapted:
         self._scale = scale
         self._slices = [(where, shape) for _, where, shape in slices]
         self._installed: Tensor | None = None
-        order = {name: number for number, (name, _, _) in enumerate(slices)}
+        order = {name[name.index(".layers.") :]: number for number, (name, _, _) in enumerate(slices)}
         self.pairs = {
             (number, place): [self._numbers(order, number, name) for name, _ in each.parts]
             for number, layer in enumerate(lean.layers)
@@ -340,14 +354,11 @@ class Adapted:
 
     def _numbers(self, order: dict[str, int], number: int, name: str) -> tuple[int, int] | None:
         """The numbers of A and B of a layer among the slices, where it has an adapter."""
-        ends = tuple(f".layers.{number}.{block}.{name}" for block in ("self_attn", "mlp"))
-        found = [
-            order[path]
-            for kind in ("lora_A", "lora_B")
-            for path in order
-            if path.endswith(tuple(f"{end}.{kind}.weight" for end in ends))
-        ]
-        return (found[0], found[1]) if found else None
+        for block in ("self_attn", "mlp"):
+            end = f".layers.{number}.{block}.{name}"
+            if f"{end}.lora_A.weight" in order:
+                return order[f"{end}.lora_A.weight"], order[f"{end}.lora_B.weight"]
+        return None
 
     def _adapted(self, base: Linear, pairs_of: list[tuple[int, int] | None]) -> Linear:
         found = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +20,13 @@ from transformers.cache_utils import DynamicLayer
 from ..params import Adapter
 from .adapters import Slot, Slots, Weights
 from .forward import GeneralForward
-from .lean import Adapted, Cache, Layer, Lean, side_by_side
+from .lean import Adapted, Cache, Layer, Lean, Linear, Mix
 
 ROUND = 64
 """Room for positions is taken in steps of this."""
+
+SPARE = 8
+"""Adapters that stay beside the others when nobody talks to them any more, for a next message."""
 
 KEPT = 64
 """So many conversations at most are kept warm, those that were read last."""
@@ -61,8 +64,12 @@ class Lines(ABC):
         """A line is not needed any more; what it has read is kept warm as long as there is room."""
 
     @abstractmethod
-    def bytes_for(self, tokens: int) -> int:
-        """What a line of so many tokens takes."""
+    def clear(self) -> None:
+        """Forget all lines, after something failed in the midst of them. Needs no memory."""
+
+    @abstractmethod
+    def takes(self, lines: int, tokens: int, weights: Collection[str]) -> int:
+        """Bytes that so many lines take, the longest of so many tokens, with these weights among them."""
 
 
 def lines_of(slots: Slots, lean: Lean | None, model: Any, find: Find, warm: int) -> Lines:
@@ -87,6 +94,96 @@ class Warm:
     kept: Tensor
 
 
+class Beside:
+    """The adapters of a batch, each in a place of its own beside the others; only one that is new is written."""
+
+    def __init__(self, lean: Lean, find: Find) -> None:
+        self._lean, self._find = lean, find
+        self._places: dict[str, int] = {}
+        self._downs: list[list[Tensor]] = []
+        self._ups: list[list[Tensor]] = []
+        """Of each linear layer of each layer: (K, in, r) and (K, r, out)."""
+
+    @property
+    def bytes_of_one(self) -> int:
+        """What one more adapter takes; 0 where none is known yet."""
+        return sum(each[0].nbytes for both in (self._downs, self._ups) for layer in both for each in layer)
+
+    def take(self, weights: str, used: Collection[str]) -> int:
+        """The place of some weights, which are put there if need be; `used` stay. Raises WeightsMissing."""
+        if weights in self._places:  # an id names what never changes
+            return self._places[weights]
+        slot, found = self._find(weights)
+        with torch.inference_mode():
+            adapted = slot.beside(self._lean)
+            adapted.install(found.flat)
+            return self._put(weights, adapted.layers, used)
+
+    def layers(self, weights: Sequence[str]) -> list[Layer]:
+        """The layers for rows with these weights, all of which have a place."""
+        places = [self._places[each] if each else None for each in weights]
+        if all(place is None for place in places):
+            return self._lean.layers
+        with torch.inference_mode():
+            mix = Mix(places, len(self._downs[0][0]), self._lean.device) if len(set(places)) > 1 else None
+        only = next(place for place in places if place is not None)
+        return [
+            self._layer(base, downs, ups, mix, only)
+            for base, downs, ups in zip(self._lean.layers, self._downs, self._ups, strict=True)
+        ]
+
+    def shrink(self) -> None:
+        """Nobody uses any of them: many are not kept."""
+        if self._downs and len(self._downs[0][0]) > SPARE:
+            self.forget()
+
+    def forget(self) -> None:
+        self._places, self._downs, self._ups = {}, [], []
+
+    def _layer(self, base: Layer, downs: list[Tensor], ups: list[Tensor], mix: Mix | None, only: int) -> Layer:
+        made = []
+        for each, down, up in zip(base.linears(), downs, ups, strict=True):
+            both = (down, up) if mix else (down[only].T, up[only])
+            made.append(Linear(each.weight, each.bias, each.parts, *both, each.packed, mix))
+        qkv, out, gate_up, last = made
+        return Layer(base.before_attention, qkv, base.qk_norm, out, base.before_mlp, gate_up, last)
+
+    def _put(self, weights: str, layers: Sequence[Layer], used: Collection[str]) -> int:
+        free = [place for each, place in self._places.items() if each not in used]
+        there, known = (len(self._downs[0][0]), self._downs[0][0].shape[2]) if self._downs else (0, 0)
+        ranks = max((len(each.down) for one in layers for each in one.linears() if each.down is not None), default=1)
+        full = len(self._places) == there and not (free and there > SPARE)
+        if full or ranks > known:
+            self._grow(layers, there + (max(1, there // 4) if full else 0), max(ranks, known))
+            there = len(self._downs[0][0])
+        place = next((each for each in range(there) if each not in self._places.values()), None)
+        if place is None:
+            place = free[0]
+            self._places = {each: at for each, at in self._places.items() if at != place}
+        for layer, downs, ups in zip(layers, self._downs, self._ups, strict=True):
+            for each, down, up in zip(layer.linears(), downs, ups, strict=True):
+                down[place].zero_()
+                up[place].zero_()
+                if each.down is not None and each.up is not None:
+                    down[place, :, : len(each.down)] = each.down.T
+                    up[place, : len(each.up)] = each.up
+        self._places[weights] = place
+        return place
+
+    def _grow(self, layers: Sequence[Layer], count: int, ranks: int) -> None:
+        """Room for so many adapters of such ranks; those that are there stay."""
+        old_downs, old_ups = self._downs, self._ups
+        weights = [[each.weight for each in one.linears()] for one in layers]
+        self._downs = [[each.new_zeros(count, each.shape[1], ranks) for each in one] for one in weights]
+        self._ups = [[each.new_zeros(count, ranks, each.shape[0]) for each in one] for one in weights]
+        for mine, theirs in zip(self._downs, old_downs, strict=False):
+            for here, there in zip(mine, theirs, strict=True):
+                here[: len(there), :, : there.shape[2]] = there
+        for mine, theirs in zip(self._ups, old_ups, strict=False):
+            for here, there in zip(mine, theirs, strict=True):
+                here[: len(there), : there.shape[1]] = there
+
+
 class LeanLines(Lines):
     """Through the lean pass: one batch, in which each row has a length and an adapter of its own. An adapter that the
     lean pass does not know goes the general way."""
@@ -98,65 +195,76 @@ class LeanLines(Lines):
         self._cache = Cache.empty(lean, 0, ROUND)
         self._rows = 0
         self._room = ROUND
-        self._layers: dict[str, tuple[Adapted, Tensor]] = {}
-        self._mixed: tuple[list[str], list[Layer]] | None = None
+        self._beside = Beside(lean, find)
+        self._layers: tuple[list[str], list[Layer]] | None = None
+        """The layers for a step of all rows, and for which weights they are."""
         self._most_warm = warm
         self._warm: OrderedDict[tuple[str, int], Warm] = OrderedDict()
         self._numbers = 0
 
     def begin(self, weights: str, tokens: Sequence[int]) -> Line:
-        if weights and not Adapted.fits(self._lean, self._find(weights)[0].slices):
-            return self._general.begin(weights, tokens)
-        self._layers_of(weights)
+        if weights:
+            slot, _ = self._find(weights)
+            if not Adapted.fits(self._lean, slot.slices):
+                return self._general.begin(weights, tokens)
+            self._beside.take(weights, {line.weights for line in self._lines})
+            self._layers = None  # one that nobody used may have been put out
         line = Line(weights)
         key, known, best = None, 0, None
         for (of, number), each in self._warm.items():
             if of == weights and (alike := shared(each.tokens, tokens)) > known:
                 key, known, best = (of, number), alike, each
         known = min(known, len(tokens) - 1)
-        row = self._take_row(line, known + 1)
+        self._make_room(known + 2, len(self._lines) + 1)
         if best is not None and key is not None and known > 0:
             self._warm.move_to_end(key)
+            row = len(self._lines)
             with torch.inference_mode():
                 for number, (keys, values) in enumerate(zip(self._cache.keys, self._cache.values, strict=True)):
                     keys[row, :, :known] = best.kept[number, 0, :, :known]
                     values[row, :, :known] = best.kept[number, 1, :, :known]
             line.tokens += tokens[:known]
+        self._lines.append(line)  # from now on there is such a row
         return line
 
     def read(self, line: Line, tokens: Sequence[int]) -> Tensor:
         if isinstance(line, GeneralLine):
             return self._general.read(line, tokens)
         row, start = self._lines.index(line), len(line.tokens)
-        self._make_room(start + len(tokens) + 1)
+        self._make_room(start + len(tokens) + 1, len(self._lines))
+        layers = self._beside.layers([line.weights])
         lean = self._lean
         with torch.inference_mode():
             one = slice(row, row + 1)
-            cache = Cache(
-                [keys[one] for keys in self._cache.keys], [values[one] for values in self._cache.values], start
-            )
+            keys, values = ([each[one] for each in both] for both in (self._cache.keys, self._cache.values))
             ids = torch.tensor([list(tokens)], device=lean.device)
-            logits = lean.logits(lean.forward(self._layers_of(line.weights), ids, cache)[:, -1])[0]
+            logits = lean.logits(lean.forward(layers, ids, Cache(keys, values, start))[:, -1])[0]
         line.tokens += tokens
         return logits
 
     def grow(self, lines: Sequence[Line], ids: Sequence[int]) -> Tensor:
-        apart = [isinstance(line, GeneralLine) for line in lines]
-        if any(apart):
-            return torch.stack([
-                (self._general if general else self).grow([line], [token])[0]
-                for line, token, general in zip(lines, ids, apart, strict=True)
-            ])  # fmt: skip
+        apart = [place for place, line in enumerate(lines) if isinstance(line, GeneralLine)]
+        if apart:
+            own = [place for place in range(len(lines)) if place not in apart]
+            parts = [
+                of.grow([lines[place] for place in places], [ids[place] for place in places])
+                for of, places in ((self._general, apart), (self, own))
+                if places
+            ]
+            order = torch.tensor([*apart, *own], device=self._lean.device).argsort()
+            return torch.cat(parts)[order]
         # Rows that only wait grow by a token that nobody looks at, in a place that is written over when they go on.
         lengths = [len(line.tokens) for line in self._lines]
         room = max(lengths) + 1
-        self._make_room(room)
-        layers = self._layers_now()
+        self._make_room(room, len(self._lines))
+        weights = [line.weights for line in self._lines]
+        if self._layers is None or self._layers[0] != weights:
+            self._layers = weights, self._beside.layers(weights)
         lean, device = self._lean, self._lean.device
         next_of = dict(zip(lines, ids, strict=True))
         with torch.inference_mode():
             fed = torch.tensor([next_of.get(line, 0) for line in self._lines], device=device)
-            hidden = lean.step(layers, fed, self._cache, torch.tensor(lengths, device=device), room)
+            hidden = lean.step(self._layers[1], fed, self._cache, torch.tensor(lengths, device=device), room)
             logits = lean.logits(hidden[[self._lines.index(line) for line in lines]])
         for line, token in next_of.items():
             line.tokens.append(token)
@@ -174,19 +282,29 @@ class LeanLines(Lines):
             with torch.inference_mode():
                 for each in (*self._cache.keys, *self._cache.values):
                     each[row, :, : len(last.tokens)] = each[len(self._lines), :, : len(last.tokens)]
-        self._mixed = None
-        used = {each.weights for each in self._lines}
-        self._layers = {weights: layers for weights, layers in self._layers.items() if weights in used}
         if not self._lines:  # what many or long ones needed is given back
-            self._rows, self._room, self._cache = 0, ROUND, Cache.empty(self._lean, 0, ROUND)
+            self._forget_rows()
+            self._beside.shrink()
 
-    def bytes_for(self, tokens: int) -> int:
+    def clear(self) -> None:
+        self._lines.clear()
+        self._warm.clear()
+        self._beside.forget()
+        self._layers = None
+        self._forget_rows()
+        self._general.clear()
+
+    def takes(self, lines: int, tokens: int, weights: Collection[str]) -> int:
         lean = self._lean
-        return 2 * len(lean.layers) * lean.kv_heads * tokens * lean.head_dim * lean.embedding.element_size()
+        one = 2 * len(lean.layers) * lean.kv_heads * tokens * lean.head_dim * lean.embedding.element_size()
+        return lines * one + sum(bool(each) for each in set(weights)) * self._beside.bytes_of_one
+
+    def _forget_rows(self) -> None:
+        self._rows, self._room, self._cache = 0, ROUND, Cache.empty(self._lean, 0, ROUND)
 
     def _keep_warm(self, line: Line, row: int) -> None:
         length = len(line.tokens)
-        if not length or self.bytes_for(length) > self._most_warm:
+        if not length or self.takes(1, length, ()) > self._most_warm:
             return
         for key, each in list(self._warm.items()):
             if key[0] == line.weights and shared(each.tokens, line.tokens) == len(each.tokens):
@@ -200,59 +318,22 @@ class LeanLines(Lines):
         while len(self._warm) > KEPT or sum(each.kept.nbytes for each in self._warm.values()) > self._most_warm:
             self._warm.popitem(last=False)
 
-    def _take_row(self, line: Line, length: int) -> int:
-        self._make_room(length + 1)
-        if len(self._lines) == self._rows:
-            self._resize(max(4, 2 * self._rows), self._room)
-        self._lines.append(line)
-        self._mixed = None
-        return len(self._lines) - 1
-
-    def _make_room(self, length: int) -> None:
-        if length > self._room:
-            self._resize(self._rows, -(-max(length, self._room + self._room // 2) // ROUND) * ROUND)
-
-    def _resize(self, rows: int, room: int) -> None:
+    def _make_room(self, length: int, rows: int) -> None:
+        """Have room for so many positions in so many rows."""
+        room = self._room
+        if length > room:
+            room = -(-max(length, room + room // 2) // ROUND) * ROUND
+        rows = self._rows if rows <= self._rows else max(4, rows, self._rows + self._rows // 2)
+        if (rows, room) == (self._rows, self._room):
+            return
         with torch.inference_mode():
-            old, self._cache = self._cache, Cache.empty(self._lean, rows, room)
+            old, made = self._cache, Cache.empty(self._lean, rows, room)
             filled = max((len(line.tokens) for line in self._lines), default=0)
-            for mine, theirs in ((self._cache.keys, old.keys), (self._cache.values, old.values)):
+            for mine, theirs in ((made.keys, old.keys), (made.values, old.values)):
                 for here, there in zip(mine, theirs, strict=True):
                     here.zero_()  # what is masked must still be a number
                     here[: len(self._lines), :, :filled] = there[: len(self._lines), :, :filled]
-        self._rows, self._room = rows, room
-
-    def _layers_of(self, weights: str) -> list[Layer]:
-        """The layers with an adapter beside the base model's weights. Raises WeightsMissing."""
-        if not weights:
-            return self._lean.layers
-        slot, found = self._find(weights)
-        known = self._layers.get(weights)
-        if known is None or known[1] is not found.flat:
-            with torch.inference_mode():
-                adapted = slot.beside(self._lean)
-                adapted.install(found.flat)
-            known = self._layers[weights] = adapted, found.flat
-            self._mixed = None
-        return known[0].layers
-
-    def _layers_now(self) -> list[Layer]:
-        """The layers for one step of all rows."""
-        weights = [line.weights for line in self._lines]
-        if len(set(weights)) == 1:
-            return self._layers_of(weights[0])
-        if self._mixed is None or self._mixed[0] != weights:
-            rows = [self._layers_of(each) for each in weights]
-            with torch.inference_mode():
-                self._mixed = weights, [mixed(list(layers)) for layers in zip(*rows, strict=True)]
-        return self._mixed[1]
-
-
-def mixed(layers: Sequence[Layer]) -> Layer:
-    """One layer for as many rows, each with its own adapter."""
-    one = layers[0]
-    qkv, out, gate_up, down = (side_by_side(each) for each in zip(*(layer.linears() for layer in layers), strict=True))
-    return Layer(one.before_attention, qkv, one.qk_norm, out, one.before_mlp, gate_up, down)
+        self._cache, self._rows, self._room = made, rows, room
 
 
 @dataclass(eq=False)
@@ -300,11 +381,15 @@ class GeneralLines(Lines):
         if line.tokens:
             self._warm = [*self._warm[1 - self.WARM :], line]
 
-    def bytes_for(self, tokens: int) -> int:
+    def clear(self) -> None:
+        self._warm = []
+
+    def takes(self, lines: int, tokens: int, weights: Collection[str]) -> int:
         config = self._model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return int(2 * config.num_hidden_layers * heads * size * tokens * next(self._model.parameters()).element_size())
+        each = next(self._model.parameters()).element_size()
+        return int(lines * 2 * config.num_hidden_layers * heads * size * tokens * each)
 
     def _forward(self, weights: str) -> GeneralForward:
         if weights:

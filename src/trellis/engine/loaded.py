@@ -133,6 +133,11 @@ class LoadedModel:
 
     def _turn_tokens(self, turns: Sequence[Turn]) -> list[int]:
         opening = turns[-1].text if turns[-1].role == "assistant" else ""
+        if opening and len(turns) == 1:
+            raise Invalid(
+                "Nothing was said before the answer that is to be gone on with.", field="messages",
+                next_step="Begin with a message of the user.",
+            )  # fmt: skip
         said = [{"role": turn.role, "content": turn.text} for turn in (turns[:-1] if opening else turns)]
         if not self.tokenizer.chat_template:
             lines = [f"{SPEAKS[each['role']]}{each['content']}" for each in said]

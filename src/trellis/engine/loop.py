@@ -35,6 +35,9 @@ PATIENCE = 0.1
 """Seconds after which what is worked on together has a step even while somebody waits: text goes on at the speed at
 which it is read."""
 
+LENIENCE = 0.5
+"""Seconds after which what can wait has a step even while people talk."""
+
 Handler = Callable[[Any], Steps]
 
 Told = list[tuple[int, Event, bool]]
@@ -217,12 +220,20 @@ class Loop:
         task = min(free, key=lambda task: (not task.cancelled, task.order))
         if task.cancelled:
             return task
+        if not isinstance(task.steps, Generator) and task.urgent > WAITED_FOR:
+            task = self._next_that_waited_long(free) or task
         if task.urgent > WAITED_FOR:
             kept_free = first and bool(self._others) and task.urgency > TALKED_TO
             if kept_free or any(each.urgency <= WAITED_FOR for each in self._tasks):
                 return None
         alike = sum(each.running and each.urgency <= task.urgency for each in self._tasks)
         return task if alike < self._lanes() or task.urgent <= WAITED_FOR < task.urgency else None
+
+    def _next_that_waited_long(self, free: list[Task]) -> Task | None:
+        """What can wait and has had no step for long: people who talk without an end must not keep it for ever."""
+        now = time.monotonic()
+        waited = [each for each in free if each.urgency > TALKED_TO and now - each.stepped > LENIENCE]
+        return min(waited, key=lambda each: each.order, default=None)
 
     def _open_lanes(self) -> None:
         """Where there are several lanes, each has a thread that leaves the processor to whoever else wants it; the

@@ -7,6 +7,13 @@ from torch import Tensor
 
 from ..params import Sampling
 
+COLDEST = 1e-4
+"""Below this temperature the likeliest token is drawn: what is divided by less is not a number any more."""
+
+
+def is_greedy(sampling: Sampling) -> bool:
+    return sampling.temperature < COLDEST
+
 
 def uniforms(steps: int, rows: int, generator: torch.Generator, device: torch.device) -> Tensor:
     """Numbers (S, R) in [0, 1) for as many draws, the same on every device; rounding never makes one of them 1."""
@@ -21,7 +28,7 @@ def draw(logits: Tensor, sampling: Sampling, chances: Tensor) -> tuple[Tensor, T
     row. Filters: min-p (arXiv 2407.01082), then top-p (nucleus, arXiv 1904.09751), after the temperature.
     """
     scaled = logits.float()
-    if sampling.temperature == 0:
+    if is_greedy(sampling):
         drawn = scaled.argmax(dim=-1)
         return drawn, torch.log_softmax(scaled, dim=-1).gather(-1, drawn[:, None])[:, 0]
     return drawn_from(scaled / sampling.temperature, sampling.min_p, sampling.top_p, chances)

@@ -55,11 +55,16 @@ from .loop import Handler, Steps, Together
 from .merging import merge
 from .methods import METHODS
 from .reading import Group, reading_of
+from .sampling import COLDEST
 from .vitals import fluency_of, variety_of
 
 PROGRESS_SECONDS = 0.2
 REFERENCES = 1024
 """Lessons of which the base model's log-probabilities are kept: a few of each session that learns."""
+
+CHATS_BYTES = 1_000_000_000
+"""Keys, values and adapters that a batch of conversations may take at least; a quarter of what was free, where that is
+more."""
 
 WARM_BYTES = 256_000_000
 """Keys and values that are kept of conversations, so that a next message need not have all of them read again."""
@@ -77,7 +82,8 @@ class TextEngine:
         self._loaded: LoadedModel | None = None
         self._path: str | None = None
         self._lines: Lines | None = None
-        self._chats = Chats(self._lines_now, lambda: self.loaded)
+        self._room_for_chats = CHATS_BYTES
+        self._chats = Chats(self._lines_now, lambda: self.loaded, lambda: self._room_for_chats)
         self._references: OrderedDict[str, Tensor] = OrderedDict()
         self._keeping = threading.Lock()
 
@@ -93,6 +99,7 @@ class TextEngine:
     def _lines_now(self) -> Lines:
         if self._lines is None:
             loaded = self.loaded
+            self._room_for_chats = max(CHATS_BYTES, free_bytes(loaded.about.device) // 4)
             self._lines = lines_of(loaded.slots, loaded.lean, loaded.model, self.weights, WARM_BYTES)
         return self._lines
 
@@ -296,7 +303,8 @@ class TextEngine:
         longest = max(len(answer) for answer in answers)
         prompt = self.loaded.prompt_tokens(lesson.prompt, longest, context_length)
         sharpened = METHODS[learning.learning_method].tempered
-        return Group(prompt, answers, lesson.choice, (lesson.temperature or 1.0) if sharpened else 1.0)
+        temperature = lesson.temperature if sharpened and lesson.temperature >= COLDEST else 1.0
+        return Group(prompt, answers, lesson.choice, temperature)
 
     def _reference(self, slot: Slot, group: Group) -> Tensor:
         """The base model's log-probabilities of a lesson's answers. They never change, so they are kept."""
@@ -309,6 +317,13 @@ class TextEngine:
                 while len(self._references) > REFERENCES:
                     self._references.popitem(last=False)
         return known
+
+
+def free_bytes(device: str) -> int:
+    """Memory that is free where a model is."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return int(psutil.virtual_memory().available)
 
 
 def _weights_at(made: str, slot: Slot, point: Point) -> Weights:

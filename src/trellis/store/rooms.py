@@ -79,13 +79,28 @@ def interrupt_messages(connection: Connection) -> None:
     connection.execute(update(messages).where(messages.c.state == "growing").values(state="interrupted"))
 
 
-def add_file(connection: Connection, file: Row) -> None:
+def add_file(connection: Connection, file: Row) -> bool:
+    """Whether the room is still there."""
+    if connection.execute(select(rooms.c.id).where(rooms.c.id == file["room"])).first() is None:
+        return False
     connection.execute(insert(files).values(file))
+    return True
 
 
 def get_files(connection: Connection, room_id: str) -> list[Row]:
-    query = select(files).where(files.c.room == room_id).order_by(files.c.created)
+    """The files of a room, without their text."""
+    columns = [files.c.id, files.c.room, files.c.name, files.c.kind, files.c.bytes]
+    query = select(*columns).where(files.c.room == room_id).order_by(files.c.created)
     return [dict(row) for row in connection.execute(query).mappings()]
+
+
+def texts_of_files(connection: Connection, file_ids: Sequence[str]) -> dict[str, str]:
+    """The text of some files by their ids."""
+    found: dict[str, str] = {}
+    for start in range(0, len(file_ids), 500):
+        query = select(files.c.id, files.c.text).where(files.c.id.in_(file_ids[start : start + 500]))
+        found |= {row.id: row.text for row in connection.execute(query)}
+    return found
 
 
 def list_prompts(connection: Connection) -> list[Row]:

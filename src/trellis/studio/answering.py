@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 from ..markdown import Blocks, block_to_html
@@ -14,8 +14,10 @@ from .message import Message
 SAVE_SECONDS, SAVE_CHARACTERS = 2.0, 4096
 """An answer that grows is written down this often: a crash loses no more of it."""
 
-INLINE = 2000
-"""A block of up to so many characters is rendered at once; a longer one in another thread."""
+INLINE = 500
+"""A block of up to so many characters is rendered at once; a longer one, and code, in another thread."""
+
+CODE = re.compile(r"^\s*(```|~~~)", re.MULTILINE)
 
 FIGURES = (
     "prompt_tokens", "completion_tokens", "time_to_first_token_ms", "engine_to_first_token_ms", "tokens_per_second",
@@ -51,10 +53,13 @@ class Answering:
         self._saved, self._saved_at = len(message.text), self._started
         self._pieces = [message.text] if message.text else []
         self._length = len(message.text)
+        self._whole: list[str] = []
+        """Blocks that are whole and not shown yet."""
 
     async def run(self) -> None:
         if self._message.text:  # it goes on: its blocks so far are made again
-            await self._show(self._blocks.feed(self._message.text))
+            self._whole += self._blocks.feed(self._message.text)
+            await self._show()
         await self._room.speak(self._message, self)
 
     def loading(self, progress: Progress) -> None:
@@ -79,8 +84,8 @@ class Answering:
                 self._first, self._latest = self._first or now, now
                 self._tokens_at_first = self._tokens_at_first or event.tokens
                 self._tokens = event.tokens
-                if event.text:
-                    await self._grow(event.text)
+                if text := event.text.replace("\x00", ""):  # which no text may hold
+                    await self._grow(text)
             case Answered():
                 self._message.finish = event.finish
                 self._tokens = event.tokens
@@ -90,18 +95,21 @@ class Answering:
         self._room.publish("delta", message=self._message.id, text=text, at=self._length)
         self._pieces.append(text)
         self._length += len(text)
-        if whole := self._blocks.feed(text):
-            await self._show(whole)
+        self._whole += self._blocks.feed(text)
+        await self._show()
         due = time.monotonic() - self._saved_at > SAVE_SECONDS or self._length - self._saved > SAVE_CHARACTERS
         if due:
             self.gather()
             self._saved, self._saved_at = self._length, time.monotonic()
             await self._room.save(self._message)
 
-    async def _show(self, blocks: Sequence[str]) -> None:
-        """Tell the HTML of blocks that are whole, each once."""
-        for block in blocks:
-            html = block_to_html(block) if len(block) <= INLINE else await asyncio.to_thread(block_to_html, block)
+    async def _show(self) -> None:
+        """Tell the HTML of blocks that are whole, each once. One that is broken off is made when the answer ends."""
+        while self._whole:
+            block = self._whole[0]
+            quick = len(block) <= INLINE and not CODE.search(block)
+            html = block_to_html(block) if quick else await asyncio.to_thread(block_to_html, block)
+            self._whole.pop(0)
             self.gather()
             self._message.html = (self._message.html or "") + html
             self._message.shown += len(block)
@@ -111,7 +119,8 @@ class Answering:
         """What is left is a block too. Says what it took."""
         self.gather()
         if rest := self._blocks.rest():
-            await self._show([rest])
+            self._whole.append(rest)
+        await self._show()
         self._message.html = self._message.html or ""
         self._message.usage = self._usage()
 

@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 from ..blobs import Blobs
-from ..errors import Invalid, TrellisError, shorten
+from ..errors import Invalid, NotFound, TrellisError, shorten
 from ..store import rooms as rows
 from ..store.store import Store
 from ..texts import storable
@@ -58,7 +58,9 @@ class Attachments:
             "bytes": len(data), "text": text, "created": time.time(),
         }  # fmt: skip
         await asyncio.to_thread(self._write, row["id"], data)
-        await self._store.write(rows.add_file, row)
+        if not await self._store.write(rows.add_file, row):
+            await self.discard(row["id"])
+            raise NotFound("This room is not there any more.", next_step="Start a new room.")
         return {name: row[name] for name in ("id", "name", "kind", "bytes")} | {"characters": len(text)}
 
     async def content(self, file_id: str) -> bytes:
@@ -121,7 +123,7 @@ class Attachments:
             raise self._refusal(name, "could not be read as a PDF", "Save its text, and add that.") from None
         if "problem" in found:
             raise self._refusal(name, str(found["problem"]), "Save its text, and add that.")
-        return storable(str(found["text"]).replace("\x00", ""))
+        return str(found["text"]).replace("\x00", "").encode("utf-8", "replace").decode()
 
     def _refusal(self, name: str, what: str, next_step: str) -> Invalid:
         return Invalid(f"“{shorten(name)}” {what}.", field="file", code="bad_file", next_step=next_step)

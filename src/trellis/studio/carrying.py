@@ -16,7 +16,7 @@ from ..texts import PROMPT_LIMIT, storable
 from .answering import FIGURES
 from .jobs import timestamp
 from .message import Message
-from .room import MOST_MESSAGES, Room, title_of
+from .room import MOST_MESSAGES, Room, sampling_from, title_of
 from .rooms import Rooms, new_room_id
 
 FORMATS: Mapping[str, tuple[str, str]] = {
@@ -105,7 +105,8 @@ def _from_ours(data: dict[str, Any]) -> dict[str, Any]:
         }
         for each in _list_of(data.get("messages"))
     ]  # fmt: skip
-    sampling = data.get("sampling") if isinstance(data.get("sampling"), dict) else {}
+    sampling: dict[str, Any] = data["sampling"] if isinstance(data.get("sampling"), dict) else {}
+    sampling_from(sampling)
     return _plan(_text(data.get("title")), _text(data.get("system")), _names(data.get("models")), said,
                  data.get("head"), sampling)  # fmt: skip
 
@@ -290,6 +291,7 @@ def _time(value: Any) -> float | None:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e11:
         return float(value)
     try:
-        return datetime.fromisoformat(value).timestamp() if isinstance(value, str) else None
+        found = datetime.fromisoformat(value).timestamp() if isinstance(value, str) else 0.0
     except (ValueError, OverflowError):
         return None
+    return found if 0 < found < 1e11 else None

@@ -297,7 +297,7 @@ class Growth:
 
         return await asyncio.to_thread(read)  # hundreds of choices take longer than the event loop may be held
 
-    async def fit(self, parent: Node, fitted: Fitted, told: Callable[[Progress], None]) -> Learned:
+    async def fit(self, parent: Node, fitted: Fitted, told: Callable[[Progress], None], priority: int = 2) -> Learned:
         """Learn from a whole log at a node, after everybody who waits for an answer. Raises WeightsMissing."""
         worker = await self._planted()
         request = Fit(
@@ -305,7 +305,7 @@ class Growth:
             learning=self._config.part(Learning), epochs=fitted.epochs, seed=self._config.seed,
             context_length=self._config.context_length,
         )  # fmt: skip
-        async with aclosing(worker.stream(request, priority=2)) as events:
+        async with aclosing(worker.stream(request, priority)) as events:
             async for event in events:
                 if isinstance(event, Progress):
                     told(event)
@@ -395,7 +395,7 @@ class Growth:
         else:
             parent = self._tree.nodes[node.parent]
             if isinstance(node.choice, Fitted):
-                learned = await self.fit(parent, node.choice, self._loading)
+                learned = await self.fit(parent, node.choice, self._loading, priority=0)  # somebody waits
             else:
                 assert node.answered is not None
                 assert node.choice is not None

@@ -50,7 +50,13 @@ async def checked(url: str, own: Collection[str]) -> Place:
     Raises Invalid for what is not an address, Refused for one that is not allowed, TrellisError where there is none.
     """
     parts = parsed(url)
-    host, port = str(parts.hostname), parts.port or PORTS[parts.scheme]
+    port = parts.port or PORTS[parts.scheme]
+    try:
+        host = str(parts.hostname) if ":" in str(parts.hostname) else str(parts.hostname).encode("idna").decode()
+    except UnicodeError:
+        raise Invalid(
+            f"url: “{shorten(parts.hostname)}” is no name of a server.", field="url", next_step="Check the address."
+        ) from None
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):

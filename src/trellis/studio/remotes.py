@@ -5,11 +5,12 @@ Keys are kept in the database and sent to their server alone: never to a page, a
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Collection
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Invalid, TrellisError, shorten
@@ -34,6 +35,12 @@ class Remotes:
 
     def __init__(self, store: Store, own: Collection[str]) -> None:
         self._store, self._own = store, own
+        self._client: httpx.AsyncClient | None = None
+        self._making = asyncio.Lock()
+
+    async def close(self) -> None:
+        if self._client:
+            await self._client.aclose()
 
     async def all(self) -> list[dict[str, Any]]:
         return [_as_json(row) for row in await self._store.read(rows.list_remotes)]
@@ -78,6 +85,14 @@ class Remotes:
             )
         return sorted(names)[:MOST_MODELS]
 
+    async def _ready(self) -> httpx.AsyncClient:
+        """The one client, made in a thread: what it trusts takes a tenth of a second to read. It keeps no connection,
+        so that none is used for another name at the same address."""
+        async with self._making:
+            if self._client is None:
+                self._client = await asyncio.to_thread(_new_client)
+            return self._client
+
     @asynccontextmanager
     async def asked(
         self, method: str, url: str, path: str, secret: str, body: dict[str, Any] | None = None
@@ -90,15 +105,12 @@ class Remotes:
         headers = {"host": place.name, "accept": "application/json, text/event-stream", "accept-encoding": "identity"}
         if secret:
             headers["authorization"] = f"Bearer {secret}"
-        timeout = httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
         try:
-            async with (
-                httpx.AsyncClient(timeout=timeout, follow_redirects=False, trust_env=False) as client,
-                client.stream(
-                    method, place.url + path, headers=headers, json=body,
-                    extensions={"sni_hostname": place.host} if place.scheme == "https" else {},
-                ) as response,
-            ):  # fmt: skip
+            client = await self._ready()
+            async with client.stream(
+                method, place.url + path, headers=headers, json=body,
+                extensions={"sni_hostname": place.host} if place.scheme == "https" else {},
+            ) as response:  # fmt: skip
                 if response.status_code != 200:
                     said = (await _read(response, 4000)).decode("utf-8", "replace")
                     raise _refusal(place, response.status_code, said.replace(secret, "…") if secret else said)
@@ -108,6 +120,14 @@ class Remotes:
                 f"The server “{shorten(place.name)}” could not be talked to: {type(error).__name__}.", code="network",
                 field="url", next_step="Check that it runs, and its address.",
             ) from None  # fmt: skip
+
+
+def _new_client() -> httpx.AsyncClient:
+    import httpx
+
+    timeout = httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS)
+    limits = httpx.Limits(max_connections=200, max_keepalive_connections=0)
+    return httpx.AsyncClient(timeout=timeout, limits=limits, follow_redirects=False, trust_env=False)
 
 
 class Remote(Speaker):
@@ -133,7 +153,7 @@ class Remote(Speaker):
             body["prompt"] = request.text
         path = "/chat/completions" if request.turns else "/completions"
         started = time.monotonic()
-        first, tokens, finish, told = 0.0, 0, "stop", False
+        first, tokens, finish, told, whole = 0.0, 0, "", False, Whole()
         async with self._remotes.asked("POST", self._row["url"], path, self._row["secret"], body) as response:
             async for data in _events(response):
                 if "error" in data:
@@ -145,16 +165,31 @@ class Remote(Speaker):
                         yield Heard(read=prompt, prompt_tokens=prompt, warm=0, left_out=0, context_length=0)
                 for text, ended in _grown(data):
                     finish = ended or finish
-                    if text:
+                    if text := whole.of(text):
                         tokens += 1
                         first = first or time.monotonic() - started
                         yield Spoke(text=text, tokens=tokens)
+        if not finish and not tokens:
+            raise _strange(self._row["name"])
         if not told:
             yield Heard(read=0, prompt_tokens=0, warm=0, left_out=0, context_length=0)
         yield Answered(
             finish="length" if finish == "length" else "stop", tokens=tokens, prompt_tokens=0, seconds_to_first=first,
             seconds=time.monotonic() - started,
         )  # fmt: skip
+
+
+class Whole:
+    """Text that came in pieces, without what no text may hold. Half a character waits for its other half."""
+
+    def __init__(self) -> None:
+        self._half = ""
+
+    def of(self, piece: str) -> str:
+        text, self._half = self._half + piece.replace("\x00", ""), ""
+        if text and "\ud800" <= text[-1] <= "\udbff":
+            text, self._half = text[:-1], text[-1]
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _content(turn: Any) -> Any:
@@ -170,7 +205,7 @@ def _grown(data: dict[str, Any]) -> list[tuple[str, str | None]]:
     choices = data.get("choices")
     for choice in choices if isinstance(choices, list) else []:
         if isinstance(choice, dict):
-            delta = choice.get("delta") if isinstance(choice.get("delta"), dict) else choice
+            delta = next((choice[name] for name in ("delta", "message") if isinstance(choice.get(name), dict)), choice)
             text = delta.get("content", delta.get("text")) if isinstance(delta, dict) else None
             ended = choice.get("finish_reason")
             found.append((text if isinstance(text, str) else "", ended if isinstance(ended, str) else None))
@@ -192,6 +227,12 @@ async def _read(response: httpx.Response, most: int = WHOLE) -> bytes:
 
 async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     """The JSON of each server-sent event, up to the last. Bounded in each line and in all."""
+    if "json" in response.headers.get("content-type", "") and "stream" not in response.headers["content-type"]:
+        with suppress(ValueError, RecursionError):  # one that does not stream says all of it at once
+            data = json.loads(await _read(response))
+            if isinstance(data, dict):
+                yield data
+        return
     line, whole = b"", 0
     async for piece in response.aiter_bytes():
         whole += len(piece)

@@ -70,6 +70,7 @@ class Room:
         self._answers: dict[str, asyncio.Task[None]] = {}
         self._growing: dict[str, Answering] = {}
         self._stopping: set[str] = set()
+        self._settling: set[asyncio.Task[None]] = set()
         self._lock = asyncio.Lock()
         self._labels: dict[str, str] = {}
         self._first = int(time.time() * 1000)
@@ -193,6 +194,7 @@ class Room:
         async with self._lock:
             if known := self._known(request):
                 return known
+            self._require_open()
             old = self.message(message_id)
             if not text.strip():
                 raise Invalid("text: is empty.", field="text", next_step="Write something.")
@@ -210,10 +212,13 @@ class Room:
         async with self._lock:
             if known := self._known(request):
                 return known
+            self._require_open()
             old = self.message(message_id)
             asked = old if old.role == "user" else self.message(old.parent or "")
             chosen = model or old.model or (self.models or ["demo"])[0]
             chosen = (await self._speakers.find(chosen)).exactly
+            if any(file["kind"] == PICTURE for file in asked.files):
+                await self._require_sight([chosen])
             answer = Message(
                 _new("m"), self.id, asked.id, "assistant", "", chosen, state="growing", request=request
             )  # fmt: skip
@@ -231,8 +236,8 @@ class Room:
                     code="not_now", next_step="Wait for its end.",
                 )  # fmt: skip
             self._require_open()
-            message.state, message.error, message.finish = "growing", None, None
             await self._store.write(rows.change_message, message.id, {"state": "growing", "error": None})
+            message.state, message.error, message.finish = "growing", None, None
             message.html, message.shown = None, 0
             await self._begin(message)
             self.publish("message", message=await self.whole(message), head=self.head)
@@ -243,12 +248,12 @@ class Room:
         self._stopping.update(each for each in self._answers if message_id in (None, each))
         for task in tasks:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await self._until_settled(tasks)
 
     async def choose(self, message_id: str) -> None:
         """Look at the branch that goes through a message, up to what was said last there."""
         async with self._lock:
+            self._require_here()
             message = self.message(message_id)
             below = message
             while children := self.children(below.id):
@@ -260,6 +265,7 @@ class Room:
     async def rate(self, message_id: str, rating: int) -> None:
         """Call an answer good (1), bad (-1) or neither (0)."""
         async with self._lock:
+            self._require_here()
             message = self.message(message_id)
             if message.role != "assistant" or rating not in (-1, 0, 1):
                 raise Invalid("rating: must be -1, 0 or 1, of an answer.", field="rating", next_step="Rate an answer.")
@@ -278,6 +284,7 @@ class Room:
     ) -> None:
         """Change what a room is called, who answers in it and how. Raises Invalid or NotFound."""
         async with self._lock:
+            self._require_here()
             values: dict[str, Any] = {}
             if title is not None:
                 values |= {"title": title, "named": 1, "folded": title.casefold()}
@@ -299,13 +306,22 @@ class Room:
 
     async def close(self, reason: str | None = None) -> None:
         """Break off what grows, which is written down as far as it has come."""
-        self.closed = True
-        for task in self._answers.values():
-            task.cancel()
-        await asyncio.gather(*self._answers.values(), return_exceptions=True)
+        async with self._lock:  # what is being said is said first
+            self.closed = True
+            tasks = list(self._answers.values())
+            for task in tasks:
+                task.cancel()
+        await self._until_settled(tasks)
         if reason:
             self.publish("closed", reason=reason)
         self._hub.end(self.topic)
+
+    async def _until_settled(self, tasks: Sequence[asyncio.Task[None]]) -> None:
+        """Until answers that were cancelled have been written down."""
+        if tasks:
+            await asyncio.wait(tasks)
+        while self._settling:
+            await asyncio.wait(set(self._settling))
 
     @property
     def idle(self) -> bool:
@@ -316,9 +332,12 @@ class Room:
     def _known(self, request: str) -> Message | None:
         return next((message for message in self.messages.values() if message.request == request), None)
 
-    def _require_open(self) -> None:
+    def _require_here(self) -> None:
         if self.closed:
             raise Conflict("This room was closed.", code="closed", next_step="Reload the page.")
+
+    def _require_open(self) -> None:
+        self._require_here()
         if len(self.messages) >= MOST_MESSAGES:
             raise Conflict(
                 f"This room has {len(self.messages)} messages, which is the most.", code="room_full",
@@ -390,13 +409,13 @@ class Room:
         ]  # fmt: skip
         changes: dict[str, Any] = {"models": chosen}
         if sampling is not None:
-            changes["sampling"] = self.sampling = sampling
+            changes["sampling"] = sampling
         if not self.named and message.parent is None:
             title = title_of(message.text) or (message.files[0]["name"] if message.files else "")
             changes |= {"title": title, "folded": title.casefold()}
-            self.title = title
-        self.models = chosen
         await self._add([message, *answers], answers[0].id, changes)
+        self.models, self.title = chosen, changes.get("title", self.title)
+        self.sampling = changes.get("sampling", self.sampling)
         if len(changes) > 1:
             self.publish("room", room=self.as_json())
         for answer in answers:
@@ -442,18 +461,28 @@ class Room:
             message.state, message.error = "failed", unknown.as_json()
         else:
             message.state = "done"
-        await asyncio.shield(self._settle(message, answering))
+        settling = asyncio.create_task(self._settle(message, answering))
+        self._settling.add(settling)
+        settling.add_done_callback(self._settling.discard)
+        await asyncio.shield(settling)
 
     async def _settle(self, message: Message, answering: Answering) -> None:
-        """Write down how an answer ended, then tell it."""
-        await answering.finish()
+        """Write down how an answer ended, then tell it. Whatever goes wrong, it has ended."""
         try:
+            await answering.finish()
             await self._store.write(rows.change_message, message.id, message.row())
         except TrellisError as error:  # a full disk: what was said is on the screens, and is said not to be kept
             message.error = error.as_json()
-        self._answers.pop(message.id, None)
-        self._growing.pop(message.id, None)
-        self._stopping.discard(message.id)
+        except Exception as error:
+            log.exception("the end of an answer could not be written down")
+            message.error = TrellisError(
+                f"The end of this answer could not be written down: {type(error).__name__}.", code="internal",
+                next_step="Copy what you need of it, and ask again.",
+            ).as_json()  # fmt: skip
+        finally:
+            self._answers.pop(message.id, None)
+            self._growing.pop(message.id, None)
+            self._stopping.discard(message.id)
         if message.error:
             self.publish("error", message=message.id, error=message.error, state=message.state, usage=message.usage)
         elif message.state == "done":
@@ -464,8 +493,10 @@ class Room:
     async def turns(self, message: Message, sees: bool = False) -> list[Turn]:
         """The conversation that an answer answers, with what it holds already; with its pictures for who sees."""
         said = [Turn(role="system", text=self.system)] if self.system else []
-        files = {row["id"]: row for row in await self._store.read(rows.get_files, self.id)}
-        for each in self.path(message.parent):
+        path = self.path(message.parent)
+        names = [file["id"] for each in path for file in each.files]
+        files = await self._store.read(rows.texts_of_files, names) if names else {}
+        for each in path:
             pictures = [file["id"] for file in each.files if file["kind"] == PICTURE] if sees else []
             shown = tuple([await self._attachments.as_data(picture) for picture in pictures])
             role: Literal["user", "assistant"] = "user" if each.role == "user" else "assistant"
@@ -494,13 +525,13 @@ class Room:
         await self._store.write(rows.change_message, message.id, values)
 
 
-def with_files(message: Message, files: dict[str, dict[str, Any]]) -> str:
-    """A message as the model reads it: the text of its files first, each under its name."""
+def with_files(message: Message, files: dict[str, str]) -> str:
+    """A message as the model reads it: the text of its files (by their ids) first, each under its name."""
     parts = []
     for each in message.files:
         if each["kind"] == PICTURE:
             continue
-        text = files.get(each["id"], {}).get("text", "")
+        text = files.get(each["id"], "")
         fence = "```"
         while fence in text:
             fence += "`"

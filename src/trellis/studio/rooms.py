@@ -36,6 +36,7 @@ class Rooms:
         self._store, self._hub, self.speakers, self._attachments = store, hub, speakers, attachments
         self._rooms: dict[str, Room] = {}
         self._opening = asyncio.Lock()
+        self._creating = asyncio.Lock()
 
     async def open(self) -> None:
         """Say of answers that a crash cut off that they broke off."""
@@ -57,24 +58,40 @@ class Rooms:
         room_id: str | None = None,
     ) -> Room:
         """A new room; the same request makes one. Raises NotFound for a model that is not there, or Invalid."""
-        if request and (known := await self._store.read(rows.room_by_request, request)):
-            return await self.room(known)
+        async with self._creating:  # one request makes one room
+            if request and (known := await self._store.read(rows.room_by_request, request)):
+                return await self.room(known)
+            row = await self._new_row(title, models, system, sampling, request, head, room_id)
+            await self._store.write(rows.add_room, row, [message.row() for message in messages])
+        return await self.room(str(row["id"]))
+
+    async def _new_row(
+        self,
+        title: str,
+        models: Sequence[str],
+        system: str,
+        sampling: dict[str, Any] | None,
+        request: str | None,
+        head: str | None,
+        room_id: str | None,
+    ) -> dict[str, Any]:
+        """Raises NotFound for a model that is not there, or Invalid."""
         names = [(await self.speakers.find(name)).name for name in models]
         sampling_from(sampling or {})
         now = time.time()
-        row: dict[str, Any] = {
+        return {
             "id": room_id or new_room_id(), "request": request, "title": title or UNNAMED,
             "folded": title.casefold(), "named": int(bool(title)), "system": system, "models": names or ["demo"],
             "sampling": sampling or {}, "head": head, "archived": 0, "created": now, "updated": now,
         }  # fmt: skip
-        await self._store.write(rows.add_room, row, [message.row() for message in messages])
-        return await self.room(row["id"])
 
     async def room(self, room_id: str) -> Room:
         """A room by its id. Raises NotFound."""
+        if known := self._rooms.get(room_id):
+            known.used = time.monotonic()
+            return known
         async with self._opening:
             if room_id in self._rooms:
-                self._rooms[room_id].used = time.monotonic()
                 return self._rooms[room_id]
             await self._let_idle_ones_go()
             found = await self._store.read(rows.get_room, room_id)
@@ -110,9 +127,11 @@ class Rooms:
         """Forget a room and all that was said in it. Raises NotFound."""
         room = await self.room(room_id)
         await room.close("deleted")
-        self._rooms.pop(room_id, None)
         files = await self._store.read(rows.get_files, room_id)
-        await self._store.write(rows.delete_room, room_id)
+        try:
+            await self._store.write(rows.delete_room, room_id)
+        finally:
+            self._rooms.pop(room_id, None)  # if it could not be deleted, it is read again from the store
         for file in files:
             await self._attachments.discard(file["id"])
 
@@ -147,7 +166,10 @@ class Rooms:
                 "A session learns from answers to a single prompt; this one follows others, or has a system prompt or "
                 "files.", code="not_a_prompt", next_step="Ask in a new room, and choose there.",
             )  # fmt: skip
+        if answer.state == "growing":
+            raise Conflict("This answer is still growing.", code="not_now", next_step="Wait for its end.")
         others = [each for each in room.children(asked.id) if each.text.strip() and each.text != answer.text]
+        others = [each for each in others if each.state != "growing"]
         if answer.rating < 0:
             return asked.text, (_option(answer),), "none"
         if not others and answer.rating == 0:

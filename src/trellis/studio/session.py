@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from ..blobs import Blobs
 from ..errors import Conflict, EngineDied, EngineStopped, NotFound, TrellisError, WeightsMissing, shorten
-from ..messages import CHOICE, Chat, Choice, Event, Learned, Lesson, Metrics, Offered, Progress, Prompt
+from ..messages import CHOICE, Chat, Choice, Event, Learned, Lesson, Metrics, Offered, Progress, Prompt, Spoke
 from ..params import ModelOptions, Sampling, SessionConfig
 from ..store import steering as rows
 from ..store.store import Store
@@ -341,11 +341,15 @@ class Session:
         try:
             if not self._growth.at_hand(node.weights):
                 await self._growth.regrow(WeightsMissing(node.weights))
+            spoken = False
             try:
                 async with aclosing(self._growth.chat(request, owner)) as events:
                     async for event in events:
+                        spoken = spoken or isinstance(event, Spoke)
                         yield event
-            except WeightsMissing as missing:  # what looked whole was not; it is said before anything is
+            except WeightsMissing as missing:  # what looked whole was not
+                if spoken or missing.weights != node.weights:
+                    raise
                 await self._growth.regrow(missing)
                 async with aclosing(self._growth.chat(request, owner)) as events:
                     async for event in events:

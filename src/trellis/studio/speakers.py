@@ -118,7 +118,11 @@ class Speakers:
             return name
 
     async def _version(self, name: str) -> Speaker:
-        called, _, place = name.removeprefix("session:").partition("@")
+        called, _, place = name.removeprefix("session:").rpartition("@")
+        whole = name.removeprefix("session:")
+        known = {each for row in await self._steering.sessions() for each in (row["id"], row["name"])}
+        if not called or whole in known:  # a name may have an @ in it
+            called, place = whole, ""
         session = await self._session(called, name)
         if not place:
             return Version(self._models, session, None, session.name)

@@ -74,6 +74,7 @@ class Studio:
         """Let readers go, then stop work, engines and store, in this order."""
         self.hub.close()
         await self.rooms.close()
+        await self.remotes.close()
         await self.blind.close()
         await self.steering.close()
         await self.jobs.close()

@@ -134,6 +134,7 @@ class Line:
         self._left, self._refilled = float(BURST), time.monotonic()
         self._refused = 0
         self._works: set[asyncio.Task[None]] = set()
+        self._order = asyncio.Lock()
         self._telling: asyncio.Task[None] | None = None
         self._push: Push | None = socket.scope.get("extensions", {}).get(PUSH)
         self._frames: Frames = socket.app.state.frames
@@ -181,9 +182,10 @@ class Line:
                 task.add_done_callback(self._works.discard)
 
     async def _do(self, command: Command) -> None:
-        """Do what was asked for. It is done to its end, also when the one who asked is gone."""
+        """Do what was asked for, one after the other. It is done to its end, also when who asked is gone."""
         try:
-            await asyncio.shield(asyncio.ensure_future(self._act(command)))
+            async with self._order:
+                await asyncio.shield(asyncio.ensure_future(self._act(command)))
         except TrellisError as error:
             await self._say("error", error=error.as_json(), request=command.request)
         except Exception:
@@ -276,11 +278,11 @@ class Line:
         return not self._over
 
     def _take(self, event: HubEvent | None) -> None:
-        if self._behind.is_set():
-            return
         if event is None:
             self._over = True
             self._behind.set()
+        elif self._behind.is_set():
+            return
         elif self._push is None or not self._push(self._frames.of(event)):
             self._behind.set()
         else:

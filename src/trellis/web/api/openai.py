@@ -331,19 +331,27 @@ async def _answer(request: Request, studio: Studio, body: Asked, asked: list[Cha
         async with _counted(request, owner, len(asked)):
             answers = await _while_connected(request, _whole(speaker, asked, owner))
         return JSONResponse(shape.whole(answers, _usage(answers)))
-    events = _side_by_side(speaker, asked, owner)
-    first = await anext(events)  # what is wrong with the request is said before the stream begins
-    wants_usage = bool(body.stream_options and body.stream_options.include_usage)
     counted = _counted(request, owner, len(asked))
     await counted.__aenter__()
+    events = _side_by_side(speaker, asked, owner)
+    wants_usage = bool(body.stream_options and body.stream_options.include_usage)
+
+    async def over() -> None:
+        await events.aclose()
+        await counted.__aexit__(None, None, None)
+
+    try:
+        first = await anext(events)  # what is wrong with the request is said before the stream begins
+    except BaseException:
+        await over()
+        raise
 
     async def frames() -> AsyncIterator[str]:
         try:
             async for frame in _frames(first, events, len(asked), shape, wants_usage):
                 yield frame
         finally:
-            await events.aclose()
-            await counted.__aexit__(None, None, None)
+            await over()
 
     return StreamingResponse(frames(), media_type="text/event-stream", headers=HEADERS)
 
