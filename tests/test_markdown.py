@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -81,3 +83,38 @@ def test_the_name_of_a_language_is_no_markup(language: str) -> None:
     assert "<script" not in html
     assert "onload" not in re.sub(r">[^<]*<", "><", html)
     assert "x = 1" in re.sub(r"<[^>]*>", "", html)
+
+
+HOSTILE = [
+    "```mcschema\n" + "‹!--" * 2000 + "\n```", "```xpp\n" + "a\n" * 4000 + "```", "```java\n" + "\n" * 8000 + "```",
+    "```csharp\n" + "a\n" * 4000 + "```", "\\(" * 10_000, "\\[" * 10_000, "$" * 10_000, "![" * 10_000, "[" * 10_000,
+    "|" * 4000 + "\n" + "-|" * 4000 + "\n" + "a\n" * 3000, "|a|b|\n|-|-|\n" + "|\n" * 6000, "*a_" * 6000, "`" * 19_999,
+    "> " * 5000, "- " * 5000, "<" * 19_000, "&" * 19_000, "x" * 3_000_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_text_that_is_made_to_hold_the_renderer_up_does_not(text: str) -> None:
+    """In a process that is ended if it takes a hundred times as long as it should."""
+    program = "import sys; from trellis.markdown import blocks_to_html; print(len(blocks_to_html(sys.stdin.read())))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], input=text.encode(), capture_output=True, timeout=60, check=True
+    )  # fmt: skip
+    assert int(done.stdout) > 0
+
+
+def test_what_follows_a_thought_on_its_line_is_the_answer() -> None:
+    html = block_to_html("<think>a</think> hello *world*\n")
+    assert html.endswith("</details><p>hello <em>world</em></p>\n")
+    assert block_to_html(" <think>a</think>").startswith("<details")
+
+
+def test_code_that_nobody_timed_is_shown_plain() -> None:
+    assert "<span" not in block_to_html("```brainfuck\n+++\n```")
+    assert "<span" in block_to_html("```typescript\nconst a = 1\n```")
+    assert "<span" not in block_to_html("```python\n" + "x = 1\n" * 5000 + "```")
+
+
+def test_a_block_that_is_too_long_is_shown_as_it_was_written() -> None:
+    html = block_to_html("*a* <b> " * 5000)
+    assert html.startswith('<p class="plain">*a* &lt;b&gt;')

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -372,9 +373,13 @@ def invalid_from(error: ValidationError, prefix: str = "") -> Invalid:
     return invalid_fields((dict(finding) for finding in error.errors()), prefix)
 
 
+MOST_FINDINGS = 20
+"""So many things that are wrong are said at once: a body may be made to have a hundred thousand of them."""
+
+
 def invalid_fields(findings: Iterable[Mapping[str, Any]], prefix: str = "") -> Invalid:
     fields = []
-    for finding in findings:
+    for finding in islice(findings, MOST_FINDINGS):
         path = ".".join(part for part in (prefix, *(shorten(step) for step in finding["loc"])) if part)
         fields.append({"field": path, "message": _sentence(finding)})
     return invalid_entries(fields)

@@ -181,6 +181,29 @@ def test_what_is_written_offline_is_sent_once_when_the_line_is_back(open_page: O
     expect(page.locator("[data-outbox]")).to_be_empty()
 
 
+def test_several_messages_that_were_written_offline_are_all_said_in_order(open_page: Open, save_dir: Path) -> None:
+    server = Server(save_dir)
+    page = open_page()
+    room = begin(page, server)
+    whole(page, 1)
+    server.kill()
+    expect(page.locator("[data-connection]")).to_have_attribute("data-state", "reconnecting")
+    for text in ("First.", "Second.", "Third."):
+        say(page, text)
+    expect(page.locator("[data-outbox] .tail")).to_have_text(["First.", "Second.", "Third."])
+    server.start()
+    try:
+        whole(page, 4)
+        texts = [each["text"] for each in stored(server, room) if each["role"] == "user"]
+        assert texts == ["Hello.", "First.", "Second.", "Third."]
+        expect(page.locator("[data-outbox]")).to_be_empty()
+        page.reload()
+        whole(page, 4)
+        expect(page.locator("[data-outbox]")).to_be_empty()
+    finally:
+        server.stop()
+
+
 def cut_all_lines(page: Page) -> None:
     """Have the page's socket close, as a network that goes away does after a while."""
     session = page.context.new_cdp_session(page)

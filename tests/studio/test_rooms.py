@@ -332,6 +332,7 @@ async def test_a_branch_comes_back_from_markdown(studio: Studio) -> None:
     ]}).encode(),
     json.dumps({"format": "trellis-room-1", "messages": [{"id": "1", "role": "user", "text": "\ud800"}]}).encode(),
     json.dumps({"format": "trellis-room-1", "messages": [{"id": "1", "role": "user", "text": "a"}] * 2}).encode(),
+    b'{"format": "trellis-room-1", "models": ["remote:\\ud800/x"], "messages": []}',
 ])  # fmt: skip
 async def test_what_is_no_room_is_refused_and_makes_none(studio: Studio, body: bytes) -> None:
     with pytest.raises(Invalid) as refused:

@@ -142,6 +142,9 @@ BAD = [
     ('{"type": "send", "text": "x", "parent": "nothing"}', "not_found", "message"),
     ('{"type": "send", "text": "x", "attachments": ["nothing"]}', "not_found", "files"),
     ('{"type": "edit", "message": "nothing", "text": "x"}', "not_found", "message"),
+    ('{"type": "\\ud800"}', "unknown_type", "type"),
+    (json.dumps({"type": "ping"} | {f"k{number}": 1 for number in range(5000)}), "invalid", ""),
+    (json.dumps({"type": "send", "text": "x", "sampling": {f"k{n}": 1 for n in range(5000)}}), "invalid", ""),
     ('{"type": "sync", "after": -1}', "invalid", "after"), ('{"type": "rate", "message": "x"}', "invalid", "rating"),
 ]  # fmt: skip
 
@@ -365,3 +368,43 @@ def wait(condition: Callable[[], bool], seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+async def test_what_is_sent_again_is_told_again_and_said_once(server: Server, client: httpx.Client) -> None:
+    room = new_room(client)
+    async with line(server, room) as socket:
+        await say(socket, "send", text="Hello.", request="the-request")
+        first = await until(socket, "done")
+        asked = next(event for event in first if event["type"] == "message")
+        await say(socket, "send", text="Hello.", request="the-request")
+        again = (await until(socket, "message"))[-1]
+        assert again["message"]["id"] == asked["message"]["id"]
+    assert len(client.get(f"/api/rooms/{room}").json()["messages"]) == 2
+
+
+async def test_a_refusal_names_the_command_that_it_refuses(server: Server, client: httpx.Client) -> None:
+    async with line(server, new_room(client)) as socket:
+        for command in ({"text": 5}, {"text": "x", "model": "nobody"}, {"text": "x", "attachments": [None]}):
+            await say(socket, "send", request="the-request", **command)
+            assert (await until(socket, "error"))[-1]["request"] == "the-request"
+
+
+async def test_a_flood_of_mistakes_is_told_in_few_words(server: Server, client: httpx.Client) -> None:
+    async with line(server, new_room(client)) as socket:
+        await until(socket, "connected")
+        await say(socket, "send", text="x", model=[1] * 300_000)
+        told = await socket.recv()
+        assert len(told) < 20_000
+
+
+async def test_a_socket_where_none_is_is_refused_before_the_login_too(tmp_path: Path) -> None:
+    server = Server(tmp_path, TRELLIS_PASSWORD="correct horse")
+    try:
+        for path in ("/v1/chat/completions", "/api/rooms", "/"):
+            with pytest.raises(InvalidStatus) as refused:
+                async with websockets.connect(server.url.replace("http", "ws") + path):
+                    pass
+            assert refused.value.response.status_code == 403
+    finally:
+        server.stop()
+    assert "Traceback" not in server.output, server.output

@@ -106,7 +106,7 @@ def _from_ours(data: dict[str, Any]) -> dict[str, Any]:
         for each in _list_of(data.get("messages"))
     ]  # fmt: skip
     sampling: dict[str, Any] = data["sampling"] if isinstance(data.get("sampling"), dict) else {}
-    sampling_from(sampling)
+    sampling = sampling_from(sampling).model_dump(include=set(sampling))
     return _plan(_text(data.get("title")), _text(data.get("system")), _names(data.get("models")), said,
                  data.get("head"), sampling)  # fmt: skip
 
@@ -232,8 +232,9 @@ def _plan(
     _require_a_tree(messages)
     first = next((message.text for message in messages if message.role == "user"), "")
     return {
-        "title": title[:200] or title_of(first), "system": system[:20_000], "models": models[:1], "messages": messages,
-        "head": _among(ids, head) or (messages[-1].id if messages else None), "room_id": room_id, "sampling": sampling,
+        "title": title.strip()[:200] or title_of(first), "system": system[:20_000], "models": models[:1],
+        "messages": messages, "head": _among(ids, head) or (messages[-1].id if messages else None),
+        "room_id": room_id, "sampling": sampling,
     }  # fmt: skip
 
 
@@ -280,7 +281,7 @@ def _text(value: Any) -> str:
 
 
 def _names(value: Any) -> list[str]:
-    return [each[:300] for each in value if isinstance(each, str)] if isinstance(value, list) else []
+    return [_text(each)[:300] for each in value[:20] if isinstance(each, str)] if isinstance(value, list) else []
 
 
 def _list_of(value: Any) -> list[dict[str, Any]]:

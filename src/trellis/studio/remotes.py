@@ -27,6 +27,9 @@ CONNECT_SECONDS, READ_SECONDS = 10.0, 120.0
 LINE, WHOLE = 1_000_000, 4_000_000
 """Bytes of one line and of one answer that are taken."""
 
+LONGEST = 200_000
+"""Characters of one answer."""
+
 MOST_MODELS = 500
 
 
@@ -50,6 +53,10 @@ class Remotes:
         if "/" in name:
             raise Invalid(
                 f"name: must have no “/”, got “{shorten(name)}”.", field="name", next_step="Call it otherwise."
+            )
+        if odd := next((each for each in (name, *models) if not each.isprintable()), None):
+            raise Invalid(
+                f"name: “{shorten(odd)}” has letters that cannot be seen.", field="name", next_step="Type it."
             )
         parsed(url)
         if not all(32 < ord(letter) < 127 for letter in secret):
@@ -153,7 +160,7 @@ class Remote(Speaker):
             body["prompt"] = request.text
         path = "/chat/completions" if request.turns else "/completions"
         started = time.monotonic()
-        first, tokens, finish, told, whole = 0.0, 0, "", False, Whole()
+        first, tokens, length, finish, told, whole = 0.0, 0, 0, "", False, Whole()
         async with self._remotes.asked("POST", self._row["url"], path, self._row["secret"], body) as response:
             async for data in _events(response):
                 if "error" in data:
@@ -166,9 +173,13 @@ class Remote(Speaker):
                 for text, ended in _grown(data):
                     finish = ended or finish
                     if text := whole.of(text):
+                        length += len(text)
                         tokens += 1
                         first = first or time.monotonic() - started
                         yield Spoke(text=text, tokens=tokens)
+                if length > LONGEST:  # whatever was asked for
+                    finish = "length"
+                    break
         if not finish and not tokens:
             raise _strange(self._row["name"])
         if not told:

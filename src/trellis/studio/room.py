@@ -176,7 +176,7 @@ class Room:
     ) -> Message:
         """Say something, and have it answered by each of some models. The same request says it once."""
         async with self._lock:
-            if known := self._known(request):
+            if known := self.said(request):
                 return known
             self._require_open()
             given = await self._files(files)
@@ -192,7 +192,7 @@ class Room:
         """Say something else in place of a message: another branch, which is answered by whom the room has chosen. An
         answer that is edited stays as it is written."""
         async with self._lock:
-            if known := self._known(request):
+            if known := self.said(request):
                 return known
             self._require_open()
             old = self.message(message_id)
@@ -210,7 +210,7 @@ class Room:
     async def regenerate(self, message_id: str, request: str, model: str | None = None) -> Message:
         """Have a message answered once more, beside the answer that there is."""
         async with self._lock:
-            if known := self._known(request):
+            if known := self.said(request):
                 return known
             self._require_open()
             old = self.message(message_id)
@@ -329,7 +329,8 @@ class Room:
 
     # ── How it is said ─────────────────────────────────────────────────────────────────────────────
 
-    def _known(self, request: str) -> Message | None:
+    def said(self, request: str) -> Message | None:
+        """What an action has said before, if it has."""
         return next((message for message in self.messages.values() if message.request == request), None)
 
     def _require_here(self) -> None:

@@ -156,7 +156,8 @@ class Access:
             await refuse(scope, send, {"bad_host": 400, "too_large": 413}.get(error.code, 403), error)
             return
         token = cookie_token(headers)
-        if scope["path"].startswith(FOR_PROGRAMS) and (given := bearer(headers)):
+        for_programs = scope["type"] == "http" and scope["path"].startswith(FOR_PROGRAMS)
+        if for_programs and (given := bearer(headers)):
             # A program with a key needs no login; a key that is none is refused, also where no login is wanted.
             scope["trellis.key"] = key = await self._keys.owner(given)
             if key is None and (self._guard.wanted or given.startswith(PREFIX)):
@@ -165,7 +166,7 @@ class Access:
             if key is not None:
                 await self._app(scope, receive, with_headers(scope, send))
                 return
-        elif scope["path"].startswith(FOR_PROGRAMS) and self._guard.wanted and not await self._guard.knows(token):
+        elif for_programs and self._guard.wanted and not await self._guard.knows(token):
             await self._refuse_key(send)
             return
         is_open = scope["path"] in OPEN_PATHS or scope["path"].startswith("/static/")

@@ -10,13 +10,14 @@ import json
 import logging
 import secrets
 import time
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, WebSocket
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.websockets import WebSocketDisconnect
 
-from ..errors import Invalid, Refused, TrellisError
+from ..errors import Invalid, Refused, TrellisError, shorten
 from ..params import invalid_fields
 from ..studio.hub import HubEvent
 from ..studio.room import MOST_MODELS, Room
@@ -37,8 +38,18 @@ REFUSALS = 200
 WORKED_ON = 8
 """Commands of one connection that may be worked on at once."""
 
+MOST_KEYS = 60
+"""Names in one command, and in what it holds."""
+
 Id = Annotated[str, Field(max_length=100)]
 Said = Annotated[str, Field(max_length=PROMPT_LIMIT), AfterValidator(storable)]
+
+
+ModelNames = (
+    Annotated[str, Field(max_length=300)]
+    | Annotated[list[Annotated[str, Field(max_length=300)]], Field(max_length=MOST_MODELS, fail_fast=True)]
+    | None
+)
 
 
 class Command(BaseModel):
@@ -51,9 +62,9 @@ class Command(BaseModel):
 class Send(Command):
     type: Literal["send"]
     text: Said
-    attachments: list[Id] = Field([], max_length=20)
+    attachments: list[Id] = Field([], max_length=20, fail_fast=True)
     parent: Id | None = None
-    model: Annotated[str, Field(max_length=300)] | list[Annotated[str, Field(max_length=300)]] | None = None
+    model: ModelNames = None
     sampling: dict[str, Any] | None = None
 
 
@@ -165,7 +176,7 @@ class Line:
                 self._count()
                 command = _read(message.get("text"))
             except TrellisError as error:
-                await self._say("error", error=error.as_json())
+                await self._say("error", error=error.as_json(), **_named(message.get("text")))
                 if self._refused > REFUSALS:
                     await self._socket.close(1008, "too_many_requests")
                     return
@@ -203,6 +214,7 @@ class Line:
             self._expense.take(self._client)
         match command:
             case Send():
+                known = room.said(command.request)
                 models = [command.model] if isinstance(command.model, str) else command.model or []
                 if len(models) > MOST_MODELS:
                     raise Invalid(
@@ -213,6 +225,8 @@ class Line:
                     command.text, command.request, parent=command.parent, models=models, sampling=command.sampling,
                     files=command.attachments,
                 )  # fmt: skip
+                if known:  # it was sent before, and is told again to who asks
+                    await self._say("message", message=await room.whole(known), head=room.head)
             case Stop():
                 await room.stop(command.message)
             case Edit():
@@ -264,6 +278,10 @@ class Line:
             await self._socket.close(1012 if self._studio.hub.closing else 1000)
         except (WebSocketDisconnect, RuntimeError):
             pass  # it is gone, which whoever listens to it sees
+        except Exception:
+            log.exception("the events of a room could not be told")
+            with suppress(WebSocketDisconnect, RuntimeError):
+                await self._socket.close(1011)
 
     async def _tell_live(self) -> bool:
         """Write events straight to the socket as they happen, until one cannot be written at once. Whether there may be
@@ -301,6 +319,16 @@ class Line:
         await self._socket.send_text(json.dumps(told, ensure_ascii=False))
 
 
+def _named(text: str | None) -> dict[str, str]:
+    """The request that a refused command names, so that who sent it knows which one it was."""
+    try:
+        data = json.loads(text or "")
+        request = data["request"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return {}
+    return {"request": request} if isinstance(request, str) and len(request) <= 100 and request.isascii() else {}
+
+
 def _read(text: str | None) -> Command:
     """A command as it was sent. Raises Invalid, which says what is wrong with it."""
     if text is None:
@@ -314,9 +342,12 @@ def _read(text: str | None) -> Command:
     if not isinstance(data, dict) or data.get("type") not in TYPES.split(", "):
         kind = data.get("type") if isinstance(data, dict) else data
         raise Invalid(
-            f"type: there is no command “{str(kind)[:40]}”.", field="type", code="unknown_type",
+            f"type: there is no command “{shorten(kind, 40)}”.", field="type", code="unknown_type",
             next_step=f"The commands are {TYPES}.",
         )  # fmt: skip
+    for each in (data, *(value for value in data.values() if isinstance(value, dict))):
+        if len(each) > MOST_KEYS:
+            raise Invalid(f"{len(each)} names are too many.", field="", next_step=f"Send {MOST_KEYS} at most.")
     try:
         command: Command = COMMAND.validate_python(data)
     except ValidationError as error:

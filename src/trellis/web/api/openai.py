@@ -56,7 +56,7 @@ class OneMessage(BaseModel):
     """One message."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Said | list[Part] | None = None
+    content: Said | Annotated[list[Part], Field(max_length=500, fail_fast=True)] | None = None
 
     def turn(self, place: int) -> Turn:
         """Raises Invalid for what is not text."""
@@ -84,7 +84,7 @@ class Asked(BaseModel):
     n: int | None = Field(1, ge=1, le=16)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    stop: Stop | list[Stop] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = None
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     temperature: float | None = Field(1.0, ge=0, le=5)
     top_p: float | None = Field(1.0, ge=0, le=1)
@@ -104,11 +104,8 @@ class Asked(BaseModel):
         )
 
     def stops(self) -> tuple[str, ...]:
-        """Raises Invalid for too many."""
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if len(stops) > 16:
-            raise Invalid("stop: 16 are the most.", field="stop", next_step="Send fewer.")
-        return stops
+        """What the answers are to stop at."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def refuse_what_is_not_here(self) -> None:
         """Raises Invalid."""
@@ -127,7 +124,7 @@ class Asked(BaseModel):
 
 
 class ChatAsked(Asked):
-    messages: list[OneMessage] = Field(min_length=1, max_length=5000)
+    messages: list[OneMessage] = Field(min_length=1, max_length=5000, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1, le=10_000_000)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -138,7 +135,7 @@ class ChatAsked(Asked):
 
 
 class TextAsked(Asked):
-    prompt: Said | list[Said] | list[int] | list[list[int]] = Field("", max_length=MOST_TEXT)
+    prompt: Said | Annotated[list[Said | int | list[int]], Field(min_length=1, max_length=10_000, fail_fast=True)] = ""
     max_tokens: int | None = Field(16, ge=1, le=10_000_000)
     logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = Field(None, ge=1, le=16)
@@ -458,8 +455,8 @@ async def _counted(request: Request, owner: str, count: int) -> AsyncIterator[No
     busy: Counter[str] = request.app.state.answering
     if busy[owner] + count > AT_ONCE:
         raise Refused(
-            f"{busy[owner]} answers are being made for you; {AT_ONCE} at once are the most.", code="too_many_requests",
-            next_step="Wait for some of them.",
+            f"{busy[owner]} answers are being made for you, and {count} more were asked for; {AT_ONCE} are the most.",
+            code="too_many_requests", next_step="Wait for some of them.",
         )  # fmt: skip
     busy[owner] += count
     try:

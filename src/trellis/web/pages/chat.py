@@ -256,13 +256,11 @@ def shown_as(message: dict[str, Any]) -> dict[str, Any]:
 def turn_of(room: Room, message: Message, by_id: dict[str, dict[str, Any]], columns: list[Message]) -> Turn:
     """Branches are told apart by what stands side by side: of a comparison, the answer that is on the branch."""
     others: list[str] = []
+    seen: set[str] = set()
     for each in room.children(message.parent):
-        if each.group is None or each.group == message.group:
-            wanted = each.group is None or each is message
-        else:
-            wanted = each is beside(room, each)[0]
-        if wanted:
+        if each.group is None or each is message or (each.group not in seen and each.group != message.group):
             others.append(each.id)
+        seen.add(each.group or "")
     return Turn(
         by_id[message.id], [by_id[each.id] for each in columns] if len(columns) > 1 else [], others,
         others.index(message.id), not room.children(message.id), is_first(room, message),

@@ -103,7 +103,8 @@ export class Chat {
   }
 
   readMessage(element) {
-    const { message: id, state, shown, length } = element.dataset;
+    const { message: id, state, shown, length, request } = element.dataset;
+    if (request) this.dropSent(request); // it has arrived, though nobody heard so
     const known = this.messages.get(id);
     const written = { state, shown: Number(shown), length: Number(length), tail: $("[data-tail]", element)?.textContent ?? "" };
     // What came over the line while this was fetched is newer than what was fetched.
@@ -222,6 +223,7 @@ export class Chat {
     if (known) known.state = "done";
     this.growing.delete(id);
     this.showStop();
+    this.flush();
     this.fetchTurn({ id });
     announce(`The answer is there. ${this.element(id)?.querySelector(".said")?.textContent.slice(0, 300) ?? ""}`);
     this.listChanged();
@@ -229,8 +231,9 @@ export class Chat {
 
   takeError({ message: id, error, request }) {
     if (id) { this.takeEnd({ message: id }); announce(`${error.message} ${error.next_step}`); return; }
-    toast(error.message, { more: error.next_step, error: true });
     const sent = this.outbox().find((each) => each.request === request);
+    if (sent && error.code === "not_now") return; // another one answers first; it is sent again after that
+    toast(error.message, { more: error.next_step, error: true });
     if (sent) {
       this.dropSent(request);
       if (!this.say.value) this.say.value = sent.text;
@@ -244,8 +247,20 @@ export class Chat {
     this.listChanged();
   }
 
-  /** Fetch one place in the thread as the server writes it, or all of it where the branch is another one. */
-  async fetchTurn({ id, parent }) {
+  /** Fetch what has changed in the thread as the server writes it: of many changes at once, all of it once. */
+  fetchTurn({ id, parent }) {
+    (this.changed ??= new Map()).set(id, parent);
+    clearTimeout(this.changeTimer);
+    this.changeTimer = setTimeout(() => {
+      const changed = this.changed;
+      this.changed = new Map();
+      if (changed.size > 8) this.fetchThread();
+      else for (const [each, before] of changed) this.fetchOne({ id: each, parent: before });
+    }, 15);
+  }
+
+  /** Fetch one place in the thread, or all of it where the branch is another one. */
+  async fetchOne({ id, parent }) {
     const url = `/chat/${this.room}/messages/${id}`;
     if (this.fetching.has(id)) { this.fetching.set(id, true); return; } // what changed meanwhile is fetched after it
     this.fetching.set(id, false);
@@ -265,7 +280,7 @@ export class Chat {
     } finally {
       const again = this.fetching.get(id);
       this.fetching.delete(id);
-      if (again) this.fetchTurn({ id, parent });
+      if (again) this.fetchOne({ id, parent });
     }
   }
 
@@ -305,7 +320,7 @@ export class Chat {
 
   async fetchThread() {
     const answer = await fetch(`/chat/${this.room}/thread`, { headers: { "hx-request": "true" } });
-    if (!answer.ok) return;
+    if (!answer.ok || answer.redirected) return;
     this.thread.innerHTML = await answer.text();
     htmx.process(this.thread);
     this.readThread();
@@ -363,6 +378,7 @@ export class Chat {
   submit() {
     const text = this.say.value;
     if (!text.trim() && !this.files.length) { this.say.focus(); return; }
+    if (this.files.some((file) => file.coming)) { toast("A file is still on its way.", { more: "Send when it is there." }); return; }
     if (this.growing.size) { toast("The answer is still growing.", { more: "Wait for its end, or stop it." }); return; }
     const models = $$("[data-model]", this.composer).map((each) => each.value).filter(Boolean);
     const command = { type: "send", text, request: newId(), model: [...new Set(models)], attachments: this.files.map((file) => file.id) };
@@ -372,7 +388,7 @@ export class Chat {
     this.files = [];
     this.showFiles();
     this.follows = true;
-    if (!this.line.send(command)) announce("You are offline. It is sent when you are back.");
+    if (this.line.live) this.flush(); else announce("You are offline. It is sent when you are back.");
     this.showOutbox();
     this.toEnd();
   }
@@ -396,7 +412,8 @@ export class Chat {
     if (left.length !== this.outbox().length) this.keep(left);
   }
 
-  flush() { for (const command of this.outbox()) this.line.send(command); }
+  /** Send what waits, one after the other: the next when the answer to the one before is whole. */
+  flush() { const [next] = this.outbox(); if (next && !this.growing.size) this.line.send(next); }
 
   showOutbox() {
     const place = $("[data-outbox]", this.root);
