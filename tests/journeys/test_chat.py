@@ -142,7 +142,7 @@ def test_two_people_see_the_same_as_it_grows(open_page: Open, server: Server) ->
     whole(one, 1)
     other.goto(f"{server.url}/chat/{room}")
     expect(other.locator("[data-connection]")).to_have_attribute("data-state", "connected")
-    say(one, "say 30 words at 60 a second")
+    say(one, "say 240 words at 60 a second")
     for page in (one, other):
         expect(page.locator(".tail.growing")).to_contain_text(" ")
     for page in (one, other):

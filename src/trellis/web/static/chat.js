@@ -77,7 +77,7 @@ export class Chat {
     this.growing = new Set();
     this.files = [];
     this.follows = true;
-    this.fetching = new Map();
+    this.sources = new Map(); // the HTML that was last fetched of each
     this.readThread();
     this.bindComposer();
     this.bindThread();
@@ -109,8 +109,9 @@ export class Chat {
     const written = { state, shown: Number(shown), length: Number(length), tail: $("[data-tail]", element)?.textContent ?? "" };
     // What came over the line while this was fetched is newer than what was fetched.
     if (known && known.length > written.length && known.state === "growing") this.patch(element, known, written);
-    else this.messages.set(id, written);
-    if (state === "growing" && (this.messages.get(id).state === "growing")) this.growing.add(id);
+    else if (!known || known.state === "growing" || state !== "growing") this.messages.set(id, written);
+    if (state === "growing" && this.messages.get(id).state === "growing") this.growing.add(id);
+    if (state === "growing" && known && known.state !== "growing") this.fetchTurn({ id }); // it has ended since
     this.addCopies(element);
   }
 
@@ -247,41 +248,37 @@ export class Chat {
     this.listChanged();
   }
 
-  /** Fetch what has changed in the thread as the server writes it: of many changes at once, all of it once. */
-  fetchTurn({ id, parent }) {
-    (this.changed ??= new Map()).set(id, parent);
+  /** Fetch what has changed in the thread as the server writes it, one after the other, so that an answer stands under
+   * what it answers; of many changes at once, all of it once. */
+  fetchTurn({ id }) {
+    (this.changed ??= new Set()).add(id);
     clearTimeout(this.changeTimer);
     this.changeTimer = setTimeout(() => {
       const changed = this.changed;
-      this.changed = new Map();
-      if (changed.size > 8) this.fetchThread();
-      else for (const [each, before] of changed) this.fetchOne({ id: each, parent: before });
+      this.changed = new Set();
+      this.fetches = (this.fetches ?? Promise.resolve()).then(async () => {
+        if (changed.size > 8) await this.fetchThread();
+        else for (const each of changed) await this.fetchOne(each);
+      }).catch(() => { /* the line says that it is gone; what is missing is told when it is back */ });
     }, 15);
   }
 
   /** Fetch one place in the thread, or all of it where the branch is another one. */
-  async fetchOne({ id, parent }) {
-    const url = `/chat/${this.room}/messages/${id}`;
-    if (this.fetching.has(id)) { this.fetching.set(id, true); return; } // what changed meanwhile is fetched after it
-    this.fetching.set(id, false);
-    try {
-      const answer = await fetch(url, { headers: { "hx-request": "true" } });
-      if (!answer.ok) return;
-      const box = document.createElement("template");
-      box.innerHTML = await answer.text();
-      const turn = $("[data-turn]", box.content);
-      const stands = this.element(id)?.closest("[data-turn]")
-        ?? (turn.dataset.group && $(`[data-group="${CSS.escape(turn.dataset.group)}"]`, this.thread));
-      const last = $$("[data-turn]", this.thread).at(-1);
-      if (stands) this.replaceTurn(stands, turn);
-      else if ((last?.dataset.turn ?? "") === turn.dataset.parent && !turn.querySelector(".aside:only-child")) this.appendTurn(turn);
-      else if (parent !== undefined) await this.fetchThread();
-    } catch { /* the line says that it is gone; what is missing is told when it is back */
-    } finally {
-      const again = this.fetching.get(id);
-      this.fetching.delete(id);
-      if (again) this.fetchOne({ id, parent });
-    }
+  async fetchOne(id) {
+    const answer = await fetch(`/chat/${this.room}/messages/${id}`, { headers: { "hx-request": "true" } });
+    if (!answer.ok) return;
+    const source = await answer.text();
+    if (this.sources.get(id) === source && this.element(id)) return; // what stands there is what was fetched
+    const box = document.createElement("template");
+    box.innerHTML = source;
+    const turn = $("[data-turn]", box.content);
+    const stands = this.element(id)?.closest("[data-turn]")
+      ?? (turn.dataset.group && $(`[data-group="${CSS.escape(turn.dataset.group)}"]`, this.thread));
+    const last = $$("[data-turn]", this.thread).at(-1);
+    this.sources.set(id, source);
+    if (stands) this.replaceTurn(stands, turn);
+    else if ((last?.dataset.turn ?? "") === turn.dataset.parent && !turn.querySelector(".aside:only-child")) this.appendTurn(turn);
+    else await this.fetchThread();
   }
 
   replaceTurn(old, turn) {
@@ -318,9 +315,11 @@ export class Chat {
     this.follow();
   }
 
+  /** Fetch the branch that is looked at. */
   async fetchThread() {
-    const answer = await fetch(`/chat/${this.room}/thread`, { headers: { "hx-request": "true" } });
+    const answer = await fetch(`/chat/${this.room}/thread${this.showsAll ? "?all=true" : ""}`, { headers: { "hx-request": "true" } });
     if (!answer.ok || answer.redirected) return;
+    this.sources.clear();
     this.thread.innerHTML = await answer.text();
     htmx.process(this.thread);
     this.readThread();
@@ -371,7 +370,7 @@ export class Chat {
       }
       if (typing || dialog || event.ctrlKey || event.metaKey || event.altKey) return;
       if (event.key === "w") { event.preventDefault(); this.say.focus(); }
-      if (event.key === "r") { event.preventDefault(); $$("[data-key=r]", this.thread).at(-1)?.click(); }
+      if (event.key === "r" && !this.growing.size) { event.preventDefault(); this.again(); }
     });
   }
 
@@ -391,6 +390,12 @@ export class Chat {
     if (this.line.live) this.flush(); else announce("You are offline. It is sent when you are back.");
     this.showOutbox();
     this.toEnd();
+  }
+
+  /** Have the last answer made once more. */
+  again() {
+    const last = $$("[data-turn]", this.thread).at(-1)?.dataset.turn;
+    if (last && !this.line.send({ type: "regenerate", message: last, request: newId() })) toast("You are offline.", { more: "Press again when you are back.", error: true });
   }
 
   stop() {
@@ -472,7 +477,12 @@ export class Chat {
       const edit = event.target.closest?.(".edit-message, .room-menu");
       if (event.detail.successful && edit && event.target.tagName === "FORM" && !event.target.matches(".rename")) edit.open = false;
     });
-    document.addEventListener("htmx:afterSwap", (event) => { if (event.detail.target === this.thread) this.readThread(); });
+    this.showsAll = new URLSearchParams(location.search).has("all");
+    document.addEventListener("htmx:afterSwap", (event) => {
+      if (event.detail.target !== this.thread) return;
+      this.showsAll = true; // the only part that is swapped here is all of it
+      this.readThread();
+    });
   }
 
   // ── Files ─────────────────────────────────────────────────────────────────────────────────────────
