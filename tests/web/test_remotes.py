@@ -17,39 +17,62 @@ import pytest
 from tests.server import Server
 
 
-@contextmanager
-def elsewhere(answer: bytes, status: int = 200, **headers: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A server that answers everything so. Yields its address, and what it was asked."""
-    asked: list[dict[str, Any]] = []
+class Elsewhere:
+    """A server that answers everything as a test wants it, and notes what it was asked."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            length = int(self.headers.get("content-length", 0))
-            asked.append({"path": self.path, "headers": dict(self.headers), "body": self.rfile.read(length)})
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-            with suppress(OSError):
-                self.wfile.write(answer)
+    def __init__(self) -> None:
+        there = self
 
-        do_GET = do_POST = answer  # noqa: N815
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self) -> None:
+                length = int(self.headers.get("content-length", 0))
+                about = {"path": self.path, "headers": dict(self.headers), "body": self.rfile.read(length)}
+                there.asked.append(about)
+                self.send_response(there.status)
+                for name, value in there.headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                with suppress(OSError):
+                    self.wfile.write(there.body)
 
-        def log_message(self, *arguments: Any) -> None:
-            pass
+            do_GET = do_POST = answer  # noqa: N815
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"127.0.0.1:{server.server_address[1]}", asked
-    finally:
-        server.shutdown()
-        server.server_close()
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"127.0.0.1:{self._server.server_address[1]}"
+        self.answers(b"")
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def answers(self, body: bytes, status: int = 200, **headers: str) -> None:
+        self.body, self.status, self.headers = body, status, headers
+        self.asked: list[dict[str, Any]] = []
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture(scope="module")
+def there() -> Iterator[Elsewhere]:
+    there = Elsewhere()
+    yield there
+    there.close()
+
+
+@pytest.fixture(scope="module")
+def here(there: Elsewhere, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A studio that may talk to it."""
+    with studio(tmp_path_factory.mktemp("here"), there.address) as (server, client):
+        yield client
+    assert "the-secret" not in server.output
+    assert "Traceback" not in server.output, server.output
 
 
 @contextmanager
 def studio(folder: Path, *own: str) -> Iterator[tuple[Server, httpx.Client]]:
-    server = Server(folder, TRELLIS_LOCAL_SERVERS=",".join(own))
+    server = Server(folder, TRELLIS_LOCAL_SERVERS=",".join(own), TRELLIS_RATE_LIMIT="0")
     try:
         with server.client() as client:
             yield server, client
@@ -124,14 +147,11 @@ def test_a_private_address_is_refused_with_the_way_to_allow_it(client: httpx.Cli
     assert "TRELLIS_LOCAL_SERVERS" in response.json()["error"]["next_step"]
 
 
-def test_a_redirect_is_not_followed(tmp_path: Path) -> None:
-    with (
-        elsewhere(b"", 302, Location="http://169.254.169.254/") as (there, asked),
-        studio(tmp_path, there) as (_, client),
-    ):
-        refused = client.post("/api/remotes", json={"name": "a", "url": f"http://{there}/v1"})
-        assert refused.json()["error"]["code"] == "redirected"
-        assert len(asked) == 1
+def test_a_redirect_is_not_followed(there: Elsewhere, here: httpx.Client) -> None:
+    there.answers(b"", 302, Location="http://169.254.169.254/")
+    refused = here.post("/api/remotes", json={"name": "a", "url": f"http://{there.address}/v1"})
+    assert refused.json()["error"]["code"] == "redirected"
+    assert len(there.asked) == 1
 
 
 STREAMS = [
@@ -144,76 +164,81 @@ STREAMS = [
 ]  # fmt: skip
 
 
+def add(here: httpx.Client, there: Elsewhere, **more: Any) -> None:
+    about = {"name": "odd", "url": f"http://{there.address}/v1", "models": ["m"]} | more
+    assert here.post("/api/remotes", json=about).status_code == 201
+
+
 @pytest.mark.parametrize(("answer", "state"), STREAMS)
-def test_whatever_a_server_says_is_borne(tmp_path: Path, answer: bytes, state: str) -> None:
-    with elsewhere(answer) as (there, asked), studio(tmp_path, there) as (server, client):
-        about = {"name": "odd", "url": f"http://{there}/v1", "models": ["m"], "key": "the-secret"}
-        client.post("/api/remotes", json=about)
-        found = told(client, "remote:odd/m")
-        assert found["state"] == state, found
-        assert asked[-1]["headers"]["authorization"] == "Bearer the-secret"
-        assert "<script>" not in found["html"]
-        assert client.get("/healthz").status_code == 200
-    assert "the-secret" not in server.output
-    assert "Traceback" not in server.output, server.output
+def test_whatever_a_server_says_is_borne(there: Elsewhere, here: httpx.Client, answer: bytes, state: str) -> None:
+    there.answers(answer)
+    add(here, there, key="the-secret")
+    found = told(here, "remote:odd/m")
+    assert found["state"] == state, found
+    assert there.asked[-1]["headers"]["authorization"] == "Bearer the-secret"
+    assert "<script>" not in found["html"]
+    assert here.get("/healthz").status_code == 200
 
 
-def test_a_secret_that_a_server_says_back_is_not_shown(tmp_path: Path) -> None:
-    with elsewhere(b"your key the-secret is bad", 500) as (there, _), studio(tmp_path, there) as (_, client):
-        client.post(
-            "/api/remotes", json={"name": "odd", "url": f"http://{there}/v1", "models": ["m"], "key": "the-secret"}
-        )
-        found = told(client, "remote:odd/m")
-        assert found["state"] == "failed"
-        assert "the-secret" not in json.dumps(found)
+def test_a_secret_that_a_server_says_back_is_not_shown(there: Elsewhere, here: httpx.Client) -> None:
+    there.answers(b"your key the-secret is bad", 500)
+    add(here, there, key="the-secret")
+    found = told(here, "remote:odd/m")
+    assert found["state"] == "failed"
+    assert "the-secret" not in json.dumps(found)
 
 
-def test_pictures_go_to_who_sees(tmp_path: Path) -> None:
+def test_pictures_go_to_who_sees(there: Elsewhere, here: httpx.Client) -> None:
+    there.answers(b'data: {"choices": [{"delta": {"content": "A cat."}}]}\n\ndata: [DONE]\n\n')
+    add(here, there, name="eyes", sees=True)
+    add(here, there, name="blind")
+    room = here.post("/api/rooms", json={}).json()["id"]
     picture = b"\x89PNG\r\n\x1a\n" + b"0" * 20
-    stream = b'data: {"choices": [{"delta": {"content": "A cat."}}]}\n\ndata: [DONE]\n\n'
-    with elsewhere(stream) as (there, asked), studio(tmp_path, there) as (_, client):
-        for name, sees in (("eyes", True), ("blind", False)):
-            about = {"name": name, "url": f"http://{there}/v1", "models": ["m"], "sees": sees}
-            assert client.post("/api/remotes", json=about).status_code == 201
-        room = client.post("/api/rooms", json={}).json()["id"]
-        file = client.post(f"/api/rooms/{room}/files?name=cat.png", content=picture).json()
-        assert file["kind"] == "picture"
-        for model in ("demo", "remote:blind/m"):
-            body = {"text": "What is it?", "attachments": [file["id"]], "models": [model]}
-            refused = client.post(f"/api/rooms/{room}/messages", json=body)
-            assert refused.status_code == 422
-            assert refused.json()["error"]["code"] == "cannot_see"
-        body = {"text": "What is it?", "attachments": [file["id"]], "models": ["remote:eyes/m"]}
-        assert client.post(f"/api/rooms/{room}/messages", json=body).status_code == 202
-        deadline = time.monotonic() + 20
-        while client.get(f"/api/rooms/{room}").json()["growing"]:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        content = json.loads(asked[-1]["body"])["messages"][0]["content"]
-        assert [part["type"] for part in content] == ["text", "image_url"]
-        assert content[1]["image_url"]["url"].startswith("data:image/png;base64,")
+    file = here.post(f"/api/rooms/{room}/files?name=cat.png", content=picture).json()
+    assert file["kind"] == "picture"
+    for model in ("demo", "remote:blind/m"):
+        body = {"text": "What is it?", "attachments": [file["id"]], "models": [model]}
+        refused = here.post(f"/api/rooms/{room}/messages", json=body)
+        assert refused.status_code == 422
+        assert refused.json()["error"]["code"] == "cannot_see"
+    body = {"text": "What is it?", "attachments": [file["id"]], "models": ["remote:eyes/m"]}
+    assert here.post(f"/api/rooms/{room}/messages", json=body).status_code == 202
+    deadline = time.monotonic() + 20
+    while here.get(f"/api/rooms/{room}").json()["growing"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    content = json.loads(there.asked[-1]["body"])["messages"][0]["content"]
+    assert [part["type"] for part in content] == ["text", "image_url"]
+    assert content[1]["image_url"]["url"].startswith("data:image/png;base64,")
 
 
-def test_halves_of_characters_become_whole_and_none_are_left(tmp_path: Path) -> None:
+def test_halves_of_characters_become_whole_and_none_are_left(there: Elsewhere, here: httpx.Client) -> None:
     pieces = ["\\ud83c", "\\udf31 and \\ud83c", " alone", "a\\u0000b"]
     stream = "".join(f'data: {{"choices": [{{"delta": {{"content": "{piece}"}}}}]}}\n\n' for piece in pieces)
-    with elsewhere(stream.encode()) as (there, _), studio(tmp_path, there) as (server, client):
-        client.post("/api/remotes", json={"name": "odd", "url": f"http://{there}/v1", "models": ["m"]})
-        found = told(client, "remote:odd/m")
-        assert found["state"] == "done", found
-        assert found["text"] == "🌱 and \ufffd aloneab"
-    assert "Traceback" not in server.output
+    there.answers(stream.encode())
+    add(here, there)
+    found = told(here, "remote:odd/m")
+    assert found["state"] == "done", found
+    assert found["text"] == "🌱 and \ufffd aloneab"
 
 
-def test_a_server_that_does_not_stream_is_understood(tmp_path: Path) -> None:
+def test_a_server_that_does_not_stream_is_understood(there: Elsewhere, here: httpx.Client) -> None:
     answer = {"choices": [{"message": {"content": "All at once."}, "finish_reason": "stop"}],
               "usage": {"prompt_tokens": 3, "completion_tokens": 4}}  # fmt: skip
-    headers = {"Content-Type": "application/json"}
-    with elsewhere(json.dumps(answer).encode(), **headers) as (there, _), studio(tmp_path, there) as (_, client):
-        client.post("/api/remotes", json={"name": "odd", "url": f"http://{there}/v1", "models": ["m"]})
-        found = told(client, "remote:odd/m")
-        assert found["text"] == "All at once."
-        assert found["usage"]["prompt_tokens"] == 3
+    there.answers(json.dumps(answer).encode(), **{"Content-Type": "application/json"})
+    add(here, there)
+    found = told(here, "remote:odd/m")
+    assert found["text"] == "All at once."
+    assert found["usage"]["prompt_tokens"] == 3
+
+
+def test_an_answer_that_never_ends_is_cut(there: Elsewhere, here: httpx.Client) -> None:
+    piece = json.dumps({"choices": [{"delta": {"content": "word " * 2000}}]})
+    there.answers(f"data: {piece}\n\n".encode() * 100)
+    add(here, there)
+    found = told(here, "remote:odd/m")
+    assert (found["state"], found["finish"]) == ("done", "length")
+    assert 200_000 < len(found["text"]) < 230_000
 
 
 @pytest.mark.parametrize("url", ["http://münchen.invalid/v1", "http://a..b/v1", f"http://{'x' * 70}.invalid/v1"])

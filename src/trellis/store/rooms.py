@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, exists, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, delete, exists, insert, or_, select, update
 
 from .tables import files, messages, prompts, rooms
 
@@ -49,11 +49,6 @@ def list_rooms(connection: Connection, words: Sequence[str], archived: bool, mos
 def _holds(column: Any, word: str) -> ColumnElement[bool]:
     found: ColumnElement[bool] = column.contains(word, autoescape=True)
     return found
-
-
-def count_rooms(connection: Connection, archived: bool) -> int:
-    query = select(func.count()).select_from(rooms).where(rooms.c.archived == int(archived))
-    return connection.execute(query).scalar_one()
 
 
 def change_room(connection: Connection, room_id: str, values: Row) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import json
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -99,7 +99,7 @@ class Hub:
         """The id of an event by its number."""
         return f"{self._topics.setdefault(topic, Topic()).mark}-{number}"
 
-    async def subscribe(self, topic: str, after: str | None, snapshot: Snapshot) -> AsyncIterator[HubEvent]:
+    async def subscribe(self, topic: str, after: str | None, snapshot: Snapshot) -> AsyncGenerator[HubEvent, None]:
         """Events after an id, without end until the topic or the hub closes.
 
         Without an id, or with one that is too old or from elsewhere, a snapshot comes first.

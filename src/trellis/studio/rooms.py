@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -120,9 +120,6 @@ class Rooms:
             for row in found
         ]  # fmt: skip
 
-    async def count(self, archived: bool = False) -> int:
-        return await self._store.read(rows.count_rooms, archived)
-
     async def delete(self, room_id: str) -> None:
         """Forget a room and all that was said in it. Raises NotFound."""
         room = await self.room(room_id)
@@ -135,7 +132,7 @@ class Rooms:
         for file in files:
             await self._attachments.discard(file["id"])
 
-    def events(self, room: Room, after: int) -> AsyncIterator[HubEvent]:
+    def events(self, room: Room, after: int) -> AsyncGenerator[HubEvent, None]:
         """What happens in a room after an event's number. Where that is too old a `snapshot` comes first."""
         return self._hub.subscribe(room.topic, room.place(after), lambda: ("snapshot", {"seq": room.last}))
 

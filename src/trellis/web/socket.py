@@ -10,7 +10,7 @@ import json
 import logging
 import secrets
 import time
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, WebSocket
@@ -263,17 +263,7 @@ class Line:
         self._told = after
         try:
             while True:
-                async for event in self._studio.rooms.events(self._room, self._told):
-                    if event.name == "snapshot":
-                        await self._catch_up()
-                    else:
-                        await self._socket.send_text(event.json)
-                        self._told = event.data["seq"]
-                    if self._push and self._told == self._room.last:
-                        break
-                else:
-                    break
-                if not await self._tell_live():
+                if not await self._tell_what_was() or not await self._tell_live():
                     break
             await self._socket.close(1012 if self._studio.hub.closing else 1000)
         except (WebSocketDisconnect, RuntimeError):
@@ -282,6 +272,19 @@ class Line:
             log.exception("the events of a room could not be told")
             with suppress(WebSocketDisconnect, RuntimeError):
                 await self._socket.close(1011)
+
+    async def _tell_what_was(self) -> bool:
+        """Send events at the reader's pace until all have been told. Whether there may be more of them."""
+        async with aclosing(self._studio.rooms.events(self._room, self._told)) as events:
+            async for event in events:
+                if event.name == "snapshot":
+                    await self._catch_up()
+                else:
+                    await self._socket.send_text(event.json)
+                    self._told = event.data["seq"]
+                if self._push and self._told == self._room.last:
+                    return True
+        return False
 
     async def _tell_live(self) -> bool:
         """Write events straight to the socket as they happen, until one cannot be written at once. Whether there may be
