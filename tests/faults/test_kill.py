@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -58,7 +59,7 @@ class Person(threading.Thread):
 
     def run(self) -> None:
         with contextlib.suppress(httpx.TransportError), self.server.client() as client:
-            for number in range(1000):
+            for number in itertools.count():
                 if self.stopped:
                     return
                 self.act(client, f"round {self.round}, action {number}")
