@@ -41,6 +41,7 @@ def steer(page: Page, voice: str, clicks: int) -> None:
             page.wait_for_function("before => document.querySelector('[name=offer]').value !== before", arg=before)
             ready(page)
             page.keyboard.press("u")
+            page.wait_for_function("before => document.querySelector('[name=offer]').value === before", arg=before)
             ready(page)
             page.keyboard.press("abcd"[fitting[0]] if fitting else "n")
             page.wait_for_function("before => document.querySelector('[name=offer]').value !== before", arg=before)

@@ -104,6 +104,15 @@ class LoadFailed(EngineError):
     code = "load_failed"
 
 
+def unknown(reference: str) -> TrellisError:
+    """What a person is told of a bug, which the log has under a reference."""
+    return TrellisError(
+        "The studio met an error that it does not know.",
+        code="internal",
+        next_step=f"Try again. The log has the details under reference {reference}.",
+    )
+
+
 def shorten(value: object, limit: int = 60) -> str:
     """A value as it is quoted in a message: never long, on one line, and always text that can be encoded."""
     text = " ".join(str(value)[: 20 * limit].encode("utf-8", "replace").decode().split())

@@ -290,7 +290,6 @@ class LeanLines(Lines):
         self._lines.clear()
         self._warm.clear()
         self._beside.forget()
-        self._layers = None
         self._forget_rows()
         self._general.clear()
 
@@ -301,6 +300,7 @@ class LeanLines(Lines):
 
     def _forget_rows(self) -> None:
         self._rows, self._room, self._cache = 0, ROUND, Cache.empty(self._lean, 0, ROUND)
+        self._layers = None  # it would hold adapters that have been put out
 
     def _keep_warm(self, line: Line, row: int) -> None:
         length = len(line.tokens)

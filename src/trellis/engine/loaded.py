@@ -142,7 +142,7 @@ class LoadedModel:
         if not self.tokenizer.chat_template:
             lines = [f"{SPEAKS[each['role']]}{each['content']}" for each in said]
             return self._text_tokens("".join(lines).lstrip() + SPEAKS["assistant"].rstrip(" ") + opening)
-        text = self._conversation_in_template(said) + opening
+        text = self._in_words_of_the_model(said, "messages") + opening
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _text_tokens(self, text: str) -> list[int]:
@@ -151,18 +151,6 @@ class LoadedModel:
         if len(tokens) > 1 and tokens[-1] in self.ends:  # some tokenizers close every text
             tokens = tokens[:-1]
         return tokens or [self.tokenizer.bos_token_id or self.end_token or 0]
-
-    def _conversation_in_template(self, said: list[dict[str, str]]) -> str:
-        """A conversation as the model's own template writes it. Raises Invalid."""
-        try:
-            return self._written_somehow(said)
-        except TemplateError as error:
-            raise Invalid(
-                f"The model's chat template could not write this conversation: {error}",
-                code="bad_template",
-                field="messages",
-                next_step="Use another model, or send the whole as one message.",
-            ) from None
 
     def answer_tokens(self, text: str, ended: bool = True) -> list[int]:
         """An answer as tokens; with the end token where it ended by itself, so that the model learns to stop."""
@@ -179,14 +167,18 @@ class LoadedModel:
         turns = [{"role": "user", "content": prompt.text}]
         if prompt.system:
             turns = [{"role": "system", "content": prompt.system}, *turns]
+        return self._in_words_of_the_model(turns, "prompt")
+
+    def _in_words_of_the_model(self, turns: list[dict[str, str]], field: str) -> str:
+        """A conversation as the model's own template writes it. Raises Invalid, which names where it came from."""
         try:
             return self._written_somehow(turns)
         except TemplateError as error:
             raise Invalid(
-                f"The model's chat template could not write this prompt: {error}",
+                f"The model's chat template could not write this: {error}",
                 code="bad_template",
-                field="prompt",
-                next_step="Turn the chat template off, or use another model.",
+                field=field,
+                next_step="Turn the chat template off where there is a choice, or use another model.",
             ) from None
 
     def _written_somehow(self, turns: list[dict[str, str]]) -> str:

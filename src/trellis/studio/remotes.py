@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Invalid, TrellisError, shorten
-from ..messages import Answered, Chat, Event, Heard, Spoke
+from ..messages import Answered, Chat, Event, Heard, Spoke, Turn
 from ..store import remotes as rows
 from ..store.store import Store
 from .outgoing import Place, checked, parsed
@@ -203,7 +203,7 @@ class Whole:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _content(turn: Any) -> Any:
+def _content(turn: Turn) -> str | list[dict[str, Any]]:
     """What one side said, with pictures where there are some."""
     if not turn.pictures:
         return turn.text

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from ..errors import Conflict, EngineDied, EngineStopped, Invalid, NotFound, TrellisError, shorten
+from ..errors import Conflict, EngineDied, EngineStopped, Invalid, NotFound, TrellisError, shorten, unknown
 from ..markdown import blocks_to_html
 from ..messages import Chat, Turn, derived_seed
 from ..params import Sampling, invalid_from
@@ -455,11 +455,7 @@ class Room:
         except Exception:
             reference = secrets.token_hex(4)
             log.exception("reference %s: an answer failed", reference)
-            unknown = TrellisError(
-                "The studio met an error that it does not know.", code="internal",
-                next_step=f"Ask again. The log has the details under reference {reference}.",
-            )  # fmt: skip
-            message.state, message.error = "failed", unknown.as_json()
+            message.state, message.error = "failed", unknown(reference).as_json()
         else:
             message.state = "done"
         settling = asyncio.create_task(self._settle(message, answering))

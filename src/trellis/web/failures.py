@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from ..errors import Conflict, EngineError, Invalid, NotFound, Refused, TrellisError
+from ..errors import unknown as unknown_error
 from ..params import invalid_fields
 from .api.openai import as_openai
 from .render import Render
@@ -83,12 +84,7 @@ def install(app: FastAPI, render: Render) -> None:
     async def unknown(request: Request, raised: Exception) -> Response:
         reference = secrets.token_hex(4)
         log.error("reference %s: %s %s", reference, request.method, request.url.path, exc_info=raised)
-        error = TrellisError(
-            "The studio met an error that it does not know.",
-            code="internal",
-            next_step=f"Try again. The log has the details under reference {reference}.",
-        )
-        return answer(request, error, 500)
+        return answer(request, unknown_error(reference), 500)
 
     app.add_exception_handler(TrellisError, known)
     app.add_exception_handler(RequestValidationError, invalid)

@@ -17,7 +17,7 @@ from fastapi import APIRouter, Query, WebSocket
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.websockets import WebSocketDisconnect
 
-from ..errors import Invalid, Refused, TrellisError, shorten
+from ..errors import Invalid, Refused, TrellisError, shorten, unknown
 from ..params import invalid_fields
 from ..studio.hub import HubEvent
 from ..studio.room import MOST_MODELS, Room
@@ -202,11 +202,7 @@ class Line:
         except Exception:
             reference = secrets.token_hex(4)
             log.exception("reference %s: a command of a room failed", reference)
-            unknown = TrellisError(
-                "The studio met an error that it does not know.", code="internal",
-                next_step=f"Try again. The log has the details under reference {reference}.",
-            )  # fmt: skip
-            await self._say("error", error=unknown.as_json(), request=command.request)
+            await self._say("error", error=unknown(reference).as_json(), request=command.request)
 
     async def _act(self, command: Command) -> None:
         room = await self._studio.rooms.room(self._room.id)
