@@ -10,13 +10,17 @@ import json
 import struct
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, TypeAdapter
 
 from .params import Adapter, Device, EngineName, Learning, Precision, Sampling, Text
 
 
 class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+TemplateKwargs = dict[Annotated[str, Field(max_length=100)], StrictBool | StrictInt | StrictFloat | str]
+"""Variables that a chat template reads beside the messages: plain values by name."""
 
 
 def later(default: Any) -> Any:
@@ -36,6 +40,8 @@ class Prompt(Message):
     """Whether it is put into the model's chat template, where it has one."""
     opening: str = later("")
     """What every answer begins with, after the template."""
+    template_kwargs: TemplateKwargs = later({})
+    """Variables for the chat template beside the messages, such as `enable_thinking`."""
 
 
 class Option(Message):
@@ -221,6 +227,8 @@ class Chat(Message):
     top: int | None = None
     """So many of the likeliest tokens are told beside each that is drawn, with their log-probabilities."""
     trims: bool = False
+    template_kwargs: TemplateKwargs = Field(default={})
+    """Variables for the chat template beside the messages, such as `enable_thinking`."""
 
 
 class Status(Message):

@@ -32,7 +32,7 @@ from transformers import (
 
 from ..errors import Invalid, LoadFailed
 from ..memory import estimate, shape_of
-from ..messages import Chat, Load, Loaded, Progress, Prompt, Turn
+from ..messages import Chat, Load, Loaded, Progress, Prompt, TemplateKwargs, Turn
 from ..params import Precision, SessionConfig
 from ..tensors import UNREADABLE, shapes_in
 from .adapters import Slots
@@ -102,17 +102,19 @@ class LoadedModel:
         if not request.turns:
             tokens = self._text_tokens(request.text)
         elif self.tokenizer.chat_template:
-            tokens = self._turn_tokens(request.turns)
+            tokens = self._turn_tokens(request.turns, request.template_kwargs)
         else:
-            tokens, stop = self._turn_tokens(request.turns), (*stop, SPEAKS["user"])
+            tokens, stop = self._turn_tokens(request.turns, {}), (*stop, SPEAKS["user"])
         left_out = 0
         if len(tokens) + room > limit:
             if not request.trims or not request.turns:
                 raise too_long(len(tokens), limit)
-            tokens, left_out = self._trimmed(request.turns, limit - room, len(tokens))
+            tokens, left_out = self._trimmed(request.turns, request.template_kwargs, limit - room, len(tokens))
         return Prepared(tokens, left_out, limit, most, stop)
 
-    def _trimmed(self, turns: Sequence[Turn], most: int, whole: int) -> tuple[list[int], int]:
+    def _trimmed(
+        self, turns: Sequence[Turn], template_kwargs: TemplateKwargs, most: int, whole: int
+    ) -> tuple[list[int], int]:
         """The longest end of a conversation that fits, after what the system said, and how many turns it leaves out."""
         said = [turn for turn in turns if turn.role == "system"]
         rest = [turn for turn in turns if turn.role != "system"]
@@ -122,7 +124,7 @@ class LoadedModel:
         best: tuple[list[int], int] | None = None
         while low <= high:
             middle = (low + high) // 2
-            tokens = self._turn_tokens([*said, *rest[beginnings[middle] :]])
+            tokens = self._turn_tokens([*said, *rest[beginnings[middle] :]], template_kwargs)
             if len(tokens) <= most:
                 best, high = (tokens, beginnings[middle]), middle - 1
             else:
@@ -131,7 +133,7 @@ class LoadedModel:
             raise too_long(whole, most)
         return best
 
-    def _turn_tokens(self, turns: Sequence[Turn]) -> list[int]:
+    def _turn_tokens(self, turns: Sequence[Turn], template_kwargs: TemplateKwargs) -> list[int]:
         opening = turns[-1].text if turns[-1].role == "assistant" else ""
         if opening and len(turns) == 1:
             raise Invalid(
@@ -142,7 +144,7 @@ class LoadedModel:
         if not self.tokenizer.chat_template:
             lines = [f"{SPEAKS[each['role']]}{each['content']}" for each in said]
             return self._text_tokens("".join(lines).lstrip() + SPEAKS["assistant"].rstrip(" ") + opening)
-        text = self._in_words_of_the_model(said, "messages") + opening
+        text = self._in_words_of_the_model(said, template_kwargs, "messages") + opening
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _text_tokens(self, text: str) -> list[int]:
@@ -167,12 +169,12 @@ class LoadedModel:
         turns = [{"role": "user", "content": prompt.text}]
         if prompt.system:
             turns = [{"role": "system", "content": prompt.system}, *turns]
-        return self._in_words_of_the_model(turns, "prompt")
+        return self._in_words_of_the_model(turns, prompt.template_kwargs, "prompt")
 
-    def _in_words_of_the_model(self, turns: list[dict[str, str]], field: str) -> str:
+    def _in_words_of_the_model(self, turns: list[dict[str, str]], template_kwargs: TemplateKwargs, field: str) -> str:
         """A conversation as the model's own template writes it. Raises Invalid, which names where it came from."""
         try:
-            return self._written_somehow(turns)
+            return self._written_somehow(turns, template_kwargs)
         except TemplateError as error:
             raise Invalid(
                 f"The model's chat template could not write this: {error}",
@@ -181,15 +183,17 @@ class LoadedModel:
                 next_step="Turn the chat template off where there is a choice, or use another model.",
             ) from None
 
-    def _written_somehow(self, turns: list[dict[str, str]]) -> str:
+    def _written_somehow(self, turns: list[dict[str, str]], template_kwargs: TemplateKwargs) -> str:
         """Gemma's template, for one, knows no system role: what it would say is said by the user then."""
         try:
-            return self._written(turns)
+            return self._written(turns, template_kwargs)
         except TemplateError:
-            return self._written(by_turns(turns))
+            return self._written(by_turns(turns), template_kwargs)
 
-    def _written(self, turns: list[dict[str, str]]) -> str:
-        written = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    def _written(self, turns: list[dict[str, str]], template_kwargs: TemplateKwargs) -> str:
+        written = self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, **template_kwargs
+        )
         assert isinstance(written, str)
         return written
 
