@@ -134,6 +134,13 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D, BaseTunerLayer))
 
 
+def weight_of(layer: Any) -> Tensor:
+    """The weight of a linear layer, dequantised where it has fewer bits."""
+    if (own := getattr(layer, "dequantized", None)) is not None:
+        return own()
+    return dequantize_module_weight(layer).detach()
+
+
 class Own(threading.local):
     """What each thread has of a slot for itself: the lean layers with its adapter's values in them."""
 
@@ -268,8 +275,7 @@ class Slot:
         squares = 0.0
         for module in self.model.modules():
             if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
-                weight = dequantize_module_weight(module.base_layer).detach()
-                squares += float(weight.float().square().sum())
+                squares += float(weight_of(module.base_layer).float().square().sum())
         return max(squares**0.5, 1e-12)
 
 
