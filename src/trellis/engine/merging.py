@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ..blobs import fsync
-from ..errors import Invalid, LoadFailed
+from ..errors import Invalid, LoadFailed, WeightsMissing
 from ..messages import Load, Merge, Merged, Progress, recipe_id, recipe_of
-from ..tensors import UNREADABLE, header_of
+from ..tensors import UNREADABLE, all_finite, header_of
 from .loaded import LoadedModel, fingerprints, read_model, weight_files
 from .reading import Group, answer_logprobs
 
@@ -33,11 +33,14 @@ COPIED = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", 
 def merge(request: Merge, adapter: Path) -> Generator[Progress | None, None, Merged]:
     """Write a merged model into the folder `request.into`, which must not be there yet, and prove it.
 
-    Raises LoadFailed, with the codes of a load, or `not_proved` when the written model answers otherwise.
+    Raises LoadFailed, with the codes of a load, or `not_proved` when the written model answers otherwise;
+    WeightsMissing for an adapter that is damaged.
     """
     started = time.monotonic()
     base, into = Path(request.path), Path(request.into)
     dtype = stored_dtype(base)
+    if not all_finite(adapter / "adapter_model.safetensors"):
+        raise WeightsMissing(request.weights)
     _require_same_base(request)
     plain = Load(path=request.path, precision="32-bit", device="cpu", remote_code=request.remote_code)
     loaded = yield from _scaled(read_model(base, plain, dtype), 0.0, 0.4)

@@ -123,7 +123,7 @@ class Exports:
         work = self.folder / f".work-{job.id}"
         self._working.add(name)
         try:
-            async with session.holding(node):
+            async with session.holding(node, checked=True):
                 entry = await self._catalog.find(session.config.model)
                 if kind == "adapter":
                     checks = await self._adapter(job, session, node, entry, work)
