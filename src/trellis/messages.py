@@ -311,7 +311,8 @@ class Loaded(Message):
 class Merged(Message):
     """What a merge wrote, and how far its answers are from those of base and adapter.
 
-    The differences are between log-probabilities of answer tokens in nats: the largest one and the mean.
+    The differences are between log-probabilities of answer tokens in nats: the largest one and the mean. `ends` are the
+    tokens at which base and merged model end an answer; `conversations` is how many both write in the same words.
     """
 
     type: Literal["merged"] = "merged"
@@ -322,6 +323,8 @@ class Merged(Message):
     mean_difference: float
     agreement: float
     seconds: float
+    ends: tuple[int, ...] = ()
+    conversations: int = 0
 
 
 class Planted(Message):

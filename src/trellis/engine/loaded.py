@@ -236,6 +236,10 @@ def read_model(
     model = _build(path, config, state, dtype, precision, device, request)
     del state
     model.requires_grad_(False)
+    if device == "cpu" and any(type(module).__name__ == "Linear4bit" for module in model.modules()):
+        from .quantized import replace_4bit_layers  # needs bitsandbytes, which is there if it made such layers
+
+        replace_4bit_layers(model)
     if precision in ("32-bit", "16-bit"):
         yield from _move(model, device)
     yield Progress(stage="warming_up", fraction=WARMING, message="Warming up")

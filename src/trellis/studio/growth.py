@@ -35,6 +35,7 @@ from ..messages import (
 from ..params import Adapter, Learning, ModelOptions, Sampling, SessionConfig
 from ..store import steering as rows
 from ..store.store import Store
+from ..tensors import all_finite
 from ..workers.worker import UNLOADED, Worker
 from .foresight import Foresight
 from .lessons import Logs
@@ -345,6 +346,16 @@ class Growth:
     def has(self, weights: str) -> bool:
         """Whether weights are on disk, as far as can be seen without reading them."""
         return weights in self._weights
+
+    def drop_if_damaged(self, weights: str) -> bool:
+        """Discard weights on disk whose adapter is torn or holds values that are no numbers. Returns whether it did.
+
+        Reads the whole file: for a thread.
+        """
+        if all_finite(self._weights.path(weights) / "adapter_model.safetensors"):
+            return False
+        self._weights.discard(weights)
+        return True
 
     def at_hand(self, weights: str) -> bool:
         """Whether weights are on disk, or were made by an engine that still runs and has not written them yet."""

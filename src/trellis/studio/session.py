@@ -312,11 +312,15 @@ class Session:
             self._publish("node_named", {"node": found.id, "name": name})
 
     @asynccontextmanager
-    async def holding(self, node: Node) -> AsyncIterator[None]:
-        """Have the weights of a node on disk, and keep them there until the block ends."""
+    async def holding(self, node: Node, checked: bool = False) -> AsyncIterator[None]:
+        """Have the weights of a node on disk, and keep them there until the block ends.
+
+        `checked` for who reads the files without an engine, which would notice damaged ones: they are made again first.
+        """
         self._pins[node.weights] += 1
         try:
-            if not self._growth.has(node.weights):
+            damaged = checked and await asyncio.to_thread(self._growth.drop_if_damaged, node.weights)
+            if damaged or not self._growth.has(node.weights):
                 await self._growth.regrow(WeightsMissing(node.weights))
             yield
         finally:
