@@ -63,13 +63,16 @@ def may_switch(folder: Path) -> bool:
 
 def chat_templates(folder: Path) -> list[str]:
     """The chat templates of a model's folder, as text."""
-    found: list[str] = []
-    with suppress(OSError, UnicodeDecodeError):
-        for file in (folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))):
-            if file.is_file() and file.stat().st_size < LARGEST:
-                found.append(file.read_text(encoding="utf-8"))
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        with suppress(OSError, ValueError, AttributeError):
-            if (folder / name).stat().st_size < LARGEST:
-                found.append(json.dumps(json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")))
+    found = []
+    for file in (folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))):
+        found.append(_text_of(file))
+    with suppress(ValueError, AttributeError):
+        found.append(json.dumps(json.loads(_text_of(folder / "tokenizer_config.json")).get("chat_template")))
     return found
+
+
+def _text_of(file: Path) -> str:
+    with suppress(OSError, UnicodeDecodeError):
+        if file.is_file() and file.stat().st_size < LARGEST:
+            return file.read_text(encoding="utf-8")
+    return ""
