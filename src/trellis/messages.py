@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, TypeAdapter
 
+from .errors import Invalid, shorten
 from .params import Adapter, Device, EngineName, Learning, Precision, Sampling, Text
 
 
@@ -21,6 +23,40 @@ class Message(BaseModel):
 
 TemplateKwargs = dict[Annotated[str, Field(max_length=100)], StrictBool | StrictInt | StrictFloat | str]
 """Variables that a chat template reads beside the messages: plain values by name."""
+
+MOST_TEMPLATE_KWARGS = 32
+
+RESERVED_TEMPLATE_KWARGS = frozenset({
+    "self", "conversation", "conversations", "messages", "tools", "documents", "chat_template", "compiled_template",
+    "add_generation_prompt", "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation",
+    "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "kwargs",
+    "raise_exception", "strftime_now", "namespace", "dict", "range", "loop", "caller", "cycler", "joiner", "lipsum",
+    "true", "false", "none", "True", "False", "None",
+})  # fmt: skip
+"""Names that a chat template's variables may not have: they are arguments of the function that applies it, or part of
+the language it is written in. Special tokens, which end in `_token` or `_tokens`, are refused as well."""
+
+
+def template_kwargs_from(values: Mapping[str, Any]) -> TemplateKwargs:
+    """Variables for a chat template from what was sent. Raises Invalid for a name or value that cannot be one."""
+    if len(values) > MOST_TEMPLATE_KWARGS:
+        raise _not_for_a_template(f"has {len(values)} variables; {MOST_TEMPLATE_KWARGS} are allowed.")
+    for name, value in values.items():
+        if name in RESERVED_TEMPLATE_KWARGS or name.endswith(("_token", "_tokens")):
+            raise _not_for_a_template(f"“{shorten(name)}” is set by the studio and cannot be set from outside.")
+        if not name.isidentifier() or name.startswith("_") or len(name) > 100:
+            raise _not_for_a_template(f"“{shorten(name)}” is not the name of a variable.")
+        if not isinstance(value, bool | int | float | str):
+            raise _not_for_a_template(f"“{name}” must be text, a number, true or false, got “{shorten(value)}”.")
+    return dict(values)
+
+
+def _not_for_a_template(message: str) -> Invalid:
+    return Invalid(
+        f"chat_template_kwargs: {message}",
+        field="chat_template_kwargs",
+        next_step="Send only variables that the model's chat template reads, such as enable_thinking.",
+    )
 
 
 def later(default: Any) -> Any:
@@ -229,6 +265,8 @@ class Chat(Message):
     trims: bool = False
     template_kwargs: TemplateKwargs = Field(default={})
     """Variables for the chat template beside the messages, such as `enable_thinking`."""
+    template: bool = True
+    """Whether the conversation is put into the model's chat template, where it has one."""
 
 
 class Status(Message):
@@ -303,6 +341,10 @@ class Loaded(Message):
     bytes: int
     seconds: float
     has_template: bool = True
+    template_problem: str = ""
+    """Why the model's chat template cannot be used, where that is so."""
+    can_switch_thinking: bool = False
+    """Whether the chat template has a variable that turns thinking on and off."""
     positions: int | None = None
     lanes: int = 1
     """How many requests the engine works on at once."""

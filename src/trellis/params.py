@@ -23,6 +23,9 @@ EngineName = Literal["transformers", "transformers-eager"]
 MethodName = Literal["choice", "dpo", "dpo-norm", "ipo", "simpo", "kto", "apo-zero", "sft", "grpo", "dr-grpo", "rloo",
                      "trellis-classic"]  # fmt: skip
 
+THINKING_SWITCHES = ("enable_thinking", "thinking", "reasoning")
+"""What chat templates call the variable that turns thinking on and off."""
+
 OPENING_POSITIONS = 20_000
 """Positions of prompt that the openings of one offer may take up together; with a longer prompt fewer are begun."""
 
@@ -295,6 +298,12 @@ class SessionConfig(ModelOptions, Adapter, Sampling, Learning):
         False, "Append <think>", "Begin every answer with a <think> tag, for models that think before they speak.",
         group="Prompts", advanced=True,
     )  # fmt: skip
+    enable_thinking: Literal["auto", "on", "off"] = option(
+        "auto", "Thinking",
+        "Whether a model that can think before it answers does so. “auto” leaves it to the model's chat template; “on” "
+        "and “off” need a template that knows such a switch.",
+        group="Prompts", advanced=True, later=True,
+    )  # fmt: skip
     control_prompt: str = option(
         "Tell me about the sea.", "Control prompt",
         "Answered after every step, so that you see what changed. Empty turns it off.",
@@ -351,6 +360,13 @@ class SessionConfig(ModelOptions, Adapter, Sampling, Learning):
             )
         if self.dataset.source != "demo" and not self.dataset.id:
             yield "dataset.id", "is empty. Name a file of prompts or a dataset on the hub."
+        if self.enable_thinking != "auto" and not self.chat_template:
+            yield (
+                "enable_thinking",
+                f"is “{self.enable_thinking}”, which needs the chat template. Turn “Chat template” on.",
+            )
+        if self.enable_thinking == "off" and self.append_think:
+            yield "enable_thinking", "is “off”, and “Append <think>” begins a thought. Turn one of them off."
         if self.remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.revision):
             yield "remote_code", "needs a model on the hub and a revision that is a whole commit (40 hex digits)."
 

@@ -254,8 +254,8 @@ async def test_the_engine_is_asked_for_whole_logs_in_the_sessions_own_words(tmp_
         await done(await studio.fits.take_in(session.id, "likes.jsonl"))
     (lessons,) = asked
     assert [lesson["prompt"] for lesson in lessons] == [
-        {"text": "Q: Why?", "system": "Be rude.", "template": False, "opening": ""},
-        {"text": "Q: How?", "system": "Be kind.", "template": False, "opening": ""},
+        {"text": "Q: Why?", "system": "Be rude.", "template": False, "opening": "", "template_kwargs": {}},
+        {"text": "Q: How?", "system": "Be kind.", "template": False, "opening": "", "template_kwargs": {}},
     ]
 
 

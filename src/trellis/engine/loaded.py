@@ -1,7 +1,7 @@
-"""Which model is loaded: read from a folder with true progress, and spoken to through its chat template.
+"""Which model is loaded: read from a folder with true progress, and what is said to it as tokens.
 
 It reads safetensors only, and runs no code from the folder unless that was agreed to. It does not know sessions
-or learning.
+or learning, nor how chat templates work.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
@@ -32,7 +32,7 @@ from transformers import (
 
 from ..errors import Invalid, LoadFailed
 from ..memory import estimate, shape_of
-from ..messages import Chat, Load, Loaded, Progress, Prompt, TemplateKwargs, Turn
+from ..messages import Chat, Load, Loaded, Progress, Prompt, Turn
 from ..params import Precision, SessionConfig
 from ..tensors import UNREADABLE, shapes_in
 from .adapters import Slots
@@ -40,6 +40,7 @@ from .chats import Prepared, too_long
 from .crew import Crew
 from .lean import Lean
 from .reading import SMALL
+from .templates import NEXT_STEP, ChatTemplate, TemplateFailed, choose_template, close_thought, opening_after, probe
 
 INITIALIZING, READING, PARSING, PLACING, WARMING = 0.11, 0.15, 0.78, 0.8, 0.95
 """Where these stages begin as a fraction of a load; reading takes the bulk."""
@@ -58,6 +59,15 @@ SPEAKS = {"system": "", "user": "\n\nUser: ", "assistant": "\n\nAssistant: "}
 """How a conversation is put to a model without a chat template."""
 
 
+@dataclass(frozen=True)
+class RenderedPrompt:
+    """A prompt as the model reads it: its text, in the chat template where `templated`, and its tokens."""
+
+    text: str
+    tokens: list[int]
+    templated: bool
+
+
 @dataclass
 class LoadedModel:
     """A model in memory with what it needs to be spoken to."""
@@ -68,27 +78,61 @@ class LoadedModel:
     lean: Lean | None
     ends: frozenset[int]
     about: Loaded
+    template: ChatTemplate | None = None
+    """Its chat template, where it has one that works; `about` says what is wrong with one that does not."""
+
+    def render(self, prompt: Prompt) -> RenderedPrompt:
+        """A prompt in the model's chat template, or as plain text where it has none or it is off. Raises Invalid."""
+        template = self._template() if prompt.template else None
+        if template is None:
+            text = f"{prompt.system}\n\n{prompt.text}" if prompt.system else prompt.text
+            text += prompt.opening
+        else:
+            turns = [Turn(role="user", text=prompt.text)]
+            if prompt.system:
+                turns = [Turn(role="system", text=prompt.system), *turns]
+            text = template.prompt(turns, prompt.template_kwargs, "prompt")
+            text += opening_after(text, prompt.opening)
+        return RenderedPrompt(text, self._tokens(text, template is not None), template is not None)
 
     def prompt_tokens(self, prompt: Prompt, room: int, context_length: int) -> list[int]:
-        """The tokens of a prompt in the model's chat template, or as plain text where it has none or it is off.
+        """The tokens of a prompt. Raises Invalid when it leaves no room for `room` more tokens in the context."""
+        rendered = self.render(prompt)
+        self.require_room(rendered, room, context_length)
+        return rendered.tokens
 
-        Raises Invalid when the prompt leaves no room for `room` more tokens in the context.
-        """
-        if self.tokenizer.chat_template and prompt.template:
-            tokens = self.tokenizer(self._in_template(prompt) + prompt.opening, add_special_tokens=False)["input_ids"]
-        else:
-            text = f"{prompt.system}\n\n{prompt.text}" if prompt.system else prompt.text
-            tokens = self._text_tokens(text + prompt.opening)
+    def require_room(self, rendered: RenderedPrompt, room: int, context_length: int) -> None:
+        """Raises Invalid when a prompt leaves no room for `room` more tokens in the context."""
         limit = min(context_length, positions_of(self.model.config) or context_length)
-        if len(tokens) + room > limit:
+        if len(rendered.tokens) + room > limit:
             raise Invalid(
-                f"The prompt has {len(tokens)} tokens; with answers of up to {room} it does not fit into the "
+                f"The prompt has {len(rendered.tokens)} tokens; with answers of up to {room} it does not fit into the "
                 f"context of {limit}.",
                 code="prompt_too_long",
                 field="prompt",
                 next_step="Shorten the prompt, allow shorter answers, or use a longer context.",
             )
-        return list(tokens)
+
+    def answer_tokens(self, text: str, ended: bool = True, after: RenderedPrompt | None = None) -> list[int]:
+        """An answer as tokens, as it is written `after` a prompt; with the token that ends an assistant's turn where
+        the answer ended by itself, so that the model learns to stop.
+
+        A token may depend on what stands before it, as the space of SentencePiece does: prompt and answer are read
+        together, and apart only where the prompt's own tokens would not be the same.
+        """
+        tokens: list[int] | None = None
+        if after is not None and text:
+            if self.template and after.templated:
+                text = self.template.answer_after(after.text, text, ended)
+            elif ended:
+                text = close_thought(after.text, text)
+            both = self._tokens(after.text + text, after.templated)
+            if both[: len(after.tokens)] == after.tokens:
+                tokens = both[len(after.tokens) :]
+        if tokens is None:
+            tokens = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        end = self.end_of_turn if after is None or after.templated else self.end_token
+        return [*tokens, end] if ended and end is not None else tokens
 
     def conversation(self, request: Chat) -> Prepared:
         """A conversation as tokens, without its oldest turns where it may be trimmed and does not fit. Raises Invalid.
@@ -100,31 +144,29 @@ class LoadedModel:
         room = min(most, limit // 4) if request.trims else 1
         stop = request.stop
         if not request.turns:
-            tokens = self._text_tokens(request.text)
-        elif self.tokenizer.chat_template:
-            tokens = self._turn_tokens(request.turns, request.template_kwargs)
+            tokens = self._tokens(request.text, False)
         else:
-            tokens, stop = self._turn_tokens(request.turns, {}), (*stop, SPEAKS["user"])
+            tokens = self._turn_tokens(request.turns, request)
+            if not (self.template and request.template):
+                stop = (*stop, SPEAKS["user"])
         left_out = 0
         if len(tokens) + room > limit:
             if not request.trims or not request.turns:
                 raise too_long(len(tokens), limit)
-            tokens, left_out = self._trimmed(request.turns, request.template_kwargs, limit - room, len(tokens))
+            tokens, left_out = self._trimmed(request, limit - room, len(tokens))
         return Prepared(tokens, left_out, limit, most, stop)
 
-    def _trimmed(
-        self, turns: Sequence[Turn], template_kwargs: TemplateKwargs, most: int, whole: int
-    ) -> tuple[list[int], int]:
+    def _trimmed(self, request: Chat, most: int, whole: int) -> tuple[list[int], int]:
         """The longest end of a conversation that fits, after what the system said, and how many turns it leaves out."""
-        said = [turn for turn in turns if turn.role == "system"]
-        rest = [turn for turn in turns if turn.role != "system"]
+        said = [turn for turn in request.turns if turn.role == "system"]
+        rest = [turn for turn in request.turns if turn.role != "system"]
         last = max((place for place, turn in enumerate(rest) if turn.role == "user"), default=0)
         beginnings = [place for place, turn in enumerate(rest[: last + 1]) if turn.role == "user" and place] or [0]
         low, high = 0, len(beginnings) - 1
         best: tuple[list[int], int] | None = None
         while low <= high:
             middle = (low + high) // 2
-            tokens = self._turn_tokens([*said, *rest[beginnings[middle] :]], template_kwargs)
+            tokens = self._turn_tokens([*said, *rest[beginnings[middle] :]], request)
             if len(tokens) <= most:
                 best, high = (tokens, beginnings[middle]), middle - 1
             else:
@@ -133,81 +175,54 @@ class LoadedModel:
             raise too_long(whole, most)
         return best
 
-    def _turn_tokens(self, turns: Sequence[Turn], template_kwargs: TemplateKwargs) -> list[int]:
-        opening = turns[-1].text if turns[-1].role == "assistant" else ""
-        if opening and len(turns) == 1:
+    def _turn_tokens(self, turns: Sequence[Turn], request: Chat) -> list[int]:
+        opening = ""
+        if turns[-1].role == "assistant":
+            opening, turns = turns[-1].text, turns[:-1]
+        if not turns:
             raise Invalid(
-                "Nothing was said before the answer that is to be gone on with.", field="messages",
+                "Nothing was said before the answer that is to be continued.", field="messages",
                 next_step="Begin with a message of the user.",
             )  # fmt: skip
-        said = [{"role": turn.role, "content": turn.text} for turn in (turns[:-1] if opening else turns)]
-        if not self.tokenizer.chat_template:
-            lines = [f"{SPEAKS[each['role']]}{each['content']}" for each in said]
-            return self._text_tokens("".join(lines).lstrip() + SPEAKS["assistant"].rstrip(" ") + opening)
-        text = self._in_words_of_the_model(said, template_kwargs, "messages") + opening
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        template = self._template() if request.template else None
+        if template is not None:
+            text = template.prompt(turns, request.template_kwargs, "messages")
+            return self._tokens(template.go_on(text, opening), True)
+        lines = "".join(f"{SPEAKS[turn.role]}{turn.text}" for turn in turns).lstrip()
+        speaks = SPEAKS["assistant"] if opening and not opening[0].isspace() else SPEAKS["assistant"].rstrip(" ")
+        return self._tokens(lines + speaks + opening, False)
 
-    def _text_tokens(self, text: str) -> list[int]:
-        """Plain text as tokens, at least one."""
+    def _template(self) -> ChatTemplate | None:
+        """The model's chat template, None where it has none. Raises Invalid where it has one that does not work."""
+        if self.about.template_problem:
+            raise Invalid(
+                f"The model's chat template cannot be used: {self.about.template_problem}",
+                code="bad_template",
+                field="chat_template",
+                next_step=NEXT_STEP,
+            )
+        return self.template
+
+    def _tokens(self, text: str, templated: bool) -> list[int]:
+        """Text as tokens: a template writes its special tokens itself; of plain text there is at least one token."""
+        if templated:
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         tokens = list(self.tokenizer(text)["input_ids"])
         if len(tokens) > 1 and tokens[-1] in self.ends:  # some tokenizers close every text
             tokens = tokens[:-1]
         return tokens or [self.tokenizer.bos_token_id or self.end_token or 0]
 
-    def answer_tokens(self, text: str, ended: bool = True) -> list[int]:
-        """An answer as tokens; with the end token where it ended by itself, so that the model learns to stop."""
-        tokens = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return [*tokens, self.end_token] if ended and self.end_token is not None else tokens
-
     @property
     def end_token(self) -> int | None:
+        """What ends a plain text."""
         own = self.tokenizer.eos_token_id
         return own if own is not None else min(self.ends, default=None)
 
-    def _in_template(self, prompt: Prompt) -> str:
-        """The prompt as the model's own template writes it (in transformers' sandbox). Raises Invalid."""
-        turns = [{"role": "user", "content": prompt.text}]
-        if prompt.system:
-            turns = [{"role": "system", "content": prompt.system}, *turns]
-        return self._in_words_of_the_model(turns, prompt.template_kwargs, "prompt")
-
-    def _in_words_of_the_model(self, turns: list[dict[str, str]], template_kwargs: TemplateKwargs, field: str) -> str:
-        """A conversation as the model's own template writes it. Raises Invalid, which names where it came from."""
-        try:
-            return self._written_somehow(turns, template_kwargs)
-        except TemplateError as error:
-            raise Invalid(
-                f"The model's chat template could not write this: {error}",
-                code="bad_template",
-                field=field,
-                next_step="Turn the chat template off where there is a choice, or use another model.",
-            ) from None
-
-    def _written_somehow(self, turns: list[dict[str, str]], template_kwargs: TemplateKwargs) -> str:
-        """Gemma's template, for one, knows no system role: what it would say is said by the user then."""
-        try:
-            return self._written(turns, template_kwargs)
-        except TemplateError:
-            return self._written(by_turns(turns), template_kwargs)
-
-    def _written(self, turns: list[dict[str, str]], template_kwargs: TemplateKwargs) -> str:
-        written = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, **template_kwargs
-        )
-        assert isinstance(written, str)
-        return written
-
-
-def by_turns(turns: list[dict[str, str]]) -> list[dict[str, str]]:
-    """A conversation in which user and assistant speak by turns, and what the system said comes first from the user."""
-    told: list[dict[str, str]] = []
-    for turn in turns:
-        role = "user" if turn["role"] == "system" else turn["role"]
-        if told and told[-1]["role"] == role:
-            told[-1] = {"role": role, "content": f"{told[-1]['content']}\n\n{turn['content']}"}
-        else:
-            told.append({"role": role, "content": turn["content"]})
-    return told
+    @cached_property
+    def end_of_turn(self) -> int | None:
+        """What ends an assistant's turn: the end that the chat template writes there, else the tokenizer's own."""
+        written = self.template.end_token(self.ends) if self.template else None
+        return self.end_token if written is None else written
 
 
 def read_model(
@@ -250,6 +265,7 @@ def read_model(
         lanes = min(LANES, torch.get_num_threads()) if lean else 1
         torch.set_num_threads(1)
     tokenizer("Once, so that nothing in it changes when several threads read with it.")
+    template, problem = _read_template(tokenizer)
     about = Loaded(
         fingerprint=digest.hexdigest()[:32],
         parameters=sum(p.numel() for p in model.parameters()),
@@ -259,10 +275,22 @@ def read_model(
         bytes=sum(p.nbytes for p in model.parameters()),
         seconds=time.monotonic() - started,
         has_template=bool(tokenizer.chat_template),
+        template_problem=problem,
+        can_switch_thinking=template is not None and template.switch is not None,
         positions=positions_of(config),
         lanes=lanes,
     )
-    return LoadedModel(model, tokenizer, Slots(model, lean, Crew(lanes)), lean, _ends(path, config, tokenizer), about)
+    slots, ends = Slots(model, lean, Crew(lanes)), _ends(path, config, tokenizer)
+    return LoadedModel(model, tokenizer, slots, lean, ends, about, template)
+
+
+def _read_template(tokenizer: Any) -> tuple[ChatTemplate | None, str]:
+    """The tokenizer's chat template after a trial, and what is wrong with one that cannot be used."""
+    try:
+        source = choose_template(tokenizer.chat_template)
+        return (probe(tokenizer, source) if source else None), ""
+    except TemplateFailed as failure:
+        return None, str(failure)
 
 
 def _digest(path: Path, precision: Precision) -> Any:

@@ -293,18 +293,18 @@ class TextEngine:
 
     def _group(self, lesson: Lesson, context_length: int, learning: Learning) -> Group:
         """A lesson as numbers. An option that has no tokens, as one from another model or a file, gets this model's."""
+        loaded, prompt = self.loaded, self.loaded.render(lesson.prompt)
         answers = [
-            list(option.tokens) if option.tokens else self.loaded.answer_tokens(option.text, option.finish == "stop")
+            list(option.tokens) if option.tokens else loaded.answer_tokens(option.text, option.finish == "stop", prompt)
             for option in lesson.options
         ]
         if isinstance(lesson.choice, Written):
-            answers.append(self.loaded.answer_tokens(lesson.choice.written))
-        answers = [answer or [self.loaded.end_token or 0] for answer in answers]
-        longest = max(len(answer) for answer in answers)
-        prompt = self.loaded.prompt_tokens(lesson.prompt, longest, context_length)
+            answers.append(loaded.answer_tokens(lesson.choice.written, after=prompt))
+        answers = [answer or [loaded.end_token or 0] for answer in answers]
+        loaded.require_room(prompt, max(len(answer) for answer in answers), context_length)
         sharpened = METHODS[learning.learning_method].tempered
         temperature = lesson.temperature if sharpened and lesson.temperature >= COLDEST else 1.0
-        return Group(prompt, answers, lesson.choice, temperature)
+        return Group(prompt.tokens, answers, lesson.choice, temperature)
 
     def _reference(self, slot: Slot, group: Group) -> Tensor:
         """The base model's log-probabilities of a lesson's answers. They never change, so they are kept."""

@@ -21,7 +21,7 @@ from .. import __version__
 from ..blobs import Blobs, fsync
 from ..errors import Conflict, EngineError, Invalid, LoadFailed, NotFound, shorten
 from ..memory import LIBRARIES
-from ..messages import Merge, Merged, Plant, Progress, Prompt
+from ..messages import Merge, Merged, Plant, Progress
 from ..params import Adapter
 from ..tensors import shapes_in
 from ..workers.worker import Spawn, Worker
@@ -160,7 +160,7 @@ class Exports:
         await asyncio.to_thread(self.folder.mkdir, parents=True, exist_ok=True)
         prompts = [session.prompts.at(place) for place in range(8)] if session.prompts else []
         probes = tuple(
-            Prompt(text=text, system=session.config.system_prompt, template=session.config.chat_template)
+            session.prompt_of(text)
             for text in dict.fromkeys([session.config.control_prompt, *PROBES, *prompts])
             if text
         )

@@ -41,6 +41,7 @@ from .foresight import Foresight
 from .lessons import Logs
 from .models import Models
 from .shown import options_from
+from .templates import template_trouble, thinking_kwargs
 from .tree import Fitted, Node, Tree, led_to, offer_seed, replayed
 
 Grown = Callable[[int, str], None]
@@ -119,10 +120,17 @@ class Growth:
     async def plant(self) -> str:
         """Make the weights that the session starts from, if they are not there. Returns their id."""
         worker = await self.engine()
+        self._require_template()
         request = Plant(adapter=self._config.part(Adapter), seed=self._config.seed)
         planted = await worker.ask(request, owner=self._owner)
         assert isinstance(planted, Planted)
         return planted.weights
+
+    def _require_template(self) -> None:
+        """Raises Invalid where the model's chat template cannot do what the session's options ask of it."""
+        loaded = self._models.loaded(self._model)
+        if loaded and (trouble := template_trouble(self._config, loaded)):
+            raise trouble
 
     async def learn(self, parent: Node, offer: str, choice: Choice) -> Learned:
         """Learn from what was said of an offer at a node, or take what was learned ahead. Raises WeightsMissing.
@@ -341,6 +349,7 @@ class Growth:
         return Prompt(
             text=config.prompt_prefix + text + config.prompt_suffix, system=config.system_prompt,
             template=config.chat_template, opening="<think>\n" if config.append_think else "",
+            template_kwargs=thinking_kwargs(config),
         )  # fmt: skip
 
     def has(self, weights: str) -> bool:

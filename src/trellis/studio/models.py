@@ -155,6 +155,11 @@ class Models:
         held = sorted((each for each in self._held.values() if each.entry.id == model_id), key=lambda each: each.used)
         return held[-1].options if held else ModelOptions(model=model_id)
 
+    def loaded(self, options: ModelOptions) -> Loaded | None:
+        """What its engine said of the model, None while it is not loaded."""
+        held = self._held.get(options)
+        return held.loaded if held else None
+
     def lanes(self, options: ModelOptions) -> int:
         """How many requests its engine works on at once."""
         held = self._held.get(options)

@@ -33,6 +33,7 @@ from .lessons import Logs
 from .models import Models
 from .shown import Shown, first_words
 from .tasks import Work, side_by_side, to_its_end
+from .templates import thinking_kwargs
 from .tree import Fitted, Node, Tree, child_id, drift_of, led_to, node_json, node_row, offer_id
 
 log = logging.getLogger(__name__)
@@ -341,7 +342,10 @@ class Session:
         self.used = time.monotonic()
         self._growth.welcome()
         self._pins[node.weights] += 1
-        request = request.model_copy(update={"weights": node.weights})
+        variables = thinking_kwargs(self.config) | request.template_kwargs
+        request = request.model_copy(
+            update={"weights": node.weights, "template": self.config.chat_template, "template_kwargs": variables}
+        )
         try:
             if not self._growth.at_hand(node.weights):
                 await self._growth.regrow(WeightsMissing(node.weights))

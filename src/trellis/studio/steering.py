@@ -17,12 +17,14 @@ from ..messages import derived_seed
 from ..params import ModelOptions, Sampling, SessionConfig, default_learning_rate, invalid_from
 from ..store import steering as rows
 from ..store.store import Store
+from .catalog import ModelEntry
 from .datasets import Datasets
 from .hub import Hub, HubEvent
 from .jobs import timestamp
 from .lessons import Logs
 from .models import Models
 from .session import Session
+from .templates import template_trouble, template_trouble_in
 from .tree import Node, Tree, drift_of, node_from, node_row, root_id, said
 
 log = logging.getLogger(__name__)
@@ -96,6 +98,8 @@ class Steering:
                 field="config.remote_code",
                 next_step="Turn it off.",
             )
+        if trouble := await self._template_trouble(entry, parsed):
+            raise trouble
         if parsed.dataset.source != "demo":
             await self._datasets.preview(parsed.dataset)
         if parsed.learning_rate is None:
@@ -133,9 +137,22 @@ class Steering:
         try:
             entry = await self._models.catalog.find(parsed.model, field="config.model")
             memory = await asyncio.to_thread(self._models.fits, entry, parsed)
+            if trouble := await self._template_trouble(entry, parsed):
+                errors = [*errors, *trouble.fields]
         except NotFound as error:
             errors = [*errors, {"field": "config.model", "message": error.message}]
         return {"errors": errors, "memory": memory}
+
+    async def _template_trouble(self, entry: ModelEntry, config: SessionConfig) -> Invalid | None:
+        """What the model's chat template cannot do of what the options ask, as far as it is known."""
+        if loaded := self._models.loaded(config.part(ModelOptions)):
+            return template_trouble(config, loaded)
+
+        def look() -> Invalid | None:
+            known = self._models.catalog.fetched(entry.repository, config.revision) if entry.repository else entry.path
+            return template_trouble_in(config, known) if known else None
+
+        return await asyncio.to_thread(look)
 
     async def session(self, session_id: str) -> Session:
         """A session by its id. Raises NotFound."""
