@@ -55,7 +55,7 @@ from .loop import Handler, Steps, Together
 from .merging import merge
 from .methods import METHODS
 from .reading import Group, reading_of
-from .sampling import COLDEST
+from .sampling import COLDEST, overflowed
 from .vitals import fluency_of, variety_of
 
 PROGRESS_SECONDS = 0.2
@@ -160,6 +160,9 @@ class TextEngine:
                 yield _delta(group, sent)
             else:
                 yield None
+        lost = [option for option in group if option.overflowed]
+        if lost and (len(lost) == len(group) or not all(option.tokens for option in lost)):
+            raise overflowed()
         if delta := _delta(group, sent):
             yield delta
         options = tuple(
