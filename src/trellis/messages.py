@@ -348,6 +348,8 @@ class Offered(Message):
     prompt_tokens: int
     seconds_to_first: float
     seconds: float
+    overflowed: tuple[int, ...] = ()
+    """Options that were cut short because the model gave no numbers for their next token."""
 
 
 class Metrics(Message):

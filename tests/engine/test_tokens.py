@@ -21,9 +21,23 @@ from trellis.engine.forward import Forward, GeneralForward, LeanForward
 from trellis.engine.graphs import Graphs
 from trellis.engine.lines import GeneralLines
 from trellis.engine.sampling import draw, drawn_from
-from trellis.errors import EngineError
-from trellis.messages import Answered, Chat, Drawn, Failed, Offer, Plant, Prompt, Spoke, Turn
-from trellis.params import Adapter, Sampling
+from trellis.errors import EngineError, TrellisError
+from trellis.messages import (
+    Answered,
+    Assess,
+    Chat,
+    Drawn,
+    Failed,
+    Learn,
+    Lesson,
+    Offer,
+    Option,
+    Plant,
+    Prompt,
+    Spoke,
+    Turn,
+)  # fmt: skip
+from trellis.params import Adapter, Learning, Sampling
 
 pytestmark = pytest.mark.engine
 
@@ -318,6 +332,41 @@ def test_an_offer_without_any_numbers_is_a_named_error(room: Room, openings: int
     with pytest.raises(EngineError, match="no number") as raised:
         run(room.engine.offer(request))
     assert raised.value.code == "not_finite"
+
+
+def test_learning_and_assessing_without_numbers_are_named_errors(room: Room) -> None:
+    bad = poisoned(room, 903, float("nan"))
+    options = (Option(text="a", tokens=(5, 6), finish="stop"), Option(text="b", tokens=(7, 8), finish="stop"))
+    lesson = Lesson(prompt=Prompt(text="Bread"), options=options, choice=0, temperature=1.0)
+    learning = Learning(learning_rate=1e-2)
+    with pytest.raises(TrellisError, match="overflowed") as raised:
+        run(room.engine.learn(Learn(weights=bad, lesson=lesson, learning=learning, context_length=256)))
+    assert raised.value.code == "not_finite"
+    with pytest.raises(TrellisError, match="no number") as raised:
+        run(room.engine.assess(Assess(weights=bad, lessons=(lesson,), learning=learning, context_length=256)))
+    assert raised.value.code == "not_finite"
+
+
+def test_a_click_that_leads_to_no_numbers_makes_no_weights(room: Room) -> None:
+    options = (Option(text="a", tokens=(5, 6), finish="stop"), Option(text="b", tokens=(7, 8), finish="stop"))
+    lesson = Lesson(prompt=Prompt(text="Bread"), options=options, choice=0, temperature=1.0)
+    learning = Learning(learning_rate=0.1).model_copy(update={"learning_rate": 1e30, "inner_steps": 1})
+    planted = run(room.engine.plant(Plant(adapter=Adapter(lora_rank=4), seed=904))).weights
+    with pytest.raises(TrellisError, match="overflowed") as raised:
+        run(room.engine.learn(Learn(weights=planted, lesson=lesson, learning=learning, context_length=256)))
+    assert raised.value.code == "not_finite"
+
+
+def test_a_base_model_without_numbers_teaches_nothing(tmp_path: Path) -> None:
+    room = Room(make_model(tmp_path / "model", "llama"), tmp_path / "weights")
+    planted = run(room.engine.plant(Plant(adapter=Adapter(lora_rank=4), seed=1))).weights
+    with torch.no_grad():
+        room.engine.loaded.model.get_parameter("model.norm.weight").fill_(float("nan"))
+    lesson = Lesson(prompt=Prompt(text="Bread"), choice=0, temperature=1.0,
+                    options=(Option(text="a", tokens=(5, 6), finish="stop"),))  # fmt: skip
+    request = Learn(weights=planted, lesson=lesson, learning=Learning(learning_rate=1e-2), context_length=256)
+    with pytest.raises(EngineError, match="no number"):
+        run(room.engine.learn(request))
 
 
 # ── Long conversations ─────────────────────────────────────────────────────────────────────────────

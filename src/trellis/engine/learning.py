@@ -5,6 +5,7 @@ It knows log-probabilities and flat vectors; not files, sessions or how answers 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -75,6 +76,14 @@ def settled(steps: int, options: Learning) -> float:
     if not options.settling:
         return 1.0
     return max(FLOOR, 1.0 / (1.0 + steps / (options.settling * options.inner_steps)))
+
+
+def _overflowed() -> TrellisError:
+    return TrellisError(
+        "The model's numbers overflowed while it learned from this choice.",
+        code="not_finite",
+        next_step="Undo a few steps, or use a lower learning rate.",
+    )
 
 
 def learn_steps(
@@ -150,11 +159,7 @@ def learn_steps(
     while steps < most:
         steps += 1
         if not bool(torch.isfinite(gradient).all()):
-            raise TrellisError(
-                "The model's numbers overflowed while it learned from this choice.",
-                code="not_finite",
-                next_step="Undo a few steps, or use a lower learning rate.",
-            )
+            raise _overflowed()
         moved = adamw_step(point, gradient, rate, method.betas, method.clip)
         if steps < most:
             logprobs, verdict, gradient = yield from look(moved.flat)
@@ -170,4 +175,6 @@ def learn_steps(
         point = moved
         if verdict.share >= target:
             break
+    if not math.isfinite(verdict.share):  # where the last step led, nothing can be said any more
+        raise _overflowed()
     return Outcome(point, float(before.loss.detach()), verdict.kl, before.share, verdict.share, steps)

@@ -169,7 +169,10 @@ class TextEngine:
             Option(text=o.text, tokens=tuple(o.tokens), finish=o.finish or "length", logprob=o.logprob) for o in group
         )
         seconds = time.monotonic() - started
-        return Offered(options=options, prompt_tokens=len(prompt), seconds_to_first=first, seconds=seconds)
+        return Offered(
+            options=options, prompt_tokens=len(prompt), seconds_to_first=first, seconds=seconds,
+            overflowed=tuple(index for index, option in enumerate(group) if option.overflowed),
+        )  # fmt: skip
 
     def learn(self, request: Learn) -> Steps:
         started = time.monotonic()
@@ -315,6 +318,8 @@ class TextEngine:
         known = self._references.get(key)
         if known is None:
             (known,) = reading_of(slot, [group]).logprobs([group], None)
+            if not bool(torch.isfinite(known).all()):
+                raise overflowed()
             with self._keeping:
                 self._references[key] = known
                 while len(self._references) > REFERENCES:
