@@ -262,6 +262,12 @@ class Chat(Message):
     stop: tuple[str, ...] = ()
     top: int | None = None
     """So many of the likeliest tokens are told beside each that is drawn, with their log-probabilities."""
+    top_k: int = 0
+    """Only so many of the likeliest tokens are drawn from; 0 for all."""
+    repetition_penalty: float = 1.0
+    """What was read or said before is less likely by this factor (CTRL, arXiv 1909.05858); 1 changes nothing."""
+    min_tokens: int = 0
+    """Before so many tokens the answer neither ends by itself nor at one of `stop`."""
     trims: bool = False
     template_kwargs: TemplateKwargs = Field(default={})
     """Variables for the chat template beside the messages, such as `enable_thinking`."""
@@ -387,6 +393,8 @@ class Offered(Message):
     prompt_tokens: int
     seconds_to_first: float
     seconds: float
+    overflowed: tuple[int, ...] = ()
+    """Options that were cut short because the model gave no numbers for their next token."""
 
 
 class Metrics(Message):

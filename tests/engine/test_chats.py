@@ -18,7 +18,6 @@ from tests.tiny import make_model
 from trellis.blobs import Blobs
 from trellis.engine import chats
 from trellis.engine.adapters import Weights
-from trellis.engine.chats import begins, until
 from trellis.engine.lines import GeneralLines, LeanLines, Lines, lines_of, shared
 from trellis.engine.text import TextEngine
 from trellis.errors import WeightsMissing
@@ -293,27 +292,6 @@ def test_a_model_without_a_template_is_spoken_to_in_lines(tmp_path: Path) -> Non
     assert room.engine.loaded.tokenizer.decode(prepared.tokens) == "User: Hello.\n\nAssistant:"
     assert prepared.stop == ("\n\nUser: ",)
     assert isinstance(room.run(asks("Hello."))[1][-1], Answered)
-
-
-@given(
-    pieces=st.lists(st.text("ab#", max_size=4), max_size=12),
-    stops=st.lists(st.text("ab#", min_size=1, max_size=3), max_size=3).map(tuple),
-)
-def test_what_is_told_is_the_text_up_to_the_first_stop(pieces: list[str], stops: tuple[str, ...]) -> None:
-    told, held, stopped = "", "", False
-    for piece in pieces:
-        text, stopped = until(held + piece, stops)
-        keep = 0 if stopped else begins(text, stops)
-        told, held = told + text[: len(text) - keep], text[len(text) - keep :]
-        if stopped:
-            break
-    whole = "".join(pieces)
-    assert told + ("" if stopped else held) == until(whole, stops)[0] or stopped
-    if stopped:
-        assert all(stop not in told for stop in stops)
-        assert whole.startswith(told)
-    else:
-        assert all(stop not in whole for stop in stops)
 
 
 @given(st.lists(st.integers(0, 2), max_size=9), st.lists(st.integers(0, 2), max_size=9))

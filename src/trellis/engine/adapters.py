@@ -82,6 +82,8 @@ class Slots:
         self._base = base
         self._lean = lean
         self._crew = crew
+        self.missing: Tensor | None = None
+        """Rows of the vocabulary that no token belongs to, which are never drawn."""
         self._model: PeftModel | None = None
         self._slots: dict[Adapter, Slot] = {}
         self._turn = threading.RLock()
@@ -109,7 +111,9 @@ class Slots:
         else:
             self._model.add_adapter(name, config)
         self._model.eval()
-        return Slot(self._model, name, settings, self._lean, self._turn, self._crew)
+        slot = Slot(self._model, name, settings, self._lean, self._turn, self._crew)
+        slot.missing = self.missing
+        return slot
 
     def _targets(self, settings: Adapter) -> str | list[str]:
         """Raises Invalid, which lists what there is, for a name that no layer has."""
@@ -176,6 +180,7 @@ class Slot:
         self.turn = turn
         self.crew = crew
         self.config = model.peft_config[name]
+        self.missing: Tensor | None = None
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         model.set_adapter(name)
         parameters = [(path, p) for path, p in model.named_parameters() if p.requires_grad]

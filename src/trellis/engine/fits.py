@@ -21,6 +21,7 @@ from .learning import Point, adamw_step, fading
 from .methods import METHODS, Method, rewards_of
 from .reading import Group, Part, reading_of, rounds
 from .said import agrees
+from .sampling import overflowed
 
 BATCH = 4
 """Choices that share an optimiser step."""
@@ -159,6 +160,8 @@ def sight(
     for group in groups:
         known = reference(group)
         (logprobs,) = reading_of(slot, [group]).logprobs([group], flat)
+        if not bool(torch.isfinite(logprobs).all()):
+            raise overflowed()
         verdict = plain.judge(logprobs, known, group.mask(known.device), group.choice, options)
         shares += verdict.share
         distances += verdict.kl

@@ -41,6 +41,7 @@ from .crew import Crew
 from .lean import Lean
 from .reading import SMALL
 from .templates import NEXT_STEP, ChatTemplate, TemplateFailed, choose_template, close_thought, opening_after, probe
+from .vocabulary import vocabulary_of
 
 INITIALIZING, READING, PARSING, PLACING, WARMING = 0.11, 0.15, 0.78, 0.8, 0.95
 """Where these stages begin as a fraction of a load; reading takes the bulk."""
@@ -143,6 +144,10 @@ class LoadedModel:
         most = request.sampling.max_new_tokens
         room = min(most, limit // 4) if request.trims else 1
         stop = request.stop
+        last = request.turns[-1].text.strip() if request.turns and request.turns[-1].role == "user" else ""
+        least = vocabulary_of(self.tokenizer).fewest_tokens(last if request.turns else request.text)
+        if least + room > limit:  # known without tokenizing it
+            raise too_long(least, limit, at_least=True)
         if not request.turns:
             tokens = self._tokens(request.text, False)
         else:
@@ -162,10 +167,11 @@ class LoadedModel:
         rest = [turn for turn in request.turns if turn.role != "system"]
         last = max((place for place, turn in enumerate(rest) if turn.role == "user"), default=0)
         beginnings = [place for place, turn in enumerate(rest[: last + 1]) if turn.role == "user" and place] or [0]
-        low, high = 0, len(beginnings) - 1
+        low, high, reach = 0, len(beginnings) - 1, 1
         best: tuple[list[int], int] | None = None
         while low <= high:
-            middle = (low + high) // 2
+            middle = max((low + high) // 2, high - reach)  # from the end, so that little more is tokenized than fits
+            reach *= 2
             tokens = self._turn_tokens([*said, *rest[beginnings[middle] :]], request)
             if len(tokens) <= most:
                 best, high = (tokens, beginnings[middle]), middle - 1
@@ -259,7 +265,7 @@ def read_model(
         yield from _move(model, device)
     yield Progress(stage="warming_up", fraction=WARMING, message="Warming up")
     with torch.inference_mode():
-        model(input_ids=torch.zeros((1, 8), dtype=torch.long, device=device), use_cache=False)
+        rows = model(input_ids=torch.zeros((1, 8), dtype=torch.long, device=device), use_cache=False).logits.shape[-1]
     lean, lanes = Lean.of(model), 1
     if device == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL:
         lanes = min(LANES, torch.get_num_threads()) if lean else 1
@@ -281,6 +287,10 @@ def read_model(
         lanes=lanes,
     )
     slots, ends = Slots(model, lean, Crew(lanes)), _ends(path, config, tokenizer)
+    if missing := sorted(set(vocabulary_of(tokenizer).missing(rows)) - ends):
+        slots.missing = torch.tensor(missing, device=device)
+        if lean is not None:
+            lean.missing = slots.missing
     return LoadedModel(model, tokenizer, slots, lean, ends, about, template)
 
 

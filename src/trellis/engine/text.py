@@ -55,7 +55,7 @@ from .loop import Handler, Steps, Together
 from .merging import merge
 from .methods import METHODS
 from .reading import Group, reading_of
-from .sampling import COLDEST
+from .sampling import COLDEST, overflowed
 from .vitals import fluency_of, variety_of
 
 PROGRESS_SECONDS = 0.2
@@ -160,13 +160,19 @@ class TextEngine:
                 yield _delta(group, sent)
             else:
                 yield None
+        lost = [option for option in group if option.overflowed]
+        if lost and (len(lost) == len(group) or not all(option.tokens for option in lost)):
+            raise overflowed()
         if delta := _delta(group, sent):
             yield delta
         options = tuple(
             Option(text=o.text, tokens=tuple(o.tokens), finish=o.finish or "length", logprob=o.logprob) for o in group
         )
         seconds = time.monotonic() - started
-        return Offered(options=options, prompt_tokens=len(prompt), seconds_to_first=first, seconds=seconds)
+        return Offered(
+            options=options, prompt_tokens=len(prompt), seconds_to_first=first, seconds=seconds,
+            overflowed=tuple(index for index, option in enumerate(group) if option.overflowed),
+        )  # fmt: skip
 
     def learn(self, request: Learn) -> Steps:
         started = time.monotonic()
@@ -312,6 +318,8 @@ class TextEngine:
         known = self._references.get(key)
         if known is None:
             (known,) = reading_of(slot, [group]).logprobs([group], None)
+            if not bool(torch.isfinite(known).all()):
+                raise overflowed()
             with self._keeping:
                 self._references[key] = known
                 while len(self._references) > REFERENCES:

@@ -760,6 +760,12 @@ class Session:
             shown.texts = [option.text for option in offered.options]
             self._note_speed(offered)
             self._publish("offer_ready", {"offer": shown.id, "options": shown.options_json()})
+            if offered.overflowed:
+                letters = " and ".join(chr(ord("A") + index) for index in offered.overflowed)
+                self._notice(
+                    f"{letters}: cut short, because the model's numbers overflowed there. If it happens again, go back "
+                    "to an earlier step."
+                )
 
     async def _control(self, node: Node) -> None:
         """Answer the control prompt at the head (and, once, at the root), when nobody waits for anything else."""
