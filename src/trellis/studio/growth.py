@@ -118,7 +118,8 @@ class Growth:
     async def plant(self) -> str:
         """Make the weights that the session starts from, if they are not there. Returns their id."""
         worker = await self.engine()
-        request = Plant(adapter=self._config.part(Adapter), seed=self._config.seed)
+        root = self._tree.root.weights
+        request = Plant(adapter=self._config.part(Adapter), seed=self._config.seed, root=root)
         planted = await worker.ask(request, owner=self._owner)
         assert isinstance(planted, Planted)
         return planted.weights
