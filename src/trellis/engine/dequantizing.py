@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model_files import BITSANDBYTES, BLOCK_FP8, block_of
+from ..model_problems import BITSANDBYTES, BLOCK_FP8, block_of
 
 INT8_RANGE = 127.0
 """A weight of bitsandbytes in 8 bits is its whole number times its row's largest value over this."""

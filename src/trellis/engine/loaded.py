@@ -33,16 +33,8 @@ from transformers import (
 from ..errors import Invalid, LoadFailed
 from ..memory import estimate, shape_of
 from ..messages import Chat, Load, Loaded, Progress, Prompt, TemplateKwargs, Turn
-from ..model_files import (
-    ModelFiles,
-    Vocabulary,
-    canonical_config,
-    inspect_folder,
-    quantization_of,
-    require_loadable,
-    token_without_row,
-    tokenizer_too_large,
-)
+from ..model_files import ModelFiles, Vocabulary, canonical_config, inspect_folder
+from ..model_problems import quantization_of, require_loadable, token_without_row, tokenizer_too_large
 from ..params import Precision, SessionConfig
 from ..tensors import UNREADABLE
 from .adapters import Slots

@@ -20,7 +20,8 @@ from typing import Any
 
 from ..errors import Conflict, NotFound, shorten
 from ..memory import Shape, shape_of
-from ..model_files import Problem, problem_of
+from ..model_files import Problem
+from ..model_problems import problem_of
 from ..params import Precision
 from ..tensors import UNREADABLE, shapes_in
 

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from ..blobs import Blobs
 from ..errors import Invalid, NotFound, TrellisError, shorten
 from ..messages import derived_seed
-from ..model_files import Problem, too_few_positions
+from ..model_files import Problem
+from ..model_problems import too_few_positions
 from ..params import ModelOptions, Sampling, SessionConfig, default_learning_rate, invalid_from
 from ..store import steering as rows
 from ..store.store import Store
