@@ -460,10 +460,13 @@ def _read_tensors(
 
 
 def is_finite(name: str, tensor: Tensor) -> bool:
-    """Whether all values of a tensor are numbers, in one pass: a sum is NaN or infinite where one of them is."""
-    if not tensor.is_floating_point() or name.endswith(MASKS):
+    """Whether all values of a tensor are numbers, in one pass: its extremes are NaN or infinite where one of them is.
+
+    It takes a fifth of the time of copying the tensor (docs/log.md).
+    """
+    if not tensor.is_floating_point() or not tensor.numel() or name.endswith(MASKS):
         return True
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
 
 
 def _not_finite(name: str, place: str, stored: Tensor) -> LoadFailed:
