@@ -110,10 +110,19 @@ class Growth:
                 raise Conflict(
                     f"The files of the model “{self._config.model}” are not the ones this session was grown on.",
                     code="model_changed",
-                    next_step="Put the original model back, or start a new session on this one.",
+                    next_step="Put the original files back (config.json and the weights) and resume, or start a new session.",
                 )
             self._planted_on = worker
         return worker
+
+    @property
+    def compared(self) -> bool:
+        """Whether the engine at hand is known to hold the base model that this session grew on."""
+        return self._planted_on is not None and self._planted_on.alive
+
+    async def compare(self) -> None:
+        """Load the model and compare it with the one that this session grew on. Raises Conflict for another one."""
+        await self._planted()
 
     async def plant(self) -> str:
         """Make the weights that the session starts from, if they are not there. Returns their id."""
