@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, TypeAdapter
@@ -147,6 +147,17 @@ class Plant(Message):
     type: Literal["plant"] = "plant"
     adapter: Adapter
     seed: int
+    root: str = later("")
+    """The weights that a session began with: made under this name on a model that an older version knew otherwise."""
+
+    def makes(self, fingerprint: str) -> str:
+        """The id of the weights on a model with this fingerprint."""
+        return recipe_id("w", {"model": fingerprint, **recipe_of(self.model_copy(update={"root": ""}))})
+
+    def makes_on(self, fingerprints: Sequence[str]) -> str:
+        """The id on a model that goes by several fingerprints: `root` where one of them leads to it, else the first."""
+        made = [self.makes(fingerprint) for fingerprint in fingerprints]
+        return self.root if self.root in made else made[0]
 
 
 class Merge(Message):
@@ -340,6 +351,8 @@ class Queued(Message):
 class Loaded(Message):
     type: Literal["loaded"] = "loaded"
     fingerprint: str
+    former_fingerprint: str = ""
+    """What older versions called the same model: sessions that began with it go on."""
     parameters: int
     architecture: str
     device: str

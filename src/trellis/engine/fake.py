@@ -46,8 +46,6 @@ from ..messages import (
     Spoke,
     Status,
     StatusReport,
-    recipe_id,
-    recipe_of,
 )  # fmt: skip
 from .loop import Handler, Steps, Together, Told, failed
 from .vitals import variety_of
@@ -133,7 +131,7 @@ class FakeEngine:
     def plant(self, request: Plant) -> Steps:
         yield None
         self._require_loaded()
-        made = recipe_id("w", {"model": "fake", **recipe_of(request)})
+        made = request.makes_on(["fake"])
         if made not in self._blobs:
             self._write(made, 0, None)
         return Planted(weights=made)

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ..blobs import fsync
 from ..errors import Invalid, LoadFailed, WeightsMissing
-from ..messages import Load, Merge, Merged, Progress, recipe_id, recipe_of
+from ..messages import Load, Merge, Merged, Progress
+from ..model_files import weight_files
 from ..tensors import UNREADABLE, all_finite, header_of
-from .loaded import LoadedModel, fingerprints, read_model, weight_files
+from .loaded import LoadedModel, fingerprints, read_model
 from .reading import Group, answer_logprobs
 from .side_files import copy_side_files, require_same_use, use_of, write_config
 
@@ -103,7 +104,7 @@ def merge(request: Merge, adapter: Path) -> Generator[Progress | None, None, Mer
 def _require_same_base(request: Merge) -> None:
     """Raises LoadFailed when the folder does not hold the base that the adapter was grown on."""
     for fingerprint in fingerprints(Path(request.path)):
-        if recipe_id("w", {"model": fingerprint, **recipe_of(request.plant)}) == request.root:
+        if request.plant.makes(fingerprint) == request.root:
             return
     raise LoadFailed(
         "The files of the base model are not the ones this session was grown on.",
@@ -128,7 +129,9 @@ def stored_dtype(base: Path) -> torch.dtype:
     except UNREADABLE:
         return torch.float32  # loading it says what is wrong with it
     most = max(kinds, key=lambda kind: kinds[kind], default="F32")
-    return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(most, torch.float32)
+    return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.bfloat16}.get(
+        most, torch.float32
+    )
 
 
 def _scaled(

@@ -39,7 +39,6 @@ from ..messages import (
     StatusReport,
     Written,
     recipe_id,
-    recipe_of,
 )  # fmt: skip
 from ..params import Learning
 from .adapters import Shelf, Slot, Weights
@@ -132,8 +131,8 @@ class TextEngine:
 
     def plant(self, request: Plant) -> Steps:
         yield None
-        recipe = {"model": self.loaded.about.fingerprint, **recipe_of(request)}
-        weights_id = recipe_id("w", recipe)
+        about = self.loaded.about
+        weights_id = request.makes_on([about.fingerprint, about.former_fingerprint])
         slot = self.loaded.slots.get(request.adapter)
         if not self._shelf.readable(slot, weights_id):
             self._shelf.plant(slot, weights_id, request.seed)
@@ -307,6 +306,8 @@ class TextEngine:
         if isinstance(lesson.choice, Written):
             answers.append(loaded.answer_tokens(lesson.choice.written, after=prompt))
         answers = [answer or [loaded.end_token or 0] for answer in answers]
+        for answer in answers:
+            loaded.require_known(answer, "choice")
         loaded.require_room(prompt, max(len(answer) for answer in answers), context_length)
         sharpened = METHODS[learning.learning_method].tempered
         temperature = lesson.temperature if sharpened and lesson.temperature >= COLDEST else 1.0

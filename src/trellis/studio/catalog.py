@@ -20,6 +20,9 @@ from typing import Any
 
 from ..errors import Conflict, NotFound, shorten
 from ..memory import Shape, shape_of
+from ..model_files import Problem
+from ..model_problems import problem_of
+from ..params import Precision
 from ..tensors import UNREADABLE, shapes_in
 
 DEMO = "demo"
@@ -87,6 +90,17 @@ class Catalog:
                 if about["repository"] == repository and (revision or "main") in (about["revision"], about["commit"]):
                     found.append((file.stat().st_mtime, Path(about["folder"])))
         return max(found)[1] if found else None
+
+    async def problem(
+        self, entry: ModelEntry, revision: str = "", precision: Precision = "auto", remote_code: bool = False
+    ) -> Problem | None:
+        """What keeps a model from being loaded, as far as the files that are here say; None for one that is not."""
+
+        def look() -> Problem | None:
+            folder = self.fetched(entry.repository, revision) if entry.repository else entry.path
+            return problem_of(folder, precision, remote_code) if folder else None
+
+        return await asyncio.to_thread(look)
 
     def _find(self, model_id: str, field: str | None) -> ModelEntry:
         known = {found[0]: found for found in self._known()}

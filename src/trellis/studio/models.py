@@ -16,6 +16,7 @@ import psutil
 from ..errors import Conflict, EngineDied, EngineError, LoadFailed, TrellisError
 from ..memory import estimate, what_would_fit
 from ..messages import Load, Loaded, Progress, Status, StatusReport
+from ..model_files import Problem
 from ..params import ModelOptions, Precision, SessionConfig
 from ..workers.worker import Spawn, Worker
 from .catalog import Catalog, ModelEntry
@@ -164,6 +165,11 @@ class Models:
         """How many requests its engine works on at once."""
         held = self._held.get(options)
         return held.loaded.lanes if held and held.loaded else 1
+
+    async def problem(self, entry: ModelEntry, options: ModelOptions) -> Problem | None:
+        """What keeps a model from being loaded with these options, as far as its files say."""
+        precision = self.precision(options)
+        return await self.catalog.problem(entry, options.revision, precision, options.remote_code)
 
     def fits(self, entry: ModelEntry, config: SessionConfig) -> dict[str, Any]:
         """What a session would need, what is free, and under which options it would fit if it does not."""

@@ -107,6 +107,8 @@ class Session:
         self._pins: Counter[str] = Counter()
         self._not_assessed: set[str] = set()
         self._warming: asyncio.Task[None] | None = None
+        self._resumed = False
+        """Whether a person wants to go on: the model is then loaded and compared before they choose."""
         self.used = time.monotonic()
         self.watched = 0
         self.foresees = foresees
@@ -289,6 +291,7 @@ class Session:
         """Try again after a failure, or go on after the model was unloaded."""
         async with self._lock:
             self._growth.welcome()
+            self._resumed = True
             if self.error:
                 self.error = None
                 self._publish("state", self.state())
@@ -464,7 +467,10 @@ class Session:
     def engine_changed(self, options: ModelOptions) -> None:
         """The engine of a model was started or ended."""
         if options == self._model:
-            self._publish("engine", {"state": self._models.state(options)})
+            state = self._models.state(options)
+            self._publish("engine", {"state": state})
+            if state == "loaded" and self.watched:
+                self.wake()
 
     @property
     def idle(self) -> bool:
@@ -629,9 +635,22 @@ class Session:
             return self._begin_offer
         if self.offer.options is None:
             return self._draw
+        if self._to_compare():
+            return self._compare
         if self._behind():
             return self._work_behind
         return None
+
+    def _to_compare(self) -> bool:
+        """Whether the model is to be compared with the one that the session grew on, so that another one is refused
+        before a choice is made that could not be learned from."""
+        if self._growth.compared or self._growth.dismissed:
+            return False
+        return self._resumed or (self.watched > 0 and self._models.state(self._model) == "loaded")
+
+    async def _compare(self) -> None:
+        await self._interruptible(self._growth.compare())
+        self._resumed = False
 
     def _behind(self) -> list[Work]:
         """What is done while the options are read, the most useful first."""
