@@ -23,7 +23,7 @@ from ..messages import CHOICE, Chat, Choice, Event, Learned, Lesson, Metrics, Of
 from ..params import ModelOptions, Sampling, SessionConfig
 from ..store import steering as rows
 from ..store.store import Store
-from .choices import require_fits
+from .choices import including_equals, require_fits
 from .datasets import Datasets, Prompts
 from .growth import Growth
 from .guesses import Guess, likely
@@ -202,9 +202,12 @@ class Session:
                     "Choose when all options are whole.",
                 )
             require_fits(choice, len(shown.options))
+            known = self.tree.nodes.get(led_to(self.tree.head, shown.id, choice))
+            if known is None:
+                choice = including_equals(choice, shown.options)
             said = CHOICE.dump_python(choice, mode="json")
             leads_to = child_id(self.tree.head, shown.id, said)
-            known = self.tree.nodes.get(leads_to)
+            known = known or self.tree.nodes.get(leads_to)
             body = {"offer": shown.id, "node": self.tree.head_id, "choice": said}
             learned = self._growth.made(leads_to) if known is None else None
             if known is not None or learned is not None or choice == "skip":
