@@ -191,6 +191,9 @@ export class Workbench {
     $("[data-load]", strip).toggleAttribute("hidden", !load);
     if (load) showProgress(strip, load);
     $("[data-resume]", strip).hidden = status !== "failed";
+    const stuck = status === "failed" && !this.state.offer;
+    $("[data-stuck]", this.root).hidden = !stuck;
+    for (const part of ["[data-prompt-card]", "[data-choose]", ".actions"]) $(part, this.root).hidden = stuck;
     const asleep = this.state.engine === "unloaded" && status === "ready";
     $("[data-engine-text]").textContent = `${this.state.config.model} · ${asleep ? "unloaded" : status}`;
     $("[data-engine]").classList.toggle("asleep", asleep);
