@@ -32,6 +32,7 @@ from .keeping import prunable
 from .lessons import Logs
 from .models import Models
 from .shown import Shown, first_words
+from .speed import tokens_per_second
 from .tasks import Work, side_by_side, to_its_end
 from .tree import Fitted, Node, Tree, child_id, drift_of, led_to, node_json, node_row, offer_id
 
@@ -537,7 +538,7 @@ class Session:
 
     def _note_speed(self, offered: Offered) -> None:
         tokens = sum(len(option.tokens) for option in offered.options)
-        self.tokens_per_second = round(tokens / offered.seconds, 1) if offered.seconds else None
+        self.tokens_per_second = tokens_per_second(tokens, offered.seconds)
 
     async def _go(
         self, target: Node, offer: str | None, notes: dict[str, dict[str, Any]], intent: dict[str, Any]
