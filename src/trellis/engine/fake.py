@@ -80,6 +80,9 @@ STEP_SECONDS = 0.002
 CONTEXT = 1024
 """Words of a conversation that are taken."""
 
+REPEAT = "repeat yourself"
+"""Where a prompt says so, the third answer is the first one again."""
+
 SAY = re.compile(r"say (\d{1,6}) (words|times) at (\d{1,6}) a second")
 
 
@@ -149,7 +152,10 @@ class FakeEngine:
                 next_step="Shorten it.",
             )
         key = request.model_dump_json()
-        lengths = [min(3 + _draw(key, index, "length") % 12, room) for index in range(request.group_size)]
+        drawn = list(range(request.group_size))
+        if REPEAT in request.prompt.text and len(drawn) > 2:
+            drawn[2] = 0
+        lengths = [min(3 + _draw(key, index, "length") % 12, room) for index in drawn]
         texts = [""] * request.group_size
         tokens: list[list[int]] = [[] for _ in texts]
         for step in range(max(lengths)):
@@ -157,7 +163,7 @@ class FakeEngine:
             delta = {}
             for index, length in enumerate(lengths):
                 if step < length:
-                    token = _draw(key, index, step) % len(WORDS)
+                    token = _draw(key, drawn[index], step) % len(WORDS)
                     tokens[index].append(token)
                     delta[index] = (" " if step else "") + WORDS[token]
                     texts[index] += delta[index]

@@ -81,6 +81,13 @@ class Catalog:
             raise NotFound(f"No files of “{shorten(model_id)}” are here.", next_step="There is nothing to delete.")
         await asyncio.to_thread(self._remove, entry)
 
+    async def delete_partial(self, model_id: str) -> None:
+        """Remove what a download that was never finished has left; a model that is whole stays."""
+        with suppress(NotFound):  # a folder that was taken away has left nothing
+            entry = await self.find(model_id)
+            if entry.repository and entry.bytes == 0:
+                await asyncio.to_thread(self._remove, entry)
+
     def fetched(self, repository: str, revision: str) -> Path | None:
         """The folder of what was fetched of a repository last, at a revision where one is named."""
         found: list[tuple[float, Path]] = []

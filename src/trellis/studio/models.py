@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from ..errors import Conflict, EngineDied, EngineError, LoadFailed, TrellisError
+from ..errors import Conflict, EngineDied, EngineError, LoadFailed, NotFound, TrellisError, shorten
 from ..memory import estimate, what_would_fit
 from ..messages import Load, Loaded, Progress, Status, StatusReport
 from ..model_files import Problem
@@ -140,6 +140,32 @@ class Models:
         if any(held.entry.id == model_id for held in self._held.values()):
             raise Conflict(f"The model “{model_id}” is loaded.", code="loaded", next_step="Unload it first.")
         await self.catalog.delete(model_id)
+
+    async def failed_loads(self) -> dict[str, dict[str, Any]]:
+        """By model the last load of it, as a job, where that one failed."""
+        last: dict[str, dict[str, Any]] = {}
+        for job in await self._jobs.list(["load"]):
+            last.setdefault(job["about"]["model"], job)
+        return {model: job for model, job in last.items() if job["state"] == "failed"}
+
+    async def forget_failed_loads(self, model_id: str) -> None:
+        """Remove the loads of a model that failed, and what a download that was never finished has left on the disk.
+
+        Raises NotFound where none failed, or Conflict while the model is loading.
+        """
+        if any(held.entry.id == model_id for held in self._held.values()):
+            raise Conflict(f"The model “{model_id}” is loading or loaded.", code="loaded", next_step="Unload it first.")
+        failed = [
+            job["id"]
+            for job in await self._jobs.list(["load"])
+            if job["about"]["model"] == model_id and job["state"] in ("failed", "cancelled")
+        ]
+        if not failed:
+            raise NotFound(
+                f"No load of “{shorten(model_id)}” has failed.", next_step="The models are listed on the Models page."
+            )
+        await self._jobs.forget(failed)
+        await self.catalog.delete_partial(model_id)
 
     def dismissals(self, options: ModelOptions) -> int:
         """How often a person has unloaded it: who was at work with it then must not load it again by itself."""

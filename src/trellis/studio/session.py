@@ -23,7 +23,7 @@ from ..messages import CHOICE, Chat, Choice, Event, Learned, Lesson, Metrics, Of
 from ..params import ModelOptions, Sampling, SessionConfig
 from ..store import steering as rows
 from ..store.store import Store
-from .choices import require_fits
+from .choices import including_equals, require_fits
 from .datasets import Datasets, Prompts
 from .growth import Growth
 from .guesses import Guess, likely
@@ -32,6 +32,7 @@ from .keeping import prunable
 from .lessons import Logs
 from .models import Models
 from .shown import Shown, first_words
+from .speed import tokens_per_second
 from .tasks import Work, side_by_side, to_its_end
 from .templates import thinking_kwargs
 from .tree import Fitted, Node, Tree, child_id, drift_of, led_to, node_json, node_row, offer_id
@@ -205,9 +206,12 @@ class Session:
                     "Choose when all options are whole.",
                 )
             require_fits(choice, len(shown.options))
+            known = self.tree.nodes.get(led_to(self.tree.head, shown.id, choice))
+            if known is None:
+                choice = including_equals(choice, shown.options)
             said = CHOICE.dump_python(choice, mode="json")
             leads_to = child_id(self.tree.head, shown.id, said)
-            known = self.tree.nodes.get(leads_to)
+            known = known or self.tree.nodes.get(leads_to)
             body = {"offer": shown.id, "node": self.tree.head_id, "choice": said}
             learned = self._growth.made(leads_to) if known is None else None
             if known is not None or learned is not None or choice == "skip":
@@ -548,7 +552,7 @@ class Session:
 
     def _note_speed(self, offered: Offered) -> None:
         tokens = sum(len(option.tokens) for option in offered.options)
-        self.tokens_per_second = round(tokens / offered.seconds, 1) if offered.seconds else None
+        self.tokens_per_second = tokens_per_second(tokens, offered.seconds)
 
     async def _go(
         self, target: Node, offer: str | None, notes: dict[str, dict[str, Any]], intent: dict[str, Any]
