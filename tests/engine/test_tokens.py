@@ -213,7 +213,7 @@ def test_filters_as_tensors_tell_it_as_well() -> None:
 
 
 def poisoned(room: Room, seed: int, value: float) -> str:
-    """Weights with a value that is no number."""
+    """Weights so large that what the model makes with them are no numbers."""
     planted = run(room.engine.plant(Plant(adapter=Adapter(lora_rank=4), seed=seed))).weights
     slot, found = room.engine.weights(planted)
     flat = torch.randn(slot.flat.shape, generator=torch.Generator().manual_seed(seed))
@@ -223,7 +223,7 @@ def poisoned(room: Room, seed: int, value: float) -> str:
     return made.id
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [1e38, 1e25])
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
 def test_one_conversation_without_numbers_ends_alone(room: Room, value: float, sampling: Sampling) -> None:
     bad = poisoned(room, 901, value)
@@ -325,7 +325,7 @@ def test_an_option_without_numbers_ends_and_the_others_go_on(
 @pytest.mark.parametrize("openings", [1, 3])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_offer_without_any_numbers_is_a_named_error(room: Room, openings: int, temperature: float) -> None:
-    bad = poisoned(room, 902, float("nan"))
+    bad = poisoned(room, 902, 1e38)
     sampling = DRAWN.model_copy(update={"temperature": temperature})
     request = Offer(weights=bad, prompt=Prompt(text="Bread"), sampling=sampling, group_size=3, seed=1,
                     context_length=256, openings=openings)  # fmt: skip
@@ -335,7 +335,7 @@ def test_an_offer_without_any_numbers_is_a_named_error(room: Room, openings: int
 
 
 def test_learning_and_assessing_without_numbers_are_named_errors(room: Room) -> None:
-    bad = poisoned(room, 903, float("nan"))
+    bad = poisoned(room, 903, 1e38)
     options = (Option(text="a", tokens=(5, 6), finish="stop"), Option(text="b", tokens=(7, 8), finish="stop"))
     lesson = Lesson(prompt=Prompt(text="Bread"), options=options, choice=0, temperature=1.0)
     learning = Learning(learning_rate=1e-2)
