@@ -139,6 +139,8 @@ class Load(Message):
     device: Device = "auto"
     engine: EngineName = "transformers"
     remote_code: bool = False
+    fetches: bool = True
+    """Whether the hub may be asked; else the files that are here are used as they are."""
 
 
 class Plant(Message):

@@ -398,7 +398,8 @@ def _penalized(logits: Tensor, seat: Seat, ends: frozenset[int]) -> Tensor:
         changed = torch.where(logits > 0, logits / penalty, logits * penalty)
         logits = torch.where(seat.penalized, changed, logits)
     if seat.count < seat.request.min_tokens and ends:
-        logits = logits.index_fill(0, torch.tensor(sorted(ends), device=logits.device), float("-inf"))
+        known = [token for token in ends if token < len(logits)]
+        logits = logits.index_fill(0, torch.tensor(known, device=logits.device, dtype=torch.long), float("-inf"))
     return logits
 
 

@@ -56,12 +56,20 @@ def marker(cache: Path, repository: str, commit: str) -> Path:
 
 
 def download(
-    repository: str, revision: str, cache: Path, with_code: bool, patience: float
+    repository: str, revision: str, cache: Path, with_code: bool, patience: float, fetches: bool = True
 ) -> Generator[Progress | None, None, Path]:
-    """The folder of a repository at a revision, fetched as far as it is not there. Raises LoadFailed."""
+    """The folder of a repository at a revision, fetched as far as it is not there; or, unless it `fetches`, as it was
+    fetched last. Raises LoadFailed."""
     revision = revision or "main"
     if known := _kept(cache, repository, revision, with_code):
         return known
+    if not fetches:
+        if known := _latest(cache, repository, revision):
+            return known
+        raise LoadFailed(
+            f"The files of “{repository}” are not here any more.", code="not_found",
+            next_step="Load it on the Models page, which fetches them.",
+        )  # fmt: skip
     yield Progress(stage="initializing", fraction=0.01, message=f"Asking the hub for {repository}")
     patterns = [*WANTED, "*.py"] if with_code else WANTED
     try:

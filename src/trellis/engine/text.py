@@ -117,7 +117,7 @@ class TextEngine:
         path = Path(request.path)
         if request.repository:
             path = yield from download(
-                request.repository, request.revision, path, request.remote_code, self._hub_timeout
+                request.repository, request.revision, path, request.remote_code, self._hub_timeout, request.fetches
             )
             require_memory(path, request)
         self._loaded = yield from read_model(path, request)

@@ -83,29 +83,32 @@ class Models:
         coming = [held.entry for held in self._held.values() if held.entry.id not in known]
         return [await self._describe(entry) for entry in [*entries, *dict.fromkeys(coming)]]
 
-    async def load(self, options: ModelOptions, request: str | None = None) -> Job:
-        """Start loading, or return the job that is at it or has done it.
+    async def load(self, options: ModelOptions, request: str | None = None, fetches: bool = True) -> Job:
+        """Start loading, or return the job that is at it or has done it. Unless it `fetches`, the hub is not asked.
 
-        Raises NotFound, or LoadFailed for a model that cannot fit into the memory that is free.
+        Raises NotFound, or LoadFailed for a model that cannot be loaded or does not fit into the memory that is free.
         """
         entry = await self.catalog.find(options.model, field="model")
+        if entry.problem:
+            raise entry.problem
         async with self._lock:
             held = self._held.get(options)
             if held and held.in_use:
                 return held.job
             self._require_room(entry, options)
             body = options.model_dump(mode="json", exclude_defaults=True) | {"model": options.model}
-            job = await self._jobs.start("load", body, lambda job: self._load(entry, options, job), request)
+            job = await self._jobs.start("load", body, lambda job: self._load(entry, options, job, fetches), request)
             if job.task is not None and not job.task.done():  # a repeated request is answered with its old job
                 self._held[options] = Held(entry, options, job)
             return job
 
-    async def engine(self, options: ModelOptions, follow: Callable[[Progress], None]) -> Worker:
-        """A loaded engine of a model, loading it if need be. Raises the reason when that fails."""
+    async def engine(self, options: ModelOptions, follow: Callable[[Progress], None], fetches: bool = True) -> Worker:
+        """A loaded engine of a model, loading it if need be; from what is here alone, unless it `fetches`. Raises the
+        reason when that fails."""
         for _ in range(3):
             if (worker := self._worker(options)) is not None:
                 return worker
-            job = await self.load(options)
+            job = await self.load(options, fetches=fetches)
             job.followers.append(follow)
             try:
                 if job.task and not job.task.done():
@@ -275,7 +278,7 @@ class Models:
                     log.info("unloading %s, which nobody has used for a while", held.entry.id)
                     await self._end(held)
 
-    async def _load(self, entry: ModelEntry, options: ModelOptions, job: Job) -> dict[str, Any]:
+    async def _load(self, entry: ModelEntry, options: ModelOptions, job: Job, fetches: bool) -> dict[str, Any]:
         job.progress(Progress(stage="connecting", fraction=0.0, message="Starting an engine"))
         worker: Worker | None = None
         ready = False
@@ -283,7 +286,7 @@ class Models:
             worker = started = await Worker.start(self._spawn)
             job.progress(Progress(stage="initializing", fraction=0.01, message="Starting the engine"))
             loaded: Loaded | None = None
-            async for event in worker.stream(_request(entry, options)):
+            async for event in worker.stream(_request(entry, options, fetches)):
                 if isinstance(event, Progress):
                     job.progress(event)
                 elif isinstance(event, Loaded):
@@ -340,6 +343,7 @@ class Models:
             "size": entry.bytes,
             "parameters": entry.parameters,
             "architecture": entry.architecture,
+            "problem": entry.problem.as_json() if entry.problem else None,
             "state": state,
             "memory_estimate": needed.total if entry.parameters else None,
             "memory": first["memory"] if first else None,
@@ -373,8 +377,8 @@ def resident(worker: Worker) -> int:
         return 0
 
 
-def _request(entry: ModelEntry, options: ModelOptions) -> Load:
+def _request(entry: ModelEntry, options: ModelOptions, fetches: bool) -> Load:
     return Load(
         path=str(entry.path), repository=entry.repository, revision=options.revision, precision=options.precision,
-        device=options.device, engine=options.engine, remote_code=options.remote_code,
+        device=options.device, engine=options.engine, remote_code=options.remote_code, fetches=fetches,
     )  # fmt: skip
