@@ -27,14 +27,17 @@ PASSWORD = "a long enough password"
 SIDEWAYS = """() => {
   const root = document.documentElement;
   if (root.scrollWidth <= root.clientWidth) return null;
-  const wide = [...document.querySelectorAll("body *")].filter((each) => each.getBoundingClientRect().right > root.clientWidth + 1);
-  return `${root.scrollWidth} > ${root.clientWidth}: ${wide.slice(-3).map((each) => each.outerHTML.slice(0, 160)).join(" | ")}`;
+  const wide = [...document.querySelectorAll("body *")].filter((each) =>
+    each.getBoundingClientRect().right > root.clientWidth + 1);
+  const shown = wide.slice(-3).map((each) => each.outerHTML.slice(0, 160));
+  return `${root.scrollWidth} > ${root.clientWidth}: ${shown.join(" | ")}`;
 }"""
 """How a page scrolls sideways, if it does: the last elements that reach out of it."""
 
 COVERED = """() => {
   const found = [];
-  for (const each of document.querySelectorAll("a.button, button, summary, input:not([type=hidden]), select, textarea")) {
+  const controls = "a.button, button, summary, input:not([type=hidden]), select, textarea";
+  for (const each of document.querySelectorAll(controls)) {
     if (!each.checkVisibility({ visibilityProperty: true, opacityProperty: true })) continue;
     if (each.closest(".visually-hidden") || each.matches(".visually-hidden")) continue;
     each.scrollIntoView({ block: "center", inline: "nearest", behavior: "instant" });
@@ -114,7 +117,8 @@ IN_VIEW = """() => [...document.querySelectorAll(".option:not([hidden]) [data-te
   range.selectNodeContents(text);
   const words = range.getBoundingClientRect();
   const at = document.elementFromPoint(words.x + 4, words.bottom - 4);
-  return words.bottom <= innerHeight && words.top >= 0 && text.contains(at) && text.scrollHeight <= text.clientHeight + 1;
+  const whole = words.top >= 0 && words.bottom <= innerHeight && text.scrollHeight <= text.clientHeight + 1;
+  return whole && text.contains(at);
 }).length"""
 """How many answers can be read whole without scrolling."""
 
