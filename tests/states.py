@@ -6,24 +6,30 @@ import asyncio
 import json
 import secrets
 import shutil
+import socket
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import uvicorn
+
 from tests.conftest import ready, thread_spawner, until
 from trellis.blobs import Blobs
 from trellis.engine.fake import FakeEngine
 from trellis.errors import LoadFailed
 from trellis.params import ModelOptions
+from trellis.settings import Settings
 from trellis.store import blind as blind_rows
 from trellis.store import jobs as job_rows
 from trellis.store import rooms as room_rows
+from trellis.store.store import Store, migrate
 from trellis.studio.jobs import Job
 from trellis.studio.message import Message
 from trellis.studio.session import Session
 from trellis.studio.studio import Studio
+from trellis.web.app import create_app
 from trellis.workers.worker import Spawn
 
 LONG = "unbroken" * 20
@@ -243,5 +249,40 @@ async def _connections(studio: Studio) -> None:
     await studio.remotes.add("all", f"https://example.org/{LONG}", "sk-x", ["one", LONG], True)
 
 
-def saved(states: States) -> str:
-    return json.dumps(states.__dict__)
+class StatesServer:
+    """The studio with all states behind a real port, in a thread of the test, so that what runs goes on running."""
+
+    def __init__(self, folder: Path, tiny: Path, **settings: Any) -> None:
+        make_models(folder, tiny)
+        chosen = Settings(save_dir=folder, **settings)
+        migrate(chosen.database)
+        StatefulEngine.go_on.clear()
+        self._studio = Studio(Store(chosen.database), spawn_into(folder), chosen)
+        app = create_app(self._studio, chosen)
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="websockets-sansio"))
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> StatesServer:
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+        assert self._loop is not None
+        self.states = asyncio.run_coroutine_threadsafe(make_states(self._studio), self._loop).result(120)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        StatefulEngine.go_on.set()
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._studio.hub.close)
+        self._server.should_exit = True
+        self._thread.join(20)
+        self._socket.close()
+
+    def _run(self) -> None:
+        async def serve() -> None:
+            self._loop = asyncio.get_running_loop()
+            await self._server.serve([self._socket])
+
+        asyncio.run(serve())

@@ -66,9 +66,11 @@ export class Workbench {
   // What happened
 
   offerStarted(offer) {
-    // The grid keeps its height while new answers grow, so that nothing moves under the hand.
+    // The grid keeps the height of the last answers while new ones grow, so that nothing moves under the hand; not
+    // that of all answers before, and not more than the screen has.
     const grid = $(".options-grid", this.root);
-    grid.style.minHeight = `${grid.offsetHeight}px`;
+    grid.style.minHeight = "";
+    grid.style.minHeight = `${Math.min(grid.offsetHeight, innerHeight / 2)}px`;
     const fresh = this.state.offer?.id !== offer.offer;
     this.state.offer = { id: offer.offer, node: offer.node, prompt: offer.prompt, options: offer.options, status: "streaming" };
     this.state.status = "offering";
