@@ -4,6 +4,7 @@ is said in words."""
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import shutil
 import time
@@ -377,6 +378,16 @@ def test_a_list_of_named_templates_without_a_default_is_read_from_a_folder(model
     assert "“plain”" in load(folder).about.template_problem
 
 
+@pytest.mark.parametrize("content", [{"chat_template": TEMPLATE}, {"chat_template": ""}, [], "x"])
+def test_a_template_in_a_processors_file_is_read(model: Path, tmp_path: Path, content: Any) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "m"))
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps(content))
+    loaded = load(folder)
+    text = loaded.render(Prompt(text="Hello")).text
+    assert text == ("<|user|>Hello<|end|><|assistant|>" if content == {"chat_template": TEMPLATE} else "Hello")
+
+
 # ── Thinking ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -469,6 +480,17 @@ def test_a_written_answer_is_taught_as_the_template_writes_one(
     prompt = loaded.render(Prompt(text="Is it?", template_kwargs=variables))
     assert loaded.tokenizer.decode(loaded.answer_tokens("It is.", after=prompt)) == taught
     assert loaded.tokenizer.decode(loaded.answer_tokens("a</think>b", after=prompt)).endswith("a</think>b<|end|>")
+
+
+@pytest.mark.parametrize("opening", ["", "<think>\n"])
+def test_a_whole_thought_is_taught_once_where_its_beginning_is_in_the_prompt(
+    model: Path, tmp_path: Path, opening: str
+) -> None:
+    loaded = with_template(model, tmp_path / "m", OPENED)
+    prompt = loaded.render(Prompt(text="Is it?", opening=opening))
+    for answer in ("<think>\nHm.\n</think>\n\nIt is.", "Hm.\n</think>\n\nIt is."):
+        taught = loaded.tokenizer.decode(loaded.answer_tokens(answer, after=prompt))
+        assert taught == "Hm.\n</think>\n\nIt is.<|end|>"
 
 
 # ── Variables ──────────────────────────────────────────────────────────────────────────────────────

@@ -132,6 +132,7 @@ class LoadedModel:
         tokens: list[int] | None = None
         text = self._without_end(text) if ended else text
         if after is not None and text:
+            text = opening_after(after.text, text)
             if self.template and after.templated:
                 text = self.template.answer_after(after.text, text, ended)
             elif ended:
@@ -279,7 +280,7 @@ def read_model(
         lanes = min(LANES, torch.get_num_threads()) if lean else 1
         torch.set_num_threads(1)
     tokenizer("Once, so that nothing in it changes when several threads read with it.")
-    template, problem = _read_template(tokenizer)
+    template, problem = _read_template(path, tokenizer)
     about = Loaded(
         fingerprint=digest.hexdigest()[:32],
         parameters=sum(p.numel() for p in model.parameters()),
@@ -298,8 +299,12 @@ def read_model(
     return LoadedModel(model, tokenizer, slots, lean, ends, about, template)
 
 
-def _read_template(tokenizer: Any) -> tuple[ChatTemplate | None, str]:
-    """The tokenizer's chat template after a trial, and what is wrong with one that cannot be used."""
+def _read_template(path: Path, tokenizer: Any) -> tuple[ChatTemplate | None, str]:
+    """The chat template after a trial, and what is wrong with one that cannot be used. Models that also see have theirs
+    in a file that their tokenizer does not read."""
+    if not tokenizer.chat_template:
+        with suppress(OSError, ValueError, AttributeError):
+            tokenizer.chat_template = json.loads((path / "chat_template.json").read_text()).get("chat_template")
     try:
         source = choose_template(tokenizer.chat_template)
         return (probe(tokenizer, source) if source else None), ""
