@@ -457,6 +457,8 @@ class Heard(Message):
     warm: int
     left_out: int
     context_length: int
+    in_thought: bool = False
+    """Whether the chat template has opened a thought, in which the answer begins."""
 
 
 class Drawn(Message):

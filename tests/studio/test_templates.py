@@ -14,8 +14,10 @@ from tests.conftest import open_studio, thread_spawner, until
 from trellis.blobs import Blobs
 from trellis.engine.fake import FakeEngine
 from trellis.errors import Invalid
-from trellis.messages import Chat, Learn, Loaded, Offer, Turn, recipe_of
+from trellis.messages import Chat, Heard, Learn, Loaded, Offer, Spoke, Turn, recipe_of
 from trellis.params import ModelOptions, Sampling, SessionConfig
+from trellis.studio.answering import Answering
+from trellis.studio.message import Message
 from trellis.studio.studio import Studio
 from trellis.studio.templates import chat_templates, may_switch, template_trouble, thinking_kwargs
 
@@ -138,6 +140,24 @@ async def test_a_template_that_cannot_be_used_stops_a_session_before_it_begins_a
         assert [error["field"] for error in found["errors"]] == ["config.chat_template"]
         other = await studio.steering.create("Other", {"chat_template": False})
         await until(lambda: other.status == "ready")
+
+
+@pytest.mark.parametrize(("written", "text"), [("", "<think>\nHm, the sea"), ("<think>\nHm,", "<think>\nHm, the sea")])
+async def test_a_thought_that_the_template_opened_has_its_beginning_in_the_answer(written: str, text: str) -> None:
+    class Quiet:
+        async def speak(self, message: Message, answering: Answering) -> None: ...
+        async def save(self, message: Message) -> None: ...
+        def publish(self, kind: str, **data: Any) -> None: ...
+
+    message = Message(id="m", room="r", parent=None, role="assistant", text=written)
+    answering = Answering(Quiet(), message)
+    await answering.run()
+    heard = Heard(read=3, prompt_tokens=3, warm=0, left_out=0, context_length=9, in_thought=not written)
+    for event in (heard, heard, Spoke(text=(" the sea" if written else "Hm, the sea"), tokens=3)):
+        await answering.take(event)
+    await answering.finish()
+    assert message.text == text
+    assert "<details" in (message.html or "")
 
 
 @pytest.mark.parametrize(

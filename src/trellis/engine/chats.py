@@ -65,6 +65,8 @@ class Prepared:
     limit: int
     most: int
     stop: tuple[str, ...]
+    in_thought: bool = False
+    """Whether the answer begins in a thought that the chat template has opened."""
 
 
 class Speaker(Protocol):
@@ -331,6 +333,7 @@ class Chats:
         heard = Heard(
             read=len(seat.line.tokens), prompt_tokens=len(seat.prepared.tokens), warm=seat.warm,
             left_out=seat.prepared.left_out, context_length=seat.prepared.limit,
+            in_thought=seat.prepared.in_thought,
         )  # fmt: skip
         told.append((seat.number, heard, False))
 

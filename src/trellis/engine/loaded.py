@@ -43,7 +43,16 @@ from .crew import Crew
 from .dequantizing import dequantize
 from .lean import Lean
 from .reading import SMALL
-from .templates import NEXT_STEP, ChatTemplate, TemplateFailed, choose_template, close_thought, opening_after, probe
+from .templates import (
+    NEXT_STEP,
+    ChatTemplate,
+    TemplateFailed,
+    choose_template,
+    close_thought,
+    in_thought,
+    opening_after,
+    probe,
+)
 from .vocabulary import vocabulary_of
 
 INITIALIZING, READING, PARSING, PLACING, WARMING = 0.11, 0.15, 0.78, 0.8, 0.95
@@ -96,7 +105,7 @@ class LoadedModel:
             turns = [Turn(role="user", text=prompt.text)]
             if prompt.system:
                 turns = [Turn(role="system", text=prompt.system), *turns]
-            text = template.prompt(turns, prompt.template_kwargs, "prompt")
+            text = template.prompt(turns, prompt.template_kwargs, "prompt", fixed_day=True)
             text += opening_after(text, prompt.opening)
         tokens = self._tokens(text, template is not None)
         self.require_known(tokens, "prompt")
@@ -122,7 +131,9 @@ class LoadedModel:
         together, and apart only where the prompt's own tokens would not be the same.
         """
         tokens: list[int] | None = None
+        text = self._without_end(text) if ended else text
         if after is not None and text:
+            text = opening_after(after.text, text)
             if self.template and after.templated:
                 text = self.template.answer_after(after.text, text, ended)
             elif ended:
@@ -134,6 +145,13 @@ class LoadedModel:
             tokens = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         end = self.end_of_turn if after is None or after.templated else self.end_token
         return [*tokens, end] if ended and end is not None else tokens
+
+    def _without_end(self, text: str) -> str:
+        """An answer without an end token at its end, as files have it; it is put there as a token."""
+        ends = [each for end in self.ends if len(each := str(self.tokenizer.decode([end])).strip()) > 1]
+        while cut := next((each for each in ends if text.rstrip().endswith(each)), ""):
+            text = text.rstrip().removesuffix(cut)
+        return text
 
     def require_known(self, tokens: Sequence[int], field: str) -> None:
         """Raises Invalid for a text with a token that the model has no row for, such as one for padding."""
@@ -155,7 +173,7 @@ class LoadedModel:
         limit = positions_of(self.model.config) or UNKNOWN_POSITIONS
         most = request.sampling.max_new_tokens
         room = min(most, limit // 4) if request.trims else 1
-        stop = request.stop
+        stop, thinks = request.stop, False
         last = request.turns[-1].text.strip() if request.turns and request.turns[-1].role == "user" else ""
         least = vocabulary_of(self.tokenizer).fewest_tokens(last if request.turns else request.text)
         if least + room > limit:  # known without tokenizing it
@@ -163,7 +181,7 @@ class LoadedModel:
         if not request.turns:
             tokens = self._tokens(request.text, False)
         else:
-            tokens = self._turn_tokens(request.turns, request)
+            tokens, thinks = self._turn_tokens(request.turns, request)
             if not (self.template and request.template):
                 stop = (*stop, SPEAKS["user"])
         self.require_known(tokens, "messages")
@@ -172,7 +190,7 @@ class LoadedModel:
             if not request.trims or not request.turns:
                 raise too_long(len(tokens), limit)
             tokens, left_out = self._trimmed(request, limit - room, len(tokens))
-        return Prepared(tokens, left_out, limit, most, stop)
+        return Prepared(tokens, left_out, limit, most, stop, thinks)
 
     def _trimmed(self, request: Chat, most: int, whole: int) -> tuple[list[int], int]:
         """The longest end of a conversation that fits, after what the system said, and how many turns it leaves out."""
@@ -185,7 +203,7 @@ class LoadedModel:
         while low <= high:
             middle = max((low + high) // 2, high - reach)  # from the end, so that little more is tokenized than fits
             reach *= 2
-            tokens = self._turn_tokens([*said, *rest[beginnings[middle] :]], request)
+            tokens, _ = self._turn_tokens([*said, *rest[beginnings[middle] :]], request)
             if len(tokens) <= most:
                 best, high = (tokens, beginnings[middle]), middle - 1
             else:
@@ -194,7 +212,8 @@ class LoadedModel:
             raise too_long(whole, most)
         return best
 
-    def _turn_tokens(self, turns: Sequence[Turn], request: Chat) -> list[int]:
+    def _turn_tokens(self, turns: Sequence[Turn], request: Chat) -> tuple[list[int], bool]:
+        """Turns as tokens, and whether the answer begins in a thought that the template has opened."""
         opening = ""
         if turns[-1].role == "assistant":
             opening, turns = turns[-1].text, turns[:-1]
@@ -206,10 +225,10 @@ class LoadedModel:
         template = self._template() if request.template else None
         if template is not None:
             text = template.prompt(turns, request.template_kwargs, "messages")
-            return self._tokens(template.go_on(text, opening), True)
+            return self._tokens(template.go_on(text, opening), True), in_thought(text) and not opening
         lines = "".join(f"{SPEAKS[turn.role]}{turn.text}" for turn in turns).lstrip()
         speaks = SPEAKS["assistant"] if opening and not opening[0].isspace() else SPEAKS["assistant"].rstrip(" ")
-        return self._tokens(lines + speaks + opening, False)
+        return self._tokens(lines + speaks + opening, False), False
 
     def _template(self) -> ChatTemplate | None:
         """The model's chat template, None where it has none. Raises Invalid where it has one that does not work."""
@@ -224,8 +243,8 @@ class LoadedModel:
 
     def _tokens(self, text: str, templated: bool) -> list[int]:
         """Text as tokens: a template writes its special tokens itself; of plain text there is at least one token."""
-        if templated:
-            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if templated and self.template:
+            return self.template.encode(text)
         tokens = list(self.tokenizer(text)["input_ids"])
         if len(tokens) > 1 and tokens[-1] in self.ends:  # some tokenizers close every text
             tokens = tokens[:-1]
@@ -290,7 +309,7 @@ def read_model(
         lanes = min(LANES, torch.get_num_threads()) if lean else 1
         torch.set_num_threads(1)
     tokenizer("Once, so that nothing in it changes when several threads read with it.")
-    template, problem = _read_template(tokenizer)
+    template, problem = _read_template(path, tokenizer)
     about = Loaded(
         fingerprint=digests[0].hexdigest()[:32],
         former_fingerprint=digests[1].hexdigest()[:32],
@@ -314,8 +333,12 @@ def read_model(
     return LoadedModel(model, tokenizer, slots, lean, ends, about, template)
 
 
-def _read_template(tokenizer: Any) -> tuple[ChatTemplate | None, str]:
-    """The tokenizer's chat template after a trial, and what is wrong with one that cannot be used."""
+def _read_template(path: Path, tokenizer: Any) -> tuple[ChatTemplate | None, str]:
+    """The chat template after a trial, and what is wrong with one that cannot be used. Models that also see have theirs
+    in a file that their tokenizer does not read."""
+    if not tokenizer.chat_template:
+        with suppress(OSError, ValueError, AttributeError):
+            tokenizer.chat_template = json.loads((path / "chat_template.json").read_text()).get("chat_template")
     try:
         source = choose_template(tokenizer.chat_template)
         return (probe(tokenizer, source) if source else None), ""

@@ -7,15 +7,18 @@ loaded, and whatever it does wrong is said in words. This module does not know w
 from __future__ import annotations
 
 import ctypes
+import json
 import re
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, Literal
 
 from jinja2 import TemplateError, TemplateSyntaxError
+from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
 from ..errors import Invalid, shorten
 from ..messages import TemplateKwargs, Turn, template_kwargs_from
@@ -32,6 +35,12 @@ WATCH_SECONDS, WATCHED_IDLE = 0.25, 40
 
 MOST_ADDED = 1_000_000
 """So many characters may a template add to what was said."""
+
+FIXED_DAY = datetime(2024, 7, 26)
+"""The day on which a session's prompts are written; templates of Llama 3 take it where they are told none."""
+
+MARK_START, MARK_END = mark_control_tokens("|", re.compile(r"\|")).split("|")
+"""What transformers marks special tokens with that are to be read as text."""
 
 THINK, THINK_END = "<think>", "</think>"
 
@@ -69,11 +78,31 @@ class _TookTooLong(Exception):
 
 
 @dataclass(frozen=True)
+class ControlTokens:
+    """Special tokens, and added tokens that a template is made of; some tokenizers have thousands."""
+
+    tokens: frozenset[str]
+    lengths: tuple[int, ...]
+    beginnings: re.Pattern[str]
+    """Their first characters."""
+
+    @classmethod
+    def of(cls, tokenizer: Any, source: str) -> ControlTokens:
+        added = [(token.content, token.special) for token in tokenizer.added_tokens_decoder.values()]
+        tokens = {text for text, special in added if text and not text.isspace() and (special or text in source)}
+        first = "".join(sorted({re.escape(text[0]) for text in tokens}))
+        return cls(
+            frozenset(tokens), tuple(sorted(set(map(len, tokens)))), re.compile(f"[{first}]" if first else "(?!)")
+        )
+
+
+@dataclass(frozen=True)
 class ChatTemplate:
     """A chat template that was probed, with what is peculiar to it."""
 
     tokenizer: Any
     source: str
+    control: ControlTokens
     extras: Mapping[str, list[Any]]
     """Arguments that it needs beside the messages."""
     parts: frozenset[Role] = frozenset()
@@ -100,11 +129,19 @@ class ChatTemplate:
     opens_thought: bool = False
     """Whether its generation prompt ends with an opened thought."""
 
-    def prompt(self, turns: Sequence[Turn], template_kwargs: TemplateKwargs, field: str) -> str:
-        """A conversation with the beginning of the assistant's next turn. Raises Invalid, which names `field`."""
+    def prompt(
+        self, turns: Sequence[Turn], template_kwargs: TemplateKwargs, field: str, fixed_day: bool = False
+    ) -> str:
+        """A conversation with the beginning of the assistant's next turn, for `encode`. Raises Invalid, which names
+        `field`.
+
+        With `fixed_day` the same conversation is the same text on every day, as what weights are named by must be.
+        """
         variables = self._variables(template_kwargs)
+        template = replace(self, source=with_fixed_day(self.source)) if fixed_day else self
+        marked = [turn if turn.role == "assistant" else self._marked(turn) for turn in turns]
         try:
-            return self._prompt_somehow(turns, variables)
+            return template._prompt_somehow(marked, variables)
         except TemplateFailed as failure:
             raise Invalid(
                 f"The model's chat template could not write this: {failure}",
@@ -162,6 +199,26 @@ class ChatTemplate:
             raise TemplateFailed(f"it writes {len(written):,} characters.")
         return written
 
+    def encode(self, text: str) -> list[int]:
+        """A text that the template wrote as tokens. Special tokens in what a user or the system said are plain text."""
+        plain = unmarked(text)
+        if plain != text:
+            with suppress(ValueError):  # a token that the tokenizer makes of plain text as well
+                return list(encode_marked_chat(self.tokenizer, text))
+        return list(self.tokenizer(plain, add_special_tokens=False)["input_ids"])
+
+    def _marked(self, turn: Turn) -> Turn:
+        """A turn in which control tokens are marked as text."""
+        found, text = set(), turn.text
+        for place in (match.start() for match in self.control.beginnings.finditer(text)):
+            found |= {
+                each for length in self.control.lengths if (each := text[place : place + length]) in self.control.tokens
+            }
+        if not found:
+            return turn
+        pattern = re.compile("|".join(re.escape(each) for each in sorted(found, key=len, reverse=True)))
+        return turn.model_copy(update={"text": mark_control_tokens(text, pattern)})
+
     def go_on(self, prompt: str, opening: str) -> str:
         """A prompt with the beginning of the answer, which the model is to continue."""
         return prompt + self._space(prompt, opening) + opening_after(prompt, opening)
@@ -199,6 +256,22 @@ class ChatTemplate:
         if self.switch not in (None, "enable_thinking") and "enable_thinking" in variables:
             variables.setdefault(str(self.switch), variables.pop("enable_thinking"))
         return variables
+
+
+def with_fixed_day(source: str) -> str:
+    """A template to which it is always the same day: `strftime_now` is a macro that knows how the day is written."""
+    formats = {match[2] for match in re.finditer(r"""strftime_now\s*\(\s*(['"])(.*?)\1""", source)}
+    if "strftime_now" not in source:
+        return source
+    days = [
+        f"{{% if format == {json.dumps(each)} %}}{FIXED_DAY.strftime(each)}{{% endif %}}" for each in sorted(formats)
+    ]
+    return f"{{% macro strftime_now(format) %}}{''.join(days)}{{% endmacro %}}\n{source}"
+
+
+def unmarked(text: str) -> str:
+    """A text without the marks around special tokens that are plain text."""
+    return text.replace(MARK_START, "").replace(MARK_END, "")
 
 
 def opening_after(prompt: str, opening: str) -> str:
@@ -298,10 +371,10 @@ def probe(tokenizer: Any, source: str) -> ChatTemplate:
 
 
 def _for_one_turn(tokenizer: Any, source: str) -> ChatTemplate:
-    failure = None
+    failure, control = None, ControlTokens.of(tokenizer, source)
     for extras in EXTRAS:
         for parts in (frozenset[Role](), USER):
-            template = ChatTemplate(tokenizer, source, extras, parts)
+            template = ChatTemplate(tokenizer, source, control, extras, parts)
             try:
                 if _holds(template.render([ASKED]), [ASKED]):
                     return template

@@ -7,7 +7,7 @@ import re
 import time
 from typing import Any, Protocol
 
-from ..markdown import Blocks, block_to_html
+from ..markdown import THINK, Blocks, block_to_html
 from ..messages import Answered, Event, Heard, Progress, Queued, Spoke
 from .message import Message
 from .speed import tokens_per_second
@@ -80,6 +80,8 @@ class Answering:
                 self._progress("queued", 0.0, place=event.place)
             case Heard():
                 self._heard = event
+                if event.in_thought and not self._length:  # its end will come, and must have a beginning
+                    await self._grow(f"{THINK}\n")
                 share = event.read / max(event.prompt_tokens, 1)
                 self._progress("prompt", share, left_out=event.left_out)
             case Spoke():

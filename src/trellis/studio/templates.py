@@ -66,8 +66,9 @@ def chat_templates(folder: Path) -> list[str]:
     found = []
     for file in (folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))):
         found.append(_text_of(file))
-    with suppress(ValueError, AttributeError):
-        found.append(json.dumps(json.loads(_text_of(folder / "tokenizer_config.json")).get("chat_template")))
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        with suppress(ValueError, AttributeError):
+            found.append(json.dumps(json.loads(_text_of(folder / name)).get("chat_template")))
     return found
 
 
