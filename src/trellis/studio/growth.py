@@ -110,7 +110,8 @@ class Growth:
                 raise Conflict(
                     f"The files of the model “{self._config.model}” are not the ones this session was grown on.",
                     code="model_changed",
-                    next_step="Put the original files back (config.json and the weights) and resume, or start a new session.",
+                    next_step="Put the original files back (config.json and the weights) and resume, or start a new "
+                    "session.",
                 )
             self._planted_on = worker
         return worker
