@@ -19,7 +19,8 @@ from trellis.web import socket as socket_commands
 INTERNAL = re.compile(
     r"Input should|NoneType|None\b(?! of)|constrained|function-|tagged-union|lax-or|[Pp]ydantic|Traceback|<class|"
     r"dict\[|list\[|tuple\[|Optional|union_|literal\b|value_error|<locals>|object at 0x|' object|"
-    r"valid (string|integer|number|list|dictionary|boolean|tuple)|Extra inputs|Field required|Value error|\bstr\b|\bint\b|\bdict\b|\bbool\b|\{'|\['"
+    r"valid (string|integer|number|list|dictionary|boolean|tuple)|"
+    r"Extra inputs|Field required|Value error|\bstr\b|\bint\b|\bdict\b|\bbool\b|\{'|\['"
 )
 WRONG: list[Any] = [None, 5, -1, 1e300, 10**30, True, "", "x" * 200_001, "\x00", [], [None], [[1]], [{"a": 1}], {},
                     {"a": 1}, {"type": "nothing"}, {"a": {"b": []}}]  # fmt: skip

@@ -22,8 +22,9 @@ from torch import Tensor
 from ..errors import Invalid, TrellisError
 from ..messages import Answered, Cancelled, Chat, Drawn, Heard, Queued, Spoke
 from .decode import TextReader
+from .explaining import explained
 from .lines import Line, Lines
-from .loop import Told, explained
+from .loop import Told
 from .sampling import drawn_from, is_greedy
 
 PIECE = 256
