@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from . import __version__
 from .errors import Invalid, TrellisError
@@ -30,10 +31,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+"""It takes text as it is: names, paths and messages may hold brackets."""
 
 Host = Annotated[str | None, typer.Option(help=f"{Settings.model_fields['host'].description}")]
-Port = Annotated[int | None, typer.Option(help=f"{Settings.model_fields['port'].description}")]
+Port = Annotated[str | None, typer.Option(metavar="INTEGER", help=f"{Settings.model_fields['port'].description}")]
 SaveDir = Annotated[Path | None, typer.Option(help=f"{Settings.model_fields['save_dir'].description}")]
 Reload = Annotated[bool, typer.Option("--reload", help="Start again when a source file changes (for developers).")]
 Open = Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")]
@@ -86,9 +88,9 @@ def doctor(save_dir: SaveDir = None) -> None:
 
     findings = examine(_settings(save_dir=save_dir))
     for finding in findings:
-        missing = "[yellow]–  [/yellow]" if finding.optional else "[red]no [/red]"
-        mark = "[green]ok [/green]" if finding.ok else missing
-        console.print(f"{mark} {finding.what}: {finding.found}", soft_wrap=True)
+        missing = ("–  ", "yellow") if finding.optional else ("no ", "red")
+        mark = ("ok ", "green") if finding.ok else missing
+        console.print(Text.assemble(mark, f" {finding.what}: {finding.found}"), soft_wrap=True)
         if not finding.ok:
             console.print(f"    → {finding.next_step}", soft_wrap=True)
     raise typer.Exit(0 if all(finding.ok or finding.optional for finding in findings) else 1)
@@ -120,7 +122,7 @@ def _with_flags(begin: Callable[..., None]) -> Callable[..., None]:
 
 
 def _steer(
-    host: str | None, port: int | None, save_dir: Path | None, name: str | None, open: bool, **given: Any
+    host: str | None, port: str | None, save_dir: Path | None, name: str | None, open: bool, **given: Any
 ) -> None:
     from .params import SessionConfig, config_from_flags
 
@@ -133,7 +135,7 @@ def _steer(
     except Invalid as error:
         for field in error.fields:
             flag = "--" + field["field"].removeprefix("config.").replace(".", "-").replace("_", "-")
-            console.print(f"[red]{flag}[/red]: {field['message']}", soft_wrap=True)
+            console.print(Text.assemble((flag, "red"), f": {field['message']}"), soft_wrap=True)
         raise typer.Exit(2) from None
     except TrellisError as error:
         _say(error)
@@ -143,17 +145,20 @@ def _steer(
 def _settings(**given: Any) -> Settings:
     from pydantic import ValidationError
 
+    from .params import invalid_from
+
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        for finding in error.errors():
-            name = ".".join(str(part) for part in finding["loc"])
-            console.print(f"[red]{name}[/red]: {finding['msg']}, got “{finding['input']}”.")
+        for entry in invalid_from(error).fields:
+            variable = f"TRELLIS_{entry['field'].upper()}"
+            flag = f"--{entry['field'].replace('_', '-')} or " if entry["field"] in given else ""
+            console.print(Text.assemble((flag + variable, "red"), f": {entry['message']}"), soft_wrap=True)
         raise typer.Exit(2) from None
 
 
 def _say(error: TrellisError) -> None:
-    console.print(f"[red]{error.message}[/red]\n{error.next_step}", soft_wrap=True)
+    console.print(Text.assemble((error.message, "red"), f"\n{error.next_step}"), soft_wrap=True)
 
 
 def _serve(settings: Settings, open_page: bool, first: tuple[str | None, dict[str, Any]] | None = None) -> None:
@@ -197,7 +202,8 @@ def _serve(settings: Settings, open_page: bool, first: tuple[str | None, dict[st
             if first:
                 try:
                     session = await studio.steering.create(*first)
-                    console.print(f"The session “{session.name}” is at [bold]{address}/steer/{session.id}[/bold]")
+                    link = (f"{address}/steer/{session.id}", "bold")
+                    console.print(Text.assemble(f"The session “{session.name}” is at ", link), soft_wrap=True)
                 except TrellisError as error:
                     refused.append(error)
                     self.should_exit = True
@@ -209,7 +215,7 @@ def _serve(settings: Settings, open_page: bool, first: tuple[str | None, dict[st
 
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     address = f"http://{host}:{listening.getsockname()[1]}"
-    console.print(f"Trellis {__version__} is at [bold]{address}[/bold]  (Ctrl-C ends it)")
+    console.print(Text.assemble(f"Trellis {__version__} is at ", (address, "bold"), "  (Ctrl-C ends it)"))
     if open_page and sys.stdout.isatty():
         threading.Thread(target=_open_later, args=(address,), daemon=True).start()
     spawn.warm()

@@ -25,8 +25,9 @@ from ..errors import Invalid, TrellisError
 from ..messages import Answered, Cancelled, Chat, Drawn, Heard, Queued, Spoke
 from .answer_text import AnswerText, named
 from .crew import stand_back
+from .explaining import explained
 from .lines import Line, Lines
-from .loop import Told, explained
+from .loop import Told
 from .sampling import drawn_from, is_greedy, overflowed
 from .vocabulary import TextReader, vocabulary_of
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Generator, Sequence
 from contextlib import suppress
@@ -302,8 +303,7 @@ def read_model(
     if precision in ("32-bit", "16-bit"):
         yield from _move(model, device)
     yield Progress(stage="warming_up", fraction=WARMING, message="Warming up")
-    with torch.inference_mode():
-        rows = model(input_ids=torch.zeros((1, 8), dtype=torch.long, device=device), use_cache=False).logits.shape[-1]
+    rows = _rows_of_logits(model, config, device)
     lean, lanes = Lean.of(model), 1
     if device == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL:
         lanes = min(LANES, torch.get_num_threads()) if lean else 1
@@ -580,23 +580,8 @@ def _build(
         model, info = kind.from_pretrained(
             place, config=config, state_dict=state, output_loading_info=True, **options
         )  # fmt: skip
-    except ImportError as error:
-        raise LoadFailed(
-            f"A library that this model needs is not installed: {_first_line(error)}",
-            code="not_installed",
-            next_step="Install it where Trellis runs, and load the model again.",
-        ) from None
-    except (
-        StrictDataclassError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError,
-        AssertionError, NotImplementedError,
-    ) as error:  # fmt: skip
-        if "memory" in str(error).lower():
-            raise
-        raise LoadFailed(
-            f"The architecture “{config.model_type}” could not be loaded: {_first_line(error)}",
-            code="unsupported_architecture",
-            next_step="Choose a causal language model that transformers knows.",
-        ) from None
+    except WHAT_LIBRARIES_RAISE as error:
+        raise _cannot_be_used(config, error, "loaded") from None
     if info["missing_keys"] or info.get("mismatched_keys"):
         missing = sorted(str(key) for key in info["missing_keys"] or info["mismatched_keys"])
         raise LoadFailed(
@@ -605,6 +590,41 @@ def _build(
             next_step="Copy or download the model again.",
         )
     return model.eval()
+
+
+def _rows_of_logits(model: Any, config: Any, device: str) -> int:
+    """Read a few tokens once, and return how many tokens the model can answer with. Raises LoadFailed for a model that
+    can be put together and cannot be run here."""
+    ids = torch.zeros((1, 8), dtype=torch.long, device=device)
+    try:
+        with torch.inference_mode():
+            return int(model(input_ids=ids, use_cache=False).logits.shape[-1])
+    except WHAT_LIBRARIES_RAISE as error:
+        raise _cannot_be_used(config, error, "run") from None
+
+
+WHAT_LIBRARIES_RAISE = (
+    StrictDataclassError, ImportError, ValueError, LookupError, RuntimeError, TypeError, AttributeError,
+    ArithmeticError, AssertionError,
+)  # fmt: skip
+"""What transformers and a model's own code raise for a model that they cannot put together or run."""
+
+
+def _cannot_be_used(config: Any, error: Exception, verb: str) -> Exception:
+    """Why an architecture cannot be used, as an error for a person; what is told otherwise is returned as it is."""
+    if isinstance(error, torch.OutOfMemoryError) or re.search(r"memory|CUDA error|CUBLAS|MPS backend", str(error)):
+        return error
+    if isinstance(error, ImportError):
+        return LoadFailed(
+            f"A library that this model needs is not installed: {_first_line(error)}",
+            code="not_installed",
+            next_step="Install it where Trellis runs, and load the model again.",
+        )
+    return LoadFailed(
+        f"The architecture “{config.model_type}” could not be {verb}: {_first_line(error)}",
+        code="unsupported_architecture",
+        next_step="Update transformers if the architecture is new, or choose a causal language model that it knows.",
+    )
 
 
 def _move(model: Any, device: str) -> Generator[Progress | None, None, None]:
