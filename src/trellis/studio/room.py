@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from ..errors import Conflict, EngineDied, EngineStopped, Invalid, NotFound, TrellisError, shorten, unknown
-from ..markdown import blocks_to_html
+from ..markdown import text_to_html
 from ..messages import Chat, Turn, derived_seed
 from ..params import Sampling, invalid_from
 from ..store import rooms as rows
@@ -143,9 +143,9 @@ class Room:
         wanted = [each for each in wanted if each.id not in self._growing]
         texts = [each.text for each in wanted]
         if sum(map(len, texts)) <= INLINE:
-            drawn = list(map(blocks_to_html, texts))
+            drawn = list(map(text_to_html, texts))
         else:
-            drawn = await asyncio.to_thread(lambda: list(map(blocks_to_html, texts)))
+            drawn = await asyncio.to_thread(lambda: list(map(text_to_html, texts)))
         for message, text, html in zip(wanted, texts, drawn, strict=True):
             if message.html is None and message.id not in self._growing:
                 message.html, message.shown = html, len(text)
@@ -517,6 +517,10 @@ class Room:
     def publish(self, kind: str, **data: Any) -> None:
         """Tell everybody who looks at the room."""
         self._hub.publish(self.topic, kind, {"type": kind, "seq": self.last + 1, **data})
+
+    def tell(self, message: Message) -> None:
+        """Tell all of a message again, because what was shown of it has changed."""
+        self.publish("message", message=self._told(message), head=self.head)
 
     async def save(self, message: Message) -> None:
         values = {"text": message.text, "folded": folded(message.text)}
