@@ -47,9 +47,9 @@ class _Marks:
 FORMATS = (
     _Marks(re.compile(r"(?:\A|\n\n)(Human|Assistant|System):[ \n]?"), plain=True),  # Anthropic HH
     _Marks(re.compile(r"### ?(Human|Assistant|System):\s?"), plain=True),  # Guanaco
-    _Marks(re.compile(r"<\|im_start\|>(\w+)\n"), ("<|im_end|>",)),  # ChatML
+    _Marks(re.compile(r"<\|im_start\|>(\w+)(?:\n|\Z)"), ("<|im_end|>",)),  # ChatML
     _Marks(re.compile(r"(?:<\|begin_of_text\|>)?<\|start_header_id\|>(\w+)<\|end_header_id\|>\s*"), ("<|eot_id|>",)),
-    _Marks(re.compile(r"(?:<bos>)?<start_of_turn>(\w+)\n"), ("<end_of_turn>",)),  # Gemma
+    _Marks(re.compile(r"(?:<bos>)?<start_of_turn>(\w+)(?:\n|\Z)"), ("<end_of_turn>",)),  # Gemma
     _Marks(re.compile(r"<\|(system|user|assistant)\|>\s*"), ("</s>", "<|end|>", "<|endoftext|>")),  # Zephyr, Phi-3
     _Marks(re.compile(r"(?:<s>\s*)?(\[/?INST\])"), ("</s>",)),  # Llama 2
 )
@@ -116,9 +116,9 @@ def _turns_in_text(text: str) -> list[Turn] | None:
         return _turns_in_json(stripped)
     for form in FORMATS:
         if form.mark.match(stripped):
-            turns = _split(stripped, form)
-            if not form.plain or {turn.role for turn in turns} >= {"user", "assistant"}:
-                return turns
+            speakers = {ROLES.get(mark[1].lower()) for mark in form.mark.finditer(stripped)}
+            if not form.plain or speakers >= {"user", "assistant"}:
+                return _split(stripped, form)
     return None
 
 

@@ -24,6 +24,8 @@ LOOKED_AT, LOOKED_AT_ON_HUB = 20_000, 1000
 SHOWN = 2000
 """Characters of a prompt in a preview."""
 MEMORY_LIMIT = 4_000_000_000
+MOST_WRITTEN = 1_000_000_000
+"""Bytes of rows that are written, so that a small compressed file cannot fill the disk."""
 TELL_SECONDS = 0.2
 
 
@@ -128,9 +130,10 @@ def write_rows(path: Path, into: Path, most: int) -> dict[str, Any]:
         for _, records in source.parts():
             for record in records:
                 count += 1
-                if count > most:
+                if count > most or out.tell() > MOST_WRITTEN:
+                    what = f"{most:,} rows" if count > most else f"{MOST_WRITTEN // 10**9} GB"
                     raise Invalid(
-                        f"There are more than {most:,} rows in it, which is the most that can be read.",
+                        f"There are more than {what} in it, which is the most that can be read.",
                         field="dataset.id", next_step="Split the file.",
                     )  # fmt: skip
                 out.write(json.dumps([record.place, record.row], default=_as_text).encode() + b"\n")
