@@ -10,6 +10,7 @@ import io
 import json
 import lzma
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ def read_at(file: Path, **dataset: Any) -> tuple[list[str], dict[str, Any]]:
         ("bars.csv", "id|prompt\n1|Why, oh why?\n", ["Why, oh why?"]),
         ("tabs.csv", "id\tprompt\n1\tWhy, oh; why?\n", ["Why, oh; why?"]),
         ("tabs.tsv", "prompt\tanswer, all\tnotes\nWhy, oh why?\tSo, so\tx\n", ["Why, oh why?"]),
+        ("quotes.tsv", 'prompt\tanswer\n"Hello" she said\tx\n5" or 6"?\ty\n', ['"Hello" she said', '5" or 6"?']),
+        ("quoted.tsv", 'prompt\tanswer\n"Hello\n""you"""\tx\n', ['Hello\n"you"']),
         ("excel.csv", "sep=;\nprompt;a\nWhy, you?;b\n", ["Why, you?"]),
         ("excel-old.csv", "sep=\t\nprompt\ta\nWhy, you?\tb\n", ["Why, you?"]),
         ("spaced.csv", '"prompt", "answer"\n"a, b", "c, d"\n', ["a, b"]),
@@ -82,7 +85,7 @@ def read_at(file: Path, **dataset: Any) -> tuple[list[str], dict[str, Any]]:
         ("llama-3.jsonl", {"text": "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"}, ["Why?"]),
         ("human.jsonl", {"prompt": "Human: a word for a person"}, ["Human: a word for a person"]),
         ("dolly.jsonl", {"instruction": "Sum up.", "context": "A text."}, ["Sum up.\n\nA text."]),
-        ("number.jsonl", {"prompt": 42}, ["42"]),
+        ("number.jsonl", {"prompt": 42, "answer": "x"}, ["42"]),
         ("blank.jsonl", '\n{"prompt": "a"}\n\n  \n{"prompt": "b"}\n', ["a", "b"]),
         ("chats.jsonl", "\n".join([json.dumps(CHAT)] * 2), ["Why?", "Why?"]),
         ("pretty.jsonl", json.dumps({"prompt": "a"}, indent=1) * 2, ["a", "a"]),
@@ -130,7 +133,7 @@ def test_a_layout_is_read_whole(tmp_path: Path, name: str, content: Any, prompts
     ("name", "content", "words"),
     [
         ("twice.csv", "prompt,a,prompt\nx,y,z\n", "line 1 names the column “prompt” twice"),
-        ("twice.jsonl", '1\n{"prompt": "a", "prompt": "b"}\n', "line 2 is not JSON: the key “prompt” stands twice"),
+        ("twice.jsonl", '1\n{"prompt": "a", "prompt": "b"}\n', "line 2: the key “prompt” stands twice"),
         ("twice.json", '[{"prompt": "a", "prompt": "b"}]', "the key “prompt” stands twice"),
         ("wide.csv", "prompt,answer\nWhy?,x\nHello, you, there,x\n", "line 3 has 4 cells, and the header has 2"),
         ("open.csv", 'prompt,answer\nWhy?,x\n"Open,y\nHow?,z\n', "line 3: a quote that is opened here is never closed"),
@@ -245,6 +248,22 @@ def test_a_preview_of_a_large_file_tells_of_its_first_rows(tmp_path: Path, monke
     assert (limited["total"], limited["exact"]) == (9, True)
 
 
+def test_a_document_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trellis.reader.json_files.WHOLE_LIMIT", 100)
+    with pytest.raises(Invalid, match="a document of more than") as raised:
+        read(tmp_path, "a.json", json.dumps([{"prompt": "a"}] * 20, indent=1))
+    assert raised.value.next_step == "Save it as JSON lines (.jsonl)."
+
+
+def test_names_of_columns_can_be_shown_whatever_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"\ud800": "x", " prompt ": "a"}))
+    found = preview(Dataset(source="file", id="a"), file, 3)
+    assert json.dumps(found, ensure_ascii=False).encode()
+    assert found["samples"] == ["a"]
+    assert preview(Dataset(source="file", id="a", column=" prompt "), file, 3)["samples"] == ["a"]
+
+
 def test_a_column_inside_objects_can_be_named(tmp_path: Path) -> None:
     content = json.dumps({"meta": {"ask": "Why?", "n": 1}, "text": "Not this."})
     assert read(tmp_path, "a.jsonl", content, column="meta.ask")[0] == ["Why?"]
@@ -261,9 +280,16 @@ def parquet(file: Path, rows: list[dict[str, Any]], schema: Any = None) -> Path:
 
 
 def test_columns_of_a_parquet_file_may_be_bytes_objects_and_numbers(tmp_path: Path) -> None:
-    rows = [{"b": b"Why?", "s": {"role": "user", "content": "How?"}, "n": 7, "m": CHAT}]
+    rows = [{"b": b"Why?", "s": {"role": "user", "content": "How?"}, "n": 7, "d": Decimal("1.5"), "m": CHAT}]
     file = parquet(tmp_path / "a.parquet", rows)
-    for column, prompt in (("b", "Why?"), ("s", "How?"), ("n", "7"), ("m", "Why?"), ("s.content", "How?")):
+    for column, prompt in (
+        ("b", "Why?"),
+        ("s", "How?"),
+        ("n", "7"),
+        ("d", "1.5"),
+        ("m", "Why?"),
+        ("s.content", "How?"),
+    ):
         assert read_at(file, column=column)[0] == [prompt]
     file = parquet(tmp_path / "b.parquet", [{"b": b"Why?"}, {"b": b"\xff\xfe"}, {"b": None}])
     prompts, about = read_at(file, column="b")

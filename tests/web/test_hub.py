@@ -219,6 +219,31 @@ def test_files_on_the_hub_are_parsed_as_local_ones(client: httpx.Client, hub: Fa
     assert "names the column “prompt” twice" in found("twice")["error"]["message"]
 
 
+def test_pictures_in_a_dataset_on_the_hub_do_not_stand_in_the_way(client: httpx.Client, hub: FakeHub) -> None:
+    import datasets
+    import pyarrow.parquet
+
+    rows = [{"image": {"bytes": b"no picture", "path": None}, "meta": {"ask": "Why?"}, "raw": b"How?", "text": ""}]
+    rows += [{"image": None, "meta": {"ask": ""}, "raw": b"\xff", "text": ""}]
+    kind = datasets.Value
+    features = datasets.Features(
+        {"image": datasets.Image(), "meta": {"ask": kind("string")}, "raw": kind("binary"), "text": kind("string")}
+    )
+    table = pyarrow.Table.from_pylist(rows, features.arrow_schema)
+    data = hub.root / "datasets" / "org" / "pictures" / "data"
+    data.mkdir(parents=True)
+    pyarrow.parquet.write_table(table, data / "train.parquet")
+
+    def found(column: str) -> Any:
+        body = {"dataset": {"source": "hub", "id": "org/pictures", "column": column}}
+        return client.post("/api/steering/preview", json=body).json()
+
+    assert found("meta.ask")["samples"] == ["Why?"]
+    assert found("meta.ask")["notes"] == ["1 of 2 rows was left out: 1 is empty (row 2)."]
+    assert found("raw")["samples"] == ["How?"]
+    assert "“text” holds no text" in found("text")["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("dataset", "field", "message"),
     [

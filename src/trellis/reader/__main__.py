@@ -48,6 +48,8 @@ def main() -> None:
         say("failed", error.as_json())
     except MemoryError:
         say("failed", _failure("The file is too large to be read.", "out_of_memory", "Save it as JSON lines."))
+    except RecursionError:
+        say("failed", _failure("It is nested too deeply to be read.", "corrupt_file", "Choose another file."))
     except OSError as error:
         say("failed", _failure(f"It could not be read or written: {error.strerror}.", "disk_write", "Check the disk."))
 
@@ -73,8 +75,8 @@ def preview(dataset: Dataset, path: Path | None, wanted: int) -> dict[str, Any]:
         total = min(total, dataset.rows)
     return {
         "samples": samples,
-        "column": prompts.column[:SHOWN],
-        "columns": [name[:100] for name in prompts.columns[:100]],
+        "column": shorten(prompts.column, 100),
+        "columns": [shorten(name, 100) for name in prompts.columns[:100]],
         "split": source.split,
         "splits": source.splits,
         "subset": source.subset,

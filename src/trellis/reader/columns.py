@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from ..conversations import ROLE_KEYS, ROLES, NotJSON, Turn, turns_of
@@ -71,6 +72,8 @@ def column_of(wanted: str, rows: Sequence[Mapping[str, Any]]) -> str:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     listed = ", ".join(f"“{shorten(name)}”" for name in columns[:40]) or "none"
     if wanted:
+        if wanted not in columns:
+            wanted = next((name for name in columns if name.strip() == wanted), wanted)
         if wanted not in columns and not any(_at(row, wanted) is not None for row in rows):
             raise Invalid(
                 f"There is no column “{shorten(wanted)}”. The columns are {listed}.",
@@ -127,7 +130,7 @@ def _objects(column: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _has_text(row: Mapping[str, Any], column: str) -> bool:
     """Whether a row has a prompt in a column that nobody named: a number is one under the surest names alone."""
-    number = isinstance(row.get(column), (int, float)) and column.lower().strip() not in STRONG
+    number = isinstance(row.get(column), (int, float, Decimal)) and column.lower().strip() not in STRONG
     return not number and _is_text(prompt_in(row, column))
 
 
@@ -189,7 +192,7 @@ def asked_in(value: Any, conversation: bool = False) -> Asked:
             value = bytes(value).decode("utf-8-sig")
         except UnicodeDecodeError:
             return Asked(problem=BINARY)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
         return Asked(str(value)) if math.isfinite(value) else Asked()
     try:
         turns = turns_of(value)

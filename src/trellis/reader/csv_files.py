@@ -106,7 +106,7 @@ def _dialect(lines: list[str], tabs: bool) -> dict[str, Any]:
         named = first[4:] or "\t"
         return _options(named if named in DELIMITERS else ",")
     if tabs and "\t" in first:
-        return _options("\t")
+        return max((_options("\t"), _unquoted("\t")), key=lambda options: _fit(lines, options))
     best, most = _options(ALONE), (0.0, 0)
     for options in (_options, _escaped) if _escapes_quotes(lines) else (_options,):
         for delimiter in DELIMITERS:
@@ -122,6 +122,11 @@ def _options(delimiter: str) -> dict[str, Any]:
 
 def _escaped(delimiter: str) -> dict[str, Any]:
     return _options(delimiter) | {"escapechar": "\\", "doublequote": False}
+
+
+def _unquoted(delimiter: str) -> dict[str, Any]:
+    """Quotes are part of the text, as in many files with tabs."""
+    return _options(delimiter) | {"quoting": csv.QUOTE_NONE}
 
 
 def _escapes_quotes(lines: list[str]) -> bool:

@@ -63,7 +63,7 @@ class HubSource(files.Source):
         )  # fmt: skip
 
     def _streamed(self) -> Iterator[Record]:
-        rows = self._each(iter(self._stream()))
+        rows = self._each(iter(self._stream().decode(False)))  # pictures and sound stay the bytes that they are
         return (Record(row, f"row {number}", 0) for number, row in enumerate(rows, 1))
 
     def _each(self, rows: Iterator[R]) -> Iterator[R]:

@@ -73,6 +73,9 @@ def read_json(file: DataFile) -> Iterator[Record]:
             value = _DECODER.decode(begin[0][1])
         except (ValueError, RecursionError) as error:
             text = "".join(read) + opened.text.read(WHOLE_LIMIT + 1)
+            if len(text) > WHOLE_LIMIT and ".json" in file.name.lower() and ".jsonl" not in file.name.lower():
+                what = f"a document of more than {WHOLE_LIMIT // 1_000_000} million characters is not read"
+                raise broken(file, what, "Save it as JSON lines (.jsonl).") from None
             if len(text) > WHOLE_LIMIT:
                 raise _not_json(file, error, *begin[0]) from None
             yield from _documents(file, text, opened.done)
@@ -126,8 +129,8 @@ def _rows_in(file: DataFile, value: Any, done: int) -> Iterator[Record]:
 def _not_json(file: DataFile, error: Exception, line: int, text: str) -> Invalid:
     """What is wrong in a line, or in a text of many lines (where `line` is 0)."""
     if not isinstance(error, json.JSONDecodeError):
-        where = f"line {line} is not JSON" if line else "it is not JSON"
-        return broken(file, f"{where}: {error if isinstance(error, _KeyTwice) else 'it is nested too deeply'}")
+        why = str(error) if isinstance(error, _KeyTwice) else "it is nested too deeply"
+        return broken(file, f"line {line}: {why}" if line else why)
     where = f"line {line or error.lineno}, column {error.colno}"
     return broken(file, f"{where} is not JSON: {_why(error, text)}")
 
