@@ -182,7 +182,7 @@ ROWS: list[tuple[Any, str]] = [
     ({"prompt": None}, "2 have no text in “prompt” (first: line 3)"),
     ({"n": 1}, ""),
     ({"prompt": "a\x00b"}, "1 holds the character NUL (line 5)"),
-    ({"prompt": "x" * 100_001}, "1 is longer than 100,000 characters (line 6)"),
+    ({"prompt": "x" * 100_001}, "1 is longer than 100 000 characters (line 6)"),
     ({"prompt": "\ud800"}, "1 holds half of a surrogate pair, which is no text (line 7)"),
     ({"prompt": CHAT[1:]}, "1 is a conversation in which nobody asks (line 8)"),
     ({"prompt": "[{'role': 'user'\n 'content': 'x'}]"}, "1 holds a list of messages that is not valid JSON (line 9)"),
@@ -229,7 +229,7 @@ def test_empty_rows_at_the_beginning_do_not_hide_the_column(tmp_path: Path, name
         content = "\n".join(json.dumps({"id": 1, "question": row}) for row in rows)
     prompts, about = read(tmp_path, name, content)
     assert prompts == ["Why?"]
-    assert about["notes"][0].startswith("2,500 of 2,501 rows were left out: 2,500 are empty (first: line ")
+    assert about["notes"][0].startswith("2 500 of 2 501 rows were left out: 2 500 are empty (first: line ")
 
 
 def test_an_empty_column_with_a_usual_name_does_not_make_another_one_the_prompts(tmp_path: Path) -> None:

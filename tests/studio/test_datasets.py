@@ -231,7 +231,7 @@ async def test_long_prompts_preview_in_part_and_those_of_megabytes_are_counted(t
     file.write_text(json.dumps({"prompt": "x" * 100_000}) + "\n" + huge)
     found = await studio.datasets.preview(Dataset(source="file", id="huge.jsonl"))
     assert [len(sample) for sample in found["samples"]] == [2001]
-    told = "left out: 3 are longer than 100,000 characters (first: line "
+    told = "left out: 3 are longer than 100 000 characters (first: line "
     assert told in found["notes"][0]
     file.write_text(huge)
     with pytest.raises(Invalid, match="There are no prompts in it") as raised:

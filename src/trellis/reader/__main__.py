@@ -17,7 +17,7 @@ from ..errors import Invalid, TrellisError, shorten
 from ..params import Dataset
 from . import files, hub
 from .prompts import Prompts
-from .tally import Tally
+from .tally import Tally, number
 
 LOOKED_AT, LOOKED_AT_ON_HUB = 20_000, 1000
 """Rows that are looked at, to find the column and to say in a preview what would be left out."""
@@ -133,7 +133,7 @@ def write_rows(path: Path, into: Path, most: int) -> dict[str, Any]:
             for record in records:
                 count += 1
                 if count > most or out.tell() > MOST_WRITTEN:
-                    what = f"{most:,} rows" if count > most else f"{MOST_WRITTEN // 10**9} GB"
+                    what = f"{number(most)} rows" if count > most else f"{MOST_WRITTEN // 10**9} GB"
                     raise Invalid(
                         f"There are more than {what} in it, which is the most that can be read.",
                         field="dataset.id", next_step="Split the file.",

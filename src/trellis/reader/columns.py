@@ -12,7 +12,7 @@ from typing import Any
 from ..conversations import ROLE_KEYS, ROLES, NotJSON, Turn, turns_of
 from ..errors import Invalid, shorten
 from ..texts import PROMPT_LIMIT, storable
-from .tally import Reason
+from .tally import Reason, number
 
 USUAL = ("prompt", "question", "instruction", "query", "messages", "conversations", "conversation", "dialog",
          "problem", "goal", "task", "input", "text", "content", "sentence", "chosen")  # fmt: skip
@@ -25,7 +25,9 @@ ABOUT = ("input", "context")
 """Columns that hold what an “instruction” is about: the layouts of Alpaca and of Dolly."""
 
 EMPTY = Reason("is empty", "are empty")
-TOO_LONG = Reason(f"is longer than {PROMPT_LIMIT:,} characters", f"are longer than {PROMPT_LIMIT:,} characters")
+TOO_LONG = Reason(
+    f"is longer than {number(PROMPT_LIMIT)} characters", f"are longer than {number(PROMPT_LIMIT)} characters"
+)
 NUL = Reason("holds the character NUL", "hold the character NUL")
 SURROGATE = Reason(
     "holds half of a surrogate pair, which is no text", "hold half of a surrogate pair, which is no text"

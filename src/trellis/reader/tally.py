@@ -6,6 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+def number(value: int) -> str:
+    """A number as the pages show it, with its thousands apart."""
+    return f"{value:,}".replace(",", " ")
+
+
 @dataclass(frozen=True, slots=True)
 class Reason:
     """Why something was left out, as it is said of one row and of several."""
@@ -46,16 +51,16 @@ class Tally:
         """What a person is told; nothing where nothing was left out. `whole` says whether these are all rows."""
         said = []
         if skipped := self.skipped:
-            of = f"{'' if whole else 'the first '}{self.rows:,} row{'' if self.rows == 1 else 's'}"
+            of = f"{'' if whole else 'the first '}{number(self.rows)} row{'' if self.rows == 1 else 's'}"
             verb = "was" if skipped == 1 else "were"
             why = ", ".join(
-                f"{count:,} {reason.of(count)} ({'' if count == 1 else 'first: '}{place})"
+                f"{number(count)} {reason.of(count)} ({'' if count == 1 else 'first: '}{place})"
                 for reason, count, place in _most_first(self.left_out)
             )
-            said.append(f"{skipped:,} of {of} {verb} left out: {why}.")
-        among = "" if whole else f"Among the first {self.rows:,} rows, "
+            said.append(f"{number(skipped)} of {of} {verb} left out: {why}.")
+        among = "" if whole else f"Among the first {number(self.rows)} rows, "
         said += [
-            f"{among}{count:,} {reason.of(count)} ({'' if count == 1 else 'first: '}{place})."
+            f"{among}{number(count)} {reason.of(count)} ({'' if count == 1 else 'first: '}{place})."
             for reason, count, place in _most_first(self.shortened)
         ]
         return said

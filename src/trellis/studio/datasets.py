@@ -227,7 +227,7 @@ def _notes(folder: Path) -> list[str]:
     if "notes" in about:
         return [str(note) for note in about["notes"]]
     skipped = int(about.get("skipped", 0))
-    rows = f"{skipped:,} rows were" if skipped > 1 else "1 row was"
+    rows = f"{skipped} rows were" if skipped > 1 else "1 row was"
     return [f"{rows} left out, which had no text that can be a prompt."] if skipped else []
 
 
