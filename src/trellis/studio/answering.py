@@ -7,8 +7,8 @@ import re
 import time
 from typing import Any, Protocol
 
-from ..markdown import THINK, block_to_html, folded_thought, needs_whole, text_to_html
-from ..markdown_blocks import Blocks
+from ..markdown import block_to_html, folded_thought, needs_whole, text_to_html
+from ..markdown_blocks import THINK, Blocks
 from ..messages import Answered, Event, Heard, Progress, Queued, Spoke
 from .message import Message
 from .speed import tokens_per_second

@@ -160,6 +160,7 @@ class Session:
                 "source": self.config.dataset.source,
                 "position": self._position(),
                 "total": self.prompts.total if self.prompts else None,
+                "notes": self.prompts.notes if self.prompts else [],
             },
             "control": (
                 {"prompt": self.config.control_prompt, "original": original, "current": current}
