@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from . import __version__
+from .addresses import local_url, network_urls, qr_code
 from .errors import Invalid, TrellisError
 from .settings import Settings
 
@@ -38,6 +39,7 @@ Host = Annotated[str | None, typer.Option(help=f"{Settings.model_fields['host'].
 Port = Annotated[str | None, typer.Option(metavar="INTEGER", help=f"{Settings.model_fields['port'].description}")]
 SaveDir = Annotated[Path | None, typer.Option(help=f"{Settings.model_fields['save_dir'].description}")]
 Reload = Annotated[bool, typer.Option("--reload", help="Start again when a source file changes (for developers).")]
+Qr = Annotated[bool, typer.Option("--qr", help="Show the address as a QR code, for a phone in the same network.")]
 Open = Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")]
 
 
@@ -55,19 +57,21 @@ def default(
     save_dir: SaveDir = None,
     reload: Reload = False,
     open: Open = True,
+    qr: Qr = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it and end.")
     ] = False,
 ) -> None:
     """Start the studio, or run a command."""
     if context.invoked_subcommand is None:
-        serve(host, port, save_dir, reload, open)
+        serve(host, port, save_dir, reload, open, qr)
 
 
 @app.command()
 def serve(
-    host: Host = None, port: Port = None, save_dir: SaveDir = None, reload: Reload = False, open: Open = True
-) -> None:
+    host: Host = None, port: Port = None, save_dir: SaveDir = None, reload: Reload = False, open: Open = True,
+    qr: Qr = False,
+) -> None:  # fmt: skip
     """Start the studio and print its address."""
     settings = _settings(host=host, port=port, save_dir=save_dir)
     try:
@@ -75,7 +79,7 @@ def serve(
         if reload:
             _serve_and_reload(sys.argv[1:])
             return
-        _serve(settings, open)
+        _serve(settings, open, qr=qr)
     except TrellisError as error:
         _say(error)
         raise typer.Exit(2) from None
@@ -116,13 +120,14 @@ def _with_flags(begin: Callable[..., None]) -> Callable[..., None]:
         flags[name.replace(".", "_")] = Annotated[row.type | None, about]
     rows = [Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind) for name, kind in flags.items()]
     rows.append(Parameter("open", Parameter.KEYWORD_ONLY, default=True, annotation=Open))
+    rows.append(Parameter("qr", Parameter.KEYWORD_ONLY, default=False, annotation=Qr))
     steer.__signature__ = Signature(rows)  # type: ignore[attr-defined]
     steer.__annotations__ = {row.name: row.annotation for row in rows}
     return steer
 
 
 def _steer(
-    host: str | None, port: str | None, save_dir: Path | None, name: str | None, open: bool, **given: Any
+    host: str | None, port: str | None, save_dir: Path | None, name: str | None, open: bool, qr: bool, **given: Any
 ) -> None:
     from .params import SessionConfig, config_from_flags
 
@@ -131,7 +136,7 @@ def _steer(
         settings.require_password_beyond_loopback()
         config = config_from_flags(given)
         SessionConfig.parse(config)
-        _serve(settings, open, (name, config))
+        _serve(settings, open, (name, config), qr=qr)
     except Invalid as error:
         for field in error.fields:
             flag = "--" + field["field"].removeprefix("config.").replace(".", "-").replace("_", "-")
@@ -161,7 +166,9 @@ def _say(error: TrellisError) -> None:
     console.print(Text.assemble((error.message, "red"), f"\n{error.next_step}"), soft_wrap=True)
 
 
-def _serve(settings: Settings, open_page: bool, first: tuple[str | None, dict[str, Any]] | None = None) -> None:
+def _serve(
+    settings: Settings, open_page: bool, first: tuple[str | None, dict[str, Any]] | None = None, *, qr: bool = False
+) -> None:
     """Run the studio until it is ended; `first` is the name and configuration of a session to begin with."""
     import uvicorn
 
@@ -213,9 +220,9 @@ def _serve(settings: Settings, open_page: bool, first: tuple[str | None, dict[st
             spawn.close()  # a load that waits for its engine would hold the server
             super().handle_exit(sig, frame)
 
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    address = f"http://{host}:{listening.getsockname()[1]}"
-    console.print(Text.assemble(f"Trellis {__version__} is at ", (address, "bold"), "  (Ctrl-C ends it)"))
+    port = listening.getsockname()[1]
+    address = local_url(settings.host, port)
+    _print_addresses(address, network_urls(settings.host, port), qr)
     if open_page and sys.stdout.isatty():
         threading.Thread(target=_open_later, args=(address,), daemon=True).start()
     spawn.warm()
@@ -228,6 +235,22 @@ def _serve(settings: Settings, open_page: bool, first: tuple[str | None, dict[st
         lock.close()
     if refused:
         raise refused[0]
+
+
+def _print_addresses(local: str, network: list[str], qr: bool) -> None:
+    """Say where the studio is: for this computer, for others in its network, and on demand as a QR code."""
+    console.print(Text.assemble(f"Trellis {__version__} is at ", (local, "bold"), "  (Ctrl-C ends it)"), soft_wrap=True)
+    others = [url for url in network if url != local]
+    for number, url in enumerate(others):
+        said = "For other devices in your network:" if number == 0 else " " * 34
+        console.print(Text.assemble(f"{said} ", (url, "bold")), soft_wrap=True)
+    if qr and network:
+        console.print(Text(qr_code(network[0]), style="bright_white on black"), soft_wrap=True)
+    elif qr:
+        console.print(
+            "A phone cannot reach this address. Set TRELLIS_PASSWORD and start with --host 0.0.0.0 --qr.",
+            soft_wrap=True,
+        )
 
 
 def _let_readers_go(studio: Studio) -> None:
