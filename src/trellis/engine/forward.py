@@ -5,9 +5,12 @@ It knows models and the weights that are to be in them; not text, sampling's fil
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,7 +20,10 @@ from ..params import Sampling
 from .adapters import Slot
 from .graphs import Drawn, Graphs
 from .lean import Cache, Layer
+from .reading import keeping
 from .sampling import draw
+
+log = logging.getLogger(__name__)
 
 
 class Rows(ABC):
@@ -61,6 +67,38 @@ def forward_of(slot: Slot, flat: Tensor, length: int) -> Forward:
     return GeneralForward(slot, flat)
 
 
+FORGOTTEN = 0.1
+"""A model whose logits change by more than this part of their spread, in every row, does not go on from its cache."""
+
+_REMEMBERING: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+"""Of each model with adapters, whether it goes on from a cache."""
+
+
+class Reread:
+    """In the place of a cache, for a model without one that can be used: all tokens so far (R, T), which are read again
+    with each step."""
+
+    layers: tuple[()] = ()
+    """No layer of it slides or holds sums, as those of a cache may."""
+
+    def __init__(self) -> None:
+        self._ids: Tensor | None = None
+
+    def add(self, ids: Tensor) -> Tensor:
+        """Tokens (R, T) that are read next. Returns all of them."""
+        self._ids = ids if self._ids is None else torch.cat([self._ids, ids], dim=1)
+        return self._ids
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        assert self._ids is not None
+        self._ids = self._ids.repeat_interleave(repeats, dim=0)
+
+    def crop(self, length: int) -> None:
+        """Keep so many tokens; a negative number is how many go."""
+        assert self._ids is not None
+        self._ids = self._ids[:, :length]
+
+
 class GeneralForward(Forward):
     """Through transformers' own forward: any causal model."""
 
@@ -71,17 +109,48 @@ class GeneralForward(Forward):
     def rows(self, prompt: list[int], count: int, room: int, base: bool = False) -> Rows:
         return GeneralRows(self, prompt, count, base)
 
-    def run(self, ids: Tensor, cache: DynamicCache, base: bool, last: bool) -> Tensor:
+    def run(self, ids: Tensor, cache: DynamicCache | Reread, base: bool, last: bool) -> Tensor:
+        """Read tokens (R, T) after what is in the cache. Returns logits (R, T, V), or of the last token alone."""
         slot = self._slot
-        keep = {"logits_to_keep": 1} if last else {}
+        count = 1 if last else ids.shape[1]
+        keep = keeping(slot.model, count)
         with slot.turn, torch.inference_mode():
             slot.install(self._flat)
             with slot.reference() if base else nullcontext():
-                found: Tensor = slot.model(input_ids=ids, past_key_values=cache, use_cache=True, **keep).logits
-        return found
+                if isinstance(cache, Reread):
+                    found = slot.model(input_ids=cache.add(ids), use_cache=False, **keep).logits
+                else:
+                    found = slot.model(input_ids=ids, past_key_values=cache, use_cache=True, **keep).logits
+        last_ones: Tensor = found[:, -count:]
+        return last_ones
 
-    def cache(self) -> DynamicCache:
-        return DynamicCache(config=self._slot.model.config)
+    def cache(self) -> DynamicCache | Reread:
+        model = self._slot.model
+        with self._slot.turn:
+            if model not in _REMEMBERING:
+                _REMEMBERING[model] = self._remembers()
+        return DynamicCache(config=model.config) if _REMEMBERING[model] else Reread()
+
+    def _remembers(self) -> bool:
+        """Whether the model goes on from what a cache holds. Some ignore the cache that they are given, and would see
+        the last token alone; some have kinds of layers whose caches cannot be spread over the rows of a group."""
+        config = self._slot.model.config.get_text_config()
+        ids = (torch.arange(18, device=self.device).view(3, 6) * 7 + 5) % config.vocab_size
+        whole = self.run(ids, Reread(), base=True, last=True)[:, -1].float()
+        cache = DynamicCache(config=self._slot.model.config)
+        try:
+            self.run(ids[:, :4], cache, base=True, last=True)
+            with torch.inference_mode():
+                cache.batch_repeat_interleave(2)
+            found = self.run(ids[:, 4:].repeat_interleave(2, 0), cache, base=True, last=True)[::2, -1].float()
+        except (ValueError, AttributeError, TypeError, IndexError, NotImplementedError, RuntimeError) as error:
+            if "memory" in str(error).lower():
+                raise
+            log.info("%s has no cache that rows can go on from: %s", type(self._slot.model).__name__, error)
+            return False
+        spread = (whole - whole.mean(dim=-1, keepdim=True)).norm(dim=-1)
+        # Rounding in 8 or 16 bits changes one row by some hundredths; who forgets is wrong in all of them.
+        return bool(((found - whole).norm(dim=-1) <= FORGOTTEN * spread).any())
 
 
 class GeneralRows(Rows):

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..params import Adapter
 from .adapters import Slot, Slots, Weights
-from .forward import GeneralForward
+from .forward import GeneralForward, Reread
 from .lean import Adapted, Cache, Layer, Lean, Linear, Mix
 
 ROUND = 64
@@ -338,7 +338,7 @@ class LeanLines(Lines):
 
 @dataclass(eq=False)
 class GeneralLine(Line):
-    cache: DynamicCache = field(default_factory=DynamicCache)
+    cache: DynamicCache | Reread = field(default_factory=DynamicCache)
 
 
 class GeneralLines(Lines):
@@ -399,6 +399,6 @@ class GeneralLines(Lines):
         return GeneralForward(slot, slot.still)
 
 
-def _can_be_cut(cache: DynamicCache) -> bool:
+def _can_be_cut(cache: DynamicCache | Reread) -> bool:
     """Whether a cache still holds all that was read, place by place: others slide, or hold a sum of it."""
     return all(type(layer) is DynamicLayer for layer in cache.layers)
