@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.tiny import KINDS, make_model
 from trellis.blobs import Blobs
@@ -208,6 +208,41 @@ def test_a_half_precision_base_is_merged_in_its_own_precision(tmp_path: Path, dt
     tensors = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "m"))
     one, two = (each["model.embed_tokens.weight"] for each in tensors)
     assert torch.equal(one, two), "what the adapter does not touch must stay as it was, to the bit"
+
+
+def test_what_is_stored_in_more_digits_than_the_rest_keeps_them(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    stored = load_file(folder / "model.safetensors")
+    dice = torch.Generator().manual_seed(1)
+    mixed = {
+        name: 1 + torch.rand(each.shape, generator=dice) if "norm" in name else each.to(torch.bfloat16)
+        for name, each in stored.items()
+    }
+    save_file(mixed, folder / "model.safetensors", metadata={"format": "pt"})
+    engine, root, _ = grown(folder, tmp_path / "weights")
+    _, learned = learn(engine, root, offer(engine, root))
+    merged: Merged = run(engine.merge(merge_of(folder, root, learned.weights, str(tmp_path / "m"))))
+    assert merged.dtype == "bfloat16"
+    found = load_file(tmp_path / "m" / "model.safetensors")
+    assert set(found) == set(mixed)
+    assert {name: each.dtype for name, each in found.items()} == {name: each.dtype for name, each in mixed.items()}
+    for name, each in found.items():
+        assert torch.equal(each, mixed[name]) == ("proj" not in name), name
+
+
+def test_an_adapter_that_does_not_fit_the_base_is_not_merged_in_part(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    engine, root, _ = grown(folder, tmp_path / "weights")
+    _, learned = learn(engine, root, offer(engine, root))
+    file = tmp_path / "weights" / learned.weights / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name.replace("q_proj", "query"): each for name, each in tensors.items()}, file)
+    with (
+        pytest.warns(UserWarning, match="missing adapter keys"),
+        pytest.raises(TrellisError, match="4 of the adapter's 28 tensors") as raised,
+    ):
+        run(engine.merge(merge_of(folder, root, learned.weights, str(tmp_path / "m"))))
+    assert raised.value.code == "not_proved"
 
 
 def test_a_rotten_adapter_is_learned_again_to_the_same_bits(tmp_path: Path) -> None:
