@@ -239,12 +239,14 @@ def read_model(
     if precision in ("32-bit", "16-bit"):
         yield from _move(model, device)
     yield Progress(stage="warming_up", fraction=WARMING, message="Warming up")
-    with torch.inference_mode():
-        model(input_ids=torch.zeros((1, 8), dtype=torch.long, device=device), use_cache=False)
+    _warm_up(model, device)
     lean, lanes = Lean.of(model), 1
     if device == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL:
         lanes = min(LANES, torch.get_num_threads()) if lean else 1
         torch.set_num_threads(1)
+    slots = Slots(model, lean, Crew(lanes))
+    if lean is None:  # the lean pass is known to be right
+        _require_causal(slots)
     tokenizer("Once, so that nothing in it changes when several threads read with it.")
     about = Loaded(
         fingerprint=digest.hexdigest()[:32],
@@ -258,7 +260,32 @@ def read_model(
         positions=positions_of(config),
         lanes=lanes,
     )
-    return LoadedModel(model, tokenizer, Slots(model, lean, Crew(lanes)), lean, _ends(path, config, tokenizer), about)
+    return LoadedModel(model, tokenizer, slots, lean, _ends(path, config, tokenizer), about)
+
+
+def _warm_up(model: Any, device: str) -> None:
+    """Read a few tokens. Raises LoadFailed where the model cannot."""
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.zeros((1, 8), dtype=torch.long, device=device), use_cache=False)
+    except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+        if "memory" in str(error).lower():
+            raise
+        raise LoadFailed(
+            f"The model was loaded and cannot read a text: {_first_line(error)}",
+            code="unsupported_architecture",
+            next_step="Choose a causal language model that needs nothing but text.",
+        ) from None
+
+
+def _require_causal(slots: Slots) -> None:
+    """Find out how the model goes on with a text. Raises LoadFailed for one that fills gaps instead."""
+    if not slots.caching.causal:
+        raise LoadFailed(
+            "This model reads a text in both directions, as models that fill gaps do, and cannot go on with one.",
+            code="unsupported_architecture",
+            next_step="Choose a causal language model, such as a chat model.",
+        )
 
 
 def _digest(path: Path, precision: Precision) -> Any:
