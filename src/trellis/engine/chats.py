@@ -272,7 +272,8 @@ class Chats:
         tokens = seat.prepared.tokens
         done = len(seat.line.tokens)
         try:
-            logits = self._lines().read(seat.line, tokens[done : done + PIECE])
+            piece = len(tokens) if self._lines().reads_whole else PIECE
+            logits = self._lines().read(seat.line, tokens[done : done + piece])
         except Exception as error:  # noqa: BLE001 - of one conversation alone: the others have not been touched
             self._fail(seat, error, told)
             return

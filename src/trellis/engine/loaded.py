@@ -308,6 +308,9 @@ def read_model(
     if device == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL:
         lanes = min(LANES, torch.get_num_threads()) if lean else 1
         torch.set_num_threads(1)
+    slots = Slots(model, lean, Crew(lanes))
+    if lean is None:  # the lean pass is known to be right
+        _require_causal(slots)
     tokenizer("Once, so that nothing in it changes when several threads read with it.")
     template, problem = _read_template(path, tokenizer)
     about = Loaded(
@@ -325,12 +328,22 @@ def read_model(
         positions=positions_of(config),
         lanes=lanes,
     )
-    slots, ends = Slots(model, lean, Crew(lanes)), _ends(path, config, tokenizer)
+    ends = _ends(path, config, tokenizer)
     if missing := sorted(set(vocabulary_of(tokenizer).missing(rows)) - ends):
         slots.missing = torch.tensor(missing, device=device)
         if lean is not None:
             lean.missing = slots.missing
     return LoadedModel(model, tokenizer, slots, lean, ends, about, template)
+
+
+def _require_causal(slots: Slots) -> None:
+    """Find out how the model goes on with a text. Raises LoadFailed for one that fills gaps instead."""
+    if not slots.caching.causal:
+        raise LoadFailed(
+            "This model reads a text in both directions, as models that fill gaps do, and cannot go on with one.",
+            code="unsupported_architecture",
+            next_step="Choose a causal language model, such as a chat model.",
+        )
 
 
 def _read_template(path: Path, tokenizer: Any) -> tuple[ChatTemplate | None, str]:

@@ -23,6 +23,7 @@ from ..errors import Invalid, LoadFailed, WeightsMissing
 from ..messages import Load, Merge, Merged, Progress
 from ..model_files import weight_files
 from ..tensors import UNREADABLE, all_finite, header_of
+from .caches import Past
 from .loaded import LoadedModel, fingerprints, read_model
 from .reading import Group, answer_logprobs
 from .side_files import copy_side_files, require_same_use, use_of, write_config
@@ -59,6 +60,7 @@ def merge(request: Merge, adapter: Path) -> Generator[Progress | None, None, Mer
         before.append(_logprobs(both, probe))
         yield _checking(0.45, 0.55, number, len(probes), "Asking base and adapter")
     yield Progress(stage="merging", fraction=0.55, message="Merging the adapter into the weights")
+    _untie_head(both)
     merged = both.merge_and_unload()
     _restore_precision(merged, base, dtype, changed)
     yield Progress(stage="writing", fraction=0.65, message="Writing the merged model")
@@ -150,6 +152,17 @@ def _restore_precision(merged: Any, base: Path, dtype: torch.dtype, changed: set
                         held[name].data = stored
 
 
+def _untie_head(both: PeftModel) -> None:
+    """Where the adapter changes the output layer, give that a weight of its own: merged into one that it shares with
+    the embedding, the change would be in both."""
+    model: Any = both.get_base_model()
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(head, BaseTunerLayer) and head.get_base_layer().weight is embedding.weight:
+        head.get_base_layer().weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+
 def tolerance(dtype: torch.dtype) -> float:
     """The mean difference in nats that rounding explains: the merged weights are rounded once to their precision."""
     return 1e-3 if dtype == torch.float32 else 5e-2
@@ -190,12 +203,13 @@ def _answers(both: Any, loaded: LoadedModel, request: Merge) -> Generator[None, 
             prompt = loaded.prompt_tokens(probe, PROBE_TOKENS, PROBE_CONTEXT)
         except Invalid:
             continue  # one that is too long proves no more than the others
+        past, answer = Past(loaded.slots.caching), list[int]()
         with torch.inference_mode():
-            written = both.generate(
-                input_ids=torch.tensor([prompt]), attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
-                max_new_tokens=PROBE_TOKENS, do_sample=False, pad_token_id=loaded.end_token or 0,
-            )  # fmt: skip
-        probes.append(Group(prompt, [written[0, len(prompt) :].tolist()], "none", 1.0))
+            fed = torch.tensor([prompt])
+            while len(answer) < PROBE_TOKENS and not (answer and answer[-1] in loaded.ends):
+                fed = past.read(both.get_base_model(), fed, last=True)[:, -1].argmax(dim=-1, keepdim=True)
+                answer.append(int(fed))
+        probes.append(Group(prompt, [answer], "none", 1.0))
         yield None
     return probes
 

@@ -10,17 +10,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from inspect import signature
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from ..messages import Choice
 from .adapters import Slot
+from .caches import keeps_last_logits, last_logits
 from .lean import Lean, Linear
 
 
@@ -64,8 +63,7 @@ def answers_logprobs(model: Any, groups: Sequence[Group]) -> list[Tensor]:
         first = min(len(rows[number][0].prompt) for number in numbers) - 1
         padded = [[*rows[number][0].prompt, *rows[number][1]] for number in numbers]
         ids = torch.tensor([row + [0] * (width - len(row)) for row in padded], device=model.device)
-        count = width - 1 - first
-        logits = model(input_ids=ids[:, :-1], use_cache=False, **keeping(model, count)).logits[:, -count:]
+        logits = last_logits(model, ids[:, :-1], width - 1 - first, keeps_last_logits(model), use_cache=False)
         temperatures = torch.tensor([rows[number][0].temperature for number in numbers], device=model.device)
         logprobs = torch.log_softmax(logits.float() / temperatures[:, None, None], dim=-1)
         told = logprobs.gather(-1, ids[:, first + 1 :, None])[..., 0]
@@ -78,13 +76,6 @@ def answers_logprobs(model: Any, groups: Sequence[Group]) -> list[Tensor]:
         mine, found = found[: len(group.answers)], found[len(group.answers) :]
         picked.append(pad_sequence(mine, batch_first=True))
     return picked
-
-
-def keeping(model: Any, count: int) -> dict[str, int]:
-    """What asks a model for its last `count` logits alone, where it can be asked. One that cannot may take the argument
-    and give all of them."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    return {"logits_to_keep": count} if "logits_to_keep" in signature(inner.forward).parameters else {}
 
 
 def _of_like_length(lengths: Sequence[int]) -> list[list[int]]:
