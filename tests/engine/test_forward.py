@@ -73,7 +73,7 @@ def test_what_is_drawn_is_what_is_learned_from(kind: str) -> None:
     assert torch.allclose(
         told([first, *several[:, :4].unbind(1)], [each[:5] for each in answers]), read[:, :5], atol=1e-4
     )
-    assert (slot.caching.pieces == "none") == (kind in FORGETFUL)
+    assert (slot.caching.pieces == "none") == (kind not in (*KINDS, "lfm2"))
 
 
 class Values:

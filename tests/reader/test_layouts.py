@@ -156,10 +156,10 @@ def test_a_layout_is_read_whole(tmp_path: Path, name: str, content: Any, prompts
         ("half.txt", "Why?\n".encode("utf-16")[:-1], "not UTF-16-LE text"),
         ("excel.csv", b"PK\x03\x04....", "it is a zip archive, as Excel's .xlsx files are"),
         ("parquet.csv", b"PAR1....", "let its name end in .parquet"),
-        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99)[:-20], "not a whole compressed file"),
+        ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-20], "not a whole compressed file"),
         ("cut.jsonl.bz2", bz2.compress(b'{"prompt": "a"}\n' * 99)[:-20], "not a whole compressed file"),
         ("cut.jsonl.xz", lzma.compress(b'{"prompt": "a"}\n' * 99)[:-20], "not a whole compressed file"),
-        ("rot.jsonl.gz", gzip.compress(b"abcdefgh" * 99)[:14] + b"\xff\xff\xff\xff\xff\xff\xff\xff", "compressed file"),
+        ("rot.jsonl.gz", gzip.compress(b"abcdefgh" * 99, mtime=0)[:14] + b"\xff\xff\xff\xff\xff\xff\xff\xff", "compressed file"),
         ("empty rows.jsonl", '{"prompt": ""}\n{"prompt": null}\n', "“prompt”"),
     ],
 )  # fmt: skip
