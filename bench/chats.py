@@ -19,7 +19,7 @@ import trellis.demo
 from trellis.blobs import Blobs
 from trellis.engine.text import TextEngine
 from trellis.messages import Answered, Chat, Heard, Load, Plant, Turn
-from trellis.params import Adapter, Sampling
+from trellis.params import Adapter, Device, Sampling
 
 LONGEST = 64
 MODEL = Path(trellis.demo.__file__).parent / "model"
@@ -36,9 +36,9 @@ def run(steps: Iterator[Any]) -> Any:
 class Talk:
     """An engine with some adapters, and conversations that all say as much."""
 
-    def __init__(self, folder: str, adapters: int) -> None:
+    def __init__(self, folder: str, adapters: int, model: Path = MODEL, device: Device = "auto") -> None:
         self.engine = TextEngine(Blobs(Path(folder)))
-        run(self.engine.load(Load(path=str(MODEL))))
+        run(self.engine.load(Load(path=str(model), device=device)))
         self.weights = [run(self.engine.plant(Plant(adapter=Adapter(), seed=seed))).weights for seed in range(adapters)]
         self.numbers = 0
 

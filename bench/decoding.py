@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,35 @@ def theirs(model: Any, tokens: int) -> float:
     return waited(device) - started
 
 
-def group_speed(name: str, make: Callable[[], Any], tokens: int, times: int) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+@dataclass(frozen=True)
+class Speed:
+    """Medians of drawing one group.
+
+    `ours` and `theirs` are tokens a second; `first` and `step` are seconds; `read` are the bytes of weights that a step
+    reads, and `limit` is how often in a second the memory could read them.
+    """
+
+    dtype: str
+    device: str
+    ours: float
+    theirs: float
+    first: float
+    step: float
+    read: int
+    limit: float
+
+    @property
+    def of_memory(self) -> float:
+        return 1 / (self.step * self.limit)
+
+
+def group_speed(make: Callable[[], Any], tokenizer_path: Path, tokens: int, times: int) -> Speed:
+    """Draw groups with ours and with theirs in turn. The model must have a lean pass."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     with tempfile.TemporaryDirectory() as folder:
         shelf = Shelf(Blobs(Path(folder)))
         base = make()
+        read = sum(module.weight.nbytes for module in base.modules() if isinstance(module, torch.nn.Linear))
         slot = Slots(base, Lean.of(base)).get(Adapter())
         flat = shelf.plant(slot, "w1", 1).flat
         fresh = make()
@@ -92,17 +117,22 @@ def group_speed(name: str, make: Callable[[], Any], tokens: int, times: int) -> 
     # One after the other in turn, so that a busy moment of the machine meets both. The first round warms up.
     rounds = [(*ours(slot, flat, tokenizer, tokens), theirs(model, tokens)) for _ in range(times + 1)][1:]
     first, mine, their = (statistics.median(column) for column in zip(*rounds, strict=True))
-    weights = [each.weight for layer in slot.adapted.lean.layers for each in layer.linears()]
-    read = sum(weight.nbytes for weight in (*weights, slot.adapted.lean.head))
-    limit = copy_bandwidth(device) / read
-    steps = tokens / mine
     kind = str(base.dtype).removeprefix("torch.")
-    print(f"\n{name}, {kind} on {device}: {GROUP} answers of {tokens} tokens, medians of {times}")
-    print(f"  transformers generate with PEFT  {GROUP * tokens / their:9.0f} tokens/s   1.00")
-    print(f"  trellis decode_group             {GROUP * tokens / mine:9.0f} tokens/s  {their / mine:5.2f}")
-    print(f"  first token after {first * 1000:.1f} ms; a step {1000 / steps:.2f} ms")
+    return Speed(
+        kind, device, GROUP * tokens / mine, GROUP * tokens / their, first, mine / tokens, read,
+        copy_bandwidth(device) / read,
+    )  # fmt: skip
+
+
+def show(name: str, make: Callable[[], Any], tokens: int, times: int) -> None:
+    found = group_speed(make, DEMO, tokens, times)
+    print(f"\n{name}, {found.dtype} on {found.device}: {GROUP} answers of {tokens} tokens, medians of {times}")
+    print(f"  transformers generate with PEFT  {found.theirs:9.0f} tokens/s   1.00")
+    print(f"  trellis decode_group             {found.ours:9.0f} tokens/s  {found.ours / found.theirs:5.2f}")
+    print(f"  first token after {found.first * 1000:.1f} ms; a step {found.step * 1000:.2f} ms")
     print(
-        f"  {read / 1e6:.0f} MB of weights are read a step; the memory allows {limit:.0f} steps/s: {steps / limit:.0%}"
+        f"  {found.read / 1e6:.0f} MB of weights are read a step; the memory allows {found.limit:.0f} steps/s: "
+        f"{found.of_memory:.0%}"
     )
 
 
@@ -122,12 +152,12 @@ def main() -> None:
             model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).to(device)
             return model.eval().requires_grad_(False)
 
-        group_speed("demo", demo, arguments.tokens, arguments.times)
+        show("demo", demo, arguments.tokens, arguments.times)
     size = arguments.only or ("1.2 billion" if on_gpu else "140 million")
     if size != "demo":
         dtype = torch.bfloat16 if on_gpu else torch.float32
         times = arguments.times if on_gpu else 3
-        group_speed(size, lambda: random_model(size, device, dtype), arguments.tokens, times)
+        show(size, lambda: random_model(size, device, dtype), arguments.tokens, times)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 import hypothesis
 import pytest
 
+from tests.processor import processor
 from trellis.blobs import Blobs
 from trellis.engine.fake import FakeEngine
 from trellis.engine.loop import Loop
@@ -25,6 +26,10 @@ from trellis.workers.worker import Engine, Spawn
 
 hypothesis.settings.register_profile("trellis", deadline=None)  # how long a case takes is never what a test is about
 hypothesis.settings.load_profile("trellis")
+
+
+def pytest_report_header() -> str:
+    return f"processor: {processor()}"
 
 
 class ThreadEngine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,58 @@ def make_tokenizer(folder: Path, *, template: str | None = TEMPLATE) -> int:
     return len(tokenizer)
 
 
+SPELLINGS = ("byte-level", "llama", "gemma", "unigram", "wordpiece")
+"""Kinds of tokenizers: byte-level BPE; SentencePiece BPE with byte fallback whose decoder strips a leading space (as
+Llama 2 and Mistral have it) or does not (Gemma); Unigram with Metaspace (T5); WordPiece (BERT)."""
+
+
+def make_spelling(folder: Path, kind: str) -> Any:
+    """Write a tokenizer of one of SPELLINGS to a folder, and return it as transformers reads it again."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if kind == "byte-level":
+        make_tokenizer(folder)
+        return AutoTokenizer.from_pretrained(folder)
+    special = ["<unk>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|pad|>"]
+    options: dict[str, Any] = {"special_tokens": special, "show_progress": False}
+    spaced = [" ".join(SENTENCES)] * 4
+    if kind == "wordpiece":
+        raw = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        raw.decoder = decoders.WordPiece()
+        raw.train_from_iterator(spaced, trainers.WordPieceTrainer(vocab_size=300, **options))
+    elif kind == "unigram":
+        raw = Tokenizer(models.Unigram())
+        raw.pre_tokenizer = pre_tokenizers.Metaspace()
+        raw.decoder = decoders.Metaspace()
+        raw.train_from_iterator(spaced, trainers.UnigramTrainer(vocab_size=200, unk_token="<unk>", **options))
+    else:
+        learned = Tokenizer(models.BPE())
+        learned.pre_tokenizer = pre_tokenizers.Metaspace()
+        learned.train_from_iterator(spaced, trainers.BpeTrainer(vocab_size=250, **options))
+        about = json.loads(learned.to_str())["model"]
+        vocabulary = dict(about["vocab"])
+        for byte in range(256):
+            vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)
+        merges = [tuple(merge) for merge in about["merges"]]
+        raw = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        added: list[Any] = []
+        if kind == "llama":
+            steps, added = [*steps, decoders.Strip(" ", 1, 0)], [normalizers.Prepend("▁")]
+        raw.normalizer = normalizers.Sequence([*added, normalizers.Replace(" ", "▁")])
+        raw.decoder = decoders.Sequence(steps)
+        raw.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", eos_token="<|end|>", pad_token="<|pad|>",
+        additional_special_tokens=special[2:5],
+    )  # fmt: skip
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def make_llama(folder: Path, *, seed: int = 0, hidden: int = 32, layers: int = 2, positions: int = 512) -> Path:
     """Write a Llama of about 40,000 random weights to a folder."""
     import torch
@@ -56,12 +109,17 @@ def make_llama(folder: Path, *, seed: int = 0, hidden: int = 32, layers: int = 2
 KINDS = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "mistral", "gpt2", "gpt_neox")
 
 
-def make_model(folder: Path, kind: str, *, template: str | None = TEMPLATE, pad_is_end: bool = False) -> Path:
-    """Write a tiny model of one of KINDS, a random one, to a folder."""
+def make_model(
+    folder: Path, kind: str, *, template: str | None = TEMPLATE, pad_is_end: bool = False, spelling: str = "",
+    padding: int = 0,
+) -> Path:  # fmt: skip
+    """Write a tiny model of one of KINDS, a random one, to a folder; with a tokenizer of one of SPELLINGS, and so many
+    rows in the embedding that no token belongs to, where that is wanted."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    vocabulary = make_tokenizer(folder, template=template)
+    vocabulary = len(make_spelling(folder, spelling)) if spelling else make_tokenizer(folder, template=template)
+    vocabulary += padding
     special: dict[str, Any] = {"eos_token_id": 1, "pad_token_id": 1 if pad_is_end else 0, "bos_token_id": None}
     sizes: dict[str, Any] = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

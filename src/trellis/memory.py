@@ -60,7 +60,10 @@ class Estimate:
 
 
 def shape_of(config: Mapping[str, Any], tensors: Mapping[str, list[int]]) -> Shape:
-    """A model's shape from its config.json and the shapes of its tensors by name."""
+    """A model's shape from its config.json and the shapes of its tensors by name.
+
+    Of quantised weights it counts the numbers that they stand for, since they are unpacked as they are read.
+    """
 
     def number(*names: str) -> int:
         inner = config.get("text_config")
@@ -68,6 +71,7 @@ def shape_of(config: Mapping[str, Any], tensors: Mapping[str, list[int]]) -> Sha
         found = [place[name] for place in places for name in names if isinstance(place.get(name), int)]
         return max(0, found[0]) if found else 0
 
+    tensors = _unpacked(tensors, number("hidden_size") or 1)
     sizes = {name: _product(shape) for name, shape in tensors.items()}
     linear = {name: shape for name, shape in tensors.items() if len(shape) == 2 and not _is_table(name)}
     hidden, heads = number("hidden_size", "n_embd", "d_model"), number("num_attention_heads", "n_head") or 1
@@ -80,7 +84,7 @@ def shape_of(config: Mapping[str, Any], tensors: Mapping[str, list[int]]) -> Sha
         hidden=hidden,
         key_values=2 * key_heads * (number("head_dim") or hidden // heads),
         vocabulary=number("vocab_size"),
-        positions=number("max_position_embeddings", "n_positions") or None,
+        positions=number("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length") or None,
     )
 
 
@@ -122,6 +126,19 @@ def what_would_fit(
         found = estimate(shape, changed, change.get("precision", precision))
         if found.total <= available:
             yield change, found
+
+
+def _unpacked(tensors: Mapping[str, list[int]], hidden: int) -> dict[str, list[int]]:
+    """Shapes without scales and states of quantisation; two weights of bitsandbytes in 4 bits lie in one byte."""
+    four_bit = {name.rsplit(".quant_state.", 1)[0] for name in tensors if ".quant_state." in name}
+    shapes: dict[str, list[int]] = {}
+    for name, shape in tensors.items():
+        if name in four_bit:
+            count = 2 * _product(shape)
+            shapes[name] = [count // hidden, hidden]
+        elif not name.endswith(("_scale_inv", ".SCB", ".weight_format")) and name.rpartition(".weight.")[0] == "":
+            shapes[name] = shape
+    return shapes
 
 
 def _is_table(name: str) -> bool:

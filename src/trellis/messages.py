@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, TypeAdapter
@@ -139,6 +139,8 @@ class Load(Message):
     device: Device = "auto"
     engine: EngineName = "transformers"
     remote_code: bool = False
+    fetches: bool = True
+    """Whether the hub may be asked; else the files that are here are used as they are."""
 
 
 class Plant(Message):
@@ -147,6 +149,17 @@ class Plant(Message):
     type: Literal["plant"] = "plant"
     adapter: Adapter
     seed: int
+    root: str = later("")
+    """The weights that a session began with: made under this name on a model that an older version knew otherwise."""
+
+    def makes(self, fingerprint: str) -> str:
+        """The id of the weights on a model with this fingerprint."""
+        return recipe_id("w", {"model": fingerprint, **recipe_of(self.model_copy(update={"root": ""}))})
+
+    def makes_on(self, fingerprints: Sequence[str]) -> str:
+        """The id on a model that goes by several fingerprints: `root` where one of them leads to it, else the first."""
+        made = [self.makes(fingerprint) for fingerprint in fingerprints]
+        return self.root if self.root in made else made[0]
 
 
 class Merge(Message):
@@ -262,6 +275,12 @@ class Chat(Message):
     stop: tuple[str, ...] = ()
     top: int | None = None
     """So many of the likeliest tokens are told beside each that is drawn, with their log-probabilities."""
+    top_k: int = 0
+    """Only so many of the likeliest tokens are drawn from; 0 for all."""
+    repetition_penalty: float = 1.0
+    """What was read or said before is less likely by this factor (CTRL, arXiv 1909.05858); 1 changes nothing."""
+    min_tokens: int = 0
+    """Before so many tokens the answer neither ends by itself nor at one of `stop`."""
     trims: bool = False
     template_kwargs: TemplateKwargs = Field(default={})
     """Variables for the chat template beside the messages, such as `enable_thinking`."""
@@ -334,6 +353,8 @@ class Queued(Message):
 class Loaded(Message):
     type: Literal["loaded"] = "loaded"
     fingerprint: str
+    former_fingerprint: str = ""
+    """What older versions called the same model: sessions that began with it go on."""
     parameters: int
     architecture: str
     device: str
@@ -353,7 +374,8 @@ class Loaded(Message):
 class Merged(Message):
     """What a merge wrote, and how far its answers are from those of base and adapter.
 
-    The differences are between log-probabilities of answer tokens in nats: the largest one and the mean.
+    The differences are between log-probabilities of answer tokens in nats: the largest one and the mean. `ends` are the
+    tokens at which base and merged model end an answer; `conversations` is how many both write in the same words.
     """
 
     type: Literal["merged"] = "merged"
@@ -364,6 +386,8 @@ class Merged(Message):
     mean_difference: float
     agreement: float
     seconds: float
+    ends: tuple[int, ...] = ()
+    conversations: int = 0
 
 
 class Planted(Message):
@@ -384,6 +408,8 @@ class Offered(Message):
     prompt_tokens: int
     seconds_to_first: float
     seconds: float
+    overflowed: tuple[int, ...] = ()
+    """Options that were cut short because the model gave no numbers for their next token."""
 
 
 class Metrics(Message):

@@ -55,7 +55,7 @@ class Settings(BaseSettings):
     local_servers: str = Field(
         "",
         description="Servers of models in your own network that may be talked to, as host:port with commas, such as "
-        "“localhost:11434”. Others must have public addresses.",
+        "“localhost:11434”. Others must have public addresses, or be permitted on the page of connections.",
     )
     rate_limit: int = Field(
         120, ge=0, description="Expensive actions a minute that one client may take (sessions, loads, exports). 0: any."

@@ -1,6 +1,8 @@
-"""What text may be, wherever it comes from. It imports nothing, so that the lightest process can ask."""
+"""What text may be, wherever it comes from. It imports nothing of ours, so that the lightest process can ask."""
 
 from __future__ import annotations
+
+import unicodedata
 
 PROMPT_LIMIT = 100_000
 """Characters in one prompt or one written answer; more is refused before it reaches a tokenizer."""
@@ -15,3 +17,15 @@ def storable(text: str) -> str:
     except UnicodeEncodeError:
         raise ValueError("must be text that can be encoded as UTF-8") from None
     return text
+
+
+def folded(text: str) -> str:
+    """Text as it is searched: without case, and with each letter composed, however it was typed."""
+    if text.isascii():
+        return text.lower()
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", text).casefold())
+
+
+def spellings(word: str) -> list[str]:
+    """A word as it may stand in stored text: folded, or as it was stored before letters were composed."""
+    return list(dict.fromkeys([folded(word), word.casefold(), unicodedata.normalize("NFD", folded(word))]))

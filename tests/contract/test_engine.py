@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -37,6 +38,7 @@ from trellis.messages import (
     Progress,
     Prompt,
     Ranking,
+    Request,
     Spoke,
     Status,
     StatusReport,
@@ -209,22 +211,58 @@ async def test_weights_that_are_not_kept_are_in_memory_alone_until_they_are(work
     assert await draw(worker, offer(learned.weights)) == drawn
 
 
-async def test_what_waits_can_be_made_urgent(worker: Worker) -> None:
+class Gated:
+    """An engine that holds up all requests behind the first one for its status, until a second one has arrived."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._held = False
+        self._open = threading.Event()
+
+    @property
+    def lanes(self) -> int:
+        lanes: int = self._engine.lanes
+        return lanes
+
+    def together(self) -> Any:
+        return self._engine.together()
+
+    def handlers(self) -> Any:
+        return {**self._engine.handlers(), Status: self._status}
+
+    def _status(self, request: Status) -> Any:
+        """Called as a frame arrives; what it returns is worked on later."""
+        if self._held:
+            self._open.set()
+        self._held = True
+        return self._when_open(request)
+
+    def _when_open(self, request: Status) -> Any:
+        while not self._open.wait(0.001):
+            yield None
+        return (yield from self._engine.handlers()[Status](request))
+
+
+async def test_what_waits_can_be_made_urgent(made: Made, blobs: Blobs, tiny_llama: Path) -> None:
+    worker = await start(lambda blobs: Gated(made(blobs)), blobs, tiny_llama)
     weights = await plant(worker)
     order: list[str] = []
     urgent, patient = offer(weights, seed=1, tokens=30), offer(weights, seed=2, tokens=30)
 
-    async def ask(name: str, request: Offer) -> None:
-        await worker.ask(request, priority=3)
+    async def ask(name: str, request: Request, priority: int) -> None:
+        await worker.ask(request, priority)
         order.append(name)
 
     async with asyncio.TaskGroup() as group:
-        group.create_task(ask("patient", patient))
-        group.create_task(ask("urgent", urgent))
-        await asyncio.sleep(0.02)
+        group.create_task(ask("gate", Status(), 0))
+        group.create_task(ask("patient", patient, 3))
+        group.create_task(ask("urgent", urgent, 3))
+        await asyncio.sleep(0)  # each of them has been sent
         await worker.urge(urgent)
         await worker.urge(offer(weights, seed=3))  # not under way: nothing happens
-    assert order == ["urgent", "patient"]
+        group.create_task(ask("opened", Status(), 0))
+    assert order.index("urgent") < order.index("patient")
+    await worker.stop()
 
 
 async def test_learning_twice_is_learning_once(worker: Worker) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from trellis.blobs import Blobs
 from trellis.engine.adapters import Shelf, Slot, Slots, Weights
+from trellis.errors import TrellisError, WeightsMissing
 from trellis.params import Adapter
 
 pytestmark = pytest.mark.engine
@@ -66,6 +71,73 @@ def test_weights_come_back_from_disk_bit_for_bit(base: Any, shelf: Shelf) -> Non
     for name in ("flat", "first", "second"):
         assert torch.equal(getattr(read, name), getattr(saved, name))
     assert (read.steps, read.adapter) == (3, SETTINGS)
+
+
+def rot(folder: Path, file: str, name: str, value: float) -> None:
+    tensors = load_file(folder / file)
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, folder / file)
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "NaN in the adapter": lambda folder: rot(folder, "adapter_model.safetensors", FIRST, float("nan")),
+    "infinity in the adapter": lambda folder: rot(folder, "adapter_model.safetensors", FIRST, float("-inf")),
+    "NaN in the first moment": lambda folder: rot(folder, "optimizer.safetensors", "first", float("nan")),
+    "infinity in the second moment": lambda folder: rot(folder, "optimizer.safetensors", "second", float("inf")),
+    "a negative second moment": lambda folder: rot(folder, "optimizer.safetensors", "second", -1.0),
+    "moments of another length": lambda folder: save_file(
+        {"first": torch.zeros(3), "second": torch.zeros(3)}, folder / "optimizer.safetensors"
+    ),
+    "a tensor of another shape": lambda folder: save_file(
+        {name: each.T.contiguous() for name, each in load_file(folder / "adapter_model.safetensors").items()},
+        folder / "adapter_model.safetensors",
+    ),
+    "no optimiser": lambda folder: (folder / "optimizer.safetensors").unlink(),
+    "a list for an object": lambda folder: (folder / "weights.json").write_text("[]"),
+    "no count of steps": lambda folder: (folder / "weights.json").write_text(
+        json.dumps({"adapter": SETTINGS.model_dump(mode="json")})
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_weights_are_missing_and_put_out_of_sight(base: Any, shelf: Shelf, damage: str) -> None:
+    slot = Slots(base).get(SETTINGS)
+    shelf.add(slot, random_weights(slot, "w1"), None, keep=True)
+    assert Shelf(shelf.blobs).readable(slot, "w1")
+    DAMAGE[damage](shelf.blobs.path("w1"))
+    with pytest.raises(WeightsMissing):
+        Shelf(shelf.blobs).get(slot, "w1")
+    assert "w1" not in shelf.blobs
+    shelf.keep(slot, "w1")  # what is still in memory is written again
+    assert torch.equal(Shelf(shelf.blobs).get(slot, "w1").flat, random_weights(slot, "w1").flat)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"adapter": {"lora_rank": "many"}}'])
+def test_settings_that_are_none_are_as_damaged(base: Any, shelf: Shelf, text: str) -> None:
+    slot = Slots(base).get(SETTINGS)
+    shelf.add(slot, random_weights(slot, "w1"), None, keep=True)
+    (shelf.blobs.path("w1") / "weights.json").write_text(text)
+    assert Shelf(shelf.blobs).metrics("w1") is None
+    with pytest.raises(WeightsMissing):
+        Shelf(shelf.blobs).settings("w1")
+    assert "w1" not in shelf.blobs
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("which", ["flat", "first", "second"])
+def test_weights_that_are_not_finite_are_neither_kept_nor_written(
+    base: Any, shelf: Shelf, which: str, keep: bool
+) -> None:
+    slot = Slots(base).get(SETTINGS)
+    whole = random_weights(slot, "w1")
+    rotten = getattr(whole, which).clone()
+    rotten[0] = float("inf")
+    with pytest.raises(TrellisError) as raised:
+        shelf.add(slot, replace(whole, **{which: rotten}), None, keep=keep)
+    assert raised.value.code == "not_finite"
+    assert not shelf.readable(slot, "w1")
 
 
 def test_what_the_cache_lets_go_is_read_again(base: Any, shelf: Shelf) -> None:

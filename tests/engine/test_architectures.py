@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests.tiny import KINDS, make_model
 from trellis.blobs import Blobs
 from trellis.engine.text import TextEngine
-from trellis.errors import Invalid, TrellisError
+from trellis.errors import Invalid, TrellisError, WeightsMissing
 from trellis.messages import (
     Event,
     Learn,
@@ -208,6 +208,49 @@ def test_a_half_precision_base_is_merged_in_its_own_precision(tmp_path: Path, dt
     tensors = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "m"))
     one, two = (each["model.embed_tokens.weight"] for each in tensors)
     assert torch.equal(one, two), "what the adapter does not touch must stay as it was, to the bit"
+
+
+def test_a_rotten_adapter_is_learned_again_to_the_same_bits(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    engine, root, _ = grown(folder, tmp_path / "weights")
+    offered = offer(engine, root)
+    request, learned = learn(engine, root, offered)
+    file = tmp_path / "weights" / learned.weights / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-4] + b"\xff\xff\xff\xff")
+    other, _, _ = grown(folder, tmp_path / "weights")
+    for use in (
+        lambda: offer(other, learned.weights),
+        lambda: run(other.learn(request.model_copy(update={"weights": learned.weights}))),
+    ):
+        with pytest.raises(WeightsMissing):
+            use()
+    with pytest.raises(WeightsMissing):
+        other.weights(learned.weights)  # which conversations ask for
+    assert run(other.learn(request)).weights == learned.weights
+    assert file.read_bytes() == whole
+
+
+def test_planted_weights_that_rot_are_planted_again(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    _, root, _ = grown(folder, tmp_path / "weights")
+    file = tmp_path / "weights" / root / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-4] + b"\x00\x00\x80\x7f")
+    _, again, _ = grown(folder, tmp_path / "weights")
+    assert again == root
+    assert file.read_bytes() == whole
+
+
+def test_a_rotten_adapter_is_not_merged(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    engine, root, _ = grown(folder, tmp_path / "weights")
+    _, learned = learn(engine, root, offer(engine, root))
+    file = tmp_path / "weights" / learned.weights / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"\xff\xff\xff\xff")
+    with pytest.raises(WeightsMissing):
+        run(engine.merge(merge_of(folder, root, learned.weights, str(tmp_path / "m"))))
+    assert not (tmp_path / "m").exists()
 
 
 def test_another_base_than_the_adapters_own_is_not_merged_into(tmp_path: Path) -> None:

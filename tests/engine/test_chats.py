@@ -18,7 +18,6 @@ from tests.tiny import make_model
 from trellis.blobs import Blobs
 from trellis.engine import chats
 from trellis.engine.adapters import Weights
-from trellis.engine.chats import begins, until
 from trellis.engine.lines import GeneralLines, LeanLines, Lines, lines_of, shared
 from trellis.engine.text import TextEngine
 from trellis.errors import WeightsMissing
@@ -268,6 +267,71 @@ def test_tokens_are_told_with_their_log_probabilities(room: Room) -> None:
         assert bytes(token.bytes).decode("utf-8", "replace") == token.text or "\ufffd" in token.text
 
 
+def drawn_tokens(room: Room, *wanted: Chat) -> list[list[int]]:
+    """The tokens of each answer that come from conversations side by side."""
+    found: dict[int, list[int]] = {number: [] for number in range(1, len(wanted) + 1)}
+
+    def note(logits: Tensor, seats: list[Any], ends: frozenset[int] = frozenset()) -> list[int | None]:
+        tokens = original(logits, seats, ends)
+        for seat, token in zip(seats, tokens, strict=True):
+            assert token is not None
+            found[seat.number].append(token)
+        return tokens
+
+    original, chats.draw_each = chats.draw_each, note
+    try:
+        room.run(*wanted)
+    finally:
+        chats.draw_each = original
+    return list(found.values())
+
+
+FREE = Sampling(temperature=2.0, min_p=0.0, max_new_tokens=30)
+
+
+def test_top_k_draws_from_the_likeliest_alone(room: Room) -> None:
+    greedy, one, free = drawn_tokens(
+        room, asks(WORDS[0], sampling=GREEDY), asks(WORDS[0], sampling=FREE.model_copy(update={"max_new_tokens": 12}),
+                                                    top_k=1), asks(WORDS[0], sampling=FREE),
+    )  # fmt: skip
+    assert one == greedy
+    assert free[:12] != greedy
+    for seed in range(6):
+        events = room.run(asks(WORDS[1], sampling=FREE, top_k=3, seed=seed, top=3))[1]
+        for entry in (entry for event in events if isinstance(event, Spoke) for entry in event.drawn):
+            assert any(entry.logprob == pytest.approx(value, abs=1e-5) for _, _, value in entry.top)
+
+
+def test_a_repetition_penalty_is_that_of_transformers(room: Room) -> None:
+    loaded = room.engine.loaded
+    for penalty in (1.5, 0.7):
+        requests = [asks(text, weights, repetition_penalty=penalty) for text in WORDS for weights in room.weights[1:3]]
+        together = drawn_tokens(room, *requests, asks(WORDS[0]))
+        for request, tokens in zip(requests, together, strict=False):
+            slot, found = room.engine.weights(request.weights)
+            slot.install(found.flat)
+            prompt = loaded.conversation(request).tokens
+            theirs = slot.model.generate(
+                input_ids=torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0,
+                repetition_penalty=penalty, eos_token_id=sorted(loaded.ends),
+            )  # fmt: skip
+            assert tokens == theirs[0, len(prompt) :].tolist()
+        assert together[-1] == drawn_tokens(room, asks(WORDS[0]))[0], "who asked for none has none"
+
+
+def test_an_answer_does_not_end_before_the_least_number_of_tokens(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room.engine.loaded, "ends", frozenset(range(0, 400, 2)))
+    for seed in range(5):
+        short, long = drawn_tokens(
+            room, asks(WORDS[0], sampling=FREE, seed=seed), asks(WORDS[0], sampling=FREE, seed=seed, min_tokens=9)
+        )
+        assert len(long) >= 10, "nine, and the end"
+        assert all(token % 2 for token in long[:9])
+        assert len(short) < 10 or seed
+    events = room.run(asks(WORDS[0], sampling=FREE, min_tokens=9, stop=tuple("abcdefghijklmnoprstuvwxyz ")))[1]
+    assert events[-1].tokens >= 9, "nor at a stop string"
+
+
 def test_a_failed_step_is_said_to_all_and_the_next_one_goes_on(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any) -> Any:
         raise MemoryError
@@ -293,27 +357,6 @@ def test_a_model_without_a_template_is_spoken_to_in_lines(tmp_path: Path) -> Non
     assert room.engine.loaded.tokenizer.decode(prepared.tokens) == "User: Hello.\n\nAssistant:"
     assert prepared.stop == ("\n\nUser: ",)
     assert isinstance(room.run(asks("Hello."))[1][-1], Answered)
-
-
-@given(
-    pieces=st.lists(st.text("ab#", max_size=4), max_size=12),
-    stops=st.lists(st.text("ab#", min_size=1, max_size=3), max_size=3).map(tuple),
-)
-def test_what_is_told_is_the_text_up_to_the_first_stop(pieces: list[str], stops: tuple[str, ...]) -> None:
-    told, held, stopped = "", "", False
-    for piece in pieces:
-        text, stopped = until(held + piece, stops)
-        keep = 0 if stopped else begins(text, stops)
-        told, held = told + text[: len(text) - keep], text[len(text) - keep :]
-        if stopped:
-            break
-    whole = "".join(pieces)
-    assert told + ("" if stopped else held) == until(whole, stops)[0] or stopped
-    if stopped:
-        assert all(stop not in told for stop in stops)
-        assert whole.startswith(told)
-    else:
-        assert all(stop not in whole for stop in stops)
 
 
 @given(st.lists(st.integers(0, 2), max_size=9), st.lists(st.integers(0, 2), max_size=9))

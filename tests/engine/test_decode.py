@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trellis.engine import decode
 from trellis.engine.adapters import Slot, Slots
-from trellis.engine.decode import OPENING, TextReader, decode_group, most_different
+from trellis.engine.decode import OPENING, decode_group, most_different
 from trellis.engine.forward import Forward, GeneralForward, LeanForward
 from trellis.engine.graphs import STEPS, Graphs
 from trellis.engine.lean import Lean
 from trellis.engine.sampling import draw, uniforms
 from trellis.engine.vitals import grams_of
+from trellis.engine.vocabulary import TextReader
 from trellis.params import Adapter, Sampling
 
 pytestmark = pytest.mark.engine

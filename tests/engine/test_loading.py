@@ -200,3 +200,132 @@ def test_the_template_can_be_turned_off_and_the_answer_begun(folder: Path) -> No
 def test_a_list_of_end_tokens_for_generation_is_heeded(folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3]}))
     assert load(folder).ends == {1, 3}
+
+
+def with_value(folder: Path, ending: str, value: float, kind: str = "float32") -> str:
+    """Put one value into the middle of a tensor. Returns the tensor's name."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = {
+        name: tensor.to(getattr(torch, kind)) for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    name = next(name for name in tensors if name.endswith(ending))
+    tensors[name].view(-1)[tensors[name].numel() // 2 + 1] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(("kind", "precision"), [("float32", "auto"), ("bfloat16", "16-bit"), ("float16", "auto")])
+def test_weights_that_are_no_numbers_are_told_by_name(folder: Path, value: float, kind: str, precision: str) -> None:
+    name = with_value(folder, "layers.1.mlp.up_proj.weight", value, kind)
+    with pytest.raises(LoadFailed, match=name) as raised:
+        load(folder, precision=precision)
+    assert raised.value.code == "corrupt_file"
+    assert "1 values" in raised.value.message
+
+
+def test_the_largest_number_is_a_number(folder: Path) -> None:
+    with_value(folder, "layers.1.mlp.up_proj.weight", 3e38)
+    load(folder)
+
+
+def test_a_mask_may_hold_infinite_values(folder: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    masked = {"model.layers.0.self_attn.masked_bias": torch.tensor(float("-inf"))}
+    save_file(tensors | masked, folder / "model.safetensors", metadata={"format": "pt"})
+    load(folder)
+
+
+def test_a_token_without_a_row_is_refused_where_it_is_written(folder: Path) -> None:
+    about = json.loads((folder / "tokenizer.json").read_text())
+    token = {"id": 373, "content": "<pad>", "special": True, "normalized": False}
+    about["added_tokens"].append(token | {"single_word": False, "lstrip": False, "rstrip": False})
+    (folder / "tokenizer.json").write_text(json.dumps(about))
+    loaded = load(folder)
+    loaded.prompt_tokens(Prompt(text="Hello"), 10, 256)
+    with pytest.raises(Invalid, match="“<pad>”") as raised:
+        loaded.prompt_tokens(Prompt(text="What is <pad>?", template=False), 10, 256)
+    assert raised.value.code == "unknown_token"
+    templated = loaded.prompt_tokens(Prompt(text="What is <pad>?"), 10, 256)  # where it is what was said, not a token
+    assert 373 not in templated
+    assert "What is <pad>?" in loaded.tokenizer.decode(templated)
+
+
+@pytest.mark.parametrize(
+    ("words", "room", "context", "way"),
+    [
+        (20, 500, 1024, "Shorten the prompt, or allow answers of at most 4"),  # the model has 512 positions
+        (20, 90, 100, "use a longer context (at most 512)."),
+        (2000, 90, 1024, "Shorten the prompt."),
+    ],
+)
+def test_a_prompt_that_does_not_fit_names_what_can_work(
+    tiny_llama: Path, words: int, room: int, context: int, way: str
+) -> None:
+    loaded = load(tiny_llama)
+    with pytest.raises(Invalid) as raised:
+        loaded.prompt_tokens(Prompt(text="sea " * words), room, context)
+    assert way in raised.value.next_step
+    assert ("longer context" in raised.value.next_step) == (context < 512)
+
+
+def test_a_fingerprint_is_of_what_matters_and_the_former_one_is_known(folder: Path) -> None:
+    first = load(folder).about
+    config = json.loads((folder / "config.json").read_text())
+    changed = dict(reversed(list((config | {"transformers_version": "99.1", "_name_or_path": "x"}).items())))
+    (folder / "config.json").write_text(json.dumps(changed))
+    second = load(folder).about
+    assert second.fingerprint == first.fingerprint
+    assert second.former_fingerprint != first.former_fingerprint
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    assert load(folder).about.fingerprint != first.fingerprint
+
+
+def test_a_session_from_before_goes_on_and_merges_under_its_former_name(folder: Path, tmp_path: Path) -> None:
+    """Before, a fingerprint was over the bytes of config.json. These are the names that such a session has."""
+    import hashlib
+
+    from safetensors import safe_open
+
+    from trellis.blobs import Blobs
+    from trellis.engine.loaded import _sample, fingerprints
+    from trellis.engine.text import TextEngine
+    from trellis.messages import Plant, recipe_id, recipe_of
+    from trellis.params import Adapter
+
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    with safe_open(folder / "model.safetensors", framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            digest.update(name.encode() + _sample(tensors.get_tensor(name)))
+    former = digest.hexdigest()[:32]
+    plant = Plant(adapter=Adapter(lora_rank=4), seed=1)
+    recipe = recipe_of(plant)
+    assert "root" not in recipe
+    root = recipe_id("w", {"model": former, **recipe})
+
+    def planted(**options: Any) -> str:
+        engine = TextEngine(Blobs(tmp_path / "weights"))
+        run(engine.load(Load(path=str(folder))))
+        weights: str = run(engine.plant(plant.model_copy(update=options))).weights
+        return weights
+
+    assert planted(root=root) == root
+    new = planted()
+    assert new != root
+    assert planted(root=new) == new
+    assert planted(root="w" + "0" * 32) == new  # another model's: the studio compares, and refuses
+    assert former in fingerprints(folder)
+    assert load(folder).about.fingerprint in fingerprints(folder)
+
+
+def run(steps: Any) -> Any:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value

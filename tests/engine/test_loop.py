@@ -17,7 +17,7 @@ from trellis.engine import loop as loop_module
 from trellis.engine.crew import NICE
 from trellis.engine.loop import Loop
 from trellis.errors import WeightsMissing
-from trellis.messages import Cancel, Cancelled, Delta, Down, Plant, Queued, Status, StatusReport, Up
+from trellis.messages import Cancel, Cancelled, Delta, Down, Plant, Queued, Status, StatusReport, Up, Urge
 from trellis.params import Adapter
 
 
@@ -101,6 +101,14 @@ def test_a_more_urgent_request_overtakes_between_two_steps() -> None:
     assert [(number, last) for number, _, last in sent] == [
         (1, False), (1, False), (9, True), (1, False), (1, False), (1, True)
     ]  # fmt: skip
+
+
+def test_a_request_that_becomes_urgent_overtakes_one_that_has_begun() -> None:
+    wire: Script = Script(*plants((1, ""), (2, ""), priority=3))
+    log: list[str] = []
+    urge = lambda: wire.put(down(2, Urge(request=2, priority=0)))  # noqa: E731
+    wire.run({Plant: steps(wire, log, 3, urge)})
+    assert log == ["1.0", "1.1", "2.0", "2.1", "2.2", "2 ends", "1.2", "1 ends"]
 
 
 def test_a_cancelled_request_ends_at_its_next_step_and_lets_go_of_what_it_held() -> None:

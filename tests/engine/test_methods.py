@@ -173,3 +173,25 @@ def test_every_method_pushes_the_chosen_answer_up(method: str) -> None:
     METHODS[method].judge(logprobs, REFERENCE, MASK, 2, FREE).loss.backward()
     assert logprobs.grad is not None
     assert float(logprobs.grad[2].sum()) < 0
+
+
+SAME = torch.tensor([[-1.0, -2.0], [-0.5, 0.0], [-1.0, -2.0]])
+SAME_REFERENCE = torch.tensor([[-1.5, -2.0], [-0.25, 0.0], [-1.5, -2.0]])
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("choice", [(0, 2), Ranking(ranking=(0, 2)), Ranking(ranking=(0, 2, 1))])
+def test_no_method_avoids_an_answer_that_is_equal_to_the_chosen_one(method: str, choice: Choice) -> None:
+    logprobs = SAME.clone().requires_grad_()
+    METHODS[method].judge(logprobs, SAME_REFERENCE, MASK, choice, FREE).loss.backward()
+    assert logprobs.grad is not None
+    assert float(logprobs.grad[0].sum() + logprobs.grad[2].sum()) < 0  # they are one text: it becomes likelier
+
+
+@pytest.mark.parametrize("method", ["dpo", "dpo-norm", "ipo", "simpo"])
+@pytest.mark.parametrize("choice", [(0, 1, 2), (0, 2, 1)])
+def test_where_all_are_good_no_method_of_pairs_makes_them_less_likely(method: str, choice: Choice) -> None:
+    logprobs = LOGPROBS.clone().requires_grad_()
+    METHODS[method].judge(logprobs, REFERENCE, MASK, choice, FREE).loss.backward()
+    assert logprobs.grad is not None
+    assert bool((logprobs.grad.sum(dim=-1) < 0).all())

@@ -274,7 +274,7 @@ def imported(server: Server, *texts: str) -> str:
     body = {"format": "trellis-room-1", "title": texts[0][:60], "messages": messages, "head": str(len(texts) - 1)}
     response = httpx.post(f"{server.url}/api/rooms/import", content=json.dumps(body))
     assert response.status_code == 201, response.text
-    return str(response.json()[0]["id"])
+    return str(response.json()["rooms"][0]["id"])
 
 
 def test_markdown_is_shown_and_is_nothing_more(open_page: Open, server: Server) -> None:

@@ -257,3 +257,34 @@ def test_marks_do_not_outlive_the_answers_they_were_made_for(open_page: Open, se
         client.post(f"/api/steering/sessions/{session}/prompt", json={"text": "Asked in another tab?"})
     expect(page.locator("[name=offer]").first).not_to_have_value(before)
     expect(page.locator(".option.marked")).to_have_count(0)
+
+
+def test_a_curve_tells_its_values_at_the_pointer_and_by_keys(open_page: Open, server: Server) -> None:
+    page = open_page()
+    start(page, server)
+    press(page, "a")
+    press(page, "b")
+    session = page.url.rsplit("/", 1)[1]
+    with server.client() as client:
+        nodes = client.get(f"/api/steering/sessions/{session}/tree").json()["nodes"]
+    drifts = [f"{100 * node['metrics']['drift']:.3g}" for node in nodes if node["metrics"]]
+    page.get_by_role("link", name="Review", exact=True).click()
+    figure = page.locator(".chart").first
+    curve, readout = figure.get_by_role("slider"), figure.locator("[data-readout]")
+    box = curve.bounding_box()
+    assert box
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 20)
+    expect(readout).to_have_text(f"step 1: {drifts[0]} %")
+    page.mouse.move(box["x"] + box["width"] - 2, box["y"] + 20)
+    expect(readout).to_have_text(f"step 2: {drifts[1]} %")
+    page.mouse.move(0, 0)
+    expect(readout).to_contain_text("arrow keys")
+    curve.focus()
+    page.keyboard.press("Home")
+    expect(curve).to_have_attribute("aria-valuetext", "step 0: 0 %")
+    page.keyboard.press("ArrowRight")
+    expect(readout).to_have_text(f"step 1: {drifts[0]} %")
+    page.keyboard.press("End")
+    expect(curve).to_have_attribute("aria-valuenow", "2")
+    expect(figure.locator(".axis-values span").first).to_contain_text("%")
+    expect(figure.locator(".axis-steps span")).to_have_text(["step 0", "1", "2"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -181,3 +182,70 @@ def test_sessions_are_searched_and_gone_on_with(open_page: Open, server: Server)
     assert cookies["trellis_last"]["httpOnly"]
     page.goto(f"{server.url}/?q=nothing+like+it")
     expect(page.locator(".empty")).to_contain_text("No session has “nothing like it”")
+
+
+def test_what_the_server_refused_stays_on_the_page_until_it_is_changed(open_page: Open, server: Server) -> None:
+    page = open_page()
+    page.goto(f"{server.url}/new")
+    page.locator("[name='dataset.source']").select_option("file")
+    page.locator("[name='dataset.id']").fill("not-there.jsonl")
+    page.get_by_label("Name of the session").fill("Kept name")
+    page.get_by_role("button", name="Load demo and start").click()
+    expect(page.get_by_role("alert")).to_contain_text("not-there.jsonl")
+    with page.expect_response("**/api/steering/check"):  # what the page asks by itself sees nothing wrong
+        page.get_by_label("Temperature").fill("0.5")
+    page.wait_for_timeout(300)
+    expect(page.get_by_role("alert")).to_contain_text("not-there.jsonl")
+    expect(page.locator("#error-option-dataset-id")).to_contain_text("not-there.jsonl")
+    expect(page.locator("[data-problems]")).not_to_be_empty()
+    expect(page.get_by_label("Name of the session")).to_have_value("Kept name")
+    page.locator("[name='dataset.id']").fill("another.jsonl")
+    expect(page.get_by_role("alert")).to_have_count(0)
+    expect(page.locator("#error-option-dataset-id")).to_be_empty()
+
+
+def test_all_that_is_wrong_is_told_at_once_beside_its_field(open_page: Open, server: Server) -> None:
+    page = open_page()
+    page.goto(f"{server.url}/new")
+    page.get_by_label("Model", exact=True).fill("no such model")
+    page.get_by_label("Temperature").fill("99")
+    page.locator("[name='dataset.source']").select_option("file")
+    page.locator("[name='dataset.id']").fill("nowhere.csv")
+    page.get_by_role("button", name=re.compile("and start$")).click()
+    alert = page.get_by_role("alert")
+    for text in ("no such model", "Temperature", "nowhere.csv"):
+        expect(alert).to_contain_text(text)
+    for name in ("model", "temperature", "dataset-id"):
+        expect(page.locator(f"#error-option-{name}")).not_to_be_empty()
+        expect(page.locator(f"#option-{name}")).to_have_attribute("aria-invalid", "true")
+
+
+def test_what_was_typed_survives_a_refusal_and_then_a_preset(open_page: Open, server: Server) -> None:
+    page = open_page()
+    page.goto(f"{server.url}/new")
+    page.get_by_label("Temperature").fill("0.33")
+    page.get_by_label("Options per prompt").fill("99")
+    page.get_by_role("button", name="Load demo and start").click()
+    expect(page.get_by_role("alert")).to_be_visible()
+    page.get_by_role("link", name="Thinking model").click()
+    expect(page.get_by_label("Longest answer")).to_have_value("1024")
+    expect(page.get_by_label("Temperature")).to_have_value("0.33")
+    expect(page.get_by_label("Options per prompt")).to_have_value("99")
+
+
+def test_preview_and_start_say_at_once_that_they_are_at_work(open_page: Open, server: Server) -> None:
+    page = open_page()
+    page.goto(f"{server.url}/new")
+    held: list[Any] = []
+    page.route("**/new/preview", lambda route: held.append(route))
+    page.get_by_role("button", name="Preview three prompts").click()
+    expect(page.locator("#preview .working")).to_contain_text("Reading the prompts")
+    expect(page.locator("#preview .spinner")).to_be_visible()
+    expect(page.locator("#preview .num")).to_have_text("1 s")
+    held[0].continue_()
+    expect(page.locator(".samples li")).to_have_count(3)
+    expect(page.locator(".working")).to_have_count(0)
+    page.evaluate("addEventListener('submit', (event) => event.preventDefault())")  # the page as it is until the answer
+    page.get_by_role("button", name="Load demo and start").click()
+    expect(page.locator("[data-beginning] .working")).to_contain_text("Checking the options and the prompts")
+    expect(page.locator("[data-begin]")).to_have_attribute("aria-busy", "true")

@@ -372,3 +372,47 @@ def test_a_page_shows_that_its_model_was_unloaded_elsewhere(open_page: Open, sav
         expect(page.locator("[data-engine-text]")).to_have_text("demo · ready")
     finally:
         server.stop()
+
+
+def test_options_that_are_the_same_are_one_card_and_one_choice(open_page: Open, server: Server) -> None:
+    page = open_page()
+    start(page, server)
+    page.keyboard.press("e")
+    page.locator("#edit-text").fill("Please repeat yourself.")
+    page.get_by_role("button", name="Offer again").click()
+    expect(page.locator("[data-prompt]")).to_have_text("Please repeat yourself.")
+    is_ready(page)
+    expect(page.locator(".option:visible")).to_have_count(3)
+    expect(page.locator("[data-option='0'] [data-times]")).to_have_text("×2")
+    expect(page.locator("[data-times]:visible")).to_have_count(1)
+    page.keyboard.press("Shift+C")  # there is no C on the page
+    page.keyboard.press("c")
+    expect(page.locator(".option.marked")).to_have_count(0)
+    page.reload()
+    is_ready(page)
+    expect(page.locator(".option:visible")).to_have_count(3)
+    press(page, "a")
+    expect(page.locator("[data-strip-text]")).to_contain_text("Learned: A is now")
+    session = page.url.rsplit("/", 1)[1]
+    with server.client() as client:
+        nodes = client.get(f"/api/steering/sessions/{session}/tree").json()["nodes"]
+    assert nodes[-1]["choice"] == [0, 2]
+    expect(page.locator(".option:visible")).to_have_count(4)
+    page.goto(f"{page.url}/review")
+    expect(page.locator(".story li")).to_contain_text("you chose A, which was offered 2 times")
+
+
+def test_a_ranking_is_told_as_a_ranking(open_page: Open, server: Server) -> None:
+    page = open_page()
+    start(page, server)
+    words = answers(page)[1][:20]
+    page.keyboard.press("Shift+B")
+    page.keyboard.press("Shift+A")
+    press(page, "o")
+    page.keyboard.press("Shift+C")
+    page.keyboard.press("Shift+D")
+    press(page, "m")
+    page.goto(f"{page.url}/review")
+    expect(page.locator(".story li").first).to_contain_text("you ranked the answers B › A, the best first")
+    expect(page.locator(".story li").first).to_contain_text(words)
+    expect(page.locator(".story li").nth(1)).to_contain_text("you called C and D good")

@@ -15,11 +15,12 @@ from tests.conftest import open_studio, ready, thread_spawner, until
 from trellis.blobs import Blobs
 from trellis.engine import fake
 from trellis.engine.fake import FakeEngine
-from trellis.messages import Cancel, Down, Event, Learn, Offer, Request, Urge, Written
+from trellis.messages import Cancel, Down, Event, Learn, Offer, Request, Status, StatusReport, Urge, Written
 from trellis.params import ModelOptions
 from trellis.store.steering import commit_node
 from trellis.store.tables import intents, nodes, offers
 from trellis.studio.devices import may_foresee, on_mains
+from trellis.studio.foresight import Ahead, last
 from trellis.studio.session import CONTROL, Session
 from trellis.studio.studio import Studio
 from trellis.workers.channel import Channel
@@ -167,6 +168,15 @@ async def test_what_is_being_worked_out_when_it_is_chosen_goes_on_and_is_urgent(
     assert any(isinstance(told, Urge) and told.priority == 0 for told in listening.told)
     if stage is Offer:
         assert 0 not in listening.of(Offer)
+
+
+async def test_what_becomes_urgent_before_it_was_sent_is_sent_as_urgent(tmp_path: Path, listening: Listening) -> None:
+    worker = await Worker.start(spawner(tmp_path))
+    ahead = Ahead(worker, "s", Status(), "n")
+    await ahead.urge()
+    assert isinstance(await last(ahead.follow()), StatusReport)
+    assert listening.asked == [(Status(), 0)]
+    await worker.stop()
 
 
 async def test_what_was_not_chosen_gives_way_at_once(

@@ -10,7 +10,10 @@ from trellis.studio.guesses import likely
 
 
 def options(*sure: float) -> list[Option]:
-    return [Option(text="a b", tokens=(1, 2), finish="stop", logprob=2 * each) for each in sure]
+    return [
+        Option(text=f"answer {number}", tokens=(1, 2), finish="stop", logprob=2 * each)
+        for number, each in enumerate(sure)
+    ]
 
 
 def test_options_come_first_in_the_order_of_how_sure_the_model_is() -> None:

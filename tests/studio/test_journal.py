@@ -77,3 +77,18 @@ async def test_an_unknown_format_is_refused(studio: Studio, session: Session) ->
 def test_every_choice_has_words() -> None:
     assert describe(None) == "the beginning"
     assert len({describe(choice) for choice in [*ALL, "skip", None]}) == 7  # type: ignore[list-item]
+
+
+async def test_an_answer_is_never_worse_than_itself_in_what_is_taken_away(studio: Studio) -> None:
+    session = await studio.steering.create("Twice", {})
+    await ready(session)
+    await session.prompt("Please repeat yourself.", "the same twice")
+    await choose(session, 2)
+    await ready(session)
+    (raw,) = await lines(studio, session, "raw")
+    assert raw["choice"] == [0, 2]
+    pairs = await lines(studio, session, "trl-preference")
+    assert len(pairs) == 2
+    assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
+    labels = [line["label"] for line in await lines(studio, session, "trl-unpaired")]
+    assert labels == [True, False, False]

@@ -15,8 +15,8 @@ from tests.conftest import open_studio, thread_spawner, until
 from trellis.blobs import Blobs
 from trellis.engine.fake import FakeEngine
 from trellis.errors import Conflict, LoadFailed, NotFound
-from trellis.messages import Progress
-from trellis.params import ModelOptions
+from trellis.messages import Chat, Progress, Turn
+from trellis.params import ModelOptions, Sampling
 from trellis.studio.jobs import as_json
 from trellis.studio.studio import Studio
 from trellis.workers.worker import Spawn
@@ -281,3 +281,96 @@ async def test_one_key_sent_twice_at_once_is_one_job(studio: Studio) -> None:
     starts = [studio.exports.start(session.id, "adapter", "one", None, "the same key") for _ in range(5)]
     jobs = await asyncio.gather(*starts, return_exceptions=True)
     assert len({job.id for job in jobs}) == 1  # type: ignore[union-attr]
+
+
+# ── What is in the folder of models ────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("name", "files", "reason"), [
+    ("plain", ["config.json", "model.safetensors"], None),
+    ("with spaces (and more) + é", ["config.json", "a.safetensors"], None),
+    ("adapter", ["adapter_config.json", "adapter_model.safetensors"], "adapter alone"),
+    ("adapter-of-config", ["config.json", "adapter_config.json", "adapter_model.bin"], "adapter alone"),
+    ("gguf", ["model.Q4_K_M.gguf", "README.md"], "GGUF files alone"),
+    ("gguf-too", ["config.json", "model.gguf"], "GGUF files alone"),
+    ("pickle", ["config.json", "pytorch_model.bin"], "can carry code"),
+    ("original", ["params.json", "consolidated.00.pth", "config.json"], "can carry code"),
+    ("pictures", ["model_index.json"], "diffusion pipeline"),
+    ("no-weights", ["config.json", "tokenizer.json"], "has no *.safetensors"),
+    ("no-config", ["model.safetensors", "tokenizer.json"], "has no config.json"),
+    ("session:mine", ["config.json", "model.safetensors"], "name that cannot be used"),
+    (" spaced ", ["config.json", "model.safetensors"], "name that cannot be used"),
+])  # fmt: skip
+async def test_whatever_is_meant_to_be_a_model_is_listed_with_why_it_is_none(
+    tmp_path: Path, fake_spawn: Spawn, name: str, files: list[str], reason: str | None
+) -> None:
+    folder = tmp_path / "models" / name
+    folder.mkdir(parents=True)
+    for file in files:
+        (folder / file).write_text("{}")
+    async with open_studio(tmp_path, fake_spawn) as studio:
+        found = {model["id"]: model for model in await studio.models.list()}
+        assert set(found) == {"demo", name}
+        problem = found[name]["problem"]
+        speakers = {each["name"] for each in await studio.speakers.everybody()}
+        if reason is None:
+            assert problem is None
+            assert name in await studio.models.catalog.names()
+            assert name in speakers
+            await studio.models.engine(ModelOptions(model=name), lambda progress: None)
+            return
+        assert reason in problem["message"]
+        assert problem["next_step"]
+        assert name not in await studio.models.catalog.names()
+        assert name not in speakers
+        for asked in (studio.models.load(ModelOptions(model=name)), studio.speakers.find(name)):
+            with pytest.raises((LoadFailed, NotFound)):
+                await asked
+
+
+async def test_folders_of_something_else_are_not_models(tmp_path: Path, fake_spawn: Spawn) -> None:
+    for name in (".hidden", "prompts", "empty"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    (tmp_path / "models" / ".hidden" / "config.json").write_text("{}")
+    (tmp_path / "models" / "prompts" / "a.jsonl").write_text("{}")
+    (tmp_path / "models" / "notes.txt").write_text("x")
+    (tmp_path / "models" / "loose.gguf").write_text("x")
+    async with open_studio(tmp_path, fake_spawn) as studio:
+        assert {model["id"] for model in await studio.models.list()} == {"demo", "loose.gguf"}
+        await studio.models.delete("loose.gguf")
+        assert sorted(file.name for file in (tmp_path / "models").iterdir()) == [
+            ".hidden",
+            "empty",
+            "notes.txt",
+            "prompts",
+        ]
+
+
+async def test_who_is_talked_to_is_never_fetched(tmp_path: Path, fake_spawn: Spawn) -> None:
+    loads: list[Any] = []
+
+    class Noting(FakeEngine):
+        def load(self, request: Any) -> Any:
+            loads.append(request)
+            return (yield from super().load(request))
+
+    fetched = tmp_path / "fetched"
+    fetched.mkdir()
+    spawn = thread_spawner(lambda: Noting(Blobs(tmp_path / "weights")))
+    async with open_studio(tmp_path, spawn) as studio:
+        for name in ("org/name", "org/other"):
+            with pytest.raises(NotFound) as refused:
+                await studio.speakers.find(name)
+            assert refused.value.code == "model_not_found"
+        complete = studio.models.catalog._hub / "complete"
+        complete.mkdir(parents=True)
+        about = {"repository": "org/name", "commit": "c" * 40, "revision": "v1", "folder": str(fetched)}
+        (complete / f"org--name@{'c' * 40}.json").write_text(json.dumps(about))
+        assert await studio.models.catalog.revision_here("org/name") == "v1"
+        speaker = await studio.speakers.find("org/name")
+        asked = Chat(turns=(Turn(role="user", text="Hello"),), sampling=Sampling(), seed=1)
+        assert [event async for event in speaker.answer(asked, "me", lambda progress: None)]
+        assert [(load.repository, load.revision, load.fetches) for load in loads] == [("org/name", "v1", False)]
+        about |= {"commit": "d" * 40, "revision": "main"}
+        (complete / f"org--name@{'d' * 40}.json").write_text(json.dumps(about))
+        assert await studio.models.catalog.revision_here("org/name") == ""

@@ -21,9 +21,10 @@ from trellis.errors import Conflict, Invalid, NotFound, TrellisError
 from trellis.messages import Written
 from trellis.store import rooms as rows
 from trellis.studio import room as room_module
-from trellis.studio.carrying import taken_in, written
+from trellis.studio.carrying import written
 from trellis.studio.message import Message
 from trellis.studio.room import Room, title_of, with_files
+from trellis.studio.room_imports import import_rooms
 from trellis.studio.studio import Studio
 from trellis.workers.processes import ProcessSpawner
 from trellis.workers.worker import Spawn
@@ -279,6 +280,26 @@ async def test_all_that_was_said_is_found(studio: Studio) -> None:
     assert [each["id"] for each in await studio.rooms.found("ärger", archived=True)] == [one.id]
 
 
+async def test_composed_and_decomposed_letters_are_found_alike(studio: Studio) -> None:
+    composed, decomposed = "Zürich caf\u00e9", "Zu\u0308rich cafe\u0301"
+    rooms = {(await said(studio, f"{'words before it ' * 30}{text} {number}")).id
+             for number, text in enumerate((composed, decomposed))}  # fmt: skip
+    for q in (composed, decomposed, composed.upper(), "CAFE\u0301 zürich"):
+        found = await studio.rooms.found(q)
+        assert {each["id"] for each in found} == rooms, q
+        assert all("rich" in each["found"] for each in found)
+    old = decomposed.casefold()  # as it was stored before letters were composed
+    (room, *_) = rooms
+    opened = await studio.rooms.room(room)
+    await studio.store.write(rows.change_message, opened.path(opened.head)[0].id, {"folded": old})
+    assert room in {each["id"] for each in await studio.rooms.found("zürich")}
+
+
+async def test_the_place_that_was_found_is_shown_though_folding_makes_text_longer(studio: Studio) -> None:
+    await said(studio, "ß" * 500 + " The needle is here.")
+    assert "needle" in (await studio.rooms.found("needle"))[0]["found"]
+
+
 async def test_a_deleted_room_is_gone(studio: Studio) -> None:
     room = await studio.rooms.create()
     await room.send(LONG, "a request")
@@ -303,7 +324,7 @@ async def test_a_room_comes_back_as_it_was_taken_away(studio: Studio, format: st
     room = await said(studio, "Hello.", "More.")
     await room.regenerate(room.head or "", "again-request")
     await quiet(room)
-    (back,) = await taken_in(studio.rooms, written(room, format).encode())
+    (back,) = (await import_rooms(studio.rooms, written(room, format).encode())).rooms
     assert back.title == room.title
     assert back.models == room.models
 
@@ -316,7 +337,7 @@ async def test_a_room_comes_back_as_it_was_taken_away(studio: Studio, format: st
 
 async def test_a_branch_comes_back_from_markdown(studio: Studio) -> None:
     room = await said(studio, "Hello.", "## User\n\nis a heading of mine", system="Be brief.\nVery.")
-    (back,) = await taken_in(studio.rooms, written(room, "markdown").encode())
+    (back,) = (await import_rooms(studio.rooms, written(room, "markdown").encode())).rooms
     assert back.system == room.system
     assert back.title == room.title
     texts = [each.text for each in room.path(room.head)]
@@ -336,7 +357,7 @@ async def test_a_branch_comes_back_from_markdown(studio: Studio) -> None:
 ])  # fmt: skip
 async def test_what_is_no_room_is_refused_and_makes_none(studio: Studio, body: bytes) -> None:
     with pytest.raises(Invalid) as refused:
-        await taken_in(studio.rooms, body)
+        await import_rooms(studio.rooms, body)
     assert refused.value.code == "unreadable"
     assert await studio.rooms.found() == []
 
@@ -561,14 +582,10 @@ async def test_the_same_room_is_made_once_however_it_is_asked_for(studio: Studio
     assert len({room.id for room in made}) == 1
 
 
-async def test_a_file_with_one_room_that_cannot_be_makes_none(studio: Studio) -> None:
-    good = {"format": "trellis-room-1", "title": "a", "messages": []}
+async def test_dates_far_away_are_not_taken(studio: Studio) -> None:
     far = [{"id": "1", "role": "user", "text": "x", "created": "9999-12-31T23:59:59-12:00"}]
-    for bad in ({"sampling": {"temperature": 99}}, {"messages": [{"id": 5, "role": "user"}]}):
-        with pytest.raises(Invalid):
-            await taken_in(studio.rooms, json.dumps([good, good | bad]).encode())
-        assert await studio.rooms.found() == []
-    (room,) = await taken_in(studio.rooms, json.dumps(good | {"messages": far}).encode())
+    body = {"format": "trellis-room-1", "title": "a", "messages": far}
+    (room,) = (await import_rooms(studio.rooms, json.dumps(body).encode())).rooms
     (message,), _ = await room.view(list(room.messages.values()))
     assert message["created"].startswith("20")
 

@@ -404,6 +404,37 @@ async def test_a_model_that_was_exchanged_is_noticed(tmp_path: Path) -> None:
         assert again.error is None or again.error.code == "model_changed"
 
 
+@pytest.mark.parametrize("how", ["resumed", "watched"])
+async def test_a_model_that_was_exchanged_is_refused_before_a_choice(how: str, tmp_path: Path) -> None:
+    class Other(FakeEngine):
+        def plant(self, request: Any) -> Any:
+            return (yield from super().plant(request.model_copy(update={"seed": request.seed + 1})))
+
+    spawn = thread_spawner(lambda: FakeEngine(Blobs(tmp_path / "weights")))
+    async with open_studio(tmp_path, spawn) as one:
+        session = await one.steering.create(None, {"control_prompt": ""})
+        await ready(session)
+    async with open_studio(tmp_path, thread_spawner(lambda: Other(Blobs(tmp_path / "weights")))) as two:
+        again = await two.steering.session(session.id)
+        state = await ready(again)
+        if how == "resumed":
+            await again.resume()
+        else:
+            again.look()
+            again.warm()
+        await until(lambda: again.error)
+        assert again.error is not None
+        assert again.error.code == "model_changed"
+        assert "original files" in again.error.next_step
+        assert again.state()["offer"]["id"] == state["offer"]["id"]
+    async with open_studio(tmp_path, spawn) as three:  # the original one is back
+        session = await three.steering.session(session.id)
+        await session.resume()
+        state = await ready(session)
+        await session.choose(state["offer"]["id"], 0, "r2")
+        await until(lambda: session.tree.head.step == 1)
+
+
 async def test_deleting_in_mid_stream_lets_everyone_go(studio: Studio) -> None:
     session = await studio.steering.create(None, {})
     seen: list[str] = []

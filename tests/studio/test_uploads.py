@@ -163,3 +163,10 @@ async def test_a_crash_between_the_last_moves_loses_nothing(uploads: Uploads, tm
     done = await make(tmp_path).append(state["id"], 1, 0, b"abcd")
     assert done["state"] == "done"
     assert {file.name for file in (tmp_path / "models" / "m").iterdir()} == {"config.json", "model.safetensors"}
+
+
+async def test_an_upload_begins_while_another_one_ends(uploads: Uploads, tmp_path: Path) -> None:
+    state = await uploads.begin("prompts", "ends", [("ends.txt", 4)])
+    # As the other one's file is seen in its folder, and gone when it is looked at.
+    (tmp_path / "uploads" / state["id"] / "0").symlink_to(tmp_path / "moved away")
+    assert (await uploads.begin("prompts", "begins", [("begins.txt", 4)]))["state"] == "open"

@@ -11,7 +11,8 @@ from tests.server import Server
 
 @pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("save"))
+    # Shared by many tests, which start more in a minute than one person may.
+    server = Server(tmp_path_factory.mktemp("save"), TRELLIS_RATE_LIMIT="0")
     yield server
     assert server.stop() == 0
     assert "Traceback" not in server.output, server.output

@@ -117,6 +117,26 @@ def test_a_merged_model_is_written_proved_and_loads_by_itself(
     assert "library_name: transformers" in card
 
 
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_a_rotten_adapter_is_made_again_before_it_is_exported(
+    client: httpx.Client, server: Server, session: str, kind: str
+) -> None:
+    nodes = client.get(f"{API}/{session}/tree").json()["nodes"]
+    whole = Path(export(client, session, kind="adapter", name=f"whole before {kind}")["result"]["path"])
+    weights = next(
+        folder for folder in (server.save_dir / "weights").iterdir()
+        if (folder / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+    )  # fmt: skip
+    file = weights / "adapter_model.safetensors"
+    kept = file.read_bytes()
+    file.write_bytes(kept[:-4] + b"\xff\xff\xff\xff")
+    job = export(client, session, kind=kind, name=f"mended {kind}", node=nodes[4]["id"])
+    assert job["state"] == "done", job["error"]
+    assert file.read_bytes() == kept
+    if kind == "adapter":
+        assert (Path(job["result"]["path"]) / "adapter_model.safetensors").read_bytes() == kept
+
+
 def test_a_zip_holds_all_of_it(client: httpx.Client, session: str) -> None:
     job = export(client, session, kind="adapter", name="zipped one")
     with client.stream("GET", "/api/exports/zipped%20one/zip") as answer:

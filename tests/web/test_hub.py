@@ -17,12 +17,22 @@ from tests.server import Server, new_session, read_events, wait_ready
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
+BESIDE = (
+    "additional_chat_templates/tool_use.jinja", "tekken.json", "chat_template.json", "preprocessor_config.json",
+    "processor_config.json", "spiece.model", "vocab.bpe", "NOTICE", "LICENSE.txt", "USE_POLICY.md", "README.md",
+)  # fmt: skip
+LEFT_THERE = ("onnx/model.onnx", "original/params.json", "pytorch_model.bin", "notes.pdf")
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
     from tests.tiny import make_llama, make_model
 
     root = tmp_path_factory.mktemp("hub")
-    make_llama(root / "models" / "org" / "tiny", hidden=128)
+    tiny = make_llama(root / "models" / "org" / "tiny", hidden=128)
+    for name in (*BESIDE, *LEFT_THERE):
+        (tiny / name).parent.mkdir(exist_ok=True)
+        (tiny / name).write_text(f'"{name}"')
     make_llama(root / "models" / "org" / "broken", hidden=256)
     make_model(root / "models" / "org" / "slow", "gpt2")
     make_model(root / "models" / "org" / "gated", "gpt2")
@@ -78,8 +88,9 @@ def test_a_model_comes_from_the_hub_with_true_figures_and_is_steered(client: htt
     stages = list(dict.fromkeys(step["stage"] for step in seen))
     assert stages[-7:] == ["initializing", "downloading", "reading", "parsing", "placing", "warming_up", "ready"]
     loading = [step for step in seen if step["stage"] == "downloading"]
-    total = sum(file.stat().st_size for file in (hub.root / "models" / "org" / "tiny").iterdir())
-    assert loading[-1]["total_bytes"] == total
+    tiny = hub.root / "models" / "org" / "tiny"
+    wanted = [file for file in tiny.rglob("*") if file.is_file() and str(file.relative_to(tiny)) not in LEFT_THERE]
+    assert loading[-1]["total_bytes"] == sum(file.stat().st_size for file in wanted)
     assert [step["fraction"] for step in seen] == sorted(step["fraction"] for step in seen)
     found = {model["id"]: model for model in client.get("/api/models").json()}["org/tiny"]
     assert (found["source"], found["state"]) == ("hub", "loaded")
@@ -88,6 +99,16 @@ def test_a_model_comes_from_the_hub_with_true_figures_and_is_steered(client: htt
     client.post(f"/api/steering/sessions/{state['id']}/choose", json={"offer": state["offer"]["id"], "choice": 1})
     assert wait_ready(client, state["id"])["head"]["step"] == 1
     assert hub.tokens == {"hf_secret"}
+
+
+def test_what_a_tokenizer_or_a_merged_model_needs_beside_the_weights_is_fetched(
+    client: httpx.Client, server: Server
+) -> None:
+    load(client, model="org/tiny")
+    (folder,) = [file.parent for file in server.save_dir.rglob("tekken.json")]
+    there = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    assert there >= set(BESIDE)
+    assert not there & set(LEFT_THERE)
 
 
 def test_what_was_fetched_is_not_fetched_again_and_needs_no_hub(client: httpx.Client, hub: FakeHub) -> None:

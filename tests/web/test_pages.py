@@ -10,6 +10,7 @@ import pytest
 
 from tests.server import Server, new_session, wait_ready
 from trellis.params import Dataset, SessionConfig
+from trellis.web.pages.forms import config_of
 from trellis.web.render import ago, percent, size, times
 
 HTML = {"Accept": "text/html,application/xhtml+xml"}
@@ -212,3 +213,26 @@ def test_a_folder_that_is_no_export_hides_none(client: httpx.Client, server: Ser
         (folder / "trellis.json").write_text(text)
     assert client.get(f"/steer/{state['id']}/review").status_code == 200
     assert not any(each["name"].startswith("odd") for each in client.get("/api/exports").json())
+
+
+def test_what_a_form_shows_is_checked_as_it_was_sent() -> None:
+    values = {
+        "remote_code": False,
+        "chat_template": True,
+        "temperature": 0.5,
+        "dataset.id": "a.jsonl",
+        "lora_rank": None,
+    }
+    assert config_of(values) == {
+        "remote_code": False, "chat_template": True, "temperature": "0.5", "dataset": {"id": "a.jsonl"},
+    }  # fmt: skip
+
+
+def test_an_error_of_no_field_is_told_beside_those_of_fields(client: httpx.Client) -> None:
+    answer = client.post(
+        "/steer", data={"dataset.source": "file", "dataset.id": "../x", "temperature": "99"}, headers=HTML
+    )
+    alert = re.search(r'<div class="problem" role="alert">(.*?)</div>', answer.text, re.S)
+    assert alert
+    assert "Temperature" in alert[1]
+    assert "config." not in alert[1]

@@ -363,6 +363,21 @@ async def test_the_api_of_rooms(client: httpx.Client) -> None:
     assert client.get(f"/api/rooms/{room}").status_code == 404
 
 
+def test_an_import_tells_what_it_left_out(client: httpx.Client) -> None:
+    good = {"title": "The good one", "messages": [{"role": "user", "content": "Hello."},
+                                                  {"role": "tool", "content": "42"}]}  # fmt: skip
+    bad = {"title": "The bad <b>one</b>", "messages": [{"role": "user", "content": 7}]}
+    files = {"file": ("chats.json", json.dumps([good, bad]).encode())}
+    page = client.post("/chat/import", files=files)
+    assert page.status_code == 200
+    assert "1 room imported, 1 left out" in page.text
+    assert "“The bad &lt;b&gt;one&lt;/b&gt;”: message 1 is neither text nor a list of parts." in page.text
+    assert "“The good one”: 1 message of the role “tool” was left out." in page.text
+    told = client.post("/api/rooms/import", content=json.dumps([good, bad])).json()
+    assert [room["title"] for room in told["rooms"]] == ["The good one"]
+    assert (len(told["left_out"]), len(told["notes"])) == (1, 1)
+
+
 def wait(condition: Callable[[], bool], seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

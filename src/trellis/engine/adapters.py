@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..blobs import Blobs
-from ..errors import Invalid, WeightsMissing
+from ..errors import Invalid, TrellisError, WeightsMissing
 from ..messages import Metrics, derived_seed, recipe_id
 from ..params import Adapter
 from .crew import ALONE, Crew
@@ -47,6 +47,13 @@ class Weights:
     first: Tensor
     second: Tensor
     steps: int
+
+    @property
+    def sound(self) -> bool:
+        """Whether all values are finite and the optimiser's state is one that steps can lead to."""
+        fits = self.first.shape == self.second.shape == self.flat.shape
+        finite = all(bool(each.isfinite().all()) for each in (self.flat, self.first, self.second))
+        return fits and finite and bool((self.second >= 0).all())
 
     @property
     def nbytes(self) -> int:
@@ -75,6 +82,8 @@ class Slots:
         self._base = base
         self._lean = lean
         self._crew = crew
+        self.missing: Tensor | None = None
+        """Rows of the vocabulary that no token belongs to, which are never drawn."""
         self._model: PeftModel | None = None
         self._slots: dict[Adapter, Slot] = {}
         self._turn = threading.RLock()
@@ -102,7 +111,9 @@ class Slots:
         else:
             self._model.add_adapter(name, config)
         self._model.eval()
-        return Slot(self._model, name, settings, self._lean, self._turn, self._crew)
+        slot = Slot(self._model, name, settings, self._lean, self._turn, self._crew)
+        slot.missing = self.missing
+        return slot
 
     def _targets(self, settings: Adapter) -> str | list[str]:
         """Raises Invalid, which lists what there is, for a name that no layer has."""
@@ -134,6 +145,13 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D, BaseTunerLayer))
 
 
+def weight_of(layer: Any) -> Tensor:
+    """The weight of a linear layer, dequantised where it has fewer bits."""
+    if (own := getattr(layer, "dequantized", None)) is not None:
+        return own()
+    return dequantize_module_weight(layer).detach()
+
+
 class Own(threading.local):
     """What each thread has of a slot for itself: the lean layers with its adapter's values in them."""
 
@@ -162,6 +180,7 @@ class Slot:
         self.turn = turn
         self.crew = crew
         self.config = model.peft_config[name]
+        self.missing: Tensor | None = None
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         model.set_adapter(name)
         parameters = [(path, p) for path, p in model.named_parameters() if p.requires_grad]
@@ -247,7 +266,9 @@ class Slot:
         """Named tensors as a flat vector. Raises KeyError or RuntimeError where they do not fit."""
         flat = torch.empty_like(self.flat)
         for name, where, shape in self.slices:
-            flat[where] = tensors[name].to(flat.device, torch.float32).reshape(shape).flatten()
+            if tensors[name].shape != shape:
+                raise RuntimeError(f"“{name}” has the shape {tuple(tensors[name].shape)} and not {tuple(shape)}")
+            flat[where] = tensors[name].to(flat.device, torch.float32).flatten()
         return flat
 
     def drift(self, flat: Tensor) -> float:
@@ -268,9 +289,17 @@ class Slot:
         squares = 0.0
         for module in self.model.modules():
             if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
-                weight = dequantize_module_weight(module.base_layer).detach()
-                squares += float(weight.float().square().sum())
+                squares += float(weight_of(module.base_layer).float().square().sum())
         return max(squares**0.5, 1e-12)
+
+
+def not_finite() -> TrellisError:
+    """The error for weights that learning led to and that are no numbers any more."""
+    return TrellisError(
+        "The model's numbers overflowed while it learned, and what it learned was not kept.",
+        code="not_finite",
+        next_step="Undo a few steps, or use a lower learning rate in a new session.",
+    )
 
 
 class Shelf:
@@ -289,7 +318,12 @@ class Shelf:
         """The adapter settings of weights on disk. Raises WeightsMissing."""
         if (known := self._known(weights_id)) is not None:
             return known.adapter
-        return Adapter.model_validate(self._about(weights_id)["adapter"])
+        about = self._about(weights_id)
+        try:
+            return Adapter.model_validate(about["adapter"])
+        except (KeyError, ValueError):
+            self.blobs.discard(weights_id)
+            raise WeightsMissing(weights_id) from None
 
     def plant(self, slot: Slot, weights_id: str, seed: int) -> Weights:
         """The weights a session starts from: A drawn as LoRA prescribes (Kaiming uniform), B zero."""
@@ -316,13 +350,20 @@ class Shelf:
             steps = int(about["steps"])
             first, second = (state[name].to(flat.device) if steps else slot.still for name in ("first", "second"))
             weights = Weights(weights_id, slot.settings, flat, first, second, steps)
-        except (OSError, KeyError, RuntimeError, SafetensorError):
+            if not weights.sound:
+                raise ValueError("some of its values are not finite")
+        except (OSError, KeyError, RuntimeError, ValueError, TypeError, SafetensorError):
             self.blobs.discard(weights_id)
             raise WeightsMissing(weights_id) from None
         return self._remember(slot, weights)
 
     def add(self, slot: Slot, weights: Weights, metrics: Metrics | None, keep: bool) -> Weights:
-        """Take new weights, and write them if they are to be kept. Those that are not may have to be made again."""
+        """Take new weights, and write them if they are to be kept. Those that are not may have to be made again.
+
+        Raises TrellisError for weights that are not finite: they would be damaged wherever they are read again.
+        """
+        if not weights.sound:
+            raise not_finite()
         if keep:
             self._write(slot, weights, metrics)
         return self._remember(slot, weights, None if keep or weights.id in self.blobs else metrics)
@@ -365,14 +406,16 @@ class Shelf:
         if weights_id not in self.blobs:
             return None
         try:
-            found = self._about(weights_id)["metrics"]
-        except WeightsMissing:
+            found = self._about(weights_id).get("metrics")
+            return Metrics.model_validate(found) if found else None
+        except (WeightsMissing, ValueError):
             return None
-        return Metrics.model_validate(found) if found else None
 
     def _about(self, weights_id: str) -> dict[str, Any]:
         try:
-            about: dict[str, Any] = json.loads((self.blobs.path(weights_id) / "weights.json").read_text())
+            about = json.loads((self.blobs.path(weights_id) / "weights.json").read_text())
+            if not isinstance(about, dict):
+                raise ValueError("it is not an object")
         except (OSError, ValueError):
             self.blobs.discard(weights_id)
             raise WeightsMissing(weights_id) from None

@@ -5,6 +5,7 @@ It knows rows that grow and a tokenizer; not models, weights, sessions or learni
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Literal
 
@@ -13,23 +14,26 @@ from torch import Tensor
 
 from ..params import OPENING_POSITIONS, Sampling
 from .forward import Forward, Rows
-from .sampling import draw, is_greedy, uniforms
+from .sampling import draw, is_greedy, overflowed, uniforms
 from .vitals import grams_of, overlap_of
+from .vocabulary import TextReader
 
 OPENING = 6
 """So many tokens of an answer are drawn before it is known which answers go on."""
 
 
 class Growing:
-    """One option while it is drawn. Its text is read from its tokens when somebody asks for it."""
+    """One option while it is drawn. Its text is read from its tokens when somebody asks for it, as what goes on from
+    the prompt's. One whose next token has no probability ends before it, with `overflowed`."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()) -> None:
         self.tokens: list[int] = []
         self.logprob = 0.0
         self.finish: Literal["stop", "length"] | None = None
+        self.overflowed = False
         self._text = ""
         self._unread: list[int] = []
-        self._reader = TextReader(tokenizer)
+        self._reader = TextReader(tokenizer, prompt)
 
     @property
     def text(self) -> str:
@@ -43,6 +47,9 @@ class Growing:
     def grow(self, token: int, logprob: float, ends: frozenset[int], most: int) -> None:
         """Go on with a token, unless it has ended."""
         if self.finish:
+            return
+        if math.isnan(logprob):
+            self.finish, self.overflowed = "length", True
             return
         self.tokens.append(token)
         self.logprob += logprob
@@ -75,7 +82,7 @@ def decode_group(
     """
     generator = torch.Generator().manual_seed(seed)
     most = sampling.max_new_tokens
-    group = [Growing(tokenizer) for _ in range(size)]
+    group = [Growing(tokenizer, prompt) for _ in range(size)]
     if is_greedy(sampling):
         openings = 1  # they would all be the same
     openings = max(1, min(openings, OPENING_POSITIONS // (size * len(prompt))))
@@ -108,13 +115,15 @@ def _begin(
     generator: torch.Generator, waiting: list[Growing],
 ) -> Generator[list[Growing], None, tuple[Rows, list[list[int]], list[list[float]]]]:  # fmt: skip
     """Begin more answers than are wanted, half of them by the base model, and choose which go on: their rows under the
-    adapted weights, with the last token of each still to be fed, their tokens, and the log-probabilities of these."""
+    adapted weights, with the last token of each still to be fed, their tokens, and the log-probabilities of these.
+    One that the model gives no numbers for is not among them. Raises EngineError where too few are left."""
     total = size * openings
     half = -(-total // 2)
     room = len(prompt) + sampling.max_new_tokens
     own = forward.rows(prompt, half, room)
     other = forward.rows(prompt, total - half, room, base=True)
     begun: list[list[int]] = [[] for _ in range(total)]
+    lost: set[int] = set()
     drawn: Tensor | None = None
     length = min(OPENING, sampling.max_new_tokens)
     for chances in uniforms(length, total, generator, forward.device):
@@ -123,14 +132,17 @@ def _begin(
             own.feed(drawn[:half, None])
             other.feed(drawn[half:, None])
         with torch.inference_mode():
-            drawn, _ = draw(torch.cat([own.logits, other.logits]), sampling, chances)
+            drawn, scores = draw(torch.cat([own.logits, other.logits]), sampling, chances)
+        lost |= {row for row, score in enumerate(scores.tolist()) if math.isnan(score)}
         for opening, token in zip(begun, drawn.tolist(), strict=True):
             if not opening or opening[-1] not in ends:
                 opening.append(token)
         if all(opening[-1] in ends for opening in begun):
             break
     # By turns, so that where nothing is alike neither model's come first.
-    by_turns = [begun[row] for row in sorted(range(total), key=lambda row: row % half)]
+    by_turns = [begun[row] for row in sorted(range(total), key=lambda row: row % half) if row not in lost]
+    if len(by_turns) < size:
+        raise overflowed()
     kept = [by_turns[place] for place in most_different(by_turns, size)]
     # What the base began goes on under the adapted weights, and is told by their log-probabilities.
     rows = own.again(size)
@@ -154,34 +166,3 @@ def most_different(openings: list[list[int]], size: int) -> list[int]:
         kept.append(at)
         nearest = [max(near, overlap_of(each, grams[at])) for near, each in zip(nearest, grams, strict=True)]
     return kept
-
-
-class TextReader:
-    """Tokens to text, some at a time, in linear time. Half a character is held back until it is whole."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._start = 0
-        self._read = 0
-
-    def read(self, tokens: Sequence[int]) -> str:
-        """The text that these tokens add, up to the last whole character."""
-        self._tokens += tokens
-        known, longer = self._decoded()
-        if len(longer) <= len(known) or longer.endswith("\ufffd"):
-            return ""
-        self._start, self._read = self._read, len(self._tokens)
-        return longer[len(known) :]
-
-    def rest(self) -> str:
-        """What was held back, at the end."""
-        known, longer = self._decoded()
-        self._start = self._read = len(self._tokens)
-        return longer[len(known) :]
-
-    def _decoded(self) -> tuple[str, str]:
-        decode = self._tokenizer.decode
-        window = self._tokens[self._start :]
-        known = decode(window[: self._read - self._start], skip_special_tokens=True)
-        return known, decode(window, skip_special_tokens=True)

@@ -38,8 +38,11 @@ from ..errors import LoadFailed, TrellisError
 from ..messages import Progress
 
 WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
-          "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja", "*.tiktoken", "*.model",
-          "LICENSE*", "README.md"]  # fmt: skip
+          "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja", "chat_template*",
+          "*.tiktoken", "*.model", "*.bpe", "*.spm", "tekken.json", "*processor_config.json", "LICENSE*", "NOTICE*",
+          "USE_POLICY*", "README.md"]  # fmt: skip
+TEMPLATES = "additional_chat_templates/"
+"""The one folder of a repository that belongs to a model's tokenizer."""
 POLL_SECONDS = 0.1
 PIECE = 1 << 18
 """Bytes that are written at a time: what a broken connection can cost."""
@@ -53,12 +56,20 @@ def marker(cache: Path, repository: str, commit: str) -> Path:
 
 
 def download(
-    repository: str, revision: str, cache: Path, with_code: bool, patience: float
+    repository: str, revision: str, cache: Path, with_code: bool, patience: float, fetches: bool = True
 ) -> Generator[Progress | None, None, Path]:
-    """The folder of a repository at a revision, fetched as far as it is not there. Raises LoadFailed."""
+    """The folder of a repository at a revision, fetched as far as it is not there; or, unless it `fetches`, as it was
+    fetched last. Raises LoadFailed."""
     revision = revision or "main"
     if known := _kept(cache, repository, revision, with_code):
         return known
+    if not fetches:
+        if known := _latest(cache, repository, revision):
+            return known
+        raise LoadFailed(
+            f"The files of “{repository}” are not here any more.", code="not_found",
+            next_step="Load it on the Models page, which fetches them.",
+        )  # fmt: skip
     yield Progress(stage="initializing", fraction=0.01, message=f"Asking the hub for {repository}")
     patterns = [*WANTED, "*.py"] if with_code else WANTED
     try:
@@ -132,6 +143,7 @@ def _fetch_missing(
         whole, part = folder / name, folder / f"{name}.part"
         if whole.is_file() and whole.stat().st_size == about.size:
             continue
+        part.parent.mkdir(exist_ok=True)
         part.touch()
         with part.open("r+b") as out:
             start = out.seek(0, os.SEEK_END)
@@ -211,7 +223,12 @@ def _wanted(info: Any, patterns: list[str]) -> dict[str, _File]:
     return {
         name: about
         for name, about in files.items()
-        if "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)
+        if ("/" not in name and any(fnmatch(name, pattern) for pattern in patterns))
+        or (
+            name.startswith(TEMPLATES)
+            and fnmatch(name.removeprefix(TEMPLATES), "[A-Za-z0-9_-]*.jinja")
+            and "/" not in name.removeprefix(TEMPLATES)
+        )
     }
 
 
@@ -254,9 +271,9 @@ def _remember(cache: Path, repository: str, commit: str, revision: str, folder: 
 
 def _bytes_in(folder: Path) -> int:
     total = 0
-    for file in folder.iterdir():
+    for file in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):  # a part that has just become whole
-            total += file.stat().st_size
+            total += file.stat().st_size if file.is_file() else 0
     return total
 
 

@@ -46,8 +46,6 @@ from ..messages import (
     Spoke,
     Status,
     StatusReport,
-    recipe_id,
-    recipe_of,
 )  # fmt: skip
 from .loop import Handler, Steps, Together, Told, failed
 from .vitals import variety_of
@@ -81,6 +79,9 @@ STEP_SECONDS = 0.002
 
 CONTEXT = 1024
 """Words of a conversation that are taken."""
+
+REPEAT = "repeat yourself"
+"""Where a prompt says so, the third answer is the first one again."""
 
 SAY = re.compile(r"say (\d{1,6}) (words|times) at (\d{1,6}) a second")
 
@@ -133,7 +134,7 @@ class FakeEngine:
     def plant(self, request: Plant) -> Steps:
         yield None
         self._require_loaded()
-        made = recipe_id("w", {"model": "fake", **recipe_of(request)})
+        made = request.makes_on(["fake"])
         if made not in self._blobs:
             self._write(made, 0, None)
         return Planted(weights=made)
@@ -151,7 +152,10 @@ class FakeEngine:
                 next_step="Shorten it.",
             )
         key = request.model_dump_json()
-        lengths = [min(3 + _draw(key, index, "length") % 12, room) for index in range(request.group_size)]
+        drawn = list(range(request.group_size))
+        if REPEAT in request.prompt.text and len(drawn) > 2:
+            drawn[2] = 0
+        lengths = [min(3 + _draw(key, index, "length") % 12, room) for index in drawn]
         texts = [""] * request.group_size
         tokens: list[list[int]] = [[] for _ in texts]
         for step in range(max(lengths)):
@@ -159,7 +163,7 @@ class FakeEngine:
             delta = {}
             for index, length in enumerate(lengths):
                 if step < length:
-                    token = _draw(key, index, step) % len(WORDS)
+                    token = _draw(key, drawn[index], step) % len(WORDS)
                     tokens[index].append(token)
                     delta[index] = (" " if step else "") + WORDS[token]
                     texts[index] += delta[index]

@@ -14,14 +14,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..errors import TrellisError
 from ..messages import derived_seed
 from ..params import Learning
-from .adapters import Slot
+from .adapters import Slot, not_finite
 from .learning import Point, adamw_step, fading
 from .methods import METHODS, Method, rewards_of
 from .reading import Group, Part, reading_of, rounds
 from .said import agrees
+from .sampling import overflowed
 
 BATCH = 4
 """Choices that share an optimiser step."""
@@ -112,20 +112,17 @@ def fit_steps(
                     loss += part
                 yield done, total, loss
             if not bool(torch.isfinite(gradient).all()):
-                raise TrellisError(
-                    "The model's numbers overflowed while it was fitted to the log.",
-                    code="not_finite",
-                    next_step="Use a lower learning rate.",
-                )
+                raise not_finite()
             point = adamw_step(point, gradient, rate * rate_at(done, total), method.betas, method.clip)
             done += 1
             losses.append(loss)
     after = yield from sight(slot, point.flat, looked_at, reference, options, total, done)
     last = losses[-math.ceil(len(groups) / BATCH) :]
     point = continued(point, start.steps + done, method.betas)
-    return FitOutcome(
-        point, sum(last) / len(last), after.kl, before.share, after.share, after.agreed, len(looked_at), done
-    )
+    loss = sum(last) / len(last)
+    if not all(map(math.isfinite, (loss, after.kl, before.share, after.share))):
+        raise not_finite()
+    return FitOutcome(point, loss, after.kl, before.share, after.share, after.agreed, len(looked_at), done)
 
 
 def _share_of_loss(
@@ -163,6 +160,8 @@ def sight(
     for group in groups:
         known = reference(group)
         (logprobs,) = reading_of(slot, [group]).logprobs([group], flat)
+        if not bool(torch.isfinite(logprobs).all()):
+            raise overflowed()
         verdict = plain.judge(logprobs, known, group.mask(known.device), group.choice, options)
         shares += verdict.share
         distances += verdict.kl

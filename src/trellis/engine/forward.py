@@ -72,12 +72,15 @@ class GeneralForward(Forward):
         return GeneralRows(self, prompt, count, base)
 
     def run(self, ids: Tensor, cache: DynamicCache, base: bool, last: bool) -> Tensor:
+        """Read tokens (R, T). Returns logits to draw from: rows that no token belongs to are impossible."""
         slot = self._slot
         keep = {"logits_to_keep": 1} if last else {}
         with slot.turn, torch.inference_mode():
             slot.install(self._flat)
             with slot.reference() if base else nullcontext():
                 found: Tensor = slot.model(input_ids=ids, past_key_values=cache, use_cache=True, **keep).logits
+            if slot.missing is not None:
+                found = found.index_fill(-1, slot.missing, float("-inf"))
         return found
 
     def cache(self) -> DynamicCache:

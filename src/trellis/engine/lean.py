@@ -146,6 +146,8 @@ class Lean:
         if MERGED_BYTES < size <= PACKED_BYTES and room_for(size):
             for each in linears:
                 each.packed = pack(each.weight)
+        self.missing: Tensor | None = None
+        """Rows of the vocabulary that no token belongs to."""
         self._rotary = inner.rotary_emb
         self._angles: tuple[Tensor, Tensor] | None = None
 
@@ -251,8 +253,9 @@ class Lean:
         return self.normed(x, self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., H) to logits (..., V)."""
-        return self._head(hidden.flatten(0, -2)).view(*hidden.shape[:-1], -1)
+        """Hidden states (..., H) to logits (..., V) to draw from: rows that no token belongs to are impossible."""
+        found = self._head(hidden.flatten(0, -2)).view(*hidden.shape[:-1], -1)
+        return found if self.missing is None else found.index_fill_(-1, self.missing, float("-inf"))
 
     def embed(self, ids: Tensor) -> Tensor:
         """(N,) to (N, H)."""

@@ -5,6 +5,7 @@ It knows log-probabilities and flat vectors; not files, sessions or how answers 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..errors import TrellisError
 from ..messages import Written
 from ..params import Learning
-from .adapters import Slot
+from .adapters import Slot, not_finite
 from .methods import BETAS, CLIP, METHODS, Verdict, k3
 from .reading import Group, Part, reading_of, rounds
 from .said import chosen_indexes
@@ -150,11 +150,7 @@ def learn_steps(
     while steps < most:
         steps += 1
         if not bool(torch.isfinite(gradient).all()):
-            raise TrellisError(
-                "The model's numbers overflowed while it learned from this choice.",
-                code="not_finite",
-                next_step="Undo a few steps, or use a lower learning rate.",
-            )
+            raise not_finite()
         moved = adamw_step(point, gradient, rate, method.betas, method.clip)
         if steps < most:
             logprobs, verdict, gradient = yield from look(moved.flat)
@@ -170,4 +166,7 @@ def learn_steps(
         point = moved
         if verdict.share >= target:
             break
-    return Outcome(point, float(before.loss.detach()), verdict.kl, before.share, verdict.share, steps)
+    outcome = Outcome(point, float(before.loss.detach()), verdict.kl, before.share, verdict.share, steps)
+    if not all(map(math.isfinite, (outcome.loss, outcome.kl, outcome.share_before, outcome.share_after))):
+        raise not_finite()
+    return outcome

@@ -41,6 +41,8 @@ class Line:
 
     weights: str
     tokens: list[int] = field(default_factory=list)
+    error: Exception | None = None
+    """Why a token could not be read into it, after it was to grow."""
 
 
 class Lines(ABC):
@@ -57,11 +59,13 @@ class Lines(ABC):
 
     @abstractmethod
     def grow(self, lines: Sequence[Line], ids: Sequence[int]) -> Tensor:
-        """Read one token into each of some lines. Returns logits (R, V)."""
+        """Read one token into each of some lines. Returns logits (R, V); NaN for a line that could not be read, which
+        says why in its `error`."""
 
     @abstractmethod
-    def end(self, line: Line) -> None:
-        """A line is not needed any more; what it has read is kept warm as long as there is room."""
+    def end(self, line: Line, keep: bool = True) -> None:
+        """A line is not needed any more; what it has read is kept warm as long as there is room, if it is to be
+        kept. What is not may hold NaN, and is wiped."""
 
     @abstractmethod
     def clear(self) -> None:
@@ -80,10 +84,14 @@ def lines_of(slots: Slots, lean: Lean | None, model: Any, find: Find, warm: int)
 
 def shared(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two texts begin with alike."""
-    length = min(len(one), len(other))
-    if list(one[:length]) == list(other[:length]):
-        return length
-    return next(place for place in range(length) if one[place] != other[place])
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # whole slices are compared much faster than places one by one
+        middle = (low + high + 1) // 2
+        if list(one[low:middle]) == list(other[low:middle]):
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 @dataclass(eq=False)
@@ -270,12 +278,17 @@ class LeanLines(Lines):
             line.tokens.append(token)
         return logits
 
-    def end(self, line: Line) -> None:
+    def end(self, line: Line, keep: bool = True) -> None:
         if isinstance(line, GeneralLine):
-            self._general.end(line)
+            self._general.end(line, keep)
             return
         row = self._lines.index(line)
-        self._keep_warm(line, row)
+        if keep:
+            self._keep_warm(line, row)
+        else:  # masked places count nothing only where they hold numbers: 0 × NaN is NaN
+            with torch.inference_mode():
+                for each in (*self._cache.keys, *self._cache.values):
+                    each[row].zero_()
         last = self._lines.pop()
         if last is not line:  # the last row moves into the place that is free now
             self._lines[row] = last
@@ -374,11 +387,21 @@ class GeneralLines(Lines):
         return logits
 
     def grow(self, lines: Sequence[Line], ids: Sequence[int]) -> Tensor:
-        return torch.stack([self.read(line, [token]) for line, token in zip(lines, ids, strict=True)])
+        rows: list[Tensor | None] = []
+        for line, token in zip(lines, ids, strict=True):
+            try:
+                rows.append(self.read(line, [token]))
+            except Exception as error:  # noqa: BLE001 - of one line alone: it is told to whoever asked for it
+                line.error = error
+                rows.append(None)
+        like = next((row for row in rows if row is not None), None)
+        if like is None:
+            like = torch.empty(self._model.config.get_text_config().vocab_size, device=self._model.device)
+        return torch.stack([torch.full_like(like, float("nan")) if row is None else row for row in rows])
 
-    def end(self, line: Line) -> None:
+    def end(self, line: Line, keep: bool = True) -> None:
         assert isinstance(line, GeneralLine)
-        if line.tokens:
+        if line.tokens and keep:
             self._warm = [*self._warm[1 - self.WARM :], line]
 
     def clear(self) -> None:

@@ -5,7 +5,6 @@ It is the work of an engine of its own, which holds nothing else. It does not kn
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -14,34 +13,38 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ..blobs import fsync
-from ..errors import Invalid, LoadFailed
-from ..messages import Load, Merge, Merged, Progress, recipe_id, recipe_of
-from ..tensors import UNREADABLE, header_of
-from .loaded import LoadedModel, fingerprints, read_model, weight_files
+from ..errors import Invalid, LoadFailed, WeightsMissing
+from ..messages import Load, Merge, Merged, Progress
+from ..model_files import weight_files
+from ..tensors import UNREADABLE, all_finite, header_of
+from .loaded import LoadedModel, fingerprints, read_model
 from .reading import Group, answer_logprobs
+from .side_files import copy_side_files, require_same_use, use_of, write_config
 
 PROBE_CONTEXT = 4096
 PROBE_TOKENS = 32
 """Tokens of each answer on which the merged model is compared with base and adapter."""
 
-COPIED = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template", "LICENSE")
-
 
 def merge(request: Merge, adapter: Path) -> Generator[Progress | None, None, Merged]:
     """Write a merged model into the folder `request.into`, which must not be there yet, and prove it.
 
-    Raises LoadFailed, with the codes of a load, or `not_proved` when the written model answers otherwise.
+    Raises LoadFailed, with the codes of a load, or `not_proved` when the written model answers otherwise;
+    WeightsMissing for an adapter that is damaged.
     """
     started = time.monotonic()
     base, into = Path(request.path), Path(request.into)
     dtype = stored_dtype(base)
+    if not all_finite(adapter / "adapter_model.safetensors"):
+        raise WeightsMissing(request.weights)
     _require_same_base(request)
     plain = Load(path=request.path, precision="32-bit", device="cpu", remote_code=request.remote_code)
     loaded = yield from _scaled(read_model(base, plain, dtype), 0.0, 0.4)
     model = loaded.model
+    tied = model.config.tie_word_embeddings
     yield Progress(stage="merging", fraction=0.4, message="Putting the adapter beside the base")
     both = PeftModel.from_pretrained(model, adapter).eval()
     probes = yield from _answers(both, loaded, request)
@@ -53,13 +56,19 @@ def merge(request: Merge, adapter: Path) -> Generator[Progress | None, None, Mer
     merged = both.merge_and_unload()
     yield Progress(stage="writing", fraction=0.65, message="Writing the merged model")
     into.mkdir()
+    own_settings, merged.generation_config = merged.generation_config, GenerationConfig()  # the base's are copied
     merged.save_pretrained(into, max_shard_size="2GB")
-    _copy_the_rest(base, into)
+    merged.generation_config = own_settings
+    untied = {} if merged.config.tie_word_embeddings == tied else {"tie_word_embeddings": not tied}
+    write_config(base, into, request.remote_code, untied)
+    copy_side_files(base, into, request.remote_code)
     del both, merged, model, loaded
     yield Progress(stage="checking", fraction=0.8, message="Reading the merged model again")
     again = AutoModelForCausalLM.from_pretrained(
         into, dtype=dtype, local_files_only=True, trust_remote_code=request.remote_code
     ).eval()
+    used = use_of(base, request.remote_code)
+    require_same_use(used, use_of(into, request.remote_code))
     gaps: list[Tensor] = []
     agreed = 0.0
     for number, (probe, expected) in enumerate(zip(probes, before, strict=True)):
@@ -78,6 +87,8 @@ def merge(request: Merge, adapter: Path) -> Generator[Progress | None, None, Mer
         largest_difference=float(gap.max()),
         mean_difference=float(gap.mean()),
         agreement=agreed / len(probes),
+        ends=tuple(sorted(used.ends)),
+        conversations=sum(text is not None for text in used.written),
         seconds=time.monotonic() - started,
     )
     if not result.mean_difference <= tolerance(dtype):
@@ -93,7 +104,7 @@ def merge(request: Merge, adapter: Path) -> Generator[Progress | None, None, Mer
 def _require_same_base(request: Merge) -> None:
     """Raises LoadFailed when the folder does not hold the base that the adapter was grown on."""
     for fingerprint in fingerprints(Path(request.path)):
-        if recipe_id("w", {"model": fingerprint, **recipe_of(request.plant)}) == request.root:
+        if request.plant.makes(fingerprint) == request.root:
             return
     raise LoadFailed(
         "The files of the base model are not the ones this session was grown on.",
@@ -118,7 +129,9 @@ def stored_dtype(base: Path) -> torch.dtype:
     except UNREADABLE:
         return torch.float32  # loading it says what is wrong with it
     most = max(kinds, key=lambda kind: kinds[kind], default="F32")
-    return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(most, torch.float32)
+    return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.bfloat16}.get(
+        most, torch.float32
+    )
 
 
 def _scaled(
@@ -163,10 +176,3 @@ def _logprobs(model: Any, probe: Group) -> tuple[Tensor, Tensor]:
 def _checking(start: float, end: float, done: int, total: int, message: str) -> Progress:
     fraction = start + (end - start) * (done + 1) / total
     return Progress(stage="checking", fraction=fraction, message=f"{message}: {done + 1} of {total}")
-
-
-def _copy_the_rest(base: Path, into: Path) -> None:
-    """The tokenizer's files and the licence, as they are. What the model wrote itself stays."""
-    for file in base.iterdir():
-        if file.is_file() and file.name.startswith(COPIED) and not (into / file.name).exists():
-            shutil.copyfile(file, into / file.name)

@@ -203,9 +203,12 @@ def judge_classic(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Cho
 
 
 def _margins(gains: Tensor, choice: Choice) -> Tensor:
-    """How far the better answer of each pair is ahead (P,); of none of these, how far each has fallen (G,)."""
+    """How far the better answer of each pair is ahead (P,). Where there are no pairs, each answer is compared with its
+    own past (G,): how far it has fallen on none of these, how far it has risen where all were called good."""
     pairs = pairs_of(choice, len(gains))
-    return torch.stack([gains[better] - gains[worse] for better, worse in pairs]) if pairs else -gains
+    if pairs:
+        return torch.stack([gains[better] - gains[worse] for better, worse in pairs])
+    return gains if chosen_indexes(choice, len(gains)) else -gains
 
 
 def _signs(choice: Choice, gains: Tensor) -> Tensor:

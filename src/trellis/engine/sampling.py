@@ -5,10 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import EngineError
 from ..params import Sampling
 
 COLDEST = 1e-4
 """Below this temperature the likeliest token is drawn: what is divided by less is not a number any more."""
+
+
+def overflowed() -> EngineError:
+    """The error of a row of logits that holds NaN or infinity."""
+    return EngineError(
+        "The model gave no number here: its scores for the next token are NaN or infinite.",
+        code="not_finite",
+        next_step="Go back to an earlier step or another prompt. If it happens everywhere, load the model in 32-bit; "
+        "if it still happens, its files are damaged: copy or download them again.",
+    )
 
 
 def is_greedy(sampling: Sampling) -> bool:
@@ -26,6 +37,9 @@ def draw(logits: Tensor, sampling: Sampling, chances: Tensor) -> tuple[Tensor, T
 
     By inversion: the first token at which the summed probabilities pass a number (R,) in [0, 1) that was drawn for the
     row. Filters: min-p (arXiv 2407.01082), then top-p (nucleus, arXiv 1904.09751), after the temperature.
+
+    A row that holds NaN or infinity, or only impossible tokens, has a log-probability of NaN, and its token means
+    nothing; the other rows are as they would be without it.
     """
     scaled = logits.float()
     if is_greedy(sampling):
@@ -50,4 +64,5 @@ def drawn_from(scaled: Tensor, min_p: float | Tensor, top_p: float | Tensor, cha
         likely = torch.zeros_like(likely).scatter(-1, places, ordered)
     summed = likely.cumsum(dim=-1)
     drawn = torch.searchsorted(summed, summed[:, -1:] * chances[:, None], right=True)
+    drawn = drawn.clamp(max=scaled.shape[-1] - 1)  # where nothing is a number, nothing is passed
     return drawn[:, 0], scaled.gather(-1, drawn)[:, 0] - whole.log()

@@ -39,7 +39,6 @@ from ..messages import (
     StatusReport,
     Written,
     recipe_id,
-    recipe_of,
 )  # fmt: skip
 from ..params import Learning
 from .adapters import Shelf, Slot, Weights
@@ -55,7 +54,7 @@ from .loop import Handler, Steps, Together
 from .merging import merge
 from .methods import METHODS
 from .reading import Group, reading_of
-from .sampling import COLDEST
+from .sampling import COLDEST, overflowed
 from .vitals import fluency_of, variety_of
 
 PROGRESS_SECONDS = 0.2
@@ -118,7 +117,7 @@ class TextEngine:
         path = Path(request.path)
         if request.repository:
             path = yield from download(
-                request.repository, request.revision, path, request.remote_code, self._hub_timeout
+                request.repository, request.revision, path, request.remote_code, self._hub_timeout, request.fetches
             )
             require_memory(path, request)
         self._loaded = yield from read_model(path, request)
@@ -132,8 +131,8 @@ class TextEngine:
 
     def plant(self, request: Plant) -> Steps:
         yield None
-        recipe = {"model": self.loaded.about.fingerprint, **recipe_of(request)}
-        weights_id = recipe_id("w", recipe)
+        about = self.loaded.about
+        weights_id = request.makes_on([about.fingerprint, about.former_fingerprint])
         slot = self.loaded.slots.get(request.adapter)
         if not self._shelf.readable(slot, weights_id):
             self._shelf.plant(slot, weights_id, request.seed)
@@ -160,13 +159,19 @@ class TextEngine:
                 yield _delta(group, sent)
             else:
                 yield None
+        lost = [option for option in group if option.overflowed]
+        if lost and (len(lost) == len(group) or not all(option.tokens for option in lost)):
+            raise overflowed()
         if delta := _delta(group, sent):
             yield delta
         options = tuple(
             Option(text=o.text, tokens=tuple(o.tokens), finish=o.finish or "length", logprob=o.logprob) for o in group
         )
         seconds = time.monotonic() - started
-        return Offered(options=options, prompt_tokens=len(prompt), seconds_to_first=first, seconds=seconds)
+        return Offered(
+            options=options, prompt_tokens=len(prompt), seconds_to_first=first, seconds=seconds,
+            overflowed=tuple(index for index, option in enumerate(group) if option.overflowed),
+        )  # fmt: skip
 
     def learn(self, request: Learn) -> Steps:
         started = time.monotonic()
@@ -301,6 +306,8 @@ class TextEngine:
         if isinstance(lesson.choice, Written):
             answers.append(loaded.answer_tokens(lesson.choice.written, after=prompt))
         answers = [answer or [loaded.end_token or 0] for answer in answers]
+        for answer in answers:
+            loaded.require_known(answer, "choice")
         loaded.require_room(prompt, max(len(answer) for answer in answers), context_length)
         sharpened = METHODS[learning.learning_method].tempered
         temperature = lesson.temperature if sharpened and lesson.temperature >= COLDEST else 1.0
@@ -312,6 +319,8 @@ class TextEngine:
         known = self._references.get(key)
         if known is None:
             (known,) = reading_of(slot, [group]).logprobs([group], None)
+            if not bool(torch.isfinite(known).all()):
+                raise overflowed()
             with self._keeping:
                 self._references[key] = known
                 while len(self._references) > REFERENCES:

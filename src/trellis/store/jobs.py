@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 
 from .tables import jobs
 
@@ -18,6 +18,10 @@ def add_job(connection: Connection, job: Row) -> None:
 
 def finish_job(connection: Connection, job_id: str, values: Row) -> None:
     connection.execute(update(jobs).where(jobs.c.id == job_id).values(values))
+
+
+def delete_jobs(connection: Connection, job_ids: Sequence[str]) -> None:
+    connection.execute(delete(jobs).where(jobs.c.id.in_(job_ids)))
 
 
 def interrupt_jobs(connection: Connection, error: Row) -> None:

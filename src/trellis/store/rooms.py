@@ -32,9 +32,9 @@ def get_room(connection: Connection, room_id: str) -> tuple[Row, list[Row]] | No
     return dict(row), [dict(message) for message in connection.execute(query).mappings()]
 
 
-def list_rooms(connection: Connection, words: Sequence[str], archived: bool, most: int) -> list[Row]:
-    """Rooms in whose title or text each of some folded words occurs, the last used first, each with a message in which
-    the first word stands."""
+def list_rooms(connection: Connection, words: Sequence[Sequence[str]], archived: bool, most: int) -> list[Row]:
+    """Rooms in whose title or text each of some words occurs in one of its spellings, the last used first, each with
+    a message in which the first word stands."""
     query = select(rooms).where(rooms.c.archived == int(archived)).order_by(rooms.c.updated.desc()).limit(most)
     for word in words:
         said = exists().where(and_(messages.c.room == rooms.c.id, _holds(messages.c.folded, word)))
@@ -46,9 +46,8 @@ def list_rooms(connection: Connection, words: Sequence[str], archived: bool, mos
     return found
 
 
-def _holds(column: Any, word: str) -> ColumnElement[bool]:
-    found: ColumnElement[bool] = column.contains(word, autoescape=True)
-    return found
+def _holds(column: Any, spellings: Sequence[str]) -> ColumnElement[bool]:
+    return or_(*(column.contains(each, autoescape=True) for each in spellings))
 
 
 def change_room(connection: Connection, room_id: str, values: Row) -> None:

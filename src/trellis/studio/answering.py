@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from ..markdown import THINK, Blocks, block_to_html
 from ..messages import Answered, Event, Heard, Progress, Queued, Spoke
 from .message import Message
+from .speed import tokens_per_second
 
 SAVE_SECONDS, SAVE_CHARACTERS = 2.0, 4096
 """An answer that grows is written down this often: a crash loses no more of it."""
@@ -50,6 +51,8 @@ class Answering:
         self._tokens = self._tokens_at_first = 0
         self._heard: Heard | None = None
         self._engine_first: float | None = None
+        self._engine_speaking: float | None = None
+        """Seconds from the first token to the last, by the clock of who drew them."""
         self._saved, self._saved_at = len(message.text), self._started
         self._pieces = [message.text] if message.text else []
         self._length = len(message.text)
@@ -92,6 +95,7 @@ class Answering:
                 self._message.finish = event.finish
                 self._tokens = event.tokens
                 self._engine_first = event.seconds_to_first
+                self._engine_speaking = event.seconds - event.seconds_to_first
 
     async def _grow(self, text: str) -> None:
         self._room.publish("delta", message=self._message.id, text=text, at=self._length)
@@ -136,14 +140,16 @@ class Answering:
 
     def _usage(self) -> dict[str, Any]:
         heard = self._heard
-        speaking = self._latest - self._first
-        spoken = self._tokens - self._tokens_at_first
+        if self._engine_speaking is not None:  # words that waited on their way arrive all at once
+            spoken, speaking = self._tokens - 1, self._engine_speaking
+        else:
+            spoken, speaking = self._tokens - self._tokens_at_first, self._latest - self._first
         return {
             "prompt_tokens": heard.prompt_tokens if heard else None,
             "completion_tokens": self._tokens,
             "time_to_first_token_ms": round((self._first - self._started) * 1000, 1) if self._first else None,
             "engine_to_first_token_ms": round(self._engine_first * 1000, 1) if self._engine_first else None,
-            "tokens_per_second": round(spoken / speaking, 1) if spoken > 0 and speaking > 0 else None,
+            "tokens_per_second": tokens_per_second(spoken, speaking),
             "context_used": heard.prompt_tokens + self._tokens if heard and heard.prompt_tokens else None,
             "context_length": heard.context_length if heard and heard.context_length else None,
             "warm_tokens": heard.warm if heard else None,

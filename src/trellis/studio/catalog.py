@@ -18,14 +18,23 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import Conflict, NotFound, shorten
+from ..errors import Conflict, LoadFailed, NotFound, shorten
 from ..memory import Shape, shape_of
+from ..model_files import Problem
+from ..model_problems import problem_of
+from ..params import Precision
 from ..tensors import UNREADABLE, shapes_in
 
 DEMO = "demo"
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 HEADER_LIMIT = 16 * 1024 * 1024
 """Bytes of a header that is read to list a model; the largest known ones have a tenth of it."""
+LISTED_NAME = re.compile(r"(?!\.)[^\x00-\x1f\x7f/\\]{1,128}")
+"""What a folder may be called to be listed; only an upload makes one with a plainer name."""
+UNREADABLE_CONFIG = "unreadable"
+"""The architecture of a model whose configuration cannot be read."""
+RESERVED = ("session:", "remote:")
+"""How the names of others begin that can be talked to."""
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
@@ -43,6 +52,8 @@ class ModelEntry:
     bytes: int = 0
     shape: Shape = field(default_factory=Shape)
     architecture: str = "unknown"
+    problem: LoadFailed | None = None
+    """Why it cannot be loaded, where that is seen without reading any file."""
 
     @property
     def parameters(self) -> int:
@@ -64,8 +75,28 @@ class Catalog:
         return await asyncio.to_thread(lambda: [_read_entry(*found) for found in self._known()])
 
     async def names(self) -> list[str]:
-        """The ids of all models that are here; no file of theirs is read."""
-        return await asyncio.to_thread(lambda: [found[0] for found in self._known()])
+        """The ids of all models that are here and look as if they could be loaded; no file of theirs is read."""
+        return await asyncio.to_thread(
+            lambda: [name for name, source, look, _ in self._known() if source != "folder" or not _problem(look)]
+        )
+
+    async def revision_here(self, repository: str) -> str | None:
+        """The revision that a repository was fetched at: the main branch, as an empty name, where that is among them,
+        else the one fetched last; None where nothing of it is here."""
+        return await asyncio.to_thread(self._revision_here, repository)
+
+    def _revision_here(self, repository: str) -> str | None:
+        found: list[tuple[bool, float, str]] = []
+        for file in (self._hub / "complete").glob(f"{repository.replace('/', '--')}@*.json"):
+            with suppress(*UNREADABLE):
+                about = json.loads(file.read_text())
+                if about["repository"] == repository and Path(about["folder"]).is_dir():
+                    revision = str(about["revision"])
+                    found.append((revision == "main", file.stat().st_mtime, revision))
+        if not found:
+            return None
+        is_main, _, revision = max(found)
+        return "" if is_main else revision
 
     async def delete(self, model_id: str) -> None:
         """Remove the files of a model that was put here or fetched. Raises NotFound, or Conflict for the demo."""
@@ -78,6 +109,13 @@ class Catalog:
             raise NotFound(f"No files of “{shorten(model_id)}” are here.", next_step="There is nothing to delete.")
         await asyncio.to_thread(self._remove, entry)
 
+    async def delete_partial(self, model_id: str) -> None:
+        """Remove what a download that was never finished has left; a model that is whole stays."""
+        with suppress(NotFound):  # a folder that was taken away has left nothing
+            entry = await self.find(model_id)
+            if entry.repository and entry.bytes == 0:
+                await asyncio.to_thread(self._remove, entry)
+
     def fetched(self, repository: str, revision: str) -> Path | None:
         """The folder of what was fetched of a repository last, at a revision where one is named."""
         found: list[tuple[float, Path]] = []
@@ -87,6 +125,17 @@ class Catalog:
                 if about["repository"] == repository and (revision or "main") in (about["revision"], about["commit"]):
                     found.append((file.stat().st_mtime, Path(about["folder"])))
         return max(found)[1] if found else None
+
+    async def problem(
+        self, entry: ModelEntry, revision: str = "", precision: Precision = "auto", remote_code: bool = False
+    ) -> Problem | None:
+        """What keeps a model from being loaded, as far as the files that are here say; None for one that is not."""
+
+        def look() -> Problem | None:
+            folder = self.fetched(entry.repository, revision) if entry.repository else entry.path
+            return problem_of(folder, precision, remote_code) if folder else None
+
+        return await asyncio.to_thread(look)
 
     def _find(self, model_id: str, field: str | None) -> ModelEntry:
         known = {found[0]: found for found in self._known()}
@@ -110,8 +159,7 @@ class Catalog:
         for place in self._folders:
             with suppress(OSError):
                 for folder in sorted(place.iterdir()):
-                    named = FOLDER_NAME.fullmatch(folder.name) and folder.name not in seen
-                    if named and (folder / "config.json").is_file():
+                    if LISTED_NAME.fullmatch(folder.name) and folder.name not in seen and _is_model(folder):
                         seen.add(folder.name)
                         yield folder.name, "folder", folder, folder
         fetched: dict[str, Path] = {}
@@ -134,7 +182,58 @@ class Catalog:
         aside = entry.path.with_name(f".deleted-{uuid.uuid4().hex}")
         with suppress(FileNotFoundError):  # deleted twice at once is deleted
             entry.path.rename(aside)
+        if aside.is_file():
+            aside.unlink()
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_model(place: Path) -> bool:
+    """Whether a folder or a file is meant to be a model, by the names of what it holds."""
+    if place.is_file():
+        return place.suffix in (".gguf", ".safetensors")
+    with suppress(OSError):
+        names = {file.name for file in place.iterdir()}
+        marks = {"config.json", "adapter_config.json", "params.json", "model_index.json"}
+        return bool(names & marks) or any(name.endswith((".safetensors", ".gguf")) for name in names)
+    return False
+
+
+def _problem(place: Path) -> LoadFailed | None:
+    """Why a model cannot be loaded, as far as the names of its files say."""
+
+    def why(message: str, next_step: str, code: str = "not_loadable") -> LoadFailed:
+        return LoadFailed(f"“{shorten(place.name)}” {message}", code=code, next_step=next_step)
+
+    folder_wanted = "Choose a folder with a Hugging Face config.json and safetensors files."
+    if place.name != place.name.strip() or place.name.startswith(RESERVED):
+        return why("has a name that cannot be used for a model.", "Rename it, for example to letters and hyphens.")
+    if place.is_file():
+        kind = "a GGUF file" if place.suffix == ".gguf" else "a single file"
+        return why(f"is {kind}; a model is loaded from a folder with its config and tokenizer.", folder_wanted)
+    try:
+        names = {file.name for file in place.iterdir()}
+    except OSError:
+        return None  # loading it says what is wrong
+    weights = any(name.endswith(".safetensors") and name != "adapter_model.safetensors" for name in names)
+    if "config.json" in names and weights:
+        return None
+    if "adapter_config.json" in names and not weights:
+        return why(
+            "is an adapter alone, without the base model that it belongs to.",
+            "Put the base model into a folder here. An adapter of Trellis is continued by resuming its session; one of "
+            "another tool must be merged into its base first.",
+        )
+    if "model_index.json" in names:
+        return why("is a diffusion pipeline for pictures, not a language model.", folder_wanted)
+    if not weights and any(name.endswith(".gguf") for name in names):
+        return why("holds GGUF files alone, which cannot be learned on.", "Get the same model as safetensors.")
+    if not weights and any(name.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")) for name in names):
+        return why(
+            "holds weights in a format that can carry code, and no safetensors.",
+            "Get the same model as safetensors, or convert it with transformers' save_pretrained.",
+        )
+    missing = "*.safetensors" if not weights else "config.json"
+    return why(f"has no {missing}.", folder_wanted, "not_found")
 
 
 def _read_entry(name: str, source: str, look: Path, load: Path) -> ModelEntry:
@@ -149,13 +248,14 @@ def _read_entry(name: str, source: str, look: Path, load: Path) -> ModelEntry:
             marks.append((str(file), stat.st_size, stat.st_mtime_ns))
     size = sum(mark[1] for mark in marks if mark[0].endswith(".safetensors"))
     architecture, shape = _look_at(look, tuple(marks))
-    return ModelEntry(name, source, load, name if source == "hub" else "", size, shape, architecture)
+    problem = _problem(look) if source == "folder" else None
+    return ModelEntry(name, source, load, name if source == "hub" else "", size, shape, architecture, problem)
 
 
 @lru_cache(maxsize=256)
 def _look_at(folder: Path, marks: tuple[tuple[str, int, int], ...]) -> tuple[str, Shape]:
     """Architecture and shape from the headers of files, read once for each change of them."""
-    architecture, shape = "unreadable", Shape()
+    architecture, shape = UNREADABLE_CONFIG, Shape()
     config: dict[str, Any] = {}
     with suppress(*UNREADABLE):
         config = json.loads((folder / "config.json").read_text())

@@ -123,7 +123,7 @@ class Exports:
         work = self.folder / f".work-{job.id}"
         self._working.add(name)
         try:
-            async with session.holding(node):
+            async with session.holding(node, checked=True):
                 entry = await self._catalog.find(session.config.model)
                 if kind == "adapter":
                     checks = await self._adapter(job, session, node, entry, work)
@@ -224,12 +224,12 @@ class Exports:
             "checks": checks,
         }  # fmt: skip
         (work / "README.md").write_text(model_card(session, node, kind, name, checks), encoding="utf-8")
-        files = {file.name: file.stat().st_size for file in sorted(work.iterdir()) if file.is_file()}
+        within = sorted(file for file in work.rglob("*") if file.is_file())
+        files = {str(file.relative_to(work)): file.stat().st_size for file in within}
         about |= {"files": files, "bytes": sum(files.values())}
         (work / ABOUT).write_text(json.dumps(about, indent=1))
-        for file in work.iterdir():
+        for file in [*work.rglob("*"), work]:
             fsync(file)
-        fsync(work)
         target = self.folder / name
         if target.exists():
             raise Conflict(f"There is an export “{name}” already.", code="exists", next_step="Choose another name.")
@@ -300,7 +300,9 @@ def model_card(session: Session, node: Node, kind: Kind, name: str, checks: dict
             f"{checks.get('tokens')} tokens of answers to {checks.get('prompts')} prompts. The log-probabilities "
             f"differ by {checks.get('mean_difference', 0):.2g} nats on average and "
             f"{checks.get('largest_difference', 0):.2g} at most; the likeliest token is the same in "
-            f"{checks.get('agreement', 0):.1%} of all places."
+            f"{checks.get('agreement', 0):.1%} of all places. Generation settings, the tokens that end an answer "
+            f"({', '.join(map(str, checks.get('ends', ()))) or 'none'}), chat templates and tokenizer are the base's; "
+            f"{checks.get('conversations', 0)} conversations are written in the same words."
         )
     lines = [
         *head, "", f"# {name}", "",

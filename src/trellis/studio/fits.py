@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import Conflict, Invalid
 from ..messages import Choice, Lesson, Option, Progress, Prompt
+from .choices import including_equals
 from .datasets import Datasets
 from .jobs import Job, Jobs, key_reused
 from .lessons import Logs, teaching_first, told_in_words
@@ -93,8 +94,9 @@ class Fits:
             return known
         session = await self._steering.session(session_id)
         lesson = Lesson(
-            prompt=session.prompt_of(prompt), options=options, choice=choice, temperature=session.config.temperature
-        )
+            prompt=session.prompt_of(prompt), options=options, choice=including_equals(choice, options),
+            temperature=session.config.temperature,
+        )  # fmt: skip
         return await self._start(session, session.tree.head, "import", [lesson], None, what, what, request)
 
     async def replay(

@@ -14,6 +14,9 @@ from contextlib import aclosing
 from ..messages import Event, Request, recipe_id, recipe_of
 from ..workers.worker import Worker
 
+WAITED_FOR = 0
+"""The priority of what somebody waits for."""
+
 AHEAD = 3
 """The priority of what nobody asked for yet: after people, after what is shown beside the options, after long jobs."""
 
@@ -42,6 +45,7 @@ class Ahead:
         self.worker = worker
         self._owner = owner
         self.request = request
+        self._priority = AHEAD
         self._events: list[Event] = []
         self._news = asyncio.Event()
         self.task = asyncio.create_task(self._run(), name=f"ahead {request.type}")
@@ -62,7 +66,7 @@ class Ahead:
 
     async def _run(self) -> None:
         try:
-            async with aclosing(self.worker.stream(self.request, AHEAD, self._owner)) as events:
+            async with aclosing(self.worker.stream(self.request, self._priority, self._owner)) as events:
                 async for event in events:
                     self._events.append(event)
                     self._news.set()
@@ -86,6 +90,7 @@ class Ahead:
 
     async def urge(self) -> None:
         """Somebody waits for it now."""
+        self._priority = WAITED_FOR  # also for one that has not been sent yet
         if not self.task.done():
             await self.worker.urge(self.request)
 

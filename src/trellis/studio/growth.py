@@ -35,6 +35,7 @@ from ..messages import (
 from ..params import Adapter, Learning, ModelOptions, Sampling, SessionConfig
 from ..store import steering as rows
 from ..store.store import Store
+from ..tensors import all_finite
 from ..workers.worker import UNLOADED, Worker
 from .foresight import Foresight
 from .lessons import Logs
@@ -111,16 +112,27 @@ class Growth:
                 raise Conflict(
                     f"The files of the model “{self._config.model}” are not the ones this session was grown on.",
                     code="model_changed",
-                    next_step="Put the original model back, or start a new session on this one.",
+                    next_step="Put the original files back (config.json and the weights) and resume, or start a new "
+                    "session.",
                 )
             self._planted_on = worker
         return worker
+
+    @property
+    def compared(self) -> bool:
+        """Whether the engine at hand is known to hold the base model that this session grew on."""
+        return self._planted_on is not None and self._planted_on.alive
+
+    async def compare(self) -> None:
+        """Load the model and compare it with the one that this session grew on. Raises Conflict for another one."""
+        await self._planted()
 
     async def plant(self) -> str:
         """Make the weights that the session starts from, if they are not there. Returns their id."""
         worker = await self.engine()
         self._require_template()
-        request = Plant(adapter=self._config.part(Adapter), seed=self._config.seed)
+        root = self._tree.root.weights
+        request = Plant(adapter=self._config.part(Adapter), seed=self._config.seed, root=root)
         planted = await worker.ask(request, owner=self._owner)
         assert isinstance(planted, Planted)
         return planted.weights
@@ -354,6 +366,16 @@ class Growth:
     def has(self, weights: str) -> bool:
         """Whether weights are on disk, as far as can be seen without reading them."""
         return weights in self._weights
+
+    def drop_if_damaged(self, weights: str) -> bool:
+        """Discard weights on disk whose adapter is torn or holds values that are no numbers. Returns whether it did.
+
+        Reads the whole file: for a thread.
+        """
+        if all_finite(self._weights.path(weights) / "adapter_model.safetensors"):
+            return False
+        self._weights.discard(weights)
+        return True
 
     def at_hand(self, weights: str) -> bool:
         """Whether weights are on disk, or were made by an engine that still runs and has not written them yet."""

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ..messages import Choice, Option
+from .choices import equal_options
 from .tree import Fitted
 
-Guess = int | Literal["none", "skip"]
+Guess = int | tuple[int, ...] | Literal["none", "skip"]
+"""A choice that may come next; options that are the same are chosen together."""
 
 
 def likely(said: Sequence[Choice | Fitted | None], options: Sequence[Option]) -> list[Guess]:
@@ -17,8 +19,11 @@ def likely(said: Sequence[Choice | Fitted | None], options: Sequence[Option]) ->
     refused, skipped = said.count("none"), said.count("skip")
     chosen = len(said) - refused - skipped
     sure = sorted(range(len(options)), key=lambda at: -options[at].logprob / max(len(options[at].tokens), 1))
+    equal = equal_options(options)
     ways: list[tuple[float, Guess]] = [
-        ((chosen + 1) / (len(options) or 1) * (1 - 0.01 * place), at) for place, at in enumerate(sure)
+        ((chosen + 1) / (len(options) or 1) * (1 - 0.01 * place), equal[at] if len(equal[at]) > 1 else at)
+        for place, at in enumerate(sure)
+        if at == equal[at][0]
     ]
     ways += [(refused + 0.2, "none"), (skipped + 0.1, "skip")]
     return [guess for _, guess in sorted(ways, key=lambda way: -way[0])]

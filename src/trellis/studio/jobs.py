@@ -121,6 +121,10 @@ class Jobs:
         found = await self._store.read(rows.list_jobs, kinds)
         return [as_json(self._running[row["id"]].row if row["id"] in self._running else row) for row in found]
 
+    async def forget(self, job_ids: Sequence[str]) -> None:
+        """Remove jobs that have ended from the list of jobs."""
+        await self._store.write(rows.delete_jobs, [job_id for job_id in job_ids if job_id not in self._running])
+
     async def cancel(self, job_id: str) -> dict[str, Any]:
         """Stop a running job. Raises NotFound, or Conflict when it has ended."""
         row = await self._row(job_id)

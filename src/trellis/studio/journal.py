@@ -162,30 +162,24 @@ def _good(choice: Choice | Fitted | None) -> list[int]:
 def _labels(options: tuple[Option, ...], choice: Choice | Fitted | None) -> Iterator[tuple[str, bool]]:
     if choice is None or choice == "skip":
         return
-    good = _good(choice)
-    for index, option in enumerate(options):
-        yield option.text, index in good
-    if isinstance(choice, Written):
-        yield choice.written, True
+    written = [choice.written] if isinstance(choice, Written) else []
+    good = {*written, *(options[index].text for index in _good(choice))}
+    for text in dict.fromkeys([*(option.text for option in options), *written]):  # what was drawn twice is one answer
+        yield text, text in good
 
 
 def _pairs(options: tuple[Option, ...], choice: Choice | Fitted | None) -> Iterator[tuple[str, str]]:
-    """(better, worse) pairs that a choice implies; none of these and skip imply none."""
-    if isinstance(choice, Ranking):
-        order = list(choice.ranking)
-        rest = [index for index in range(len(options)) if index not in order]
-        for place, better in enumerate(order):
-            for worse in [*order[place + 1 :], *rest]:
-                yield options[better].text, options[worse].text
-        return
+    """(better, worse) pairs that a choice implies, each once; none of these and skip imply none. An answer is never
+    worse than itself, drawn a second time."""
     if isinstance(choice, Written):
-        yield from ((choice.written, option.text) for option in options)
-        return
-    good = _good(choice)
-    for better in good:
-        for worse, option in enumerate(options):
-            if worse not in good:
-                yield options[better].text, option.text
+        better = [choice.written]
+    else:
+        named = list(choice.ranking) if isinstance(choice, Ranking) else _good(choice)
+        better = list(dict.fromkeys(options[index].text for index in named))
+    rest = [text for text in dict.fromkeys(option.text for option in options) if text not in better]
+    for place, text in enumerate(better):
+        below = better[place + 1 :] if isinstance(choice, Ranking) else []
+        yield from ((text, worse) for worse in [*below, *rest])
 
 
 def _quote(text: str) -> str:

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..texts import folded
 from .jobs import timestamp
 
 
@@ -37,7 +38,7 @@ class Message:
     def row(self) -> dict[str, Any]:
         kept = ("id", "room", "parent", "role", "text", "model", "group", "state", "finish", "usage", "error", "files",
                 "rating", "request", "created")  # fmt: skip
-        return {name: getattr(self, name) for name in kept} | {"folded": self.text.casefold()}
+        return {name: getattr(self, name) for name in kept} | {"folded": folded(self.text)}
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -13,9 +13,10 @@ from typing import Any
 
 import psutil
 
-from ..errors import Conflict, EngineDied, EngineError, LoadFailed, TrellisError
+from ..errors import Conflict, EngineDied, EngineError, LoadFailed, NotFound, TrellisError, shorten
 from ..memory import estimate, what_would_fit
 from ..messages import Load, Loaded, Progress, Status, StatusReport
+from ..model_files import Problem
 from ..params import ModelOptions, Precision, SessionConfig
 from ..workers.worker import Spawn, Worker
 from .catalog import Catalog, ModelEntry
@@ -82,29 +83,32 @@ class Models:
         coming = [held.entry for held in self._held.values() if held.entry.id not in known]
         return [await self._describe(entry) for entry in [*entries, *dict.fromkeys(coming)]]
 
-    async def load(self, options: ModelOptions, request: str | None = None) -> Job:
-        """Start loading, or return the job that is at it or has done it.
+    async def load(self, options: ModelOptions, request: str | None = None, fetches: bool = True) -> Job:
+        """Start loading, or return the job that is at it or has done it. Unless it `fetches`, the hub is not asked.
 
-        Raises NotFound, or LoadFailed for a model that cannot fit into the memory that is free.
+        Raises NotFound, or LoadFailed for a model that cannot be loaded or does not fit into the memory that is free.
         """
         entry = await self.catalog.find(options.model, field="model")
+        if entry.problem:
+            raise entry.problem
         async with self._lock:
             held = self._held.get(options)
             if held and held.in_use:
                 return held.job
             self._require_room(entry, options)
             body = options.model_dump(mode="json", exclude_defaults=True) | {"model": options.model}
-            job = await self._jobs.start("load", body, lambda job: self._load(entry, options, job), request)
+            job = await self._jobs.start("load", body, lambda job: self._load(entry, options, job, fetches), request)
             if job.task is not None and not job.task.done():  # a repeated request is answered with its old job
                 self._held[options] = Held(entry, options, job)
             return job
 
-    async def engine(self, options: ModelOptions, follow: Callable[[Progress], None]) -> Worker:
-        """A loaded engine of a model, loading it if need be. Raises the reason when that fails."""
+    async def engine(self, options: ModelOptions, follow: Callable[[Progress], None], fetches: bool = True) -> Worker:
+        """A loaded engine of a model, loading it if need be; from what is here alone, unless it `fetches`. Raises the
+        reason when that fails."""
         for _ in range(3):
             if (worker := self._worker(options)) is not None:
                 return worker
-            job = await self.load(options)
+            job = await self.load(options, fetches=fetches)
             job.followers.append(follow)
             try:
                 if job.task and not job.task.done():
@@ -140,6 +144,32 @@ class Models:
             raise Conflict(f"The model “{model_id}” is loaded.", code="loaded", next_step="Unload it first.")
         await self.catalog.delete(model_id)
 
+    async def failed_loads(self) -> dict[str, dict[str, Any]]:
+        """By model the last load of it, as a job, where that one failed."""
+        last: dict[str, dict[str, Any]] = {}
+        for job in await self._jobs.list(["load"]):
+            last.setdefault(job["about"]["model"], job)
+        return {model: job for model, job in last.items() if job["state"] == "failed"}
+
+    async def forget_failed_loads(self, model_id: str) -> None:
+        """Remove the loads of a model that failed, and what a download that was never finished has left on the disk.
+
+        Raises NotFound where none failed, or Conflict while the model is loading.
+        """
+        if any(held.entry.id == model_id for held in self._held.values()):
+            raise Conflict(f"The model “{model_id}” is loading or loaded.", code="loaded", next_step="Unload it first.")
+        failed = [
+            job["id"]
+            for job in await self._jobs.list(["load"])
+            if job["about"]["model"] == model_id and job["state"] in ("failed", "cancelled")
+        ]
+        if not failed:
+            raise NotFound(
+                f"No load of “{shorten(model_id)}” has failed.", next_step="The models are listed on the Models page."
+            )
+        await self._jobs.forget(failed)
+        await self.catalog.delete_partial(model_id)
+
     def dismissals(self, options: ModelOptions) -> int:
         """How often a person has unloaded it: who was at work with it then must not load it again by itself."""
         return self._dismissals[options]
@@ -164,6 +194,11 @@ class Models:
         """How many requests its engine works on at once."""
         held = self._held.get(options)
         return held.loaded.lanes if held and held.loaded else 1
+
+    async def problem(self, entry: ModelEntry, options: ModelOptions) -> Problem | None:
+        """What keeps a model from being loaded with these options, as far as its files say."""
+        precision = self.precision(options)
+        return await self.catalog.problem(entry, options.revision, precision, options.remote_code)
 
     def fits(self, entry: ModelEntry, config: SessionConfig) -> dict[str, Any]:
         """What a session would need, what is free, and under which options it would fit if it does not."""
@@ -243,7 +278,7 @@ class Models:
                     log.info("unloading %s, which nobody has used for a while", held.entry.id)
                     await self._end(held)
 
-    async def _load(self, entry: ModelEntry, options: ModelOptions, job: Job) -> dict[str, Any]:
+    async def _load(self, entry: ModelEntry, options: ModelOptions, job: Job, fetches: bool) -> dict[str, Any]:
         job.progress(Progress(stage="connecting", fraction=0.0, message="Starting an engine"))
         worker: Worker | None = None
         ready = False
@@ -251,7 +286,7 @@ class Models:
             worker = started = await Worker.start(self._spawn)
             job.progress(Progress(stage="initializing", fraction=0.01, message="Starting the engine"))
             loaded: Loaded | None = None
-            async for event in worker.stream(_request(entry, options)):
+            async for event in worker.stream(_request(entry, options, fetches)):
                 if isinstance(event, Progress):
                     job.progress(event)
                 elif isinstance(event, Loaded):
@@ -308,6 +343,7 @@ class Models:
             "size": entry.bytes,
             "parameters": entry.parameters,
             "architecture": entry.architecture,
+            "problem": entry.problem.as_json() if entry.problem else None,
             "state": state,
             "memory_estimate": needed.total if entry.parameters else None,
             "memory": first["memory"] if first else None,
@@ -341,8 +377,8 @@ def resident(worker: Worker) -> int:
         return 0
 
 
-def _request(entry: ModelEntry, options: ModelOptions) -> Load:
+def _request(entry: ModelEntry, options: ModelOptions, fetches: bool) -> Load:
     return Load(
         path=str(entry.path), repository=entry.repository, revision=options.revision, precision=options.precision,
-        device=options.device, engine=options.engine, remote_code=options.remote_code,
+        device=options.device, engine=options.engine, remote_code=options.remote_code, fetches=fetches,
     )  # fmt: skip

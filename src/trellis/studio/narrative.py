@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ..messages import Written
+from ..messages import Ranking, Written
 from ..store import steering as rows
 from ..store.store import Store
 from .jobs import timestamp
@@ -45,10 +47,11 @@ async def tell(store: Store, session: Session, last: int) -> Story:
     return Story(opening, steps, _ending(session, path), len(path) - 1 - len(told))
 
 
-def _sentence(node: Node, offer: dict[str, object] | None) -> str:
+def _sentence(node: Node, offer: dict[str, Any] | None) -> str:
     asked = f"Asked “{_short(str(offer['prompt']))}”, " if offer else ""
     words = first_words(node, offer, 80)
     said = f": “{words}”" if words else ""
+    became = "It became"
     match node.choice:
         case "skip":
             return f"{asked}you moved on without choosing."
@@ -62,19 +65,39 @@ def _sentence(node: Node, offer: dict[str, object] | None) -> str:
             what = f"you wrote the answer yourself{said}"
         case int():
             what = f"you chose {LETTERS[node.choice]}{said}"
+        case Ranking():
+            order = " › ".join(_letters(node.choice.ranking, offer))
+            began = f"; the first begins “{words}”" if words else ""
+            what = f"you ranked the answers {order}, the best first{began}"
+        case tuple():
+            *others, last = _letters(node.choice, offer)
+            if others:
+                began = f"; the first begins “{words}”" if words else ""
+                what = f"you called {', '.join(others)} and {last} good{began}"
+                became = "Together they became"
+            else:
+                what = f"you chose {last}, which was offered {len(node.choice)} times{said}"
         case _:
-            what = f"you called several answers good, {'first of all' if said else ''}{said.removeprefix(':')}".strip()
+            what = "it began"
     effect = ""
     if node.metrics and node.metrics.share_before:
         times = node.metrics.share_after / node.metrics.share_before
         if node.choice == "none":
             effect = " Answers like these became less likely." if times >= 1.05 else " That changed little."
         elif times >= 1.05:
-            effect = f" It became {times:.1f} times as likely a choice."
+            effect = f" {became} {times:.1f} times as likely a choice."
         else:
             effect = " It stayed about as likely a choice."
     name = f" You named this step “{node.name}”." if node.name else ""
     return f"{asked}{what}.{effect}{name}"
+
+
+def _letters(named: Sequence[int], offer: dict[str, Any] | None) -> list[str]:
+    """The letters of the options that were named, those that are the same once."""
+    options = (offer or {}).get("options") or []
+    texts = {index: (options[index]["text"], options[index]["finish"]) if options else index for index in named}
+    first = {text: index for index, text in reversed(texts.items())}
+    return [LETTERS[index] for index, text in texts.items() if first[text] == index]
 
 
 def _ending(session: Session, path: list[Node]) -> list[str]:

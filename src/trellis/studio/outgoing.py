@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urlsplit
 
@@ -19,6 +20,9 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")
 PORTS = {"http": 80, "https": 443}
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+Permits = Callable[[str, Address], bool]
+"""Whether a server, as `host:port`, may have a private address."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,47 @@ class Place:
         return host if self.port == PORTS[self.scheme] else f"{host}:{self.port}"
 
 
-async def checked(url: str, own: Collection[str]) -> Place:
-    """A place that may be connected to. `own` are servers, as `host:port`, that may have private addresses.
+@dataclass(frozen=True)
+class Found:
+    """Where the name of a server leads, not checked yet."""
+
+    parts: SplitResult
+    host: str
+    port: int
+    addresses: list[Address]
+
+    @property
+    def server(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+async def checked(url: str, own: Collection[str], permits: Permits | None = None) -> Place:
+    """A place that may be connected to. `own` are servers, as `host:port`, that may have private addresses; `permits`
+    says of others whether a person has permitted them.
 
     Raises Invalid for what is not an address, Refused for one that is not allowed, TrellisError where there is none.
     """
+    found = await resolved(url)
+    for address in found.addresses:
+        if never(address):
+            raise Refused(
+                f"“{shorten(found.host)}” is at {address}, where no server of models can be.",
+                code="forbidden_address", field="url", next_step="Check the address.",
+            )  # fmt: skip
+        allowed = found.server in own or (permits is not None and permits(found.server, address))
+        if not (allowed or is_public(address)):
+            raise Refused(
+                f"“{shorten(found.host)}” is at {address}, which is this computer or its own network.",
+                code="private_address", field="url", details={"server": found.server}, next_step="If it is a server of "
+                "yours, add it on the page “Connections” in a browser on the computer that runs the studio, or start "
+                f"the studio with TRELLIS_LOCAL_SERVERS={shorten(found.server)}.",
+            )  # fmt: skip
+    parts = found.parts
+    return Place(parts.scheme, found.host, found.port, parts.path.rstrip("/"), found.addresses[0])
+
+
+async def resolved(url: str) -> Found:
+    """Look up a server. Raises Invalid for what is not an address, TrellisError where there is none."""
     parts = parsed(url)
     port = parts.port or PORTS[parts.scheme]
     try:
@@ -58,22 +98,23 @@ async def checked(url: str, own: Collection[str]) -> Place:
             f"url: “{shorten(parts.hostname)}” is no name of a server.", field="url", next_step="Check the address."
         ) from None
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        looked_up = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         raise TrellisError(
             f"There is no server called “{shorten(host)}”.", code="network", field="url",
             next_step="Check the address.",
         ) from None  # fmt: skip
-    addresses = list(dict.fromkeys(ipaddress.ip_address(str(each[4][0]).split("%")[0]) for each in found))
-    allowed = f"{host}:{port}" in own
-    for address in addresses:
-        if never(address) or not (allowed or is_public(address)):
-            raise Refused(
-                f"“{shorten(host)}” is at {address}, which is this computer or its own network.",
-                code="private_address", field="url", next_step=f"If it is a server of yours, start the studio with "
-                f"TRELLIS_LOCAL_SERVERS={shorten(host)}:{port}.",
-            )  # fmt: skip
-    return Place(parts.scheme, host, port, parts.path.rstrip("/"), addresses[0])
+    addresses = dict.fromkeys(ipaddress.ip_address(str(each[4][0]).split("%")[0]) for each in looked_up)
+    return Found(parts, host, port, list(addresses))
+
+
+def server_of(url: str) -> str:
+    """A server as `host:port`, as permissions name it. Raises Invalid."""
+    parts = parsed(url)
+    host = str(parts.hostname)
+    with suppress(UnicodeError):
+        host = host if ":" in host else host.encode("idna").decode()
+    return f"{host}:{parts.port or PORTS[parts.scheme]}"
 
 
 def parsed(url: str) -> SplitResult:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from ..errors import Invalid, shorten
 from ..messages import CHOICE, Choice, Lesson, Option, Prompt, Ranking
 from ..texts import PROMPT_LIMIT, storable
+from .choices import including_equals
 
 Layout = Literal["raw", "trl-preference", "trl-unpaired", "openai-dpo"]
 MOST_OPTIONS = 8
@@ -227,7 +228,7 @@ def _raw(row: dict[str, Any]) -> Said:
         if len(set(named)) != len(named):
             raise Unusable("the choice names an option twice")
     system = row.get("system") or ""
-    return Asked(_text(row["prompt"]), _text(system) if system else ""), options, choice
+    return Asked(_text(row["prompt"]), _text(system) if system else ""), options, including_equals(choice, options)
 
 
 def _asked(prompt: Any) -> Asked:

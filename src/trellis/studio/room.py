@@ -22,6 +22,7 @@ from ..messages import Chat, Turn, derived_seed
 from ..params import Sampling, invalid_from
 from ..store import rooms as rows
 from ..store.store import Store
+from ..texts import folded
 from .answering import INLINE, Answering
 from .attachments import PICTURE, Attachments
 from .hub import Hub
@@ -287,7 +288,7 @@ class Room:
             self._require_here()
             values: dict[str, Any] = {}
             if title is not None:
-                values |= {"title": title, "named": 1, "folded": title.casefold()}
+                values |= {"title": title, "named": 1, "folded": folded(title)}
             if system is not None:
                 values["system"] = system
             if models is not None:
@@ -413,7 +414,7 @@ class Room:
             changes["sampling"] = sampling
         if not self.named and message.parent is None:
             title = title_of(message.text) or (message.files[0]["name"] if message.files else "")
-            changes |= {"title": title, "folded": title.casefold()}
+            changes |= {"title": title, "folded": folded(title)}
         await self._add([message, *answers], answers[0].id, changes)
         self.models, self.title = chosen, changes.get("title", self.title)
         self.sampling = changes.get("sampling", self.sampling)
@@ -518,7 +519,7 @@ class Room:
         self._hub.publish(self.topic, kind, {"type": kind, "seq": self.last + 1, **data})
 
     async def save(self, message: Message) -> None:
-        values = {"text": message.text, "folded": message.text.casefold()}
+        values = {"text": message.text, "folded": folded(message.text)}
         await self._store.write(rows.change_message, message.id, values)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
+from bisect import bisect_left
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from ..errors import Conflict, NotFound, shorten
 from ..messages import Choice, Option, Written
 from ..store import rooms as rows
 from ..store.store import Store
+from ..texts import folded, spellings
 from .attachments import Attachments
 from .hub import Hub, HubEvent, Listen
 from .jobs import timestamp
@@ -81,7 +83,7 @@ class Rooms:
         now = time.time()
         return {
             "id": room_id or new_room_id(), "request": request, "title": title or UNNAMED,
-            "folded": title.casefold(), "named": int(bool(title)), "system": system, "models": names or ["demo"],
+            "folded": folded(title), "named": int(bool(title)), "system": system, "models": names or ["demo"],
             "sampling": sampling or {}, "head": head, "archived": 0, "created": now, "updated": now,
         }  # fmt: skip
 
@@ -108,16 +110,18 @@ class Rooms:
 
     async def found(self, q: str = "", archived: bool = False, most: int = MOST_SHOWN) -> list[dict[str, Any]]:
         """Rooms in which all words of `q` occur, the last used first, each with the place where the first one does."""
-        words = q.casefold().split()[:10]
+        words = [spellings(word) for word in q.split()[:10]]
         found = await self._store.read(rows.list_rooms, words, archived, most)
+        hits = await asyncio.to_thread(lambda: [around(row["hit"], q.split()[0]) if row.get("hit") else None
+                                                for row in found])  # fmt: skip
         return [
             {
                 "id": row["id"], "title": row["title"], "models": row["models"], "archived": bool(row["archived"]),
                 "created": timestamp(row["created"]), "updated": timestamp(row["updated"]),
                 "growing": row["id"] in self._rooms and bool(self._rooms[row["id"]].as_json()["growing"]),
-                "found": around(row["hit"], words[0]) if row.get("hit") else None,
+                "found": hit,
             }
-            for row in found
+            for row, hit in zip(found, hits, strict=True)
         ]  # fmt: skip
 
     async def delete(self, room_id: str) -> None:
@@ -208,7 +212,9 @@ def new_room_id() -> str:
 
 
 def around(text: str, word: str, width: int = 120) -> str:
-    """The words around the first place where a folded word stands."""
-    place = max(text.casefold().find(word), 0)
+    """The words around the first place where a word stands, whatever its case and however its letters are composed."""
+    place = max(folded(text).find(folded(word)), 0)
+    # Folding may change how long the text is: the place is where as much of it has been folded.
+    place = bisect_left(range(len(text)), place, key=lambda end: len(folded(text[:end])))
     start = max(0, place - width // 3)
     return ("…" if start else "") + " ".join(text[start : start + width].split())

@@ -23,7 +23,7 @@ from ..messages import CHOICE, Chat, Choice, Event, Learned, Lesson, Metrics, Of
 from ..params import ModelOptions, Sampling, SessionConfig
 from ..store import steering as rows
 from ..store.store import Store
-from .choices import require_fits
+from .choices import including_equals, require_fits
 from .datasets import Datasets, Prompts
 from .growth import Growth
 from .guesses import Guess, likely
@@ -32,6 +32,7 @@ from .keeping import prunable
 from .lessons import Logs
 from .models import Models
 from .shown import Shown, first_words
+from .speed import tokens_per_second
 from .tasks import Work, side_by_side, to_its_end
 from .templates import thinking_kwargs
 from .tree import Fitted, Node, Tree, child_id, drift_of, led_to, node_json, node_row, offer_id
@@ -107,6 +108,8 @@ class Session:
         self._pins: Counter[str] = Counter()
         self._not_assessed: set[str] = set()
         self._warming: asyncio.Task[None] | None = None
+        self._resumed = False
+        """Whether a person wants to go on: the model is then loaded and compared before they choose."""
         self.used = time.monotonic()
         self.watched = 0
         self.foresees = foresees
@@ -203,9 +206,12 @@ class Session:
                     "Choose when all options are whole.",
                 )
             require_fits(choice, len(shown.options))
+            known = self.tree.nodes.get(led_to(self.tree.head, shown.id, choice))
+            if known is None:
+                choice = including_equals(choice, shown.options)
             said = CHOICE.dump_python(choice, mode="json")
             leads_to = child_id(self.tree.head, shown.id, said)
-            known = self.tree.nodes.get(leads_to)
+            known = known or self.tree.nodes.get(leads_to)
             body = {"offer": shown.id, "node": self.tree.head_id, "choice": said}
             learned = self._growth.made(leads_to) if known is None else None
             if known is not None or learned is not None or choice == "skip":
@@ -289,6 +295,7 @@ class Session:
         """Try again after a failure, or go on after the model was unloaded."""
         async with self._lock:
             self._growth.welcome()
+            self._resumed = True
             if self.error:
                 self.error = None
                 self._publish("state", self.state())
@@ -313,11 +320,15 @@ class Session:
             self._publish("node_named", {"node": found.id, "name": name})
 
     @asynccontextmanager
-    async def holding(self, node: Node) -> AsyncIterator[None]:
-        """Have the weights of a node on disk, and keep them there until the block ends."""
+    async def holding(self, node: Node, checked: bool = False) -> AsyncIterator[None]:
+        """Have the weights of a node on disk, and keep them there until the block ends.
+
+        `checked` for who reads the files without an engine, which would notice damaged ones: they are made again first.
+        """
         self._pins[node.weights] += 1
         try:
-            if not self._growth.has(node.weights):
+            damaged = checked and await asyncio.to_thread(self._growth.drop_if_damaged, node.weights)
+            if damaged or not self._growth.has(node.weights):
                 await self._growth.regrow(WeightsMissing(node.weights))
             yield
         finally:
@@ -460,7 +471,10 @@ class Session:
     def engine_changed(self, options: ModelOptions) -> None:
         """The engine of a model was started or ended."""
         if options == self._model:
-            self._publish("engine", {"state": self._models.state(options)})
+            state = self._models.state(options)
+            self._publish("engine", {"state": state})
+            if state == "loaded" and self.watched:
+                self.wake()
 
     @property
     def idle(self) -> bool:
@@ -538,7 +552,7 @@ class Session:
 
     def _note_speed(self, offered: Offered) -> None:
         tokens = sum(len(option.tokens) for option in offered.options)
-        self.tokens_per_second = round(tokens / offered.seconds, 1) if offered.seconds else None
+        self.tokens_per_second = tokens_per_second(tokens, offered.seconds)
 
     async def _go(
         self, target: Node, offer: str | None, notes: dict[str, dict[str, Any]], intent: dict[str, Any]
@@ -625,9 +639,22 @@ class Session:
             return self._begin_offer
         if self.offer.options is None:
             return self._draw
+        if self._to_compare():
+            return self._compare
         if self._behind():
             return self._work_behind
         return None
+
+    def _to_compare(self) -> bool:
+        """Whether the model is to be compared with the one that the session grew on, so that another one is refused
+        before a choice is made that could not be learned from."""
+        if self._growth.compared or self._growth.dismissed:
+            return False
+        return self._resumed or (self.watched > 0 and self._models.state(self._model) == "loaded")
+
+    async def _compare(self) -> None:
+        await self._interruptible(self._growth.compare())
+        self._resumed = False
 
     def _behind(self) -> list[Work]:
         """What is done while the options are read, the most useful first."""
@@ -756,6 +783,12 @@ class Session:
             shown.texts = [option.text for option in offered.options]
             self._note_speed(offered)
             self._publish("offer_ready", {"offer": shown.id, "options": shown.options_json()})
+            if offered.overflowed:
+                letters = " and ".join(chr(ord("A") + index) for index in offered.overflowed)
+                self._notice(
+                    f"{letters}: cut short, because the model's numbers overflowed there. If it happens again, go back "
+                    "to an earlier step."
+                )
 
     async def _control(self, node: Node) -> None:
         """Answer the control prompt at the head (and, once, at the root), when nobody waits for anything else."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import shorten
 from ..messages import Option, Ranking, Written
+from .choices import equal_options
 from .tree import Node
 
 
@@ -46,8 +47,9 @@ class Shown:
                 "finish": option.finish,
                 "tokens": len(option.tokens),
                 "logprob": round(option.logprob, 4),
+                "equal": list(equal),
             }
-            for index, option in enumerate(self.options)
+            for index, (option, equal) in enumerate(zip(self.options, equal_options(self.options), strict=True))
         ]
 
 

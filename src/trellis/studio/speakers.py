@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import NotFound, TrellisError, shorten
 from ..messages import Chat, Event
 from ..params import ModelOptions
+from .catalog import UNREADABLE_CONFIG
 from .models import Models
 from .remotes import Remotes
 from .session import Session
@@ -29,7 +30,7 @@ class Base(Speaker):
         self.name = self.label = options.model
 
     async def answer(self, request: Chat, owner: str, follow: Follow) -> AsyncGenerator[Event, None]:
-        worker = await self._models.engine(self._options, follow)
+        worker = await self._models.engine(self._options, follow, fetches=False)
         async with aclosing(worker.stream(request, owner=owner)) as events:
             async for event in events:
                 yield event
@@ -49,7 +50,7 @@ class Version(Speaker):
         return f"session:{self._session.id}@{node.id}" if node.weights else self.name
 
     async def answer(self, request: Chat, owner: str, follow: Follow) -> AsyncGenerator[Event, None]:
-        await self._models.engine(self._session.config.part(ModelOptions), follow)
+        await self._models.engine(self._session.config.part(ModelOptions), follow, fetches=False)
         node = self._node or self._session.tree.head
         async with aclosing(self._session.chat(request, node, owner)) as events:
             async for event in events:
@@ -63,7 +64,7 @@ class Speakers:
         self._models, self._steering, self._remotes = models, steering, remotes
 
     async def find(self, name: str) -> Speaker:
-        """Raises NotFound for a name that nobody has."""
+        """Raises NotFound for a name that nobody has: only who is here can be talked to, the hub is not asked."""
         if name.startswith("session:"):
             return await self._version(name)
         if name.startswith("remote:"):
@@ -74,12 +75,22 @@ class Speakers:
             entry = await self._models.catalog.find(name, field="model")
         except TrellisError as error:
             raise self._nobody(name) from error
-        return Base(self._models, self._models.options_of(entry.id))
+        if entry.problem:
+            raise entry.problem
+        options = self._models.options_of(entry.id)
+        if entry.repository and self._models.state(options) == "unloaded":
+            revision = await self._models.catalog.revision_here(entry.repository)
+            if revision is None:
+                raise self._nobody(name)
+            options = options.model_copy(update={"revision": revision})
+        return Base(self._models, options)
 
     async def everybody(self) -> list[dict[str, Any]]:
         """Everybody, as {name, label, kind, ready}: models first, then sessions, the last used one first."""
         found: list[dict[str, Any]] = []
         for entry in await self._models.catalog.all():
+            if entry.problem or entry.architecture == UNREADABLE_CONFIG:
+                continue
             ready = self._models.state(self._models.options_of(entry.id)) == "loaded"
             found.append({"name": entry.id, "label": entry.id, "kind": "model", "ready": ready})
         for session in await self._steering.sessions():

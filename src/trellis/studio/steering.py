@@ -14,6 +14,8 @@ from pydantic import ValidationError
 from ..blobs import Blobs
 from ..errors import Invalid, NotFound, TrellisError, shorten
 from ..messages import derived_seed
+from ..model_files import Problem
+from ..model_problems import too_few_positions
 from ..params import ModelOptions, Sampling, SessionConfig, default_learning_rate, invalid_from
 from ..store import steering as rows
 from ..store.store import Store
@@ -100,11 +102,20 @@ class Steering:
             )
         if trouble := await self._template_trouble(entry, parsed):
             raise trouble
+        if problem := self._too_few_positions(entry, parsed):
+            raise Invalid(
+                f"config.{problem.field}: {problem.message}", next_step=problem.next_step,
+                field=f"config.{problem.field}",
+            )  # fmt: skip
         if parsed.dataset.source != "demo":
             await self._datasets.preview(parsed.dataset)
         if parsed.learning_rate is None:
             parsed = parsed.model_copy(update={"learning_rate": default_learning_rate(entry.parameters)})
         return parsed
+
+    @staticmethod
+    def _too_few_positions(entry: ModelEntry, config: SessionConfig) -> Problem | None:
+        return too_few_positions(entry.shape.positions, config.max_new_tokens)
 
     async def _create(self, name: str | None, parsed: SessionConfig, request: str | None) -> Session:
         now = time.time()
@@ -139,6 +150,9 @@ class Steering:
             memory = await asyncio.to_thread(self._models.fits, entry, parsed)
             if trouble := await self._template_trouble(entry, parsed):
                 errors = [*errors, *trouble.fields]
+            problems = [await self._models.problem(entry, parsed), self._too_few_positions(entry, parsed)]
+            errors = [*errors, *({"field": f"config.{each.field}", "message": each.sentences()} for each in problems
+                                 if each)]  # fmt: skip
         except NotFound as error:
             errors = [*errors, {"field": "config.model", "message": error.message}]
         return {"errors": errors, "memory": memory}

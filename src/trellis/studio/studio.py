@@ -21,6 +21,7 @@ from .hub import Hub
 from .jobs import Jobs
 from .keys import Keys
 from .lessons import Logs
+from .local_servers import LocalServers
 from .models import Models
 from .remotes import Remotes
 from .rooms import Rooms
@@ -54,7 +55,7 @@ class Studio:
         self.comparisons = Comparisons(self.jobs, self.steering)
         self.exports = Exports(self.jobs, self.steering, catalog, spawn, weights, settings.save_dir / "exports")
         self.keys = Keys(store)
-        self.remotes = Remotes(store, settings.own_servers)
+        self.remotes = Remotes(store, settings.own_servers, LocalServers(settings.save_dir / "local-servers.json"))
         self.speakers = Speakers(self.models, self.steering, self.remotes)
         self.attachments = Attachments(store, Blobs(settings.save_dir / "files"))
         self.rooms = Rooms(store, self.hub, self.speakers, self.attachments)

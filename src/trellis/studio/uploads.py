@@ -12,6 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakValueDictionary
@@ -209,10 +210,11 @@ class Uploads:
         """Uploads that nobody has gone on with for a week."""
         if self._folder.is_dir():
             for place in self._folder.iterdir():
-                parts = [place, *place.iterdir()] if place.is_dir() else [place]
-                if time.time() - max(part.stat().st_mtime for part in parts) < STALE_SECONDS:
-                    continue
-                if place.is_dir():
-                    shutil.rmtree(place, ignore_errors=True)
-                else:
-                    place.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):  # another upload ends meanwhile, and its files move away
+                    parts = [place, *place.iterdir()] if place.is_dir() else [place]
+                    if time.time() - max(part.stat().st_mtime for part in parts) < STALE_SECONDS:
+                        continue
+                    if place.is_dir():
+                        shutil.rmtree(place, ignore_errors=True)
+                    else:
+                        place.unlink(missing_ok=True)

@@ -28,6 +28,7 @@ from ..settings import Settings, is_loopback
 from ..store import logins
 from ..store.store import Store
 from ..studio.keys import PREFIX, Keys
+from .openai_errors import as_openai, speaks_openai
 
 COOKIE = "trellis"
 LOGIN_DAYS = 30
@@ -38,7 +39,6 @@ MAX_FILE = 12_000_000
 FILE_PATHS = ("/files", "/import")
 HOST = re.compile(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
 SAFE = {"GET", "HEAD", "OPTIONS"}
-FOR_PROGRAMS = "/v1/"
 OPEN_PATHS = {"/login", "/healthz", "/readyz"}
 
 POLICY = (
@@ -53,6 +53,15 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
 }
+CORS = {
+    "access-control-allow-origin": "*",
+    "access-control-allow-methods": "GET, POST",
+    "access-control-max-age": "600",
+    "vary": "Origin, Access-Control-Request-Headers",
+}
+"""What a page of another site is told at `/v1`, where a key opens it. Any origin, and so never with cookies: browsers
+refuse `*` for requests that carry them."""
+HEADER_NAMES = re.compile(r"[A-Za-z0-9-]{1,60}( *, *[A-Za-z0-9-]{1,60}){0,40}")
 
 
 class Guard:
@@ -147,27 +156,34 @@ class Access:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        for_programs = scope["type"] == "http" and speaks_openai(scope["path"])
+        key: str | None = None
         try:
             self._check_host(headers)
-            if scope["type"] == "websocket" or scope["method"] not in SAFE:
+            if for_programs and is_preflight(scope, headers):
+                await respond(send, 200, b"", preflight(headers))
+                return
+            if for_programs and (given := bearer(headers)):
+                # A key is nothing that a browser sends by itself, so whoever sends one may come from any site.
+                scope["trellis.key"] = key = await self._keys.owner(given)
+                if key is not None:
+                    send = with_cors(send)
+                elif self._guard.wanted or given.startswith(PREFIX) or is_foreign(headers):
+                    # The page that sent it may read that it is none; nothing else is said to it.
+                    await refuse(scope, with_cors(send), 401, wrong_key())
+                    return
+            if key is None and (scope["type"] == "websocket" or scope["method"] not in SAFE):
                 check_origin(headers)
             check_length(headers, MAX_FILE if scope["path"].endswith(FILE_PATHS) else MAX_BODY)
         except Refused as error:
             await refuse(scope, send, {"bad_host": 400, "too_large": 413}.get(error.code, 403), error)
             return
+        if key is not None:
+            await self._app(scope, receive, with_headers(scope, send))
+            return
         token = cookie_token(headers)
-        for_programs = scope["type"] == "http" and scope["path"].startswith(FOR_PROGRAMS)
-        if for_programs and (given := bearer(headers)):
-            # A program with a key needs no login; a key that is none is refused, also where no login is wanted.
-            scope["trellis.key"] = key = await self._keys.owner(given)
-            if key is None and (self._guard.wanted or given.startswith(PREFIX)):
-                await self._refuse_key(send)
-                return
-            if key is not None:
-                await self._app(scope, receive, with_headers(scope, send))
-                return
-        elif for_programs and self._guard.wanted and not await self._guard.knows(token):
-            await self._refuse_key(send)
+        if for_programs and self._guard.wanted and not await self._guard.knows(token):
+            await refuse(scope, send, 401, wrong_key())
             return
         is_open = scope["path"] in OPEN_PATHS or scope["path"].startswith("/static/")
         if self._guard.wanted and not is_open and not await self._guard.knows(token):
@@ -177,13 +193,6 @@ class Access:
             await self._until_logout(scope, receive, with_headers(scope, send), token)
         else:
             await self._app(scope, receive, with_headers(scope, send))
-
-    async def _refuse_key(self, send: Send) -> None:
-        about = {
-            "message": "A key of this studio is needed. One is made on its page of connections, and sent as Bearer.",
-            "type": "invalid_request_error", "param": None, "code": "invalid_api_key",
-        }  # fmt: skip
-        await respond(send, 401, json.dumps({"error": about}).encode(), [(b"content-type", b"application/json")])
 
     def _check_host(self, headers: Headers) -> None:
         """A foreign name in Host means that another site's name was pointed at this server (DNS rebinding)."""
@@ -230,16 +239,42 @@ async def _run(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None
 
 def check_origin(headers: Headers) -> None:
     """A change must come from our own pages, or from a program (which sends neither header)."""
-    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
-    foreign = site is not None and site not in {"same-origin", "none"}
-    if origin is not None and origin_name(origin) not in _names_of(headers.get("host", "").lower(), origin):
-        foreign = True
-    if foreign:
+    if is_foreign(headers):
+        site, origin = headers.get("sec-fetch-site"), headers.get("origin")
         raise Refused(
             f"This request came from another site (“{shorten(origin or site or '')}”).",
             code="foreign_origin",
             next_step="Do this from Trellis' own pages.",
         )
+
+
+def is_foreign(headers: Headers) -> bool:
+    """Whether a page of another site sent this."""
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    if site is not None and site not in {"same-origin", "none"}:
+        return True
+    return origin is not None and origin_name(origin) not in _names_of(headers.get("host", "").lower(), origin)
+
+
+def is_preflight(scope: Scope, headers: Headers) -> bool:
+    """Whether a browser asks if a page may send something (the CORS protocol of the Fetch standard)."""
+    return bool(scope["method"] == "OPTIONS" and headers.get("origin") and headers.get("access-control-request-method"))
+
+
+def preflight(headers: Headers) -> list[tuple[bytes, bytes]]:
+    """Yes: what is sent is looked at when it comes. The headers that were asked for may be sent, a key among them."""
+    asked = headers.get("access-control-request-headers", "")
+    allowed = asked if HEADER_NAMES.fullmatch(asked.strip()) else "authorization, content-type"
+    told = CORS | {"access-control-allow-headers": allowed}
+    return [(name.encode(), value.encode()) for name, value in told.items()]
+
+
+def wrong_key() -> Refused:
+    return Refused(
+        "A key of this studio is needed.",
+        code="invalid_api_key",
+        next_step="Make one on its Connections page, and send it as “Authorization: Bearer …”.",
+    )
 
 
 def _names_of(host: str, origin: str) -> set[str]:
@@ -301,12 +336,26 @@ def with_headers(scope: Scope, send: Send) -> Send:
     return wrapped
 
 
+def with_cors(send: Send) -> Send:
+    """Adds to a response that a page of any site may read it."""
+
+    async def wrapped(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(raw=message["headers"])
+            headers["access-control-allow-origin"] = "*"
+            headers["cross-origin-resource-policy"] = "cross-origin"
+        await send(message)
+
+    return wrapped
+
+
 async def refuse(scope: Scope, send: Send, status: int, error: TrellisError) -> None:
-    """Answer before the application is reached, in the one error shape."""
+    """Answer before the application is reached, in the shape that is expected at that path."""
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008, "reason": error.code})
         return
-    body = json.dumps({"error": error.as_json()}).encode()
+    shaped = as_openai(error, status) if speaks_openai(scope["path"]) else {"error": error.as_json()}
+    body = json.dumps(shaped).encode()
     await respond(send, status, body, [(b"content-type", b"application/json")])
 
 

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from ..errors import Conflict, EngineError, Invalid, NotFound, Refused, TrellisError
 from ..errors import unknown as unknown_error
 from ..params import invalid_fields
-from .api.openai import as_openai
+from .openai_errors import as_openai, speaks_openai
 from .render import Render
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ STATUS: tuple[tuple[type[TrellisError], int], ...] = (
 BY_CODE = {
     "too_many_tries": 429, "too_many_requests": 429, "wrong_password": 401, "too_large": 413,
     "out_of_memory": 409, "disk_full": 507, "not_found": 404, "permission_denied": 403, "timeout": 504, "network": 502,
-    "corrupt_file": 422,
+    "corrupt_file": 422, "not_loadable": 422,
 }  # fmt: skip
 
 
@@ -44,8 +44,9 @@ def install(app: FastAPI, render: Render) -> None:
 
     def answer(request: Request, error: TrellisError, status: int) -> Response:
         wants_page = "text/html" in request.headers.get("accept", "") and not request.url.path.startswith("/api/")
-        if request.url.path.startswith("/v1/"):
-            return JSONResponse({"error": as_openai(error)}, 400 if status == 422 else status)
+        if speaks_openai(request.url.path):
+            status = 400 if status == 422 else status
+            return JSONResponse(as_openai(error, status), status)
         if wants_page and "hx-request" not in request.headers:
             return render.page("error.html", status, error=error.as_json(), status=status)
         return JSONResponse({"error": error.as_json(), **error.details}, status)
@@ -76,6 +77,8 @@ def install(app: FastAPI, render: Render) -> None:
             ),
             413: ("too_large", "The request is too large.", "Send less at once."),
         }.get(status, ("bad_request", str(problem.detail)[:200], "Check the request and send it again."))
+        if status == 404 and speaks_openai(request.url.path):
+            next_step = "Ask /v1/models, /v1/chat/completions or /v1/completions."
         error = TrellisError(message, code=code, next_step=next_step)
         response = answer(request, error, status)
         response.headers.update(problem.headers or {})

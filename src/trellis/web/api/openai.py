@@ -10,21 +10,22 @@ import json
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ...errors import EngineError, Invalid, Refused, TrellisError, shorten
-from ...messages import Answered, Chat, Drawn, Event, Heard, Spoke, Turn
+from ...messages import Answered, Chat, Drawn, Event, Heard, Spoke, Turn, derived_seed
 from ...params import Sampling
 from ...studio.speaker import Speaker
 from ...studio.studio import Studio
 from ...texts import storable
 from ..live import HEADERS
+from ..openai_errors import as_openai
 from .steering import OfStudio
 
 router = APIRouter(prefix="/v1", tags=["openai"])
@@ -36,15 +37,32 @@ LONGEST = 8192
 AT_ONCE = 64
 """Answers that one key, or one address without a key, may have made at the same time."""
 
-NOT_HERE: dict[str, Any] = {
-    "tools": None, "functions": None, "tool_choice": "none", "function_call": "none", "audio": None,
-    "modalities": ["text"], "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": None, "prediction": None,
-    "web_search_options": None, "echo": False, "suffix": None,
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False), "modalities": (["text"],), "response_format": ({"type": "text"},),
+    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({}, []), "echo": (False,), "suffix": ("",),
+    "store": (False,), "service_tier": ("auto", "default"), "stop_token_ids": ([],), "bad_words": ([],),
+    "use_beam_search": (False,), "length_penalty": (1,), "ignore_eos": (False,), "skip_special_tokens": (True,),
+    "best_of": (1,), "include_stop_str_in_output": (False,), "add_generation_prompt": (True,),
+    "web_search_options": ({},),
 }  # fmt: skip
-"""What is not here, with the value at which it asks for nothing."""
+"""What is not here, with the values at which it asks for nothing."""
+
+HARMLESS = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+"""What says something of the request and nothing of the answer."""
+
+HARMLESS_IN_MESSAGES = {"name", "reasoning", "reasoning_content"}
+"""What clients keep beside the text of a message. Earlier thoughts are not shown to a model again."""
 
 Said = Annotated[str, Field(max_length=MOST_TEXT), AfterValidator(storable)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+Variables = Annotated[
+    dict[Annotated[str, Field(min_length=1, max_length=100)], StrictBool | StrictInt | StrictFloat | Said],
+    Field(max_length=50),
+]
+"""Plain values by name, for a chat template."""
 
 
 class Part(BaseModel):
@@ -55,11 +73,14 @@ class Part(BaseModel):
 class OneMessage(BaseModel):
     """One message."""
 
+    model_config = ConfigDict(extra="allow")
     role: Literal["system", "developer", "user", "assistant"]
     content: Said | Annotated[list[Part], Field(max_length=500, fail_fast=True)] | None = None
 
     def turn(self, place: int) -> Turn:
         """Raises Invalid for what is not text."""
+        _refuse_others(self.model_extra, HARMLESS_IN_MESSAGES, {"annotations": ([],), "tool_calls": ([],)},
+                       f"messages.{place}.")  # fmt: skip
         role: Literal["system", "user", "assistant"] = "system" if self.role == "developer" else self.role
         if not isinstance(self.content, list):
             return Turn(role=role, text=self.content or "")
@@ -73,7 +94,10 @@ class OneMessage(BaseModel):
 
 
 class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="allow")
     include_usage: bool = False
+    include_obfuscation: bool = False
+    """Padding against listeners on the line; taken, and not done."""
 
 
 class Asked(BaseModel):
@@ -89,11 +113,23 @@ class Asked(BaseModel):
     temperature: float | None = Field(1.0, ge=0, le=5)
     top_p: float | None = Field(1.0, ge=0, le=1)
     min_p: float | None = Field(0.0, ge=0, lt=1)
+    top_k: int | None = Field(0, ge=-1, le=10_000_000)
+    repetition_penalty: float | None = Field(1.0, ge=0.01, le=10)
+    min_tokens: int | None = Field(0, ge=0, le=LONGEST)
     max_tokens: int | None = Field(None, ge=1, le=10_000_000)
 
     @property
     def longest(self) -> int | None:
         return self.max_tokens
+
+    def chat(self, seed: int, place: int, **about: Any) -> Chat:
+        """A request for one answer, the one at a place among those to the same question. Each draws by itself: those to
+        neighbouring seeds have nothing in common."""
+        return Chat(
+            sampling=self.sampling(), seed=derived_seed("answer", seed, place), stop=self.stops(),
+            top_k=max(self.top_k or 0, 0), repetition_penalty=self.repetition_penalty or 1.0,
+            min_tokens=self.min_tokens or 0, **about,
+        )  # fmt: skip
 
     def sampling(self) -> Sampling:
         return Sampling(
@@ -108,19 +144,32 @@ class Asked(BaseModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def refuse_what_is_not_here(self) -> None:
-        """Raises Invalid."""
-        for name, value in (self.model_extra or {}).items():
-            if name in NOT_HERE and value not in (None, NOT_HERE[name], [], {}):
-                raise Invalid(
-                    f"{name}: this is not supported here, got “{shorten(value)}”.", field=name,
-                    code="unsupported_parameter", next_step="Leave it out.",
-                )  # fmt: skip
-        wanted = (self.model_extra or {}).get("response_format")
-        if isinstance(wanted, dict) and wanted.get("type", "text") != "text":
+        """Raises Invalid for what would be passed over in silence."""
+        _refuse_others(self.model_extra, HARMLESS, NEUTRAL)
+        if self.stream_options:
+            _refuse_others(self.stream_options.model_extra, set(), {}, "stream_options.")
+        longest = min(self.longest or LONGEST, LONGEST)
+        if (self.min_tokens or 0) > longest:
             raise Invalid(
-                f"response_format: “{shorten(wanted.get('type'))}” is not supported here, only “text”.",
-                field="response_format", code="unsupported_parameter", next_step="Leave it out.",
+                f"min_tokens: {self.min_tokens} is more than the longest answer of {longest} tokens.",
+                field="min_tokens", code="invalid_value", next_step="Ask for fewer, or allow a longer answer.",
             )  # fmt: skip
+
+
+def _refuse_others(
+    extra: dict[str, Any] | None, harmless: set[str], neutral: Mapping[str, tuple[Any, ...]], where: str = ""
+) -> None:
+    """Raises Invalid, which names the first field that asks for something that is not here. What is null asks for
+    nothing."""
+    for name, value in (extra or {}).items():
+        if value is None or name in harmless or any(value == each for each in neutral.get(name, ())):
+            continue
+        known = name in neutral
+        raise Invalid(
+            f"{where}{shorten(name)}: {'this is not supported here' if known else 'there is no such parameter here'}, "
+            f"got “{shorten(value)}”.",
+            field=f"{where}{shorten(name)}", code="unsupported_parameter", next_step="Leave it out.",
+        )  # fmt: skip
 
 
 class ChatAsked(Asked):
@@ -128,6 +177,7 @@ class ChatAsked(Asked):
     max_completion_tokens: int | None = Field(None, ge=1, le=10_000_000)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    chat_template_kwargs: Variables | None = None
 
     @property
     def longest(self) -> int | None:
@@ -178,11 +228,8 @@ async def chat_completions(request: Request, body: ChatAsked, studio: OfStudio) 
     if sum(len(turn.text) for turn in turns) > MOST_TEXT:
         raise Invalid("messages: too much text.", field="messages", next_step="Send less.")
     top = (body.top_logprobs or 0) if body.logprobs else None
-    first = _seed(body)
-    asked = [
-        Chat(turns=turns, sampling=body.sampling(), seed=_nth(first, place), stop=body.stops(), top=top)
-        for place in range(body.n or 1)
-    ]
+    seed, variables = _seed(body), body.chat_template_kwargs or {}
+    asked = [body.chat(seed, place, turns=turns, top=top, template_kwargs=variables) for place in range(body.n or 1)]
     return await _answer(request, studio, body, asked, ChatShape(body.model))
 
 
@@ -192,9 +239,9 @@ async def completions(request: Request, body: TextAsked, studio: OfStudio) -> Re
     body.refuse_what_is_not_here()
     if body.best_of not in (None, body.n or 1):
         raise Invalid("best_of: it must be as many as n.", field="best_of", next_step="Leave it out.")
-    first = _seed(body)
+    seed = _seed(body)
     asked = [
-        Chat(text=prompt, sampling=body.sampling(), seed=_nth(first, place), stop=body.stops(), top=body.logprobs)
+        body.chat(seed, place, text=prompt, top=body.logprobs)
         for prompt in body.prompts()
         for place in range(body.n or 1)
     ]
@@ -203,10 +250,6 @@ async def completions(request: Request, body: TextAsked, studio: OfStudio) -> Re
 
 def _seed(body: Asked) -> int:
     return secrets.randbits(62) if body.seed is None else body.seed % 2**63
-
-
-def _nth(seed: int, place: int) -> int:
-    return (seed + place) % 2**63
 
 
 class Shape:
@@ -291,7 +334,8 @@ class TextShape(Shape):
             at += len(each.text)
         return {
             "tokens": [each.text for each in drawn], "token_logprobs": [each.logprob for each in drawn],
-            "top_logprobs": [{text: logprob for text, _, logprob in each.top} for each in drawn],
+            # Of two tokens that write the same the likelier one is told; they come likeliest first.
+            "top_logprobs": [{text: logprob for text, _, logprob in reversed(each.top)} for each in drawn],
             "text_offset": offsets,
         }  # fmt: skip
 
@@ -416,7 +460,7 @@ async def _frames(
             elif isinstance(event, Answered):
                 yield _frame(shape.piece(place, None, [], lengths[place], event.finish))
     except TrellisError as error:
-        yield _frame({"error": as_openai(error)})
+        yield _frame(as_openai(error, 500 if isinstance(error, EngineError) else 400))
         return
     if wants_usage:
         yield _frame(shape.usage(_usage(answers)))
@@ -465,17 +509,3 @@ async def _counted(request: Request, owner: str, count: int) -> AsyncIterator[No
         busy[owner] -= count
         if busy[owner] <= 0:
             del busy[owner]
-
-
-def as_openai(error: TrellisError) -> dict[str, Any]:
-    """An error in the shape that these clients know."""
-    code = {"prompt_too_long": "context_length_exceeded", "too_many_requests": "rate_limit_exceeded"}.get(
-        error.code, error.code
-    )
-    kind = "invalid_request_error"
-    if code == "rate_limit_exceeded":
-        kind = "rate_limit_error"
-    elif isinstance(error, EngineError) and error.field is None:
-        kind = "server_error"
-    param = error.field.removeprefix("body.") if error.field else None
-    return {"message": f"{error.message} {error.next_step}", "type": kind, "param": param, "code": code}

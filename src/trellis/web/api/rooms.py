@@ -11,9 +11,10 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import AfterValidator, Field
 from starlette.responses import Response
 
-from ...studio.carrying import FORMATS, taken_in, written
+from ...studio.carrying import FORMATS, written
 from ...studio.jobs import as_json
 from ...studio.room import MOST_MODELS, Room
+from ...studio.room_imports import import_rooms
 from ...studio.studio import Studio
 from ...texts import PROMPT_LIMIT, storable
 from ..access import MAX_FILE
@@ -114,10 +115,10 @@ async def drop_prompt(prompt: str, studio: OfStudio) -> Response:
 
 
 @router.post("/import", status_code=201, dependencies=[Depends(expensive)], max_body_size=MAX_FILE)
-async def take_in(request: Request, studio: OfStudio) -> list[dict[str, Any]]:
-    """Rooms from a body: our JSON, Markdown, or what open-webui exports."""
-    made = await taken_in(studio.rooms, await request.body())
-    return [room.as_json() for room in made]
+async def take_in(request: Request, studio: OfStudio) -> dict[str, Any]:
+    """Rooms from a body: our JSON, Markdown, or what other programs export. Every conversation that can be read becomes
+    one of `rooms`; `left_out` names those that cannot, `notes` what of others could not be kept."""
+    return (await import_rooms(studio.rooms, await request.body())).as_json()
 
 
 @router.get("/{room}")

@@ -14,9 +14,9 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ...errors import TrellisError
 from ...params import Sampling
-from ...studio.carrying import taken_in
 from ...studio.message import Message
 from ...studio.room import CHAT, MOST_MODELS, Room
+from ...studio.room_imports import Imported, import_rooms
 from ...studio.studio import Studio
 from ...texts import PROMPT_LIMIT
 from ..access import MAX_FILE
@@ -120,6 +120,7 @@ async def start_page(
     model: str = "",
     text: str = "",
     error: TrellisError | None = None,
+    imported: Imported | None = None,
 ) -> HTMLResponse:
     speakers = await studio.speakers.everybody()
     listed = not model or model in {each["name"] for each in speakers}
@@ -134,6 +135,7 @@ async def start_page(
         known=[] if listed else [(model, await studio.speakers.label(model))],
         most=MOST_MODELS,
         error=error.as_json() if error else None,
+        imported=imported,
         request_id=secrets.token_hex(12),
         **await rooms_of(studio, q, archived, all),
     )
@@ -164,10 +166,12 @@ async def take_in(request: Request, studio: OfStudio, file: UploadFile) -> Respo
     """Rooms from a file."""
     await expensive(request)
     try:
-        made = await taken_in(studio.rooms, await file.read())
+        imported = await import_rooms(studio.rooms, await file.read())
     except TrellisError as error:
         return await start_page(request, studio, error=error)
-    return RedirectResponse(f"/chat/{made[0].id}" if len(made) == 1 else "/chat", 303)
+    if imported.left_out or imported.notes:
+        return await start_page(request, studio, imported=imported)
+    return RedirectResponse(f"/chat/{imported.rooms[0].id}" if len(imported.rooms) == 1 else "/chat", 303)
 
 
 @router.get("/chat/{room}")

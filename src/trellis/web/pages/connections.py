@@ -9,13 +9,14 @@ from fastapi import APIRouter, Form, Request
 from pydantic import Field, ValidationError
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
-from ...errors import TrellisError
+from ...errors import Refused, TrellisError
 from ...params import invalid_from
 from ...studio.studio import Studio
 from ..api.connections import NewRemote
 from ..api.steering import Name, OfStudio
 from ..failures import status_of
 from ..limits import expensive
+from ..loopback import is_from_this_computer
 from ..render import render_of
 from .steering import Sent
 
@@ -32,6 +33,8 @@ class RemoteForm(Sent):
     key: str = Field("", max_length=500)
     models: str = Field("", max_length=20_000)
     sees: bool = False
+    permit: bool = False
+    """Whether the server may be in a private network, which only a person at this computer may say."""
 
 
 @router.get("/connections")
@@ -54,9 +57,10 @@ async def show(
         keys=await studio.keys.all(),
         remotes=await studio.remotes.all(),
         made=made,
+        may_permit=is_from_this_computer(request),
         address=str(request.base_url).rstrip("/"),
         error=error.as_json() if error else None,
-        sent=sent or {"name": "", "url": "", "models": "", "sees": False},
+        sent=sent or {"name": "", "url": "", "models": "", "sees": False, "permit": False, "had_key": False},
         request_id=secrets.token_hex(12),
     )
 
@@ -82,11 +86,18 @@ async def revoke_key(studio: OfStudio, key: str) -> Response:
 async def add_remote(request: Request, studio: OfStudio, form: Annotated[RemoteForm, Form()]) -> Response:
     await expensive(request)
     names = [line.strip() for line in form.models.replace(",", "\n").splitlines() if line.strip()]
+    sent = form.model_dump(exclude={"key"}) | {"had_key": bool(form.key)}
     try:
+        if form.permit and not is_from_this_computer(request):
+            raise Refused(
+                "Only a person at the computer that runs the studio may permit a server in its own network.",
+                code="not_local", field="url",
+                next_step="Open this page there, at the address with “localhost” or “127.0.0.1”.",
+            )  # fmt: skip
         body = checked(form, names)
-        await studio.remotes.add(body.name.strip(), body.url, body.key.strip(), body.models, body.sees)
+        await studio.remotes.add(body.name.strip(), body.url, body.key.strip(), body.models, body.sees, form.permit)
     except TrellisError as error:
-        return await show(request, studio, error=error, sent=form.model_dump(exclude={"key"}))
+        return await show(request, studio, error=error, sent=sent)
     return RedirectResponse("/connections", 303)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
@@ -59,10 +59,12 @@ class Group:
 
 
 def groups_of(
-    values: Mapping[str, Any], error: TrellisError | None = None, known: Mapping[str, tuple[str, ...]] | None = None
+    values: Mapping[str, Any],
+    wrong: Mapping[str, str] | None = None,
+    known: Mapping[str, tuple[str, ...]] | None = None,
 ) -> list[Group]:
-    """All options in their groups, with these values (by flat name) and what was wrong with them."""
-    wrong = errors_of(error)
+    """All options in their groups, with these values and what is wrong with them (both by flat name)."""
+    wrong = wrong or {}
     groups = {title: Group(title) for title in GROUPS}
     for name, row in option_rows():
         about = row.json_schema_extra
@@ -89,12 +91,19 @@ def groups_of(
 
 def errors_of(error: TrellisError | None) -> dict[str, str]:
     """What is wrong by flat name of the option."""
-    refused = error.fields if isinstance(error, Invalid) else []
-    wrong = {entry["field"].removeprefix("config."): entry["message"] for entry in refused}
+    wrong = named(error.fields if isinstance(error, Invalid) else [])
     if error and error.field:
-        said = error.message.removeprefix(f"{error.field}: ")
-        wrong.setdefault(error.field.removeprefix("config."), said)
+        for name, message in named([{"field": error.field, "message": error.message}]).items():
+            wrong.setdefault(name, message)
     return wrong
+
+
+def named(entries: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Entries of errors by flat name of the option, without the name that a message may begin with."""
+    return {
+        entry["field"].removeprefix("config."): entry["message"].removeprefix(f"{entry['field']}: ")
+        for entry in entries
+    }
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,11 +126,20 @@ def nested(sent: Mapping[str, str]) -> dict[str, Any]:
                 _set(config, name, name in sent)
     known = dict(option_rows())
     for name, value in sent.items():
-        if name in ("form", "dataset"):
+        if name in ("form", "dataset", "typed"):
             continue
         if name in known and known[name].annotation is bool:
             _set(config, name, True)
         elif value.strip() or name in KEPT_EMPTY:
+            _set(config, name, value)
+    return config
+
+
+def config_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that a form shows as a partial configuration."""
+    config = nested({name: str(value) for name, value in values.items() if not isinstance(value, bool | None)})
+    for name, value in values.items():
+        if isinstance(value, bool):
             _set(config, name, value)
     return config
 

@@ -58,7 +58,7 @@ async def logout(request: Request) -> Response:
 
 def _form(request: Request, next: str, error: Refused | None, status: int) -> HTMLResponse:
     return render_of(request).page(
-        "login.html", status, place="", next=_own_path(next), error=error.as_json() if error else None
+        "login.html", status, place="login", next=_own_path(next), error=error.as_json() if error else None
     )
 
 

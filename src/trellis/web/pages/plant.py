@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ...studio.tree import Node, Tree
@@ -108,30 +109,67 @@ def curve(values: list[float], width: int, height: int) -> str:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A label on an axis, and where it stands: per cent of the way along it."""
+
+    at: float
+    label: str
+
+
+@dataclass(frozen=True)
 class Chart:
-    """A curve with its axes, in a box of 320 by 120: points, marks on the left, and the first and last step."""
+    """A curve with its axes, in a box of 100 by 100: `line` for a polyline, marks on both axes (the values' from the
+    bottom), and each drawn point with its step and value."""
 
     title: str
     unit: str
-    points: str
-    top: str
-    first: int
-    last: int
     latest: str
+    line: str = ""
+    values: tuple[Mark, ...] = ()
+    steps: tuple[Mark, ...] = ()
+    points: tuple[tuple[int, str, float, float], ...] = ()
+    """(step, value as it is read, per cent from the left, per cent from the top)"""
+
+    @property
+    def told(self) -> str:
+        """The curve in words."""
+        first, last = self.points[0], self.points[-1]
+        unit = f" {self.unit}" if self.unit else ""
+        return f"{self.title}: {first[1]}{unit} at step {first[0]}, {last[1]}{unit} at step {last[0]}"
 
 
 def chart(title: str, unit: str, values: list[tuple[int, float]], most: int = 400) -> Chart:
     """A chart of (step, value) pairs; at most `most` points are drawn, the last among them."""
     if len(values) < 2:
-        latest = f"{values[0][1]:.3g}" if values else "–"
-        return Chart(title, unit, "", "", 0, 0, latest)
+        return Chart(title, unit, f"{values[0][1]:.3g}" if values else "–")
     stride = -(-len(values) // most)
     kept = [*values[::stride][:-1], values[-1]] if stride > 1 else values
-    top = max(1e-9, *(value for _, value in values))
-    low = min(0.0, *(value for _, value in values))
+    ticks = ticks_over(min(0.0, *(value for _, value in values)), max(0.0, *(value for _, value in values)))
+    low, high = ticks[0], ticks[-1]
     first, last = values[0][0], max(values[-1][0], values[0][0] + 1)
-    points = " ".join(
-        f"{(step - first) / (last - first) * 320:.1f},{116 - (value - low) / (top - low or 1) * 110:.1f}"
+    points = tuple(
+        (
+            step, f"{value:.3g}", round(100 * (step - first) / (last - first), 2),
+            round(100 - 100 * (value - low) / (high - low), 2),
+        )
         for step, value in kept
-    )
-    return Chart(title, unit, points, f"{top:.3g}", first, last, f"{values[-1][1]:.3g}")
+    )  # fmt: skip
+    marked = [first, (first + last) // 2, last] if (last - first) % 2 == 0 else [first, last]
+    return Chart(
+        title, unit, f"{values[-1][1]:.3g}",
+        line=" ".join(f"{x},{y}" for _, _, x, y in points),
+        values=tuple(Mark(round(100 * (tick - low) / (high - low), 2), f"{tick:.6g}") for tick in ticks),
+        steps=tuple(Mark(round(100 * (step - first) / (last - first), 2), str(step)) for step in marked),
+        points=points,
+    )  # fmt: skip
+
+
+def ticks_over(low: float, high: float) -> list[float]:
+    """Two to six round numbers from at or below `low` to at or above `high`, evenly apart."""
+    span = high - low
+    if span < 1e-12:  # a curve that never left the axis
+        return [low, low + 1.0]
+    size = 10.0 ** math.floor(math.log10(span / 2))
+    step = next(step for step in (size, 2 * size, 5 * size, 10 * size) if span / step <= 4)
+    start, end = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [number * step for number in range(start, max(end, start + 1) + 1)]

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from pydantic import TypeAdapter, ValidationError
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
-from ...errors import TrellisError
+from ...errors import Invalid, TrellisError
 from ...params import SessionConfig, invalid_from
 from ...studio.presets import all_presets, preset
 from ...studio.studio import Studio
@@ -18,7 +18,7 @@ from ..api.steering import Name, OfStudio
 from ..failures import status_of
 from ..limits import expensive
 from ..render import render_of
-from .forms import errors_of, flat, groups_of, nested, shown
+from .forms import config_of, errors_of, flat, groups_of, named, nested, shown
 
 router = APIRouter(include_in_schema=False)
 
@@ -66,6 +66,7 @@ async def preview(request: Request, studio: OfStudio) -> HTMLResponse:
     """The first prompts of what the form names: for an open page a part of it, else the whole form again."""
     await expensive(request)
     sent = await sent_by(request)
+    name, typed, _ = (sent.pop(each, "") for each in ("name", "typed", "request"))
     found: dict[str, Any] | None = None
     problem: TrellisError | None = None
     try:
@@ -76,7 +77,7 @@ async def preview(request: Request, studio: OfStudio) -> HTMLResponse:
     if "hx-request" in request.headers:
         said = problem.as_json() if problem else None
         return render_of(request).page("setup/_preview.html", preview=found, problem=said)
-    return await form_page(request, studio, shown(sent), error=problem, preview=found, name=sent.get("name", ""))
+    return await form_page(request, studio, shown(sent), error=problem, preview=found, name=name, typed=typed)
 
 
 @router.post("/steer")
@@ -86,11 +87,12 @@ async def begin(request: Request, studio: OfStudio) -> Response:
     sent = await sent_by(request)
     name = sent.pop("name", "").strip()
     key = sent.pop("request", "")
+    typed = sent.pop("typed", "")
     try:
         chosen = name_from(name)
         session = await studio.steering.create(chosen, nested(sent), key if 8 <= len(key) <= 64 else None)
     except TrellisError as error:
-        return await form_page(request, studio, shown(sent), error=error, name=name[:1000])
+        return await form_page(request, studio, shown(sent), error=error, name=name[:1000], typed=typed)
     return RedirectResponse(f"/steer/{session.id}", 303)
 
 
@@ -105,6 +107,7 @@ async def form_page(
     values: Mapping[str, Any],
     *,
     name: str = "",
+    typed: str = "",
     chosen: str = "",
     cloned: str = "",
     error: TrellisError | None = None,
@@ -115,9 +118,12 @@ async def form_page(
         "model": tuple(await studio.models.catalog.names()),
         "dataset.id": tuple(file["name"] for file in await studio.datasets.files()),
     }
-    check = await studio.steering.check(nested({key: str(value) for key, value in values.items() if value is not None}))
-    groups = groups_of(values, error, known)
-    named = errors_of(error)
+    config = config_of(values)
+    check = await studio.steering.check(config)
+    wrong = errors_of(error)
+    if error:  # all that is wrong at once, not one thing after another
+        wrong = named([*check["errors"], *await _dataset_errors(studio, config, error)]) | wrong
+    groups = groups_of(values, wrong, known)
     titles = {row.name: (row.title, row.id) for group in groups for row in group.fields}
     return render_of(request).page(
         "setup/new.html",
@@ -129,14 +135,30 @@ async def form_page(
         chosen=chosen,
         cloned=cloned,
         name=name,
-        name_error=named.get("name", ""),
+        typed=typed[:2000],
+        name_error=wrong.get("name", ""),
         error=error.as_json() if error else None,
-        wrong=[(*titles[name], message) for name, message in named.items() if name in titles],
+        told=error.message if error and not titles.keys() & errors_of(error).keys() else "",
+        wrong=[(*titles[name], message) for name, message in wrong.items() if name in titles],
         memory=check["memory"],
         preview=preview,
         problem=None,
         request_id=secrets.token_hex(12),
     )
+
+
+async def _dataset_errors(studio: Studio, config: dict[str, Any], error: TrellisError) -> list[dict[str, str]]:
+    """What is wrong with a file of prompts, which was not looked at before another error was found."""
+    dataset = SessionConfig.as_far_as_valid(config).dataset
+    if dataset.source != "file" or any(name.startswith("dataset.") for name in errors_of(error)):
+        return []  # a data set on the hub may take half a minute
+    try:
+        await studio.datasets.preview(dataset)
+    except Invalid as found:
+        return found.fields
+    except TrellisError as found:
+        return [{"field": found.field or "dataset.id", "message": found.message}]
+    return []
 
 
 async def _beginning(studio: Studio, preset_id: str, clone: str) -> tuple[dict[str, Any], str]:

@@ -2,6 +2,7 @@
 
 import { $, bindPage } from "./page.js";
 import { bindBlind } from "./blind.js";
+import { bindCharts } from "./charts.js";
 import { Chat, bindKeys, bindStart } from "./chat.js";
 import { bindLoads } from "./loads.js";
 import { bindSetup } from "./setup.js";
@@ -13,6 +14,7 @@ bindLoads();
 bindUploads();
 bindSetup();
 bindBlind();
+bindCharts();
 const workbench = $("[data-session]");
 if (workbench) new Workbench(workbench);
 const room = $("[data-room]");

@@ -115,9 +115,13 @@ export function bindPage() {
       // A second press of a button that starts something must not start two.
       if (event.target.dataset.sent) event.preventDefault();
       event.target.dataset.sent = "1";
+      event.submitter?.setAttribute("aria-busy", "true");
     }
   });
-  addEventListener("pageshow", () => $$("[data-once]").forEach((form) => delete form.dataset.sent));
+  addEventListener("pageshow", () => $$("[data-once]").forEach((form) => {
+    delete form.dataset.sent;
+    $$("[aria-busy]", form).forEach((button) => button.removeAttribute("aria-busy"));
+  }));
 
   keepWritten();
 

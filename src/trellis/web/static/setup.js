@@ -6,9 +6,19 @@ class Setup {
   constructor(root) {
     this.root = root;
     this.form = $("[data-setup-form]", root);
-    this.touched = new Set($$(".field-error", this.form).filter((each) => each.textContent).map((each) => each.closest("[data-field]")?.dataset.field));
-    this.form.addEventListener("input", (event) => { this.touched.add(event.target.name); this.later(); });
+    this.typed = $("[name=typed]", this.form);
+    this.touched = new Set(this.typed.value.split(",").filter(Boolean));
+    // What a browser has put back after a reload was typed too.
+    for (const field of this.fields()) if (this.changed(field)) this.touched.add(field.name);
+    // What the server refused is true until the field is changed: the check here cannot see all of it.
+    this.refused = new Map($$("[data-field]", this.form).map((place) => [place.dataset.field, $("[data-error]", place).textContent]).filter(([, message]) => message));
+    this.form.addEventListener("input", (event) => { this.touch(event.target.name); this.later(); });
     this.form.addEventListener("change", () => this.later());
+    this.form.addEventListener("submit", (event) => this.begin(event));
+    addEventListener("pageshow", () => this.idle());
+    const preview = $("[data-preview]", this.form);
+    preview.addEventListener("htmx:beforeRequest", () => this.wait($("#preview", this.form), preview, "Reading the prompts"));
+    preview.addEventListener("htmx:afterRequest", (event) => { this.idle(); if (!event.detail.successful) $("#preview", this.form).replaceChildren(); });
     $$("[data-group] select[name='dataset.source']", this.form).forEach((select) => select.addEventListener("change", () => this.showSource()));
     document.addEventListener("trellis:uploaded", ({ detail }) => this.takeUpload(detail));
     $$(".presets a", root).forEach((link, index) => link.addEventListener("click", (event) => { event.preventDefault(); this.preset(index, link); }));
@@ -36,6 +46,50 @@ class Setup {
     return config;
   }
 
+  changed(field) {
+    if (field.type === "checkbox") return field.checked !== field.defaultChecked;
+    if (field.tagName === "SELECT") return [...field.options].some((option) => option.selected !== option.defaultSelected) && [...field.options].some((option) => option.defaultSelected);
+    return field.value !== field.defaultValue;
+  }
+
+  /** A person has set this option: no preset changes it, and what was refused of it is no longer what is there. */
+  touch(name) {
+    this.touched.add(name);
+    this.typed.value = [...this.touched].join(",");
+    if (this.refused.delete(name) && !this.refused.size) $$(".problem[role=alert]", this.root).forEach((old) => old.remove());
+  }
+
+  begin(event) {
+    if (event.defaultPrevented || event.submitter === $("[data-preview]", this.form)) return;
+    const hub = $("[name='dataset.source']", this.form)?.value === "hub";
+    this.wait($("[data-beginning]", this.form), $("[data-begin]", this.form), hub ? "Checking the options and the data set on the hub" : "Checking the options and the prompts");
+  }
+
+  /** Say at once that something is being done, and for how long it has been. */
+  wait(place, button, text) {
+    this.idle();
+    const line = document.createElement("p");
+    line.className = "working";
+    const words = document.createElement("span"), seconds = document.createElement("span"), spinner = document.createElement("span");
+    spinner.className = "spinner";
+    seconds.className = "num";
+    for (const each of [spinner, seconds]) each.setAttribute("aria-hidden", "true"); // a count is nothing to listen to
+    words.textContent = `${text} …`;
+    line.append(spinner, words, seconds);
+    place.replaceChildren(line);
+    button.setAttribute("aria-busy", "true");
+    const begun = performance.now();
+    this.waiting = { line, button, timer: setInterval(() => { seconds.textContent = `${Math.round((performance.now() - begun) / 1000)} s`; }, 1000) };
+  }
+
+  idle() {
+    if (!this.waiting) return;
+    clearInterval(this.waiting.timer);
+    this.waiting.line.remove();
+    this.waiting.button.removeAttribute("aria-busy");
+    this.waiting = null;
+  }
+
   later() {
     clearTimeout(this.timer);
     this.timer = setTimeout(() => this.check(), 250);
@@ -52,16 +106,18 @@ class Setup {
   }
 
   showErrors(errors) {
-    const wrong = new Map(errors.map((entry) => [entry.field.replace(/^config\./, ""), entry.message]));
+    const wrong = new Map([...this.refused, ...errors.map((entry) => [entry.field.replace(/^config\./, ""), entry.message])]);
     for (const place of $$("[data-field]", this.form)) {
       const message = wrong.get(place.dataset.field) ?? "";
-      const shown = this.touched.has(place.dataset.field) || !message ? message : "";
       const input = $("input, select, textarea", place);
-      $("[data-error]", place).textContent = shown;
-      if (shown) input.setAttribute("aria-invalid", "true");
+      const shown = $("[data-error]", place);
+      if (shown.textContent !== message) {
+        shown.textContent = message;
+        if (message) place.closest("details")?.setAttribute("open", ""); // what must be seen is not folded away
+      }
+      if (message) input.setAttribute("aria-invalid", "true");
       else input.removeAttribute("aria-invalid");
     }
-    if (!wrong.size) $$(".problem[role=alert]", this.root).forEach((old) => old.remove());
     const named = [...wrong.keys()].map((name) => $(`[data-field="${CSS.escape(name)}"] label`, this.form)?.textContent.trim() ?? name);
     const text = named.length ? `Still to be put right: ${named.join(", ")}.` : "";
     const place = $("[data-problems]", this.form);
@@ -91,7 +147,7 @@ class Setup {
       button.type = "button";
       button.className = "quiet";
       button.textContent = `Use ${what}: ${bytes(way.total)}, which fits`;
-      button.addEventListener("click", () => { this.set(way.change); this.check(); });
+      button.addEventListener("click", () => { this.set(way.change); Object.keys(way.change).forEach((name) => this.touch(name)); this.check(); });
       line.append(button);
       ways.append(line);
     }
@@ -132,7 +188,8 @@ class Setup {
   takeUpload({ kind, name }) {
     if (kind !== "prompts") return;
     this.set({ "dataset.source": "file", "dataset.id": name });
-    this.touched.add("dataset.id");
+    this.touch("dataset.source");
+    this.touch("dataset.id");
     this.showSource();
     this.check();
     $("[data-preview]", this.form).click();

@@ -66,9 +66,11 @@ export class Workbench {
   // What happened
 
   offerStarted(offer) {
-    // The grid keeps its height while new answers grow, so that nothing moves under the hand.
+    // The grid keeps the height of the last answers while new ones grow, so that nothing moves under the hand; not
+    // that of all answers before, and not more than the screen has.
     const grid = $(".options-grid", this.root);
-    grid.style.minHeight = `${grid.offsetHeight}px`;
+    grid.style.minHeight = "";
+    grid.style.minHeight = `${Math.min(grid.offsetHeight, innerHeight / 2)}px`;
     const fresh = this.state.offer?.id !== offer.offer;
     this.state.offer = { id: offer.offer, node: offer.node, prompt: offer.prompt, options: offer.options, status: "streaming" };
     this.state.status = "offering";
@@ -93,7 +95,8 @@ export class Workbench {
     this.state.status = "ready";
     this.showAll();
     this.refresh("figures");
-    announce(`${this.learned ? `${this.learned} ` : ""}${options.length} new options are ready to be read.`);
+    const shown = options.filter((option) => (option.equal ?? [option.index])[0] === option.index).length;
+    announce(`${this.learned ? `${this.learned} ` : ""}${shown} new option${shown === 1 ? " is" : "s are"} ready to be read.`);
   }
 
   nodeAdded(node) {
@@ -102,7 +105,9 @@ export class Workbench {
     if (!node.metrics) { this.learned = null; toast("Skipped. Nothing was learned."); return; }
     const percent = (share) => `${Math.round(share * 100)} %`;
     const { share_before: before, share_after: after } = node.metrics;
-    const what = typeof node.choice === "number" ? LETTERS[node.choice]
+    const equal = this.state.offer?.options.find((option) => option.index === node.choice?.[0])?.equal ?? [];
+    const same = Array.isArray(node.choice) && node.choice.every((index) => equal.includes(index));
+    const what = typeof node.choice === "number" || same ? LETTERS[node.choice[0] ?? node.choice]
       : node.choice === "none" ? "none of these" : node.choice?.written ? "your answer"
       : node.choice?.ranking ? LETTERS[node.choice.ranking[0]] : "what you marked";
     const times = after / before;
@@ -155,6 +160,13 @@ export class Workbench {
     $("[data-length]", card).textContent = option.finish
       ? `${option.tokens} tokens${option.finish === "length" ? ", cut" : ""} · ${Math.round(likely)} % sure` : "";
     $("[data-likely]", card).setAttribute("width", likely.toFixed(1));
+    // Of options that are the same one is shown, with how often it was drawn.
+    const equal = option.equal ?? [option.index];
+    card.hidden = equal[0] !== option.index;
+    const times = $("[data-times]", card);
+    times.hidden = equal.length === 1;
+    times.textContent = `×${equal.length}`;
+    times.title = equal.length > 1 ? `Drawn ${equal.length} times, word for word the same: ${equal.map((each) => LETTERS[each]).join(", ")}` : "";
   }
 
   showChoice() {
@@ -181,6 +193,9 @@ export class Workbench {
     $("[data-load]", strip).toggleAttribute("hidden", !load);
     if (load) showProgress(strip, load);
     $("[data-resume]", strip).hidden = status !== "failed";
+    const stuck = status === "failed" && !this.state.offer;
+    $("[data-stuck]", this.root).hidden = !stuck;
+    for (const part of ["[data-prompt-card]", "[data-choose]", ".actions"]) $(part, this.root).hidden = stuck;
     const asleep = this.state.engine === "unloaded" && status === "ready";
     $("[data-engine-text]").textContent = `${this.state.config.model} · ${asleep ? "unloaded" : status}`;
     $("[data-engine]").classList.toggle("asleep", asleep);
@@ -258,11 +273,11 @@ export class Workbench {
       if (typing && typing.type !== "checkbox") return;
       if (event.shiftKey) {
         const mark = $(`[data-mark="${CSS.escape(event.key.toLowerCase())}"]`, this.root);
-        if (mark && !mark.disabled) { event.preventDefault(); mark.click(); }
+        if (mark && !mark.disabled && !mark.closest("[hidden]")) { event.preventDefault(); mark.click(); }
         return;
       }
       const place = $(`[data-key="${CSS.escape(event.key.toLowerCase())}"]`, this.root);
-      if (!place || place.disabled) return;
+      if (!place || place.disabled || place.closest("[hidden]")) return;
       event.preventDefault();
       place.click();
     });

@@ -1,0 +1,315 @@
+"""What the files of a model folder say, before any weight is read: configurations, headers, the vocabulary's size.
+
+It reads within bounds, trusts nothing, and imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from .errors import LoadFailed, shorten
+from .tensors import UNREADABLE, header_of
+
+INDEX = "model.safetensors.index.json"
+
+CONFIG_LIMIT = 16_000_000
+INDEX_LIMIT = 64_000_000
+HEADER_LIMIT = 32_000_000
+"""Bytes of a file that are parsed at most; the largest that are published have a tenth of it."""
+
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
+"""How the tensor with a row for each token is called, by its last parts."""
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a model cannot be loaded, and what to do: two whole sentences. `field` is the option that it is about."""
+
+    message: str
+    next_step: str
+    code: str
+    field: str = "model"
+
+    def error(self) -> LoadFailed:
+        """The problem as an error. Only an option that can be chosen otherwise is named as its field."""
+        own = self.field if self.field != "model" else None
+        return LoadFailed(self.message, code=self.code, next_step=self.next_step, field=own)
+
+    def sentences(self) -> str:
+        return f"{self.message} {self.next_step}"
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model folder as its small files and headers describe it. `tensors` holds each tensor's entry in the header of
+    its file (dtype, shape); `damage` is what kept a file from being read, the first one first."""
+
+    path: Path
+    config: Config = field(default_factory=dict)
+    tokenizer_config: Config = field(default_factory=dict)
+    names: frozenset[str] = frozenset()
+    weights: tuple[Path, ...] = ()
+    tensors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    damage: tuple[Problem, ...] = ()
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.get("model_type") or "")
+
+    @property
+    def architecture(self) -> str:
+        listed = self.config.get("architectures")
+        return str(listed[0]) if isinstance(listed, list) and listed else ""
+
+    @property
+    def text_config(self) -> Config:
+        inner = self.config.get("text_config")
+        return {**self.config, **inner} if isinstance(inner, dict) else self.config
+
+    @property
+    def embedding(self) -> tuple[str, list[int]] | None:
+        """The name and shape (rows, hidden) of the input embedding, where it can be told."""
+        for name, about in self.tensors.items():
+            shape = about.get("shape", [])
+            of_text = not any(other in name for other in ("vision", "visual", "audio"))
+            if name.endswith(EMBEDDINGS) and of_text and len(shape) == 2 and about.get("dtype") in _FLOATS:
+                return name, shape
+        return None
+
+    @property
+    def rows(self) -> int | None:
+        """For how many tokens the model has a row in its embedding."""
+        if found := self.embedding:
+            return found[1][0]
+        size = self.text_config.get("vocab_size")
+        return size if isinstance(size, int) and not isinstance(size, bool) else None
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the model can look back on, where its configuration says so."""
+        for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
+            found = self.text_config.get(name)
+            if isinstance(found, int) and not isinstance(found, bool) and found > 0:
+                return found
+        return None
+
+    @property
+    def quantization(self) -> Config | None:
+        """The folder's quantization_config, or what an older GPTQ or AWQ folder says in a file of its own."""
+        found = self.config.get("quantization_config") or self.text_config.get("quantization_config")
+        return found if isinstance(found, dict) else None
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary | None:
+        """The tokens of tokenizer.json, where it is there and can be read."""
+        with suppress(*UNREADABLE):
+            return read_vocabulary(self.path / "tokenizer.json")
+        return None
+
+
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold a model: those that its index names, or its one file, or all there are. Raises UNREADABLE."""
+    index = path / INDEX
+    if index.is_file():
+        named = read_json(index, INDEX_LIMIT)["weight_map"].values()
+        return [path / name for name in sorted(set(named)) if "/" not in name]
+    single = path / "model.safetensors"
+    return [single] if single.is_file() else sorted(path.glob("*.safetensors"))
+
+
+def inspect_folder(path: Path) -> ModelFiles:
+    """Read what describes a model folder. Files that were read before and have not changed are not read again.
+
+    Raises LoadFailed for a folder that is not there or may not be read.
+    """
+    if not path.is_dir():
+        raise LoadFailed(
+            f"There is no folder “{path}”.", code="not_found", next_step="Check the name, or choose another model."
+        )
+    marks = []
+    try:
+        for file in sorted(path.iterdir()):
+            with suppress(FileNotFoundError):
+                stat = file.stat()
+                marks.append((file.name, stat.st_size, stat.st_mtime_ns, file.is_file()))
+    except PermissionError:
+        raise LoadFailed(f"The folder “{path}” may not be read.", code="permission_denied", next_step=GRANT) from None
+    return _inspect(path, tuple(marks))
+
+
+GRANT = "Give the studio's user the right to read it."
+
+
+@lru_cache(maxsize=64)
+def _inspect(path: Path, marks: tuple[tuple[str, int, int, bool], ...]) -> ModelFiles:
+    names = frozenset(name for name, _, _, is_file in marks if is_file)
+    damage: list[Problem] = []
+
+    def read(name: str, limit: int) -> dict[str, Any]:
+        if name not in names:
+            return {}
+        try:
+            found = read_json(path / name, limit)
+            if not isinstance(found, dict):
+                raise ValueError("it holds no JSON object")
+            return found
+        except UNREADABLE as error:
+            damage.append(damaged_file(path / name, error))
+            return {}
+
+    config = read("config.json", CONFIG_LIMIT)
+    tokenizer_config = read("tokenizer_config.json", CONFIG_LIMIT)
+    weights: list[Path] = []
+    try:
+        weights = weight_files(path)
+    except UNREADABLE as error:
+        damage.append(damaged_file(path / INDEX, error))
+    tensors: dict[str, Mapping[str, Any]] = {}
+    for file in weights:
+        if file.name not in names:
+            continue
+        try:
+            tensors |= _header_of_whole_file(file)
+        except UNREADABLE as error:
+            damage.append(damaged_file(file, error))
+    if not damage and INDEX in names and all(file.name in names for file in weights):
+        damage += _not_where_the_index_says(path, tensors)
+    return ModelFiles(path, config, tokenizer_config, names, tuple(weights), tensors, tuple(damage))
+
+
+# ── Files ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _header_of_whole_file(file: Path) -> dict[str, dict[str, Any]]:
+    """The header of a safetensors file that is as long as its header says. Raises one of UNREADABLE."""
+    header = header_of(file, HEADER_LIMIT)
+    ends = [int(about["data_offsets"][1]) for about in header.values()]
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+    if file.stat().st_size < 8 + length + max(ends, default=0):
+        raise ValueError("it ends before its last tensor")
+    for about in header.values():
+        if not all(isinstance(side, int) and 0 <= side < 2**40 for side in about["shape"]):
+            raise ValueError("a shape is not one")
+    return header
+
+
+def _not_where_the_index_says(path: Path, tensors: Mapping[str, Any]) -> list[Problem]:
+    with suppress(*UNREADABLE):
+        named = read_json(path / INDEX, INDEX_LIMIT)["weight_map"]
+        if missing := sorted(name for name in named if name not in tensors):
+            return [
+                Problem(
+                    f"The tensor “{shorten(missing[0])}”, which “{INDEX}” lists, is in none of its files.",
+                    "Copy or download the model again.",
+                    "corrupt_file",
+                )
+            ]
+    return []
+
+
+def damaged_file(file: Path, error: BaseException) -> Problem:
+    if isinstance(error, PermissionError):
+        return Problem(f"The file “{file}” may not be read.", GRANT, "permission_denied")
+    with suppress(OSError), file.open("rb") as stream:
+        if stream.read(24).startswith(b"version https://git-lfs"):
+            return Problem(
+                f"The file “{file.name}” is a Git LFS pointer, not the file itself.",
+                "Run `git lfs pull` in the folder, or download the model again.",
+                "corrupt_file",
+            )
+    if file.name == INDEX:
+        return Problem(f"The file “{INDEX}” cannot be read.", "Copy or download it again.", "corrupt_file")
+    if file.suffix == ".safetensors":
+        reason = str(error) if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError) else ""
+        detail = f": {reason}." if reason and "codec" not in reason else "."
+        return Problem(
+            f"The file “{file.name}” is not a whole safetensors file{detail}", "Copy or download the file again.",
+            "corrupt_file",
+        )  # fmt: skip
+    return Problem(
+        f"The file “{file.name}” is not a JSON file that can be read.", "Copy or download it again.", "corrupt_file"
+    )
+
+
+def read_json(file: Path, limit: int) -> Any:
+    with file.open("rb") as stream:
+        text = stream.read(limit + 1)
+    if len(text) > limit:
+        raise ValueError("it is larger than any model's")
+    return json.loads(text)
+
+
+# ── Tokenizer ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ids of a tokenizer: the largest of its vocabulary, and those of its added tokens by their text."""
+
+    largest: int
+    added: Mapping[str, int]
+
+
+_VOCAB = re.compile(rb'"vocab"\s*+:\s*+([{\[])\s*+')
+_PAIR = re.compile(rb'"(?:[^"\\]++|\\.)*+"\s*+:\s*+(\d++)\s*+,?\s*+')
+_PIECE = re.compile(rb'\[\s*+"(?:[^"\\]++|\\.)*+"\s*+,[^\]]*+\]\s*+,?\s*+')
+_ADDED = re.compile(rb'"added_tokens"\s*+:\s*+(?=\[)')
+
+
+def read_vocabulary(file: Path) -> Vocabulary:
+    """The ids in a tokenizer.json, read from place to place: the file may have tens of megabytes, and parsing it whole
+    would hold the interpreter for half a second. Raises one of UNREADABLE."""
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        begin = _VOCAB.search(text)
+        if begin is None:
+            raise ValueError("it has no vocabulary")
+        place, largest, count = begin.end(), -1, -1
+        pattern = _PAIR if begin[1] == b"{" else _PIECE
+        while match := pattern.match(text, place):
+            place, count = match.end(), count + 1
+            largest = max(largest, int(match[1]) if pattern is _PAIR else count)
+        added: dict[str, int] = {}
+        if listed := _ADDED.search(text, 0, begin.start()):
+            found, _ = json.JSONDecoder().raw_decode(text[listed.end() : begin.start()].decode())
+            added = {str(token["content"]): int(token["id"]) for token in found}
+    return Vocabulary(largest, added)
+
+
+# ── What makes two configurations the same model ───────────────────────────────────────────────────────
+
+INERT = frozenset({
+    "transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "_commit_hash", "architectures",
+    "_attn_implementation_autoset", "_attn_implementation", "_flash_attn_2_enabled", "unsloth_version",
+    "unsloth_fixed", "trl_version", "peft_version", "output_attentions", "output_hidden_states", "return_dict",
+})  # fmt: skip
+"""Keys of a config.json that change no number of a model as Trellis loads it."""
+
+
+def canonical_config(text: bytes) -> bytes:
+    """A config.json without what does not matter: inert keys, the order of keys, whitespace. Text that is no JSON is
+    returned as it is."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return json.dumps(_without_inert(found), sort_keys=True, separators=(",", ":")).encode()
+
+
+def _without_inert(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_inert(inner) for key, inner in value.items() if key not in INERT}
+    return [_without_inert(each) for each in value] if isinstance(value, list) else value

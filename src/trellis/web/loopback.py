@@ -1,0 +1,23 @@
+"""Whether a request was made by somebody at the computer on which the studio runs."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+
+from ..settings import is_loopback
+from .access import host_name
+
+FORWARDED = (
+    "forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-forwarded-server", "x-real-ip",
+    "cf-connecting-ip", "true-client-ip", "x-original-forwarded-for", "x-client-ip",
+)  # fmt: skip
+"""Headers by which proxies and tunnels say for whom they ask."""
+
+
+def is_from_this_computer(request: Request) -> bool:
+    """A connection from a loopback address, to a loopback name, that no proxy forwarded: a proxy on this computer makes
+    requests of people elsewhere look local, so that any sign of one counts against it."""
+    if any(name in request.headers for name in FORWARDED):
+        return False
+    client = request.client.host if request.client else ""
+    return is_loopback(client) and is_loopback(host_name(request.headers.get("host", "")))

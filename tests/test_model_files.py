@@ -1,0 +1,251 @@
+"""What the files of a model folder say of it: the check of the form and a load tell the same condition in the same
+words, before any weight is read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import open_studio, thread_spawner
+from tests.engine.test_loading import load
+from tests.quantized import change_config
+from trellis.blobs import Blobs
+from trellis.engine.fake import FakeEngine
+from trellis.errors import LoadFailed
+from trellis.model_files import canonical_config, read_vocabulary
+from trellis.model_problems import known_types, problem_of, too_few_positions
+
+pytestmark = pytest.mark.engine
+
+Change = Callable[[Path], object]
+
+
+def write(name: str, value: Any) -> Change:
+    text = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return lambda folder: (folder / name).write_bytes(text)
+
+
+def remove(*patterns: str) -> Change:
+    return lambda folder: [file.unlink() for pattern in patterns for file in folder.glob(pattern)]
+
+
+def config(**changes: Any) -> Change:
+    return lambda folder: change_config(folder, **changes)
+
+
+def several(*changes: Change) -> Change:
+    return lambda folder: [change(folder) for change in changes]
+
+
+def in_tokenizer(change: Callable[[dict[str, Any]], object]) -> Change:
+    def apply(folder: Path) -> None:
+        about = json.loads((folder / "tokenizer.json").read_text())
+        change(about)
+        (folder / "tokenizer.json").write_text(json.dumps(about, indent=2))
+
+    return apply
+
+
+def add_token(text: str, number: int) -> Change:
+    token = {"id": number, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": False, "special": True}  # fmt: skip
+    return in_tokenizer(lambda about: about["added_tokens"].append(token))
+
+
+def cast(ending: str, kind: str, **more: Any) -> Change:
+    """Store a tensor in another type, and others beside it."""
+
+    def apply(folder: Path) -> None:
+        import torch
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(folder / "model.safetensors")
+        name = next(name for name in tensors if name.endswith(ending))
+        tensors[name] = tensors[name].to(getattr(torch, kind))
+        extra = {name + suffix: torch.ones(1) for suffix in more.get("beside", ())}
+        save_file(tensors | extra, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+ROWS = 373
+NO_WEIGHTS = remove("*.safetensors")
+SAVED_AS_BERT = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
+QUANTIZED = "unsupported_quantization"
+UNSUPPORTED = "unsupported_architecture"
+
+CASES: list[tuple[str, Change, str, str]] = [
+    # a name, what is done to a folder that loads, the code, words of the message or the next step
+    ("tokenizer too large", in_tokenizer(lambda about: about["model"]["vocab"].update({"beyond": 5000})),
+     "unsupported_tokenizer", "number 5000"),
+    ("token of the template without a row", several(
+        add_token("<|im_start|>", ROWS), write("chat_template.jinja", b"<|im_start|>{{ messages[0].content }}")),
+     "unsupported_tokenizer", "“<|im_start|>” with number 373"),
+    ("tokenizer that is no JSON", write("tokenizer.json", b"{"), "corrupt_file", "tokenizer.json"),
+    ("tokenizer_config that is a list", write("tokenizer_config.json", []), "corrupt_file", "tokenizer_config.json"),
+    ("no tokenizer", remove("tokenizer*"), "not_found", "has no tokenizer"),
+    ("sentencepiece alone", several(remove("tokenizer*"), write("tokenizer.model", b"\x0a\x05hello")),
+     "not_installed", "pip install sentencepiece"),
+    ("tekken alone", several(remove("tokenizer*"), write("tekken.json", {})), "not_installed", "mistral-common"),
+    ("tiktoken alone", several(remove("tokenizer*"), write("qwen.tiktoken", b"")), "not_installed", "tiktoken"),
+    ("adapter alone", several(remove("*"), write("adapter_config.json", {"base_model_name_or_path": "org/base"}),
+                              write("adapter_model.safetensors", b"")), "unsupported_format", "“org/base”"),
+    ("adapter with a config", several(NO_WEIGHTS, write("adapter_config.json", {}),
+                                      write("adapter_model.safetensors", b"")), "unsupported_format", "PEFT"),
+    ("GGUF alone", several(remove("*"), write("model-q4.gguf", b"GGUF")), "unsupported_format", "GGUF"),
+    ("pickle alone", several(NO_WEIGHTS, write("pytorch_model.bin", b"PK")), "unsupported_format", "save_pretrained"),
+    ("no weights", NO_WEIGHTS, "not_found", "no *.safetensors"),
+    ("no config", remove("config.json"), "not_found", "no config.json"),
+    ("missing shards", write("model.safetensors.index.json", {"weight_map": {"a": "model-1.safetensors",
+     "b": "model-2.safetensors", "c": "model-3.safetensors"}}), "not_found", "model-1.safetensors, and 2 more"),
+    ("index that names other tensors", write("model.safetensors.index.json", {"weight_map": {
+        "model.layers.9.weight": "model.safetensors"}}), "corrupt_file", "model.layers.9.weight"),
+    ("index that is none", write("model.safetensors.index.json", {}), "corrupt_file", "index.json"),
+    ("file that was cut off", cut, "corrupt_file", "ends before its last tensor"),
+    ("git lfs pointer", write("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"), "corrupt_file",
+     "git lfs pull"),
+    ("config that is no JSON", write("config.json", b"{"), "corrupt_file", "config.json"),
+    ("config that is deep", write("config.json", b"[" * 100_000), "corrupt_file", "config.json"),
+    ("config that is not UTF-8", write("config.json", b"\xff\xfe\x00"), "corrupt_file", "config.json"),
+    ("vocabulary of another size", config(vocab_size=100), "corrupt_file", "100 for vocab_size"),
+    ("hidden size of another model", config(hidden_size=64), "corrupt_file", "64 for hidden_size"),
+    ("size that is text", config(hidden_size="large"), "corrupt_file", "“large” for hidden_size"),
+    ("no heads", config(num_attention_heads=0), "corrupt_file", "“0” for num_attention_heads"),
+    ("heads that do not divide", config(num_attention_heads=5, head_dim=None), "corrupt_file", "5 attention heads"),
+    ("quantization that is a list", config(quantization_config=[4]), "corrupt_file", "quantization_config"),
+    ("BERT", config(**SAVED_AS_BERT), UNSUPPORTED, "BERT encoder, which fills in masks"),
+    ("BERT as a decoder's class", config(model_type="bert", architectures=["BertLMHeadModel"]), UNSUPPORTED, "encoder"),
+    ("RoBERTa", config(model_type="roberta", architectures=["RobertaForMaskedLM"]), UNSUPPORTED, "roberta encoder"),
+    ("DistilBERT", config(model_type="distilbert", architectures=["DistilBertForMaskedLM"]), UNSUPPORTED, "fills in"),
+    ("T5", config(model_type="t5", architectures=["T5ForConditionalGeneration"], is_encoder_decoder=True), UNSUPPORTED,
+     "encoder-decoder"),
+    ("BART", config(model_type="bart", architectures=["BartForConditionalGeneration"]), UNSUPPORTED, "encoder-decoder"),
+    ("Whisper", config(model_type="whisper", architectures=["WhisperForConditionalGeneration"]), UNSUPPORTED, "sound"),
+    ("ViT", config(model_type="vit", architectures=["ViTForImageClassification"]), UNSUPPORTED, "causal"),
+    ("vision and text", config(model_type="qwen2_5_vl", architectures=["Qwen2_5_VLForConditionalGeneration"]),
+     UNSUPPORTED, "reads pictures"),
+    ("classifier", config(architectures=["LlamaForSequenceClassification"]), UNSUPPORTED, "classifies text"),
+    ("reward model", config(architectures=["LlamaRewardModel"]), UNSUPPORTED, "scores answers"),
+    ("embedding model", write("modules.json", []), UNSUPPORTED, "embedding model"),
+    ("no output layer", config(architectures=["LlamaModel"], tie_word_embeddings=False), UNSUPPORTED, "output layer"),
+    ("unknown architecture", config(model_type="nonesuch"), UNSUPPORTED, "“nonesuch”"),
+    ("no model type", config(model_type=None), UNSUPPORTED, "model_type"),
+    ("code of its own", config(model_type="homegrown", auto_map={"AutoConfig": "evil.C"}), "remote_code_refused",
+     "pin the revision"),
+    *((f"quantised: {name}", config(quantization_config={"quant_method": name}), QUANTIZED, shown) for name, shown in (
+        ("awq", "AWQ"), ("gptq", "GPTQ"), ("compressed-tensors", "compressed-tensors"), ("mxfp4", "MXFP4"),
+        ("hqq", "hqq"), ("aqlm", "aqlm"), ("torchao", "torchao"), ("quanto", "quanto"), ("nonsense", "nonsense"))),
+    ("quantised, older file", several(write("quantize_config.json", {"bits": 4}),
+                                      cast("q_proj.weight", "float32", beside=(".qweight",))), QUANTIZED, "GPTQ"),
+    ("packed bytes", cast("q_proj.weight", "uint8"), QUANTIZED, "packed numbers (U8)"),
+    ("FP8 with scales that nothing explains", cast("q_proj.weight", "float8_e4m3fn", beside=("_scale",)), QUANTIZED,
+     "F8_E4M3"),
+    ("FP8 without its scales", several(cast("q_proj.weight", "float8_e4m3fn"),
+                                       config(quantization_config={"quant_method": "fp8"})), QUANTIZED, "scales"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tiny_llama: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_llama, tmp_path / "models" / "model"))
+
+
+@pytest.mark.parametrize(("change", "code", "words"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_what_a_folder_says_is_told_before_it_is_loaded_and_at_load(
+    change: Change, code: str, words: str, folder: Path
+) -> None:
+    assert problem_of(folder) is None
+    change(folder)
+    problem = problem_of(folder)
+    assert problem is not None
+    assert (problem.code, words in problem.sentences()) == (code, True), problem
+    assert problem.message.endswith(".")
+    assert problem.next_step.endswith(".")
+    assert f"`{code}`" in (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+    with pytest.raises(LoadFailed) as raised:
+        load(folder)
+    assert (raised.value.code, raised.value.message) == (problem.code, problem.message)
+
+
+LOADABLE: dict[str, Change] = {
+    "padding beyond the embedding": add_token("<pad>", ROWS),
+    "an inert key": config(transformers_version="99.0", _name_or_path="elsewhere"),
+    "architectures that do not say": config(architectures=None),
+    "a bare model that shares its embedding": config(architectures=["LlamaModel"]),
+    "FP8 that was only rounded": cast("q_proj.weight", "float8_e4m3fn"),
+    "files of other formats beside": several(write("model.gguf", b"GGUF"), write("pytorch_model.bin", b"PK")),
+}
+
+
+@pytest.mark.parametrize("name", LOADABLE)
+def test_what_loads_is_not_refused(name: str, folder: Path) -> None:
+    LOADABLE[name](folder)
+    assert problem_of(folder) is None
+    load(folder)
+
+
+@pytest.mark.anyio
+async def test_the_check_of_the_form_tells_what_a_folder_says(folder: Path) -> None:
+    save = folder.parent.parent
+    async with open_studio(save, thread_spawner(lambda: FakeEngine(Blobs(save / "weights")))) as studio:
+        check = await studio.steering.check({"model": "model"})
+        assert check["errors"] == []
+        change_config(folder, **SAVED_AS_BERT)
+        (error,) = (await studio.steering.check({"model": "model"}))["errors"]
+        assert error["field"] == "config.model"
+        assert "BERT encoder" in error["message"]
+        change_config(folder, model_type="llama", architectures=None, max_position_embeddings=64)
+        (error,) = (await studio.steering.check({"model": "model"}))["errors"]
+        assert error["field"] == "config.max_new_tokens"
+        assert "at most 32 tokens" in error["message"]
+        assert "longer context" not in error["message"]
+
+
+def test_answers_that_leave_no_room_name_a_length_that_works() -> None:
+    problem = too_few_positions(64, 96)
+    assert problem is not None
+    assert problem.next_step == "Allow answers of at most 32 tokens."
+    assert too_few_positions(64, 32) is None
+    assert too_few_positions(None, 8192) is None
+
+
+def test_the_types_that_transformers_knows_are_read_from_its_tables() -> None:
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto import modeling_auto
+
+    assert known_types("CONFIG") >= set(CONFIG_MAPPING.keys())
+    for kind in ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ",
+                 "TEXT_TO_WAVEFORM"):  # fmt: skip
+        assert known_types(kind) == set(getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES")), kind
+
+
+def test_a_vocabulary_is_read_as_the_tokenizer_reads_it(tmp_path: Path) -> None:
+    text = {
+        "added_tokens": [{"id": 9, "content": '"vocab": {"x": 70}', "special": True}],
+        "model": {"type": "BPE", "vocab": {'a": 99,': 0, "b\\": 4, "}": 7, "ü": 2}, "merges": ["a 500"]},
+    }
+    for indent in (None, 2):
+        (tmp_path / "t.json").write_text(json.dumps(text, indent=indent))
+        found = read_vocabulary(tmp_path / "t.json")
+        assert (found.largest, dict(found.added)) == (7, {'"vocab": {"x": 70}': 9})
+    pieces = {"model": {"type": "Unigram", "vocab": [["<s>", 0.0], ["]", -1.5], ["a", -2]], "byte_fallback": True}}
+    (tmp_path / "u.json").write_text(json.dumps(pieces))
+    assert read_vocabulary(tmp_path / "u.json").largest == 2
+
+
+def test_a_configuration_is_the_same_whatever_does_not_matter() -> None:
+    one = b'{"model_type": "llama", "hidden_size": 32, "transformers_version": "4.1", "text_config": {"dtype": "x"}}'
+    two = b'{\n "hidden_size": 32,\n "text_config": {}, "_name_or_path": "a", "model_type": "llama"}\n'
+    assert canonical_config(one) == canonical_config(two)
+    assert canonical_config(one) != canonical_config(two.replace(b"32", b"64"))
+    assert canonical_config(b"{") == b"{"
