@@ -249,8 +249,11 @@ def test_a_token_without_a_row_is_refused_where_it_is_written(folder: Path) -> N
     loaded = load(folder)
     loaded.prompt_tokens(Prompt(text="Hello"), 10, 256)
     with pytest.raises(Invalid, match="“<pad>”") as raised:
-        loaded.prompt_tokens(Prompt(text="What is <pad>?"), 10, 256)
+        loaded.prompt_tokens(Prompt(text="What is <pad>?", template=False), 10, 256)
     assert raised.value.code == "unknown_token"
+    templated = loaded.prompt_tokens(Prompt(text="What is <pad>?"), 10, 256)  # where it is what was said, not a token
+    assert 373 not in templated
+    assert "What is <pad>?" in loaded.tokenizer.decode(templated)
 
 
 @pytest.mark.parametrize(
