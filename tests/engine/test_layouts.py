@@ -177,7 +177,7 @@ def test_drift_is_the_norm_of_the_whole_change(room: Grown) -> None:
 
 def test_experts_have_an_adapter_and_what_has_none_is_said(room: Grown) -> None:
     slot, _ = room.weights(room.root)
-    assert {each.partition(":")[0] for each in slot.left_out} == LEFT_OUT.get(room.kind, set())
+    assert {each.partition(" ")[0] for each in slot.left_out} == LEFT_OUT.get(room.kind, set())
     layers = room.engine.loaded.slots.layers
     assert bool(layers.experts) == (room.kind in {*EXPERTS, "jamba"})
     assert len(slot.slices) == 2 * (len(layers.linear) - (layers.head is not None) + len(layers.experts))
@@ -190,7 +190,7 @@ def test_experts_can_be_left_alone_or_named_alone(room: Grown) -> None:
             slots.get(Adapter(lora_rank=2, target_modules="experts"))
         return
     dropping = slots.get(Adapter(lora_rank=2, lora_dropout=0.5))
-    assert "experts: PEFT adapts them without dropout only" in dropping.left_out
+    assert "experts (PEFT adapts them without dropout only)" in dropping.left_out
     alone = slots.get(Adapter(lora_rank=2, target_modules="experts"))
     assert len(alone.slices) == 2 * len(slots.layers.experts)
     slot, weights = room.weights(room.root)

@@ -160,7 +160,7 @@ class Slots:
                     "target_modules: PEFT can adapt no layer of this model.",
                     field="config.target_modules", next_step="Choose another model.",
                 )  # fmt: skip
-            return every, experts, tuple(f"{name}: {reason}" for name, reason in sorted(unfit.items()))
+            return every, experts, tuple(f"{name} ({reason})" for name, reason in sorted(unfit.items()))
         wanted = settings.target_modules.split(", ")
         there = set(layers.names) - set(unfit)
         if unknown := sorted(set(wanted) - there):
@@ -225,7 +225,7 @@ class Slot:
         self.turn = turn
         self.crew = crew
         self.left_out = left_out
-        """What “all-linear” stands for and PEFT cannot adapt, each with the reason."""
+        """What “all-linear” stands for and cannot get an adapter, each with the reason."""
         self.config = model.peft_config[name]
         self.missing: Tensor | None = None
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
