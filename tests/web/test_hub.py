@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from tests.hub import COMMIT, FakeHub
+from tests.quantized import change_config
 from tests.server import Server, new_session, read_events, wait_ready
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -41,6 +42,13 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
     pickled.mkdir()
     (pickled / "config.json").write_text("{}")
     (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    change_config(make_model(root / "models" / "org" / "bert", "gpt2"), model_type="bert",
+                  architectures=["BertForMaskedLM"])  # fmt: skip
+    change_config(make_llama(root / "models" / "org" / "awq"), quantization_config={"quant_method": "awq", "bits": 4})
+    adapter = root / "models" / "org" / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    (adapter / "adapter_model.safetensors").write_bytes(b"x" * 1000)
     data = root / "datasets" / "org" / "qa" / "data"
     data.mkdir(parents=True)
     rows = [json.dumps({"question": f"Question {number}?", "answer": "x"}) for number in range(60)]
@@ -185,6 +193,24 @@ def test_what_the_hub_refuses_is_told_apart(
     assert message in job["error"]["message"]
     assert job["error"]["next_step"]
     assert "hf_secret" not in json.dumps(job)
+
+
+@pytest.mark.parametrize(
+    ("model", "code", "message"),
+    [
+        ("org/bert", "unsupported_architecture", "BERT encoder"),
+        ("org/awq", "unsupported_quantization", "AWQ"),
+        ("org/adapter", "unsupported_format", "“org/base”"),
+    ],
+)
+def test_no_weights_are_fetched_of_a_model_that_cannot_be_loaded(
+    client: httpx.Client, hub: FakeHub, model: str, code: str, message: str
+) -> None:
+    job, _ = load(client, model=model)
+    assert (job["state"], job["error"]["code"]) == ("failed", code), job["error"]
+    assert message in job["error"]["message"]
+    assert not [asked for asked in hub.requests if model in asked and asked.endswith(".safetensors")]
+    assert [asked for asked in hub.requests if model in asked and asked.endswith(".json")]
 
 
 def test_a_hub_that_hangs_is_given_up(client: httpx.Client, hub: FakeHub) -> None:

@@ -311,7 +311,6 @@ def read_model(
     slots = Slots(model, lean, Crew(lanes))
     if lean is None:  # the lean pass is known to be right
         _require_causal(slots)
-    tokenizer("Once, so that nothing in it changes when several threads read with it.")
     template, problem = _read_template(path, tokenizer)
     about = Loaded(
         fingerprint=digests[0].hexdigest()[:32],
@@ -446,25 +445,48 @@ def _read_config(path: Path, remote_code: bool) -> tuple[Any, Any]:
         wants_code = "auto_map" in about and about.get("model_type") not in CONFIG_MAPPING
         options = {"local_files_only": True, "trust_remote_code": remote_code and wants_code}
         config = AutoConfig.from_pretrained(path, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except PermissionError as error:
         raise _not_readable(error) from None
     except ImportError as error:
-        raise LoadFailed(
-            f"A library that this model needs is not installed: {_first_line(error)}",
-            code="not_installed",
-            next_step="Install it where Trellis runs, and load the model again.",
-        ) from None
+        raise _library_missing(error) from None
     except (StrictDataclassError, RecursionError, *UNREADABLE) as error:
         raise LoadFailed(
             f"The model's configuration could not be used: {_first_line(error)}",
             code="corrupt_file",
-            next_step="Check config.json and the tokenizer's files, or copy them again.",
+            next_step="Check config.json, or copy it again.",
         ) from None
+    tokenizer = _read_tokenizer(path, options)
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config  # the weights are unpacked as they are read
     return config, tokenizer
+
+
+def _read_tokenizer(path: Path, options: dict[str, Any]) -> Any:
+    """The tokenizer in a folder, after it has read a text once. Raises LoadFailed."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        tokenizer("Once, so that nothing in it changes when several threads read with it.")
+    except PermissionError as error:
+        raise _not_readable(error) from None
+    except ImportError as error:
+        raise _library_missing(error) from None
+    except Exception as error:  # noqa: BLE001 - the library raises plain exceptions for files that it cannot read
+        raise LoadFailed(
+            f"The model's tokenizer could not be used: {_first_line(error)}",
+            code="corrupt_file",
+            next_step="Copy the tokenizer's files again. If they were made by a newer version of tokenizers, update it "
+            "and transformers.",
+        ) from None
+    return tokenizer
+
+
+def _library_missing(error: ImportError) -> LoadFailed:
+    return LoadFailed(
+        f"A library that this model needs is not installed: {_first_line(error)}",
+        code="not_installed",
+        next_step="Install it where Trellis runs, and load the model again.",
+    )
 
 
 def _require_rows(described: ModelFiles, tokenizer: Any) -> None:
@@ -628,11 +650,7 @@ def _cannot_be_used(config: Any, error: Exception, verb: str) -> Exception:
     if isinstance(error, torch.OutOfMemoryError) or re.search(r"memory|CUDA error|CUBLAS|MPS backend", str(error)):
         return error
     if isinstance(error, ImportError):
-        return LoadFailed(
-            f"A library that this model needs is not installed: {_first_line(error)}",
-            code="not_installed",
-            next_step="Install it where Trellis runs, and load the model again.",
-        )
+        return _library_missing(error)
     return LoadFailed(
         f"The architecture “{config.model_type}” could not be {verb}: {_first_line(error)}",
         code="unsupported_architecture",
