@@ -103,6 +103,8 @@ def read_at(file: Path, **dataset: Any) -> tuple[list[str], dict[str, Any]]:
         ("chat.json", {"messages": CHAT}, ["Why?"]),
         ("bare chat.json", CHAT, ["Why?"]),
         ("chat columns.json", {"messages": [CHAT, CHAT], "id": [1, 2]}, ["Why?", "Why?"]),
+        ("dialog.json", {"dialog": ["Why?", "So."]}, ["Why?"]),
+        ("dialogs.json", {"dialog": [["Why?", "So."], ["How?", "So."]]}, ["Why?", "How?"]),
         ("answers.json", {"question": "a", "answers": [{"text": "x"}, {"text": "y"}]}, ["a"]),
         ("pandas.json", {"prompt": {"0": "a", "1": "b"}, "n": {"0": 1, "1": 2}}, ["a", "b"]),
         ("pandas index.json", {"0": {"prompt": "a", "n": 1}, "1": {"prompt": "b", "n": 2}}, ["a", "b"]),
@@ -211,6 +213,16 @@ def test_what_is_left_out_of_a_prompt_is_told(tmp_path: Path) -> None:
         "1 conversation begins before its first question; that beginning is not used (line 4).",
         "1 prompt holds more than text, which is not used (line 5).",
     ]
+
+
+@pytest.mark.parametrize(
+    ("column", "said", "told"), [("dialog", 2, 0), ("dialog", 3, 1), ("prompt", 1, 0), ("prompt", 2, 1)]
+)
+def test_what_follows_in_a_list_of_texts_is_told(tmp_path: Path, column: str, said: int, told: int) -> None:
+    row = json.dumps({column: ["Why?", "So.", "And?"][:said]})
+    prompts, about = read(tmp_path, "a.jsonl", f"{row}\n{row}\n")
+    assert prompts == ["Why?", "Why?"]
+    assert len(about["notes"]) == told
 
 
 def test_answers_among_messages_are_no_prompts(tmp_path: Path) -> None:
@@ -436,3 +448,38 @@ def test_any_text_in_any_layout_of_json_comes_back_as_it_was(
         content = json.dumps(values[layout], ensure_ascii=ascii_only, indent=2 if layout == "indented" else None)
     name = f"a.{'jsonl' if layout == 'lines' else 'json'}{packed}"
     assert read(folder, name, PACKED[packed](content.encode(encoding)))[0] == [text.strip() for text in texts]
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+KEYS = st.sampled_from(["prompt", "data", "columns", "messages", "role", "content", "0", "1", "a", ""])
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=12
+)
+
+
+@given(value=VALUES, column=st.sampled_from(["", "prompt", "a.b", "messages"]))
+def test_no_json_value_is_more_than_the_reader_can_take(
+    tmp_path_factory: pytest.TempPathFactory, value: Any, column: str
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    for name in ("a.json", "a.jsonl"):
+        try:
+            read(folder, name, json.dumps(value), column=column)
+        except Invalid as error:
+            assert error.message
+
+
+@given(
+    content=st.binary(max_size=80) | st.text("a,;\t|\"'\\\r\n\x00 =sep{}[]:", max_size=40).map(str.encode),
+    name=st.sampled_from(["a.csv", "a.tsv", "a.jsonl", "a.json", "a.txt", "a.parquet", "a.csv.gz"]),
+    magic=st.sampled_from(
+        [b"", b"\x1f\x8b\x08\x00", b"BZh9", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"\xff\xfe", b"PAR1"]
+    ),
+)
+def test_no_bytes_are_more_than_the_reader_can_take(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str, magic: bytes
+) -> None:
+    try:
+        read(tmp_path_factory.mktemp("any"), name, magic + content)
+    except Invalid as error:
+        assert error.message

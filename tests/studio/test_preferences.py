@@ -269,3 +269,23 @@ def test_no_pair_is_lost_or_made_up(log: list[tuple[str, list[str]]]) -> None:
     back = {(lesson.prompt.text, texts(lesson)[0], worse) for lesson in found.lessons for worse in texts(lesson)[1:]}
     assert back == set(pairs)
     assert all(2 <= len(lesson.options) <= MOST_OPTIONS and lesson.choice == 0 for lesson in found.lessons)
+
+
+KEYS = ["prompt", "chosen", "rejected", "completion", "label", "options", "choice", "input", "messages", "role",
+        "content", "preferred_output", "non_preferred_output", "system"]  # fmt: skip
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 9) | st.sampled_from(["", "a", "user", "assistant", "[", hh("a", "b")]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=10,
+)  # fmt: skip
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=6), max_size=4))
+def test_no_row_is_more_than_can_be_told(rows: list[dict[str, Any]]) -> None:
+    try:
+        found = read(*rows)
+    except Invalid as error:
+        assert error.message.startswith("file: ")
+    else:
+        assert found.lessons
+        assert sum(count for count, _ in found.left_out.values()) < found.rows

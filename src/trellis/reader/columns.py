@@ -208,7 +208,7 @@ def asked_in(value: Any, conversation: bool = False) -> Asked:
         text = value.strip()
         return Asked(text) if text else Asked(problem=EMPTY)
     if isinstance(value, (list, tuple)):
-        return _first_said(value)
+        return _first_said(value, conversation)
     if isinstance(value, Mapping):
         inside = {str(name).lower(): each for name, each in value.items() if not isinstance(each, Mapping)}
         found = (asked_in(inside[usual], usual in CONVERSATIONS) for usual in USUAL if usual in inside)
@@ -225,14 +225,14 @@ def _list_in(text: str) -> Any:
     return value if isinstance(value, list) else text
 
 
-def _first_said(said: Sequence[Any]) -> Asked:
-    """What was said first, where what was said is a list of texts: question, answer, question …"""
+def _first_said(said: Sequence[Any], conversation: bool) -> Asked:
+    """The first of a list of texts, which are question, answer, question … in a conversation."""
     if not said:
         return Asked(problem=EMPTY)
     if not all(isinstance(each, str) for each in said):
         return Asked()
     text = said[0].strip()
-    return Asked(text, None, (CUT,) if len(said) > 2 else ()) if text else Asked(problem=EMPTY)
+    return Asked(text, None, (CUT,) if len(said) > (2 if conversation else 1) else ()) if text else Asked(problem=EMPTY)
 
 
 def _first_question(turns: list[Turn]) -> Asked:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ..conversations import turns_of
 from ..errors import Invalid, shorten
-from .columns import USUAL
+from .columns import CONVERSATIONS, USUAL
 from .opening import DataFile, Opened, broken, lines_of
 from .tally import Reason
 
@@ -218,8 +218,10 @@ def _tables(value: Mapping[str, Any]) -> list[str]:
 
 def _columns(value: Mapping[str, list[Any]]) -> list[Row]:
     """Rows of columns that are lists; one row where a list is a conversation."""
-    if any(turns_of(each) for each in value.values()):
-        return [dict(value)]
+    for name, each in value.items():
+        said = name.lower() in CONVERSATIONS and all(isinstance(text, str) for text in each)
+        if said or turns_of(each):
+            return [dict(value)]
     lengths = {name: len(each) for name, each in value.items()}
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"“{shorten(name)}” {length}" for name, length in list(lengths.items())[:6])
