@@ -161,7 +161,7 @@ def test_a_layout_is_read_whole(tmp_path: Path, name: str, content: Any, prompts
         ("cut.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-20], "not a whole compressed file"),
         ("cut.jsonl.bz2", bz2.compress(b'{"prompt": "a"}\n' * 99)[:-20], "not a whole compressed file"),
         ("cut.jsonl.xz", lzma.compress(b'{"prompt": "a"}\n' * 99)[:-20], "not a whole compressed file"),
-        ("rot.jsonl.gz", gzip.compress(b"abcdefgh" * 99, mtime=0)[:14] + b"\xff\xff\xff\xff\xff\xff\xff\xff", "compressed file"),
+        ("rot.jsonl.gz", gzip.compress(b"abcdefgh" * 99, mtime=0)[:14] + b"\xff" * 8, "compressed file"),
         ("empty rows.jsonl", '{"prompt": ""}\n{"prompt": null}\n', "“prompt”"),
     ],
 )  # fmt: skip
