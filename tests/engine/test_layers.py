@@ -154,3 +154,16 @@ def test_the_layers_of_a_lean_model_are_known_without_a_trial(tmp_path: Path) ->
     base = loaded(tmp_path, "qwen3")
     assert layers_of(base, probe=False) == layers_of(base)
     assert not any(module._forward_hooks for module in base.modules())
+
+
+def test_adapters_name_their_layers_as_other_programs_do_where_the_names_are_clear(tmp_path: Path) -> None:
+    usual = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    slots = Slots(loaded(tmp_path / "one", "llama"))
+    assert slots.get(Adapter(lora_rank=2)).config.target_modules == usual
+    assert slots.get(Adapter(lora_rank=3)).config.target_modules == usual, "also beside another adapter"
+    base = loaded(tmp_path / "two", "llama")
+    base.model.layers[0].extra = nn.ModuleDict({"q_proj": nn.Identity()})
+    named = Slots(base).get(Adapter(lora_rank=2)).config.target_modules
+    assert {name for name in named if name.endswith("q_proj")} == {
+        f"model.layers.{number}.self_attn.q_proj" for number in range(2)
+    }

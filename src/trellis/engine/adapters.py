@@ -124,7 +124,7 @@ class Slots:
             r=settings.lora_rank,
             lora_alpha=settings.lora_alpha,
             lora_dropout=settings.lora_dropout,
-            target_modules=modules,
+            target_modules=self.layers.shortened(modules),
             target_parameters=parameters or None,
             fan_in_fan_out=any(self._is_conv1d(module) for module in modules),
             task_type="CAUSAL_LM",

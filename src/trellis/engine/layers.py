@@ -6,6 +6,7 @@ It knows modules and what PEFT can do with them; not adapters' values, prompts o
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,6 +41,14 @@ class Layers:
     experts: tuple[str, ...]
     head: str | None
     unfit: dict[str, str] = field(default_factory=dict)
+    modules: Counter[str] = field(default_factory=Counter)
+    """How many modules of any kind have a name that ends like this."""
+
+    def shortened(self, names: list[str]) -> list[str]:
+        """The usual short names of some linear layers (q_proj), which other programs know, where no other module has
+        them; else the names as they are."""
+        leaves = Counter(map(leaf, names))
+        return sorted(leaves) if all(self.modules[each] == count for each, count in leaves.items()) else names
 
     @property
     def names(self) -> list[str]:
@@ -80,7 +89,8 @@ def layers_of(model: Any, probe: bool = True) -> Layers:
         experts, unfit[EXPERTS] = (), BYPASSED
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     head_name = next((name for name, module in linear.items() if module is head), None)
-    return Layers(fit, experts, head_name, unfit)
+    modules = Counter(leaf(name) for name, _ in model.named_modules())
+    return Layers(fit, experts, head_name, unfit, modules)
 
 
 def _stacked_experts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
