@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from inspect import signature
 from typing import Any
 
@@ -84,7 +84,12 @@ def keeping(model: Any, count: int) -> dict[str, int]:
     """What asks a model for its last `count` logits alone, where it can be asked. One that cannot may take the argument
     and give all of them."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    return {"logits_to_keep": count} if "logits_to_keep" in signature(inner.forward).parameters else {}
+    return {"logits_to_keep": count} if _can_keep(type(inner).forward) else {}
+
+
+@cache
+def _can_keep(forward: Callable[..., Any]) -> bool:
+    return "logits_to_keep" in signature(forward).parameters
 
 
 def _of_like_length(lengths: Sequence[int]) -> list[list[int]]:
