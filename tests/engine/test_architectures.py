@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from tests.tiny import KINDS, make_llama, make_model
 from trellis.blobs import Blobs
@@ -96,6 +99,32 @@ def test_each_layout_offers_learns_and_merges(kind: str, tmp_path: Path) -> None
     assert stages[-1] == "checking"
     again: Loaded = run(TextEngine(Blobs(tmp_path / "other")).load(Load(path=str(into))))
     assert again.parameters == engine.loaded.about.parameters
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "most"),
+    [(kind, "32-bit", 1e-5) for kind in KINDS]
+    + [("gpt2", "16-bit", 1e-5), ("gpt2", "8-bit", 0.02), ("gpt2", "4-bit", 0.2)],
+)
+def test_plain_peft_computes_the_same_with_what_was_learned(
+    kind: str, precision: str, most: float, tmp_path: Path
+) -> None:
+    """On the whole base what was grown in few bits differs by what the base was rounded by."""
+    folder = make_model(tmp_path / "model", kind)
+    engine, root, _ = grown(folder, tmp_path / "weights", precision=precision)
+    _, learned = learn(engine, root, offer(engine, root), learning_rate=1e-2)
+    slot, weights = engine.weights(learned.weights)
+    slot.install(weights.flat)
+    ids = torch.arange(5, 15)[None]
+    dtype = torch.bfloat16 if precision == "16-bit" else torch.float32
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out")  # PEFT sees a Conv1D where bitsandbytes had a Linear
+        ours = slot.model(ids).logits.float()
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        plain = base(ids).logits.float()
+        theirs = PeftModel.from_pretrained(base, tmp_path / "weights" / learned.weights).eval()(ids).logits.float()
+    assert float((theirs - plain).abs().max()) > 0.3
+    assert float((theirs - ours).abs().max()) < most
 
 
 def test_the_end_is_learned_where_pad_and_end_are_one_token(tmp_path: Path) -> None:
@@ -195,8 +224,6 @@ def test_a_merge_that_does_not_hold_is_refused(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_half_precision_base_is_merged_in_its_own_precision(tmp_path: Path, dtype: str) -> None:
-    from transformers import AutoModelForCausalLM
-
     folder = make_model(tmp_path / "model", "llama")
     AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).save_pretrained(folder)
     engine, root, _ = grown(folder, tmp_path / "weights")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from bitsandbytes.functional import get_4bit_type, quantize_4bit
 from bitsandbytes.nn import modules
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.conftest import pytest_report_header
@@ -94,6 +96,32 @@ def test_the_gradient_is_that_of_the_rounded_weights_in_full_precision(
     assert float(torch.cosine_similarity(mine, theirs, dim=0)) > (1 - 1e-5 if exact else 0.999)
     assert float(mine.norm() / theirs.norm()) == pytest.approx(1, abs=1e-4 if exact else 0.02)
     assert loss == pytest.approx(expected, abs=1e-3 if exact else 0.05)
+
+
+def test_8_bit_floats_are_read_with_their_scales_and_learn_as_these_values_do(tmp_path: Path) -> None:
+    """The layout of DeepSeek and Qwen: E4M3 with one scale for each block of a matrix."""
+    folder, exact = (make_llama(tmp_path / name, hidden=128) for name in ("fp8", "exact"))
+    size, stored, meant = 64, {}, {}
+    for name, each in load_file(folder / "model.safetensors").items():
+        stored[name], meant[name] = each, each
+        if name.endswith("proj.weight"):
+            blocks = each.view(each.shape[0] // size, size, each.shape[1] // size, size)
+            scale = blocks.abs().amax(dim=(1, 3)) / 448
+            values = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+            stored[name], stored[f"{name}_scale_inv"] = values.view(each.shape), scale
+            meant[name] = (values.float() * scale[:, None, :, None]).view(each.shape)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(meant, exact / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    about = {"quant_method": "fp8", "weight_block_size": [size, size], "activation_scheme": "dynamic", "fmt": "e4m3"}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
+    mine, theirs = load(folder, precision="32-bit").model, load(exact, precision="32-bit").model
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        assert torch.allclose(mine(ids).logits, theirs(ids).logits, atol=1e-5)
+    (found, loss), (expected, same) = gradient(mine), gradient(theirs)
+    assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()))
+    assert loss == pytest.approx(same, abs=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (33, 96), (16, 16), (8, 48), (5, 10), (3, 7), (1, 1), (2, 128)])

@@ -137,6 +137,17 @@ def test_a_rotten_adapter_is_made_again_before_it_is_exported(
         assert (Path(job["result"]["path"]) / "adapter_model.safetensors").read_bytes() == kept
 
 
+def test_the_card_says_that_it_was_grown_in_few_bits(client: httpx.Client) -> None:
+    state = new_session(
+        client, model="tiny", precision="4-bit", control_prompt="", max_new_tokens=4, context_length=256
+    )
+    job = export(client, state["id"], kind="merged", name="few bits")
+    assert job["state"] == "done", job["error"]
+    card = (Path(job["result"]["path"]) / "README.md").read_text()
+    assert "rounded to 4-bit" in card
+    assert "Written in float32" in card
+
+
 def test_a_zip_holds_all_of_it(client: httpx.Client, session: str) -> None:
     job = export(client, session, kind="adapter", name="zipped one")
     with client.stream("GET", "/api/exports/zipped%20one/zip") as answer:

@@ -313,6 +313,10 @@ def model_card(session: Session, node: Node, kind: Kind, name: str, checks: dict
         *said,
         "## How it was grown", "",
         f"- Base: `{config.model}`" + (f", revision `{config.revision}`" if config.revision else ""),
+        *(
+            [f"- Grown on a base rounded to {config.precision}: on the whole one it answers a little differently"]
+            if config.precision in ("8-bit", "4-bit") else []
+        ),
         f"- Adapter: LoRA, rank {adapter.lora_rank}, alpha {adapter.lora_alpha}, dropout {adapter.lora_dropout}, on "
         f"{adapter.target_modules}",
         f"- Learning: {config.learning_method}, rate {config.learning_rate}, KL strength {config.kl_beta}",
