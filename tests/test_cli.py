@@ -171,3 +171,54 @@ def test_a_session_begins_with_the_flags(tmp_path: Path) -> None:
             assert f"{server.url}/steer/{made['id']}" in server.output
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("text", ["pip install 'trellis-studio[gpu]'", "[red]x[/red]", "[/]", "C:\\[bold]", ":smile:"])
+def test_doctor_prints_texts_as_they_are(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from trellis import cli, doctor
+
+    findings = [doctor.Finding("a part", text, False, f"Do this: {text}", optional=True)]
+    monkeypatch.setattr(doctor, "examine", lambda settings: findings)
+    shown = CliRunner(env={"NO_COLOR": "1"}).invoke(cli.app, ["doctor"])
+    assert shown.exit_code == 0, shown.output
+    assert f"a part: {text}" in shown.output
+    assert f"→ Do this: {text}" in shown.output
+
+
+def test_the_next_step_of_a_missing_extra_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.metadata
+
+    from trellis import doctor
+
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert "'trellis-studio[gpu]'" in doctor._extra(*doctor.EXTRAS[1]).next_step
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (("--port", "[gpu]"), "--port or TRELLIS_PORT: must be a whole number, got “[gpu]”."),
+        (("--port", "70000"), "TRELLIS_PORT: must be 65535 or less, got “70000”."),
+        (("--save-dir", "/proc/[bold]x"), "The folder “/proc/[bold]x” cannot be written"),
+        (("steer", "--group-size", "[red]x"), "--group-size: must be a whole number, got “[red]x”."),
+    ],
+)
+def test_what_was_typed_is_quoted_as_it_is(words: tuple[str, ...], shown: str) -> None:
+    done = trellis(*words, "--no-open")
+    assert done.returncode == 2
+    assert shown in done.stderr
+
+
+def test_a_session_with_brackets_in_its_name_is_told_as_it_is(tmp_path: Path) -> None:
+    server = Server(tmp_path, command=("steer", "--name", "[gpu] one"))
+    try:
+        with server.client() as client:
+            assert client.get("/api/steering/sessions").json()[0]["name"] == "[gpu] one"
+    finally:
+        server.stop()
+    assert "The session “[gpu] one” is at http" in server.output

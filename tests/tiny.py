@@ -107,6 +107,53 @@ def make_llama(folder: Path, *, seed: int = 0, hidden: int = 32, layers: int = 2
 
 
 KINDS = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "mistral", "gpt2", "gpt_neox")
+"""Dense models with attention alone."""
+
+_LINEAR_ATTENTION = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "num_hidden_layers": 4, "head_dim": 8,
+}  # fmt: skip
+_LATENT_ATTENTION = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": {**_EXPERTS, "head_dim": 8},
+    "qwen3_next": {**_EXPERTS, **_LINEAR_ATTENTION, "shared_expert_intermediate_size": 16},
+    "deepseek_v3": {
+        **_LATENT_ATTENTION, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1,
+        "topk_group": 1, "first_k_dense_replace": 1,
+    },
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 16},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama4_text": {
+        "num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8, "intermediate_size_mlp": 64,
+        "attention_chunk_size": 16,
+    },
+}  # fmt: skip
+"""Mixtures of experts, with the sizes of their own."""
+
+STATEFUL: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": _LINEAR_ATTENTION,
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "mamba": {"state_size": 8},
+    "mamba2": {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8},
+    "falcon_h1": {
+        "head_dim": 8, "mamba_d_ssm": 64, "mamba_d_state": 8, "mamba_d_head": 16, "mamba_n_heads": 4,
+        "mamba_chunk_size": 8,
+    },
+    "jamba": {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "mamba_d_state": 8, "mamba_dt_rank": 4, "num_experts": 4, "num_experts_per_tok": 2,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3, "attention_window_size": 64, "lru_width": 32, "head_dim": 8},
+    "rwkv": {"attention_hidden_size": 32, "context_length": 512},
+    "openai-gpt": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
+}  # fmt: skip
+"""Models whose cache holds more than keys and values, or that have none that can be used, with sizes of their own."""
 
 
 def make_model(
@@ -131,16 +178,30 @@ def make_model(
         sizes["sliding_window"] = 16
     if kind == "gpt2":
         sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
-    if kind == "gpt_neox":
+    if kind in ("gpt_neox", "rwkv"):
         del sizes["num_key_value_heads"]
+    sizes |= EXPERTS.get(kind, {}) | STATEFUL.get(kind, {})
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, vocab_size=vocabulary, **sizes, **special)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config)
+    if kind not in KINDS:
+        _have_context_matter(model)
+    model.save_pretrained(folder)
     if pad_is_end:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.pad_token = tokenizer.eos_token
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def _have_context_matter(model: Any) -> None:
+    """Make the random weights larger: with those of a new model, logits would be much the same after any text."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and parameter.abs().mean() < 0.05:
+                parameter.mul_(3.0)
 
 
 def make_parrot(folder: Path, saying: str) -> Path:

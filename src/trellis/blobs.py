@@ -38,9 +38,7 @@ class Blobs:
         When two write the same id, the first to end wins: they hold the same content by definition.
         """
         target = self.path(blob_id)
-        self.root.mkdir(parents=True, exist_ok=True)
-        work = self.root / f".tmp-{os.getpid()}-{uuid.uuid4().hex}"
-        work.mkdir()
+        work = self.scratch()
         try:
             yield work
             for file in work.rglob("*"):
@@ -55,6 +53,13 @@ class Blobs:
             fsync(self.root)
         finally:
             shutil.rmtree(work, ignore_errors=True)
+
+    def scratch(self) -> Path:
+        """A new temporary folder, which whoever asks for it removes; `sweep` does after a crash."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        work = self.root / f".tmp-{os.getpid()}-{uuid.uuid4().hex}"
+        work.mkdir()
+        return work
 
     def discard(self, blob_id: str) -> None:
         """Take a damaged folder out of sight, so that it can be made again. Nothing happens where there is none."""

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from . import __version__
+from .addresses import local_url, network_urls, qr_code
 from .errors import Invalid, TrellisError
 from .settings import Settings
 
@@ -30,12 +32,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+"""It takes text as it is: names, paths and messages may hold brackets."""
 
 Host = Annotated[str | None, typer.Option(help=f"{Settings.model_fields['host'].description}")]
-Port = Annotated[int | None, typer.Option(help=f"{Settings.model_fields['port'].description}")]
+Port = Annotated[str | None, typer.Option(metavar="INTEGER", help=f"{Settings.model_fields['port'].description}")]
 SaveDir = Annotated[Path | None, typer.Option(help=f"{Settings.model_fields['save_dir'].description}")]
 Reload = Annotated[bool, typer.Option("--reload", help="Start again when a source file changes (for developers).")]
+Qr = Annotated[bool, typer.Option("--qr", help="Show the address as a QR code, for a phone in the same network.")]
 Open = Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")]
 
 
@@ -53,19 +57,21 @@ def default(
     save_dir: SaveDir = None,
     reload: Reload = False,
     open: Open = True,
+    qr: Qr = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it and end.")
     ] = False,
 ) -> None:
     """Start the studio, or run a command."""
     if context.invoked_subcommand is None:
-        serve(host, port, save_dir, reload, open)
+        serve(host, port, save_dir, reload, open, qr)
 
 
 @app.command()
 def serve(
-    host: Host = None, port: Port = None, save_dir: SaveDir = None, reload: Reload = False, open: Open = True
-) -> None:
+    host: Host = None, port: Port = None, save_dir: SaveDir = None, reload: Reload = False, open: Open = True,
+    qr: Qr = False,
+) -> None:  # fmt: skip
     """Start the studio and print its address."""
     settings = _settings(host=host, port=port, save_dir=save_dir)
     try:
@@ -73,7 +79,7 @@ def serve(
         if reload:
             _serve_and_reload(sys.argv[1:])
             return
-        _serve(settings, open)
+        _serve(settings, open, qr=qr)
     except TrellisError as error:
         _say(error)
         raise typer.Exit(2) from None
@@ -86,9 +92,9 @@ def doctor(save_dir: SaveDir = None) -> None:
 
     findings = examine(_settings(save_dir=save_dir))
     for finding in findings:
-        missing = "[yellow]–  [/yellow]" if finding.optional else "[red]no [/red]"
-        mark = "[green]ok [/green]" if finding.ok else missing
-        console.print(f"{mark} {finding.what}: {finding.found}", soft_wrap=True)
+        missing = ("–  ", "yellow") if finding.optional else ("no ", "red")
+        mark = ("ok ", "green") if finding.ok else missing
+        console.print(Text.assemble(mark, f" {finding.what}: {finding.found}"), soft_wrap=True)
         if not finding.ok:
             console.print(f"    → {finding.next_step}", soft_wrap=True)
     raise typer.Exit(0 if all(finding.ok or finding.optional for finding in findings) else 1)
@@ -114,13 +120,14 @@ def _with_flags(begin: Callable[..., None]) -> Callable[..., None]:
         flags[name.replace(".", "_")] = Annotated[row.type | None, about]
     rows = [Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind) for name, kind in flags.items()]
     rows.append(Parameter("open", Parameter.KEYWORD_ONLY, default=True, annotation=Open))
+    rows.append(Parameter("qr", Parameter.KEYWORD_ONLY, default=False, annotation=Qr))
     steer.__signature__ = Signature(rows)  # type: ignore[attr-defined]
     steer.__annotations__ = {row.name: row.annotation for row in rows}
     return steer
 
 
 def _steer(
-    host: str | None, port: int | None, save_dir: Path | None, name: str | None, open: bool, **given: Any
+    host: str | None, port: str | None, save_dir: Path | None, name: str | None, open: bool, qr: bool, **given: Any
 ) -> None:
     from .params import SessionConfig, config_from_flags
 
@@ -129,11 +136,11 @@ def _steer(
         settings.require_password_beyond_loopback()
         config = config_from_flags(given)
         SessionConfig.parse(config)
-        _serve(settings, open, (name, config))
+        _serve(settings, open, (name, config), qr=qr)
     except Invalid as error:
         for field in error.fields:
             flag = "--" + field["field"].removeprefix("config.").replace(".", "-").replace("_", "-")
-            console.print(f"[red]{flag}[/red]: {field['message']}", soft_wrap=True)
+            console.print(Text.assemble((flag, "red"), f": {field['message']}"), soft_wrap=True)
         raise typer.Exit(2) from None
     except TrellisError as error:
         _say(error)
@@ -143,20 +150,25 @@ def _steer(
 def _settings(**given: Any) -> Settings:
     from pydantic import ValidationError
 
+    from .params import invalid_from
+
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        for finding in error.errors():
-            name = ".".join(str(part) for part in finding["loc"])
-            console.print(f"[red]{name}[/red]: {finding['msg']}, got “{finding['input']}”.")
+        for entry in invalid_from(error).fields:
+            variable = f"TRELLIS_{entry['field'].upper()}"
+            flag = f"--{entry['field'].replace('_', '-')} or " if entry["field"] in given else ""
+            console.print(Text.assemble((flag + variable, "red"), f": {entry['message']}"), soft_wrap=True)
         raise typer.Exit(2) from None
 
 
 def _say(error: TrellisError) -> None:
-    console.print(f"[red]{error.message}[/red]\n{error.next_step}", soft_wrap=True)
+    console.print(Text.assemble((error.message, "red"), f"\n{error.next_step}"), soft_wrap=True)
 
 
-def _serve(settings: Settings, open_page: bool, first: tuple[str | None, dict[str, Any]] | None = None) -> None:
+def _serve(
+    settings: Settings, open_page: bool, first: tuple[str | None, dict[str, Any]] | None = None, *, qr: bool = False
+) -> None:
     """Run the studio until it is ended; `first` is the name and configuration of a session to begin with."""
     import uvicorn
 
@@ -197,7 +209,8 @@ def _serve(settings: Settings, open_page: bool, first: tuple[str | None, dict[st
             if first:
                 try:
                     session = await studio.steering.create(*first)
-                    console.print(f"The session “{session.name}” is at [bold]{address}/steer/{session.id}[/bold]")
+                    link = (f"{address}/steer/{session.id}", "bold")
+                    console.print(Text.assemble(f"The session “{session.name}” is at ", link), soft_wrap=True)
                 except TrellisError as error:
                     refused.append(error)
                     self.should_exit = True
@@ -207,9 +220,9 @@ def _serve(settings: Settings, open_page: bool, first: tuple[str | None, dict[st
             spawn.close()  # a load that waits for its engine would hold the server
             super().handle_exit(sig, frame)
 
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    address = f"http://{host}:{listening.getsockname()[1]}"
-    console.print(f"Trellis {__version__} is at [bold]{address}[/bold]  (Ctrl-C ends it)")
+    port = listening.getsockname()[1]
+    address = local_url(settings.host, port)
+    _print_addresses(address, network_urls(settings.host, port), qr)
     if open_page and sys.stdout.isatty():
         threading.Thread(target=_open_later, args=(address,), daemon=True).start()
     spawn.warm()
@@ -222,6 +235,22 @@ def _serve(settings: Settings, open_page: bool, first: tuple[str | None, dict[st
         lock.close()
     if refused:
         raise refused[0]
+
+
+def _print_addresses(local: str, network: list[str], qr: bool) -> None:
+    """Say where the studio is: for this computer, for others in its network, and on demand as a QR code."""
+    console.print(Text.assemble(f"Trellis {__version__} is at ", (local, "bold"), "  (Ctrl-C ends it)"), soft_wrap=True)
+    others = [url for url in network if url != local]
+    for number, url in enumerate(others):
+        said = "For other devices in your network:" if number == 0 else " " * 34
+        console.print(Text.assemble(f"{said} ", (url, "bold")), soft_wrap=True)
+    if qr and network:
+        console.print(Text(qr_code(network[0]), style="bright_white on black"), soft_wrap=True)
+    elif qr:
+        console.print(
+            "A phone cannot reach this address. Set TRELLIS_PASSWORD and start with --host 0.0.0.0 --qr.",
+            soft_wrap=True,
+        )
 
 
 def _let_readers_go(studio: Studio) -> None:

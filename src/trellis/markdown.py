@@ -1,27 +1,39 @@
 """Markdown as HTML that is safe to show, whoever wrote it: rendered without raw HTML, highlighted, then sanitised.
 
-Text that grows is rendered block by block, each once, when it is whole. It imports nothing of ours.
+Text that grows is rendered piece by piece, each once, when it is whole (`markdown_blocks.py`); what is defined after it
+is used (references, footnotes) is shown when all has come. It does not know what is rendered.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from html import escape
+from itertools import accumulate
+from typing import Any
 
 import nh3
 from markdown_it import MarkdownIt
+from markdown_it.rules_block import StateBlock
+from markdown_it.rules_core import StateCore, block, normalize
+from markdown_it.rules_inline import StateInline
+from markdown_it.token import Token
 from mdit_py_plugins.dollarmath import dollarmath_plugin
-from mdit_py_plugins.texmath import texmath_plugin
+from mdit_py_plugins.footnote import footnote_plugin
+from mdit_py_plugins.footnote.index import footnote_tail
+from mdit_py_plugins.gfm_autolink import gfm_autolink_plugin
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexer import Lexer
 from pygments.lexers import get_lexer_by_name
 from pygments.util import ClassNotFound
 
+from .markdown_blocks import THINK, THOUGHT, Blocks
+
 _TAGS = {"p", "h1", "h2", "h3", "h4", "blockquote", "strong", "em", "code", "pre", "ul", "ol", "li", "hr", "br", "a",
-         "table", "thead", "tbody", "tr", "th", "td", "s", "span"}  # fmt: skip
-_ATTRIBUTES = {"a": {"href"}, "span": {"class"}, "pre": {"data-lang"}, "ol": {"start"}}
+         "table", "thead", "tbody", "tr", "th", "td", "s", "span", "sup"}  # fmt: skip
+_ATTRIBUTES = {"a": {"href"}, "span": {"class"}, "pre": {"data-lang"}, "ol": {"start"}, "p": {"class"}}
 
 QUICK = frozenset({
     "python", "pycon", "json", "toml", "bash", "sql", "diff", "rust", "c", "cpp", "kotlin", "swift", "scala", "ruby",
@@ -42,11 +54,6 @@ LONGEST = 20_000
 MOST_OPENERS, MOST_BARS = 200, 2000
 """Openings of formulas, and bars of tables, that are looked at in one block: both are quadratic work."""
 
-THINK = "<think>"
-THOUGHT = "</think>"
-
-_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
-_ITEM = re.compile(r" {0,3}([-*+]|\d{1,9}[.)])(\s|$)")
 _SPANS = HtmlFormatter(nowrap=True)
 _WASTE = re.compile(r"(?:[ \t]*\n){6}|[ \t]{120}")
 """Long runs of nothing, which hold many lexers up and show nothing."""
@@ -79,131 +86,189 @@ def _lexer(name: str) -> Lexer | None:
 
 _MATHS = {
     "math_inline": ("$", "$"), "math_inline_double": ("$$", "$$"), "math_block": ("$$", "$$"),
-    "math_block_eqno": ("$$", "$$"),
+    "math_inline_bracket": ("\\(", "\\)"), "math_display_bracket": ("\\[", "\\]"),
+    "math_block_bracket": ("\\[", "\\]"),
 }  # fmt: skip
 
 
-def _keep_maths(self: object, tokens: list[object], index: int, options: object, env: object) -> str:
+def _keep_maths(self: object, tokens: list[Token], index: int, options: object, env: object) -> str:
     """Formulas as they were written: nobody sets them here, and what reads like TeX must not be eaten as Markdown."""
-    token = tokens[index]
-    left, right = _MATHS[token.type]  # type: ignore[attr-defined]
-    block = "block" in token.type  # type: ignore[attr-defined]
-    inside = f'<span class="maths">{escape(left + token.content + right)}</span>'  # type: ignore[attr-defined]
-    return f"<p>{inside}</p>" if block else inside
+    left, right = _MATHS[tokens[index].type]
+    inside = f'<span class="maths">{escape(left + tokens[index].content + right)}</span>'
+    return f"<p>{inside}</p>\n" if "block" in tokens[index].type else inside
+
+
+def _inline_brackets(state: StateInline, silent: bool) -> bool:
+    r"""Formulas between \( and \), or \[ and \]."""
+    kind = {"\\(": "math_inline_bracket", "\\[": "math_display_bracket"}.get(state.src[state.pos : state.pos + 2])
+    if kind is None:
+        return False
+    end = state.src.find(_MATHS[kind][1], state.pos + 2, state.posMax)
+    if end <= state.pos + 2:
+        return False
+    if not silent:
+        state.push(kind, "math", 0).content = state.src[state.pos + 2 : end]
+    state.pos = end + 2
+    return True
+
+
+def _block_brackets(state: StateBlock, start: int, end: int, silent: bool) -> bool:
+    r"""Formulas between \[ and \] that have lines of their own, without empty ones between them."""
+    if state.is_code_block(start) or not state.src.startswith("\\[", state.bMarks[start] + state.tShift[start]):
+        return False
+    line = start
+    while True:
+        text = state.src[state.bMarks[line] + state.tShift[line] : state.eMarks[line]].strip()
+        if "\\]" in (text[2:] if line == start else text):
+            break
+        line += 1
+        if line >= end or state.isEmpty(line) or state.sCount[line] < state.blkIndent:
+            return False
+    if not text.endswith("\\]"):
+        return False
+    if not silent:
+        content = state.getLines(start, line + 1, state.blkIndent, False).strip()
+        token = state.push("math_block_bracket", "math", 0)
+        token.content, token.map = content[2:-2], [start, line + 1]
+    state.line = line + 1
+    return True
+
+
+def _tasks(state: StateCore) -> None:
+    """Boxes of task lists, as the characters for them."""
+    for at, token in enumerate(state.tokens[:-2]):
+        if token.type != "list_item_open" or state.tokens[at + 1].type != "paragraph_open":
+            continue
+        children = state.tokens[at + 2].children or []
+        if children and children[0].type == "text" and (box := _BOX.match(children[0].content)):
+            children[0].content = ("☐ " if box[1] == " " else "☑ ") + children[0].content[box.end() :]
+
+
+_BOX = re.compile(r"\[([ xX])\][ \t]+(?=\S)")
+
+
+def _number(self: object, tokens: list[Token], index: int, options: object, env: object) -> str:
+    return f"<sup>{tokens[index].meta['id'] + 1}</sup>"
+
+
+def _as_written(self: object, tokens: list[Token], index: int, options: object, env: object) -> str:
+    return f'<p class="plain">{escape(tokens[index].content)}</p>'
+
+
+_FOOTNOTES: dict[str, Callable[..., str]] = {
+    "footnote_ref": _number, "footnote_anchor": lambda *_: "", "footnote_open": lambda *_: "<li>",
+    "footnote_close": lambda *_: "</li>\n", "footnote_block_open": lambda *_: "<hr>\n<ol>\n",
+    "footnote_block_close": lambda *_: "</ol>\n",
+}  # fmt: skip
+"""Footnotes stand at the end, under their numbers. They are not links: a page has many texts with the same numbers."""
 
 
 def _parser(maths: bool, tables: bool) -> MarkdownIt:
     parser = MarkdownIt("commonmark", {"html": False, "highlight": _code}).enable("strikethrough").disable("image")
+    parser.use(gfm_autolink_plugin).use(footnote_plugin, inline=False, move_to_end=False)
+    parser.core.ruler.push("tasks", _tasks)
     if tables:
         parser.enable("table")
     if maths:
-        parser.use(dollarmath_plugin, allow_labels=False, allow_digits=False, double_inline=True)
-        parser.use(texmath_plugin, delimiters="brackets")
+        parser.use(
+            dollarmath_plugin, allow_labels=False, allow_digits=False, double_inline=True, allow_blank_lines=False
+        )
+        parser.inline.ruler.before("escape", "brackets", _inline_brackets)
+        parser.block.ruler.before(
+            "fence", "brackets", _block_brackets, {"alt": ["paragraph", "reference", "blockquote"]}
+        )
     for kind in _MATHS:
         parser.add_render_rule(kind, _keep_maths)
+    for kind, rule in _FOOTNOTES.items():
+        parser.add_render_rule(kind, rule)
+    parser.add_render_rule("too_long", _as_written)
     return parser
 
 
 _PARSERS = {(maths, tables): _parser(maths, tables) for maths in (True, False) for tables in (True, False)}
 
 
-def to_html(text: str) -> str:
-    """No images (a picture's address can carry data out), no raw HTML, links that tell nobody where they were."""
-    if len(text) > LONGEST:
-        return f'<p class="plain">{escape(text)}</p>'
+def _parser_for(text: str) -> MarkdownIt:
+    """The parser for a piece, without what would take too long in it."""
     openers = text.count("\\(") + text.count("\\[") + text.count("$")
     lines = text.count("\n")
     wide = max((line.count("|") for line in text.split("\n", 200)), default=0)
-    parser = _PARSERS[openers <= MOST_OPENERS, max(text.count("|"), wide * lines) <= MOST_BARS]
+    return _PARSERS[openers <= MOST_OPENERS, max(text.count("|"), wide * lines) <= MOST_BARS]
+
+
+def to_html(text: str) -> str:
+    """One piece. No images (a picture's address can carry data out), no raw HTML, links that tell nobody where they
+    were."""
+    return _html_of([text])
+
+
+def _html_of(pieces: Sequence[str]) -> str:
+    """The pieces of a text as HTML. Each is read by itself, but what one defines holds in all of them."""
+    env: dict[str, Any] = {}
+    states = [StateCore(piece, _parser_for(piece), env) for piece in pieces]
+    for state in states:
+        normalize(state)
+        if len(state.src) > LONGEST:
+            state.tokens.append(Token("too_long", "", 0, content=state.src))
+        else:
+            block(state)
+    for state in states:
+        for rule in state.md.core.ruler.getRules(""):
+            if rule not in (normalize, block):
+                rule(state)
+    whole = StateCore("", _PARSERS[True, True], env, [token for state in states for token in state.tokens])
+    footnote_tail(whole)
     return nh3.clean(
-        parser.render(text),
+        whole.md.renderer.render(whole.tokens, whole.md.options, env),
         tags=_TAGS,
         attributes=_ATTRIBUTES,
-        url_schemes={"http", "https"},
+        url_schemes={"http", "https", "mailto"},
         link_rel="noopener noreferrer nofollow",
     )
 
 
 def block_to_html(text: str) -> str:
-    """One block. What a model thought before it spoke is folded."""
+    """One piece of a text. What a model thought before it spoke is folded."""
     opened = text.lstrip()
     if not opened.startswith(THINK):
         return to_html(text)
     thought, _, rest = opened.removeprefix(THINK).partition(THOUGHT)
-    inside, after = to_html(thought.strip()), to_html(rest)
-    return f'<details class="thought"><summary>What it thought first</summary>{inside}</details>{after}'
+    return folded_thought(thought) + to_html(rest)
 
 
-def blocks_to_html(text: str) -> str:
-    """A whole text, as its blocks would have been shown one after the other."""
+def folded_thought(text: str) -> str:
+    """What a model thought, with or without the tags around it, folded."""
+    text = text.strip().removeprefix(THINK).removesuffix(THOUGHT).strip()
+    inside = _html_of(pieces_of(text))
+    return f'<details class="thought"><summary>What it thought first</summary>{inside}</details>'
+
+
+def pieces_of(text: str) -> list[str]:
     blocks = Blocks()
-    return "".join(map(block_to_html, [*blocks.feed(text), blocks.rest()]))
+    return [*blocks.feed(text), *blocks.rest()]
 
 
-class Blocks:
-    """Cuts Markdown that grows into whole blocks, in linear time. `end` is how many characters they hold so far."""
+def text_to_html(text: str) -> str:
+    """A whole text: what it thought first, folded, and the rest."""
+    blocks = Blocks()
+    pieces = [*blocks.feed(text), *blocks.rest()]
+    if blocks.implied:
+        return folded_thought(text[: blocks.implied]) + _html_of(_after(pieces, blocks.implied))
+    if pieces and pieces[0].lstrip().startswith(THINK):
+        thought, rest = pieces[0], pieces[1:]
+        return folded_thought(thought) + (_html_of(rest) if rest else "")
+    return _html_of(pieces)
 
-    def __init__(self) -> None:
-        self.end = 0
-        self._line: list[str] = []
-        """The pieces of a line that is not whole yet."""
-        self._block: list[str] = []
-        self._fence = ""
-        self._in_list = False
-        self._gap = False
-        """Whether an empty line has come, after which the block may still go on."""
-        self._thinks: bool | None = None
 
-    def feed(self, text: str) -> list[str]:
-        """The blocks that are whole now."""
-        self._line.append(text)
-        if "\n" not in text:
-            return []
-        *lines, last = "".join(self._line).split("\n")
-        self._line = [last]
-        return [block for line in lines for block in self._take(f"{line}\n")]
+def _after(pieces: list[str], characters: int) -> list[str]:
+    """The pieces after so many characters."""
+    ends = accumulate(map(len, pieces))
+    return [piece for piece, end in zip(pieces, ends, strict=True) if end > characters]
 
-    def rest(self) -> str:
-        """What is left when no more comes."""
-        block = "".join(self._block + self._line)
-        self._block, self._line = [], []
-        self.end += len(block)
-        return block
 
-    def _take(self, line: str) -> list[str]:
-        if self._thinks is None and line.strip():
-            self._thinks = line.lstrip().startswith(THINK)
-        self._block.append(line)
-        if self._thinks:
-            if THOUGHT in line:
-                self._thinks = False
-                return self._cut(len(self._block))
-            return []
-        if self._fence:
-            closes = line.strip()
-            if closes.startswith(self._fence) and not closes.strip(self._fence[0]):
-                self._fence = ""
-                return [] if self._in_list else self._cut(len(self._block))
-            return []
-        if not line.strip():
-            self._gap = True
-            # Of a list or a quote it is not known yet whether it goes on; all else has ended.
-            return [] if self._in_list else self._cut(len(self._block))
-        whole: list[str] = []
-        goes_on = line.startswith((" ", "\t")) or _ITEM.match(line)
-        if self._in_list and self._gap and not goes_on:
-            whole = self._cut(len(self._block) - 1)
-        self._gap = False
-        if fence := _FENCE.match(line.lstrip() if self._in_list else line):
-            if not self._in_list:
-                whole += self._cut(len(self._block) - 1)
-            self._fence = fence[1]
-        elif len(self._block) == 1:
-            self._in_list = bool(_ITEM.match(line))
-        return whole
+DEFINITION = re.compile(r"^[ >\t]{0,8}\[[^\]\n]+\]:", re.MULTILINE)
 
-    def _cut(self, lines: int) -> list[str]:
-        block, self._block = "".join(self._block[:lines]), self._block[lines:]
-        self._in_list = self._gap = False
-        self.end += len(block)
-        return [block] if block else []
+
+def needs_whole(text: str) -> bool:
+    """Whether a text may show otherwise as a whole than piece by piece: something may be defined after it is used."""
+    return DEFINITION.search(text) is not None

@@ -391,8 +391,12 @@ class Merged(Message):
 
 
 class Planted(Message):
+    """The weights that a session starts from. `left_out` are layers that were asked for and cannot get an adapter, each
+    with the reason."""
+
     type: Literal["planted"] = "planted"
     weights: str
+    left_out: tuple[str, ...] = ()
 
 
 class Delta(Message):

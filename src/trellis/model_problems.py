@@ -53,7 +53,7 @@ def problems(files: ModelFiles, precision: Precision = "auto", remote_code: bool
     if not files.config:
         return
     yield from _unsupported_architecture(files, remote_code)
-    yield from _unsupported_quantization(files, precision)
+    yield from _unsupported_quantization(files)
     yield from _wrong_sizes(files)
     yield from _unsupported_tokenizer(files, remote_code)
     if precision in ("8-bit", "4-bit") and not _installed("bitsandbytes"):
@@ -62,6 +62,18 @@ def problems(files: ModelFiles, precision: Precision = "auto", remote_code: bool
             "Install it with `pip install 'trellis-studio[quantized]'`, or choose 16-bit.",
             "not_installed", "precision",
         )  # fmt: skip
+
+
+def problems_before_weights(files: ModelFiles, remote_code: bool = False) -> Iterator[Problem]:
+    """The same, of a folder whose weights are still to come."""
+    if "adapter_config.json" in files.names and "config.json" not in files.names:
+        yield from _absent_files(files)
+    yield from files.damage
+    if files.config:
+        yield from _unsupported_architecture(files, remote_code)
+        yield from _unsupported_quantization(files)
+        yield from _wrong_sizes(files)
+        yield from _unsupported_tokenizer(files, remote_code)
 
 
 def problem_of(path: Path, precision: Precision = "auto", remote_code: bool = False) -> Problem | None:
@@ -263,7 +275,7 @@ def quantization_of(files: ModelFiles) -> str:
     return ""
 
 
-def _unsupported_quantization(files: ModelFiles, precision: Precision) -> Iterator[Problem]:
+def _unsupported_quantization(files: ModelFiles) -> Iterator[Problem]:
     method = quantization_of(files)
     if method == BLOCK_FP8:
         if odd := _fp8_that_is_not_understood(files):

@@ -394,11 +394,46 @@ MOST_FINDINGS = 20
 
 
 def invalid_fields(findings: Iterable[Mapping[str, Any]], prefix: str = "") -> Invalid:
-    fields = []
+    """Findings as one error. What several branches of a union say of one field is one sentence."""
+    said: dict[str, list[str]] = {}
+    given: dict[str, str] = {}
     for finding in islice(findings, MOST_FINDINGS):
-        path = ".".join(part for part in (prefix, *(shorten(step) for step in finding["loc"])) if part)
-        fields.append({"field": path, "message": _sentence(finding)})
-    return invalid_entries(fields)
+        path = ".".join(part for part in (prefix, *_path_of(finding)) if part)
+        sentence = _sentence(finding, prefix)
+        if sentence not in said.setdefault(path, []):
+            said[path].append(sentence)
+        given.setdefault(path, _given(finding.get("input")))
+    return invalid_entries([{"field": path, "message": _one_of(said[path], given[path])} for path in said])
+
+
+UNION_STEP = re.compile(
+    r"[A-Z]\w*|.*[\[(].*|str|int|float|bool|bytes|none|any|tuple|list|dict|set|constrained-\w+|json|tagged-union|"
+    r"is-instance|chain|nullable|function-\w+"
+)
+"""A step of Pydantic's way to a value that names a branch of a union, or a validator, and no field."""
+
+
+def _path_of(finding: Mapping[str, Any]) -> list[str]:
+    """The way to a value in what was sent."""
+    steps = list(finding["loc"])
+    last = len(steps) - 1
+    sent_by_name = finding["type"] == "extra_forbidden"  # whatever it is called, it is a name that was sent
+    return [
+        shorten(step)
+        for place, step in enumerate(steps)
+        if not (isinstance(step, str) and UNION_STEP.fullmatch(step)) or (sent_by_name and place == last)
+    ]
+
+
+def _one_of(sentences: list[str], given: str) -> str:
+    """One sentence of several about the same field: “must be text or a list, got “5”.”"""
+    if len(sentences) == 1:
+        return sentences[0]
+    ending = f", got {given}."
+    kinds = [each.removeprefix("must be ").removesuffix(ending) for each in sentences if each.startswith("must be ")]
+    if not kinds:
+        return sentences[0]
+    return f"must be {', '.join(kinds[:-1])}{' or ' if kinds[:-1] else ''}{kinds[-1]}{ending}"
 
 
 def invalid_entries(fields: list[dict[str, str]]) -> Invalid:
@@ -412,36 +447,81 @@ def invalid_entries(fields: list[dict[str, str]]) -> Invalid:
 
 BOUNDS = {
     "greater_than_equal": ("ge", "{} or more"), "less_than_equal": ("le", "{} or less"),
-    "greater_than": ("gt", "more than {}"), "less_than": ("lt", "less than {}"),
+    "greater_than": ("gt", "more than {}"), "less_than": ("lt", "less than {}"), "multiple_of": ("multiple_of",
+    "a multiple of {}"),
 }  # fmt: skip
-NUMBERS = {
+KINDS = {
     "int_parsing": "a whole number", "int_type": "a whole number", "int_from_float": "a whole number",
-    "float_parsing": "a number", "float_type": "a number", "bool_parsing": "on or off", "bool_type": "on or off",
-    "string_type": "text",
+    "int_parsing_size": "a whole number of a usual size", "float_parsing": "a number", "float_type": "a number",
+    "finite_number": "a finite number", "bool_parsing": "on or off", "bool_type": "on or off",
+    "string_type": "text", "string_sub_type": "text", "string_unicode": "text", "bytes_type": "text",
+    "list_type": "a list", "tuple_type": "a list", "set_type": "a list", "iterable_type": "a list",
+    "dict_type": "an object", "model_type": "an object", "model_attributes_type": "an object",
+    "mapping_type": "an object", "dataclass_type": "an object", "none_required": "empty",
 }  # fmt: skip
+LENGTHS = {
+    "string_too_long": ("max_length", "must have at most {} characters."),
+    "string_too_short": ("min_length", "must have at least {} characters."),
+    "too_long": ("max_length", "must have at most {} entries."),
+    "too_short": ("min_length", "must have at least {} entries."),
+}
 """What Pydantic says for programs, as a form says it to a person."""
 
 
-def _sentence(finding: Mapping[str, Any]) -> str:
-    message = str(finding["msg"]).removeprefix("Value error, ")
-    value = finding.get("input")
-    if finding["type"] == "string_too_short" or (
-        finding["type"] == "string_pattern_mismatch" and not str(value).strip()
+def _sentence(finding: Mapping[str, Any], prefix: str = "") -> str:
+    kind, value = finding["type"], finding.get("input")
+    limits = finding.get("ctx") or {}
+    got = f", got {_given(value)}."
+    if (kind == "string_too_short" and limits.get("min_length") == 1) or (
+        kind == "string_pattern_mismatch" and not str(value).strip()
     ):
         return "is empty."
-    limits = finding.get("ctx") or {}
-    if finding["type"] in BOUNDS:
-        name, words = BOUNDS[finding["type"]]
-        return f"must be {words.format(limits[name])}, got “{shorten(value)}”."
-    if finding["type"] in NUMBERS:
-        return f"must be {NUMBERS[finding['type']]}, got “{shorten(value)}”."
-    if finding["type"] == "literal_error":
-        return f"must be {finding['ctx']['expected']}, got “{shorten(value)}”."
-    if finding["type"] == "missing":
+    if kind in BOUNDS:
+        name, words = BOUNDS[kind]
+        return f"must be {words.format(limits[name])}{got}"
+    if kind in KINDS:
+        return f"must be {KINDS[kind]}{got}"
+    if kind in LENGTHS:
+        name, words = LENGTHS[kind]
+        return words.format(limits[name])
+    if kind in ("literal_error", "enum"):
+        return f"must be {_quoted(limits['expected'])}{got}"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        tags = f" {_quoted(limits['expected_tags'])}" if "expected_tags" in limits else " one of the kinds"
+        return f"must have{tags} as its {_quoted(limits.get('discriminator', 'type'))}."
+    if kind == "missing":
         return "is missing."
-    if finding["type"] == "extra_forbidden":
-        return "is not an option. The options are listed at /api/steering/schema."
-    return f"{message}, got “{shorten(value)}”."
+    if kind == "extra_forbidden":
+        options = "is not an option. The options are listed at /api/steering/schema."
+        return options if prefix == "config" else "is not a field of this request."
+    if kind == "string_pattern_mismatch":
+        return f"has characters or a form that it cannot have{got}"
+    if kind in ("value_error", "assertion_error"):  # what our own validators say
+        message = str(finding["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ").rstrip(".")
+        return f"{message}{got}"
+    return f"cannot be used{got}"
+
+
+def _quoted(expected: object) -> str:
+    """Pydantic's list of what may be, in our quotes."""
+    return re.sub(r"'([^']*)'", r"“\1”", str(expected))
+
+
+def _given(value: object) -> str:
+    """A value as it is quoted: text and numbers as they are, others by what they are in JSON."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "“true”" if value else "“false”"
+    if isinstance(value, int) and abs(value) >= 10**18:
+        return "a very large number"
+    if isinstance(value, str | int | float):
+        return f"“{shorten(value)}”"
+    if isinstance(value, bytes):
+        return f"“{shorten(value[:2000].decode(errors='replace'))}”"
+    if isinstance(value, list | tuple):
+        return "a list"
+    return "an object" if isinstance(value, Mapping) else "something else"
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from tests.tiny import KINDS, make_model
+from tests.tiny import KINDS, make_llama, make_model
 from trellis.blobs import Blobs
 from trellis.engine.text import TextEngine
 from trellis.errors import Invalid, TrellisError, WeightsMissing
@@ -210,6 +210,41 @@ def test_a_half_precision_base_is_merged_in_its_own_precision(tmp_path: Path, dt
     assert torch.equal(one, two), "what the adapter does not touch must stay as it was, to the bit"
 
 
+def test_what_is_stored_in_more_digits_than_the_rest_keeps_them(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    stored = load_file(folder / "model.safetensors")
+    dice = torch.Generator().manual_seed(1)
+    mixed = {
+        name: 1 + torch.rand(each.shape, generator=dice) if "norm" in name else each.to(torch.bfloat16)
+        for name, each in stored.items()
+    }
+    save_file(mixed, folder / "model.safetensors", metadata={"format": "pt"})
+    engine, root, _ = grown(folder, tmp_path / "weights")
+    _, learned = learn(engine, root, offer(engine, root))
+    merged: Merged = run(engine.merge(merge_of(folder, root, learned.weights, str(tmp_path / "m"))))
+    assert merged.dtype == "bfloat16"
+    found = load_file(tmp_path / "m" / "model.safetensors")
+    assert set(found) == set(mixed)
+    assert {name: each.dtype for name, each in found.items()} == {name: each.dtype for name, each in mixed.items()}
+    for name, each in found.items():
+        assert torch.equal(each, mixed[name]) == ("proj" not in name), name
+
+
+def test_an_adapter_that_does_not_fit_the_base_is_not_merged_in_part(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    engine, root, _ = grown(folder, tmp_path / "weights")
+    _, learned = learn(engine, root, offer(engine, root))
+    file = tmp_path / "weights" / learned.weights / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name.replace("q_proj", "query"): each for name, each in tensors.items()}, file)
+    with (
+        pytest.warns(UserWarning, match="missing adapter keys"),
+        pytest.raises(TrellisError, match="4 of the adapter's 28 tensors") as raised,
+    ):
+        run(engine.merge(merge_of(folder, root, learned.weights, str(tmp_path / "m"))))
+    assert raised.value.code == "not_proved"
+
+
 def test_a_rotten_adapter_is_learned_again_to_the_same_bits(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", "llama")
     engine, root, _ = grown(folder, tmp_path / "weights")
@@ -254,8 +289,6 @@ def test_a_rotten_adapter_is_not_merged(tmp_path: Path) -> None:
 
 
 def test_another_base_than_the_adapters_own_is_not_merged_into(tmp_path: Path) -> None:
-    from tests.tiny import make_llama
-
     engine, root, _ = grown(make_llama(tmp_path / "model"), tmp_path / "weights")
     _, learned = learn(engine, root, offer(engine, root))
     other = make_llama(tmp_path / "other", seed=9)
@@ -271,3 +304,23 @@ def test_an_adapter_grown_in_few_bits_is_merged_into_the_whole_base(tmp_path: Pa
     merged: Merged = run(engine.merge(merge_of(folder, root, learned.weights, str(tmp_path / "m"))))
     assert merged.dtype == "float32"
     assert merged.mean_difference < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+def test_a_tied_output_layer_is_merged_into_a_weight_of_its_own(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = make_llama(tmp_path / "model") if kind == "llama" else make_model(tmp_path / "model", kind)
+    adapter = Adapter(lora_rank=4, target_modules="lm_head")
+    engine, root, _ = grown(folder, tmp_path / "weights", adapter)
+    assert engine.loaded.model.config.tie_word_embeddings
+    _, learned = learn(engine, root, offer(engine, root), learning_rate=0.05)
+    assert learned.metrics.share_after > learned.metrics.share_before
+    request = merge_of(folder, root, learned.weights, str(tmp_path / "m"))
+    merged: Merged = run(engine.merge(request.model_copy(update={"plant": Plant(adapter=adapter, seed=1)})))
+    assert merged.mean_difference < 1e-4
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(again.get_input_embeddings().weight, base.get_input_embeddings().weight)
+    assert not torch.equal(again.get_output_embeddings().weight, base.get_output_embeddings().weight)

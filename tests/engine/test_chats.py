@@ -62,7 +62,7 @@ class Room:
         loaded = self.engine.loaded
         self.weights = ["", *(self.grown(Adapter(lora_rank=rank), seed) for rank, seed in ((4, 1), (4, 2), (2, 3)))]
         if general:
-            self.engine._lines = GeneralLines(loaded.slots, loaded.model, self.engine.weights)
+            self.engine._lines = GeneralLines(loaded.slots, self.engine.weights)
         self.chats = self.engine._chats
 
     def grown(self, adapter: Adapter, seed: int) -> str:
@@ -126,7 +126,7 @@ def test_each_is_answered_as_generate_would_whoever_else_is_there(room: Room) ->
 
 def test_the_lean_batch_is_what_a_small_model_gets(room: Room) -> None:
     loaded = room.engine.loaded
-    made = lines_of(loaded.slots, loaded.lean, loaded.model, room.engine.weights, 1000)
+    made = lines_of(loaded.slots, loaded.lean, room.engine.weights, 1000)
     assert isinstance(made, LeanLines)
 
 

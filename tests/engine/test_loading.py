@@ -329,3 +329,38 @@ def run(steps: Any) -> Any:
             next(steps)
         except StopIteration as stop:
             return stop.value
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("tokenizer.json", {"version": "9.0"}),
+        ("tokenizer.json", {"normalizer": {"type": "OfTheFuture"}}),
+        ("tokenizer.json", {"truncation": "x"}),
+        ("tokenizer_config.json", {"model_max_length": "x"}),
+        ("tokenizer_config.json", {"tokenizer_class": 5}),
+        ("config.json", {"dtype": "nonsense"}),
+        ("config.json", {"num_hidden_layers": [2]}),
+        ("config.json", {"rope_scaling": {"rope_type": "nonsense"}}),
+        ("config.json", {"hidden_act": "nonsense"}),
+    ],
+)
+def test_what_the_libraries_cannot_read_is_told_in_words(folder: Path, file: str, changes: dict[str, Any]) -> None:
+    about = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(about | changes))
+    with pytest.raises(LoadFailed) as raised:
+        load(folder)
+    assert raised.value.code in ("corrupt_file", "unsupported_architecture")
+    assert raised.value.message.endswith(".")
+
+
+def test_a_model_that_cannot_be_run_is_refused_at_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaForCausalLM
+
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise AttributeError("'tuple' has no attribute 'dtype'")
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", broken)
+    with pytest.raises(LoadFailed, match="could not be run") as raised:
+        load(folder)
+    assert raised.value.code == "unsupported_architecture"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
 from tests.journeys.conftest import Open
-from tests.server import Server, new_session
+from tests.server import Server, new_session, wait_ready
 from tests.tiny import make_parrot
 
 pytestmark = pytest.mark.browser
@@ -117,8 +118,7 @@ def test_edits_and_answers_once_more_keep_their_branches(open_page: Open, server
     begin(page, server, "Hello.")
     whole(page, 1)
     first = on_screen(page)[0]
-    page.locator("body").click()
-    page.keyboard.press("r")
+    page.get_by_role("button", name="Once more").click()
     expect(page.locator(".branches")).to_contain_text("2 of 2")
     whole(page, 1)
     assert on_screen(page)[0] != first
@@ -260,6 +260,7 @@ def test_models_answer_side_by_side_and_one_is_gone_on_with(open_page: Open, ser
     expect(page.get_by_role("button", name="Good").last).to_have_attribute("aria-pressed", "true")
     page.locator(".teach summary").last.click()
     page.get_by_role("button", name="Learn from this").last.click()
+    page.get_by_role("link", name="See how it goes").click()
     page.wait_for_url("**/log#fits")
     expect(page.get_by_text("an answer in").first).to_be_visible()
 
@@ -330,13 +331,247 @@ def test_prompts_by_slash_and_keys_by_question_mark(open_page: Open, server: Ser
     expect(page.locator(".prompt-row")).to_have_count(1)
     page.keyboard.press("Enter")
     expect(box).to_have_value("Answer in three words.")
-    page.locator("h1").evaluate("node => document.activeElement.blur()")
-    page.keyboard.press("?")
+    page.get_by_role("button", name="Keys").click()
     expect(page.get_by_role("dialog", name="Keys")).to_be_visible()
     page.keyboard.press("Escape")
     expect(page.get_by_role("dialog", name="Keys")).not_to_be_visible()
-    page.keyboard.press("w")
-    expect(box).to_be_focused()
+
+
+@pytest.mark.parametrize("text", ["/etc/fstab is broken, why?", "/brief is what I would call it", "/nobody", "/a/b"])
+def test_a_message_that_begins_with_a_slash_is_sent(open_page: Open, server: Server, text: str) -> None:
+    before = httpx.get(f"{server.url}/api/rooms/prompts").json()
+    page = open_page()
+    page.goto(f"{server.url}/chat")
+    page.get_by_label("Message", exact=True).press_sequentially(text)
+    page.wait_for_timeout(300)  # the library has been asked
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/chat/r*")
+    room = page.url.split("/chat/")[1].split("#")[0]
+    whole(page, 1)
+    page.get_by_label("Message", exact=True).press_sequentially(text)
+    page.wait_for_timeout(300)
+    page.keyboard.press("Enter")
+    whole(page, 2)
+    assert [each["text"] for each in stored(server, room) if each["role"] == "user"] == [text, text]
+    assert httpx.get(f"{server.url}/api/rooms/prompts").json() == before
+
+
+@pytest.mark.parametrize("place", ["start", "room"])
+def test_enter_that_an_input_method_takes_sends_nothing(open_page: Open, server: Server, place: str) -> None:
+    """Chromium says `isComposing`; Safari says keyCode 229 alone."""
+    page = open_page()
+    if place == "room":
+        begin(page, server)
+        whole(page, 1)
+    else:
+        page.goto(f"{server.url}/chat")
+    box = page.get_by_label("Message", exact=True)
+    box.fill("こんにちは")
+    for options in ({"isComposing": True}, {"keyCode": 229}):
+        box.evaluate(
+            "(node, options) => node.dispatchEvent(new KeyboardEvent('keydown', "
+            "{key: 'Enter', bubbles: true, cancelable: true, ...options}))",
+            options,
+        )
+    page.wait_for_timeout(300)
+    expect(box).to_have_value("こんにちは")
+    expect(page.locator("[data-outbox] article, .message.user .tail", has_text="こんにちは")).to_have_count(0)
+
+
+def test_a_text_that_is_too_long_is_kept_told_and_can_become_a_file(open_page: Open, server: Server) -> None:
+    page = open_page()
+    room = begin(page, server)
+    whole(page, 1)
+    box = page.get_by_label("Message", exact=True)
+    text = "word " * 30_004 + "last"
+    box.evaluate("(node, text) => { node.focus(); document.execCommand('insertText', false, text); }", text)
+    expect(page.locator("#say-limit")).to_contain_text("150,024 characters; 100,000 are the most")
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(300)
+    assert box.input_value() == text, "nothing of it is lost"
+    assert len(stored(server, room)) == 2
+    page.get_by_role("button", name="Add it as a file").click()
+    expect(page.locator("[data-chips] .chip")).to_contain_text("pasted.txt")
+    expect(box).to_have_value("")
+    expect(page.locator("#say-limit")).to_be_hidden()
+    say(page, "What is it?")
+    whole(page, 2)
+    file = stored(server, room)[2]["files"][0]
+    assert httpx.get(f"{server.url}/api/rooms/{room}/files/{file['id']}").text == text
+
+
+def test_an_edit_that_is_too_long_is_kept_and_told(open_page: Open, server: Server) -> None:
+    page = open_page()
+    room = begin(page, server)
+    whole(page, 1)
+    page.get_by_label("Message", exact=True).focus()
+    page.keyboard.press("ArrowUp")
+    page.get_by_role("textbox", name="Text").first.fill("x" * 100_001)
+    page.get_by_role("button", name="Ask this instead").click()
+    expect(page.get_by_text("100,001 characters; 100,000 are the most")).to_be_visible()
+    page.wait_for_timeout(200)
+    assert len(stored(server, room)) == 2
+
+
+def test_what_is_being_written_survives_a_reload(open_page: Open, server: Server, tmp_path: Path) -> None:
+    page = open_page()
+    page.goto(f"{server.url}/chat")
+    box = page.get_by_label("Message", exact=True)
+    box.fill("The first one,\nhalf written")
+    page.reload()
+    expect(box).to_have_value("The first one,\nhalf written")
+    page.keyboard.press("Enter")
+    box.press("Enter")
+    page.wait_for_url("**/chat/r*")
+    whole(page, 1)
+    (tmp_path / "notes.md").write_text("What I noted.")
+    page.locator("#add-file").set_input_files([tmp_path / "notes.md"])
+    expect(page.locator("[data-chips] .chip")).to_contain_text("notes.md")
+    box.fill("The second one")
+    page.reload()
+    expect(box).to_have_value("The second one")
+    expect(page.locator("[data-chips] .chip")).to_contain_text("notes.md")
+    box.press("Enter")
+    whole(page, 2)
+    expect(page.locator(".message.user .chip")).to_contain_text("notes.md")
+    page.reload()
+    expect(box).to_have_value("")
+    page.goto(f"{server.url}/chat")
+    expect(box).to_have_value("")
+
+
+@pytest.mark.parametrize("place", ["start", "room"])
+def test_letters_outside_of_a_field_are_written_and_do_nothing_else(
+    open_page: Open, server: Server, place: str
+) -> None:
+    page = open_page()
+    if place == "room":
+        begin(page, server)
+        whole(page, 1)
+    else:
+        page.goto(f"{server.url}/chat")
+    url = page.url
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.type("no, that is wrong? sure")
+    page.wait_for_timeout(300)
+    assert page.url == url
+    expect(page.get_by_label("Message", exact=True)).to_have_value("no, that is wrong? sure")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+
+
+def test_the_first_message_takes_files_and_one_that_cannot_be_used_is_refused_alone(
+    open_page: Open, server: Server, tmp_path: Path
+) -> None:
+    page = open_page()
+    page.goto(f"{server.url}/chat")
+    (tmp_path / "notes.md").write_text("What I noted.")
+    (tmp_path / "bad.bin").write_bytes(b"\x00\x01")
+    (tmp_path / "cat.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 20)
+    rooms = len(httpx.get(f"{server.url}/api/rooms").json())
+    for bad, reason in (("bad.bin", "neither text"), ("cat.png", "does not see pictures")):
+        page.locator("#add-file").set_input_files([tmp_path / bad])
+        expect(page.locator(".toast.error")).to_contain_text(bad)
+        expect(page.locator(".toast.error")).to_contain_text(reason)
+    page.locator("#add-file").set_input_files([tmp_path / "notes.md"])
+    expect(page.locator("[data-chips] .chip")).to_have_count(1)
+    assert len(httpx.get(f"{server.url}/api/rooms").json()) == rooms, "there is no room before it is sent"
+    say(page, "What is it?")
+    page.wait_for_url("**/chat/r*")
+    whole(page, 1)
+    room = page.url.split("/chat/")[1].split("#")[0]
+    first = stored(server, room)[0]
+    assert (first["text"], first["files"][0]["name"]) == ("What is it?", "notes.md")
+    assert len(httpx.get(f"{server.url}/api/rooms").json()) == rooms + 1
+    page.locator("#add-file").set_input_files([tmp_path / "cat.png"])
+    expect(page.locator(".toast.error")).to_contain_text("does not see pictures")
+    expect(page.locator("[data-chips] .chip")).to_have_count(0)
+
+
+def test_prompts_work_in_the_first_message_too(open_page: Open, server: Server) -> None:
+    httpx.put(f"{server.url}/api/rooms/prompts", json={"name": "greet", "text": "Greet me."})
+    page = open_page()
+    page.goto(f"{server.url}/chat")
+    box = page.get_by_label("Message", exact=True)
+    box.press_sequentially("/gree")
+    expect(page.locator(".prompt-row")).to_have_count(1)
+    page.keyboard.press("Enter")
+    expect(box).to_have_value("Greet me.")
+
+
+def test_looking_at_the_steps_of_a_session_chooses_none(open_page: Open, server: Server) -> None:
+    with server.client() as client:
+        state = new_session(client)
+        state = client.patch(f"/api/steering/sessions/{state['id']}", json={"name": "Fern, the first"}).json()
+        for number in range(2):
+            offer = wait_ready(client, state["id"])["offer"]["id"]
+            client.post(f"/api/steering/sessions/{state['id']}/choose", json={"offer": offer, "choice": 0})
+            deadline = time.monotonic() + 20
+            while client.get(f"/api/steering/sessions/{state['id']}").json()["head"]["step"] <= number:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        client.post(f"/api/steering/sessions/{state['id']}/undo")
+    page = open_page()
+    page.goto(f"{server.url}/chat?model=session:{state['id']}")
+    select = page.locator("[data-model]").first
+    for _ in range(2):
+        page.get_by_role("button", name="Step …").first.click()
+        expect(select.locator("optgroup[data-steps] option")).to_have_count(3)
+        expect(select).to_have_value(f"session:{state['id']}")
+    texts = select.locator("optgroup[data-steps] option").all_inner_texts()
+    assert all(text.startswith(state["name"]) and not text.rstrip().endswith((":", ",")) for text in texts), texts
+    assert [("the newest" in text, "where it stands" in text) for text in texts] == [
+        (True, False), (False, True), (False, False),
+    ]  # fmt: skip
+    page.keyboard.press("Escape")
+    value = select.locator("optgroup[data-steps] option").nth(1).get_attribute("value")
+    select.select_option(value)
+    page.get_by_role("button", name="Step …").first.click()
+    expect(select).to_have_value(value or "")
+
+
+def test_teach_takes_the_session_that_answered_or_says_why_it_cannot(open_page: Open, server: Server) -> None:
+    with server.client() as client:
+        mine, other = new_session(client), new_session(client)
+        room = client.post("/api/rooms", json={"models": [f"session:{mine['id']}"]}).json()["id"]
+    page = open_page()
+    page.goto(f"{server.url}/chat/{room}")
+    say(page, "Hello.")
+    whole(page, 1)
+    page.locator(".teach summary").click()
+    expect(page.locator(".teach .help")).to_contain_text("There is nothing to learn from this yet")
+    page.get_by_role("button", name="Good").click()
+    expect(page.get_by_role("button", name="Good")).to_have_attribute("aria-pressed", "true")
+    page.locator(".teach summary").click()
+    expect(page.locator(".teach select")).to_have_value(mine["id"])
+    url = page.url
+    page.get_by_role("button", name="Learn from this").click()
+    expect(page.locator("[data-taught]")).to_contain_text(f"“{mine['name']}” learns from this")
+    assert page.url == url, "the talk goes on where it was"
+    say(page, "And then?")
+    whole(page, 2)
+    page.locator(".teach summary").last.click()
+    expect(page.locator(".teach .help").last).to_contain_text("answers to a single prompt")
+    page.goto(f"{server.url}/chat?model=demo")
+    say(page, "Hello.")
+    page.wait_for_url("**/chat/r*")
+    whole(page, 1)
+    page.get_by_role("button", name="Good").click()
+    page.locator(".teach summary").click()
+    expect(page.locator(".teach select")).to_have_value("")
+    assert other["id"] in page.locator(".teach select").inner_html()
+
+
+def test_what_the_server_refuses_comes_back_to_where_it_was_written(open_page: Open, server: Server) -> None:
+    page = open_page()
+    room = begin(page, server)
+    whole(page, 1)
+    page.locator("[data-model]").first.evaluate(
+        "node => { node.append(new Option('Gone', 'session:gone')); node.value = 'session:gone'; }"
+    )
+    say(page, "Do not lose me.")
+    expect(page.locator(".toast.error")).to_contain_text("There is no model")
+    expect(page.get_by_label("Message", exact=True)).to_have_value("Do not lose me.")
+    assert len(stored(server, room)) == 2
 
 
 def test_rooms_are_found_renamed_and_deleted(open_page: Open, server: Server) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -117,6 +118,25 @@ def test_a_file_of_prompts_is_uploaded_previewed_and_steered_on(
     page.wait_for_url("**/steer/*")
     expect(page.locator("[data-prompt]")).to_contain_text("How does plant")
     expect(page.locator("[data-position]")).to_contain_text("of 2500")
+
+
+@pytest.mark.parametrize("width", [1280, 375])
+def test_what_is_left_out_of_a_file_is_told_before_and_after_the_start(
+    open_page: Open, server: Server, tmp_path: Path, width: int
+) -> None:
+    file = tmp_path / f"gaps{width}.csv.gz"
+    file.write_bytes(gzip.compress(b"id;question\n1;Why, oh why?\n2;\n3;How?\n"))
+    told = "1 of 3 rows was left out: 1 is empty (line 3)."
+    page = open_page(viewport={"width": width, "height": 800})
+    page.goto(f"{server.url}/new")
+    page.locator("#upload-prompts").set_input_files(file)
+    expect(page.locator("#preview .notes")).to_have_text(told)
+    expect(page.locator(".samples")).to_contain_text("Why, oh why?")
+    page.get_by_role("button", name="Load demo and start").click()
+    page.wait_for_url("**/steer/*")
+    page.get_by_text("What was left out of the prompts").click()
+    expect(page.locator("[data-notes-list]")).to_have_text(told)
+    expect(page.locator("[data-notes-list]")).to_be_in_viewport()
 
 
 def test_an_upload_goes_on_after_the_connection_broke(open_page: Open, server: Server, tmp_path: Path) -> None:

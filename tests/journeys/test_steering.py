@@ -416,3 +416,28 @@ def test_a_ranking_is_told_as_a_ranking(open_page: Open, server: Server) -> None
     expect(page.locator(".story li").first).to_contain_text("you ranked the answers B › A, the best first")
     expect(page.locator(".story li").first).to_contain_text(words)
     expect(page.locator(".story li").nth(1)).to_contain_text("you called C and D good")
+
+
+def test_letters_act_on_the_workbench_and_on_no_other_page(open_page: Open, server: Server) -> None:
+    page = open_page()
+    start(page, server)
+    press(page, "a")
+    session = page.url.rsplit("/", 1)[1]
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.url) if request.method != "GET" else None)
+    for path in (
+        "/",
+        "/models",
+        "/connections",
+        "/new",
+        *(f"/steer/{session}/{at}" for at in ("review", "compare", "log")),
+    ):
+        page.goto(f"{server.url}{path}")
+        page.wait_for_load_state("networkidle")
+        page.evaluate("document.activeElement.blur()")
+        before = page.url
+        sent.clear()
+        for key in "abcdnsurewmop":
+            page.keyboard.press(key)
+        page.wait_for_timeout(200)
+        assert (sent, page.url) == ([], before)

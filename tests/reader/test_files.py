@@ -15,7 +15,7 @@ from trellis.errors import Invalid
 from trellis.params import Dataset
 from trellis.reader.__main__ import prepare, preview
 from trellis.reader.columns import asked_in, column_of, prompt_in
-from trellis.reader.files import count, rows, source_of
+from trellis.reader.files import records, source_of
 
 QUESTIONS = ["Why?", "What is rain?", "Ärger, 東京 and 🌱?"]
 
@@ -65,17 +65,25 @@ def test_each_format_gives_its_prompts(tmp_path: Path, kind: str) -> None:
         (["Why?", "So."], "Why?"),
         ([], ""),
         (None, ""),
-        (7, ""),
+        (7, "7"),
+        (0.5, "0.5"),
+        (float("nan"), ""),
+        (True, ""),
+        (b"Why?", "Why?"),
+        (b"\xff\xfe", ""),
+        ({"text": "Why?", "lang": "en"}, "Why?"),
+        ({"role": "user", "content": "Why?"}, "Why?"),
+        ({"messages": [{"role": "user", "content": "Why?"}]}, "Why?"),
         ([{"role": "assistant", "content": "So."}], ""),
     ],
 )
 def test_a_prompt_is_found_in_the_usual_shapes(value: Any, asked: str) -> None:
-    assert asked_in(value) == asked
+    assert asked_in(value).text == asked
 
 
 def test_an_instruction_has_what_it_is_about_beside_it() -> None:
     row = {"instruction": "Translate.", "input": "Hund", "output": "dog"}
-    assert prompt_in(row, "instruction") == "Translate.\n\nHund"
+    assert prompt_in(row, "instruction").text == "Translate.\n\nHund"
 
 
 def test_the_surest_name_wins() -> None:
@@ -84,10 +92,10 @@ def test_the_surest_name_wins() -> None:
     assert column_of("", [{"zebra": "a", "n": 1}]) == "zebra"
 
 
-@pytest.mark.parametrize("wanted", ["nope", "n"])
+@pytest.mark.parametrize("wanted", ["nope", "n", "n.nope"])
 def test_a_wrong_column_lists_what_there_is(wanted: str) -> None:
     with pytest.raises(Invalid, match="“text”, “n”") as raised:
-        column_of(wanted, [{"text": "a", "n": 1}])
+        column_of(wanted, [{"text": "a", "n": True}])
     assert raised.value.field == "dataset.column"
 
 
@@ -129,12 +137,12 @@ def test_a_wrong_split_lists_what_there_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
-        ("a.jsonl", b'{"prompt": "a"}\n{nope\n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"prompt": "a"}\n{nope\n', "line 2, column 2 is not JSON"),
         ("a.jsonl", b'{"prompt": "\xff"}', "not UTF-8"),
-        ("a.json", b"[1, 2", "not JSON"),
+        ("a.json", b"[1, 2", "line 1, column 6 is not JSON: it ends too early"),
         ("a.parquet", b"PAR1 and nothing", "not a whole Parquet file"),
-        ("a.txt", b"\xff\xfe", "not UTF-8"),
-        ("a.jsonl", b"[" * 100_000, "not JSON"),
+        ("a.txt", b"caf\xe9", "not UTF-8 text, first the byte 0xE9 in line 1, column 4; it may be Latin-1"),
+        ("a.jsonl", b"[" * 100_000, "nested too deeply"),
         ("a.txt", b"\n\n", "no prompts"),
         ("a.jsonl", b"", "no prompts"),
         ("a.exe", b"MZ", "no format"),
@@ -148,13 +156,13 @@ def test_what_is_broken_is_named(tmp_path: Path, name: str, content: bytes, what
 
 
 def test_a_line_without_an_end_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trellis.reader import files
+    from trellis.reader import opening
 
-    monkeypatch.setattr(files, "LINE_LIMIT", 1000)
+    monkeypatch.setattr(opening, "LINE_LIMIT", 1000)
     file = tmp_path / "a.txt"
     file.write_bytes(b"a" * 5000)
     with pytest.raises(Invalid, match="line 1 is longer"):
-        list(rows(source_of(file, "")))
+        list(records(source_of(file, "").files[0]))
 
 
 def test_a_link_that_leads_out_of_a_folder_is_not_followed(tmp_path: Path) -> None:
@@ -206,6 +214,6 @@ def test_any_text_comes_back_as_it_was(tmp_path_factory: pytest.TempPathFactory,
 
 
 def test_rows_are_counted_without_reading_them(tmp_path: Path) -> None:
-    assert count(source_of(write(tmp_path, "parquet"), "")) == (3, True)
-    assert count(source_of(write(tmp_path, "txt"), "")) == (3, True)
-    assert count(source_of(write(tmp_path, "csv"), ""))[0] == 3
+    assert source_of(write(tmp_path, "parquet"), "").count() == (3, True)
+    assert source_of(write(tmp_path, "txt"), "").count() == (3, True)
+    assert source_of(write(tmp_path, "csv"), "").count()[0] == 3

@@ -35,7 +35,55 @@ async def test_a_session_is_steered_on_a_file(tmp_path: Path, studio: Studio) ->
     session = await studio.steering.create(None, {"dataset": FILE, "control_prompt": ""})
     state = await ready(session)
     assert state["offer"]["prompt"].startswith("Question ")
-    assert state["dataset"] == {"source": "file", "position": 0, "total": 40}
+    assert state["dataset"] == {"source": "file", "position": 0, "total": 40, "notes": []}
+
+
+async def test_a_session_tells_what_was_left_out_of_its_prompts(tmp_path: Path, fake_spawn: Spawn) -> None:
+    file = put(tmp_path, count=0)
+    file.write_text(
+        '{"prompt": "Why?"}\n{"prompt": ""}\n{"prompt": " "}\n{"n": 1}\n{"prompt": "How?"}\n{"prompt": ""}\n'
+    )
+    told = ["4 of 6 rows were left out: 3 are empty (first: line 2), 1 has no text in “prompt” (line 4)."]
+    async with open_studio(tmp_path, fake_spawn) as studio:
+        found = await studio.datasets.preview(Dataset(source="file", id="mine.jsonl"))
+        assert (found["notes"], found["total"], found["skipped"]) == (told, 2, 4)
+        session = await studio.steering.create(None, {"dataset": FILE, "control_prompt": ""})
+        assert (await ready(session))["dataset"]["notes"] == told
+        place = tmp_path / "prepared" / str(session.prepared)
+    async with open_studio(tmp_path, fake_spawn) as studio:
+        again = await studio.steering.session(session.id)
+        again.wake()
+        assert (await ready(again))["dataset"]["notes"] == told
+    (place / "about.json").write_text(json.dumps({"total": 2, "skipped": 4}))
+    async with open_studio(tmp_path, fake_spawn) as studio:
+        older = await studio.steering.session(session.id)
+        older.wake()
+        assert (await ready(older))["dataset"]["notes"] == [
+            "4 rows were left out, which had no text that can be a prompt."
+        ]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.zst", "a.txt.xz", "A.JSONL.GZ"])
+async def test_compressed_files_are_listed_and_can_be_uploaded(tmp_path: Path, studio: Studio, name: str) -> None:
+    put(tmp_path, name)
+    (tmp_path / "prompts" / "a.tar.gz").write_bytes(b"x")
+    assert [entry["name"] for entry in await studio.datasets.files()] == [name]
+    assert (await studio.uploads.begin("prompts", f"b{name}", [(f"b{name}", 1)]))["state"]
+    with pytest.raises(Invalid, match=r"must end in \.jsonl"):
+        await studio.uploads.begin("prompts", "a.tar.gz", [("a.tar.gz", 1)])
+
+
+async def test_rows_of_any_file_are_read_by_the_reader_and_leave_nothing(tmp_path: Path, studio: Studio) -> None:
+    file = put(tmp_path, count=3)
+    async with studio.datasets.rows(file, 10) as rows:
+        assert [json.loads(line) for line in rows.read_text().splitlines()] == [
+            [f"line {number + 1}", {"prompt": f"Question {number}?"}] for number in range(3)
+        ]
+    assert list((tmp_path / "prepared").iterdir()) == []
+    with pytest.raises(Invalid, match="more than 2 rows"):
+        async with studio.datasets.rows(file, 2):
+            pass
+    assert list((tmp_path / "prepared").iterdir()) == []
 
 
 async def test_the_order_survives_a_restart_and_the_loss_of_the_file(tmp_path: Path, fake_spawn: Spawn) -> None:
@@ -176,12 +224,19 @@ async def test_a_folder_beside_the_studio_is_not_taken_for_a_dataset_on_the_hub(
     assert raised.value.code in ("network", "not_found", "timeout")
 
 
-async def test_prompts_of_megabytes_preview_in_part(tmp_path: Path, studio: Studio) -> None:
+async def test_long_prompts_preview_in_part_and_those_of_megabytes_are_counted(tmp_path: Path, studio: Studio) -> None:
     file = tmp_path / "prompts" / "huge.jsonl"
     file.parent.mkdir()
-    file.write_text("".join(json.dumps({"prompt": "x" * 9_000_000}) + "\n" for _ in range(3)))
+    huge = "".join(json.dumps({"prompt": "x" * 9_000_000}) + "\n" for _ in range(3))
+    file.write_text(json.dumps({"prompt": "x" * 100_000}) + "\n" + huge)
     found = await studio.datasets.preview(Dataset(source="file", id="huge.jsonl"))
-    assert [len(sample) for sample in found["samples"]] == [2001] * 3
+    assert [len(sample) for sample in found["samples"]] == [2001]
+    told = "left out: 3 are longer than 100 000 characters (first: line "
+    assert told in found["notes"][0]
+    file.write_text(huge)
+    with pytest.raises(Invalid, match="There are no prompts in it") as raised:
+        await studio.datasets.preview(Dataset(source="file", id="huge.jsonl"))
+    assert told in raised.value.message
 
 
 @pytest.mark.parametrize("damage", [b"", b"1234567"])

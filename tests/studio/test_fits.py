@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -108,6 +109,56 @@ async def test_a_branch_that_came_from_a_file_is_fitted_afresh_with_all_of_it(st
     assert again["lessons"] == 3 + 5
 
 
+def parquet_of(rows: list[dict[str, Any]]) -> bytes:
+    import io
+
+    import pyarrow
+    import pyarrow.parquet
+
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out)
+    return out.getvalue()
+
+
+def csv_of(rows: list[dict[str, Any]]) -> bytes:
+    import csv
+    import io
+
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), delimiter=";")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue().encode()
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl.gz", "csv", "csv.gz", "parquet"])
+async def test_choices_are_learned_from_whatever_the_format(studio: Studio, session: Session, ending: str) -> None:
+    def turns(*said: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, said, strict=False)]
+
+    rows = [
+        {"prompt": "Why, and how?", "chosen": turns("Why, and how?", "A; b"), "rejected": turns("Why, and how?", "B")},
+        {"prompt": "And?", "chosen": turns("Why?", "So", "And?", "A"), "rejected": turns("Why?", "So", "And?", "B")},
+    ]  # fmt: skip
+    content = {
+        "json": lambda: json.dumps({"version": "1", "data": rows}).encode(),
+        "jsonl": lambda: "\n".join(map(json.dumps, rows)).encode(),
+        "csv": lambda: csv_of(rows),
+        "parquet": lambda: parquet_of(rows),
+    }[ending.removesuffix(".gz")]()
+    name = f"likes.{ending}"
+    (prompts_folder(studio) / name).write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
+    job = await studio.fits.take_in(session.id, name)
+    result = await done(job)
+    assert result["lessons"] == 1
+    (note,) = job.row["body"]["notes"]
+    assert note.startswith("1 of 2 rows left out, the first in ")
+    assert "several turns" in note
+    lessons = await session.lessons(session.node(result["node"]))
+    assert lessons[-1].prompt.text == "Why, and how?"
+    assert [option.text for option in lessons[-1].options] == ["A; b", "B"]
+
+
 async def test_weights_of_a_fit_are_kept_and_worked_out_again_when_they_are_lost(
     studio: Studio, session: Session, tmp_path: Path
 ) -> None:
@@ -201,12 +252,21 @@ async def test_what_cannot_be_learned_from_is_refused(studio: Studio, session: S
         await studio.fits.replay(session.id, "nope")
     with pytest.raises(Invalid, match="there is no file"):
         await studio.fits.take_in(session.id, "../../etc/passwd")
-    (prompts_folder(studio) / "odd.csv").write_text("a,b\n")
-    with pytest.raises(Invalid, match="not a file of JSON lines"):
-        await studio.fits.take_in(session.id, "odd.csv")
-    (prompts_folder(studio) / "bytes.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(Invalid, match="cannot be read as text"):
-        await studio.fits.take_in(session.id, "bytes.jsonl")
+    for name, content, words in (
+        ("odd.txt", b"a\n", "“odd.txt” is no table of choices"),
+        ("bytes.jsonl", b"\xff\xfe\x00", "cannot be read: it is not UTF-16"),
+        ("broken.jsonl", b'{"prompt": "a"}\n{nope\n', "line 2, column 2 is not JSON"),
+        ("header.csv", b"prompt,chosen,rejected\n", "is empty"),
+        ("wide.csv", b"prompt,chosen,rejected\nWhy, you?,A,B\n", "line 2 has 4 cells, and the header has 3"),
+        ("torn.parquet", b"PAR1", "not a whole Parquet file"),
+    ):
+        (prompts_folder(studio) / name).write_bytes(content)
+        with pytest.raises(Invalid) as raised:
+            await studio.fits.take_in(session.id, name)
+        assert words in raised.value.message
+        assert raised.value.message.startswith("file: ")
+        assert raised.value.field == "file"
+        assert raised.value.next_step
     assert len(session.tree.nodes) == 5
 
 

@@ -161,7 +161,8 @@ async def test_a_repeated_request_to_load_is_one_job(studio: Studio, tmp_path: P
     again = await studio.models.load(ModelOptions(model="demo"), "once")
     assert as_json(again.row)["id"] == first.id
     (tmp_path / "models" / "other").mkdir(parents=True)
-    (tmp_path / "models" / "other" / "config.json").write_text("{}")
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / "models" / "other" / file).write_text("{}")
     with pytest.raises(Conflict, match="used for another action"):
         await studio.models.load(ModelOptions(model="other"), "once")
     assert studio.models.state(ModelOptions(model="other")) == "unloaded"

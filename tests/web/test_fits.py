@@ -64,10 +64,10 @@ def test_a_file_of_choices_is_learned_from(server: Server, client: httpx.Client,
     url = f"{API}/{session['id']}"
     name = upload(server, LIKES + '{"prompt": "Why?", "chosen": "A", "rejected": "A"}\n')
     job = client.post(f"{url}/import", json={"file": name}).json()
-    assert job["about"]["notes"] == ["1 row left out, the first in line 5: both answers are the same."]
+    assert job["about"]["notes"] == ["1 of 5 rows left out, the first in line 5: both answers are the same."]
     assert finished(client, job)["lessons"] == 4
     page = client.get(f"/steer/{session['id']}/log").text
-    assert "1 row left out" in page
+    assert "1 of 5 rows left out" in page
     assert "4 of 4 choices" in page
 
 

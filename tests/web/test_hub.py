@@ -3,6 +3,7 @@ speaks the hub's protocol, breaks off, hangs and refuses."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import httpx
 import pytest
 
 from tests.hub import COMMIT, FakeHub
+from tests.quantized import change_config
 from tests.server import Server, new_session, read_events, wait_ready
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -40,6 +42,13 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
     pickled.mkdir()
     (pickled / "config.json").write_text("{}")
     (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    change_config(make_model(root / "models" / "org" / "bert", "gpt2"), model_type="bert",
+                  architectures=["BertForMaskedLM"])  # fmt: skip
+    change_config(make_llama(root / "models" / "org" / "awq"), quantization_config={"quant_method": "awq", "bits": 4})
+    adapter = root / "models" / "org" / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    (adapter / "adapter_model.safetensors").write_bytes(b"x" * 1000)
     data = root / "datasets" / "org" / "qa" / "data"
     data.mkdir(parents=True)
     rows = [json.dumps({"question": f"Question {number}?", "answer": "x"}) for number in range(60)]
@@ -186,6 +195,24 @@ def test_what_the_hub_refuses_is_told_apart(
     assert "hf_secret" not in json.dumps(job)
 
 
+@pytest.mark.parametrize(
+    ("model", "code", "message"),
+    [
+        ("org/bert", "unsupported_architecture", "BERT encoder"),
+        ("org/awq", "unsupported_quantization", "AWQ"),
+        ("org/adapter", "unsupported_format", "“org/base”"),
+    ],
+)
+def test_no_weights_are_fetched_of_a_model_that_cannot_be_loaded(
+    client: httpx.Client, hub: FakeHub, model: str, code: str, message: str
+) -> None:
+    job, _ = load(client, model=model)
+    assert (job["state"], job["error"]["code"]) == ("failed", code), job["error"]
+    assert message in job["error"]["message"]
+    assert not [asked for asked in hub.requests if model in asked and asked.endswith(".safetensors")]
+    assert [asked for asked in hub.requests if model in asked and asked.endswith(".json")]
+
+
 def test_a_hub_that_hangs_is_given_up(client: httpx.Client, hub: FakeHub) -> None:
     hub.hang = True
     try:
@@ -207,8 +234,61 @@ def test_a_dataset_on_the_hub_is_previewed_and_steered_on(client: httpx.Client) 
     assert found["samples"] == ["Question 0?", "Question 1?", "Question 2?"]
     assert (found["column"], found["split"], found["splits"]) == ("question", "train", ["train", "test"])
     state = new_session(client, dataset=dataset | {"rows": 50}, control_prompt="")
-    assert state["dataset"] == {"source": "hub", "position": 0, "total": 50}
+    assert state["dataset"] == {"source": "hub", "position": 0, "total": 50, "notes": []}
     assert state["offer"]["prompt"].startswith("Question ")
+
+
+def test_files_on_the_hub_are_parsed_as_local_ones(client: httpx.Client, hub: FakeHub) -> None:
+    data = hub.root / "datasets" / "org" / "tables"
+    for name, content in {
+        "commas/train.csv": b"prompt\nHello, how are you?\nFine, and you?\n",
+        "semicolons/train.csv": b'"prompt";"a, b"\n"Why; how?";"x, y"\n"";"x"\n',
+        "packed/train.jsonl.gz": gzip.compress(b'{"prompt": "Why?"}\n{"prompt": ""}\n'),
+        "document/train.json": json.dumps({"version": "1", "data": [{"prompt": "Why?"}]}).encode(),
+        "twice/train.csv": b"prompt,prompt\na,b\n",
+    }.items():
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_bytes(content)
+    subsets = ("commas", "semicolons", "packed", "document", "twice")
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/*\n" for name in subsets)
+    (data / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+
+    def found(subset: str) -> Any:
+        body = {"dataset": {"source": "hub", "id": "org/tables", "subset": subset}}
+        return client.post("/api/steering/preview", json=body).json()
+
+    assert found("commas")["samples"] == ["Hello, how are you?", "Fine, and you?"]
+    assert found("semicolons")["samples"] == ["Why; how?"]
+    assert found("semicolons")["notes"] == ["1 of 2 rows was left out: 1 is empty (line 3)."]
+    assert found("packed")["samples"] == ["Why?"]
+    assert (found("packed")["total"], found("packed")["skipped"]) == (1, 1)
+    assert found("document")["samples"] == ["Why?"]
+    assert "names the column “prompt” twice" in found("twice")["error"]["message"]
+
+
+def test_pictures_in_a_dataset_on_the_hub_do_not_stand_in_the_way(client: httpx.Client, hub: FakeHub) -> None:
+    import datasets
+    import pyarrow.parquet
+
+    rows = [{"image": {"bytes": b"no picture", "path": None}, "meta": {"ask": "Why?"}, "raw": b"How?", "text": ""}]
+    rows += [{"image": None, "meta": {"ask": ""}, "raw": b"\xff", "text": ""}]
+    kind = datasets.Value
+    features = datasets.Features(
+        {"image": datasets.Image(), "meta": {"ask": kind("string")}, "raw": kind("binary"), "text": kind("string")}
+    )
+    table = pyarrow.Table.from_pylist(rows, features.arrow_schema)
+    data = hub.root / "datasets" / "org" / "pictures" / "data"
+    data.mkdir(parents=True)
+    pyarrow.parquet.write_table(table, data / "train.parquet")
+
+    def found(column: str) -> Any:
+        body = {"dataset": {"source": "hub", "id": "org/pictures", "column": column}}
+        return client.post("/api/steering/preview", json=body).json()
+
+    assert found("meta.ask")["samples"] == ["Why?"]
+    assert found("meta.ask")["notes"] == ["1 of 2 rows was left out: 1 is empty (row 2)."]
+    assert found("raw")["samples"] == ["How?"]
+    assert "“text” holds no text" in found("text")["error"]["message"]
 
 
 @pytest.mark.parametrize(

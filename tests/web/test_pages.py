@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from html.parser import HTMLParser
 
 import httpx
@@ -236,3 +237,48 @@ def test_an_error_of_no_field_is_told_beside_those_of_fields(client: httpx.Clien
     assert alert
     assert "Temperature" in alert[1]
     assert "config." not in alert[1]
+
+
+def test_what_is_left_out_of_a_file_of_prompts_stands_on_every_page(server: Server, client: httpx.Client) -> None:
+    folder = server.save_dir / "prompts"
+    folder.mkdir(exist_ok=True)
+    (folder / "gaps.jsonl").write_text('{"prompt": "Why?"}\n{"prompt": ""}\n{"prompt": "How?"}\n')
+    dataset = {"source": "file", "id": "gaps.jsonl"}
+    told = "1 of 3 rows was left out: 1 is empty (line 2)."
+    found = client.post("/api/steering/preview", json={"dataset": dataset}).json()
+    assert (found["notes"], found["total"]) == ([told], 2)
+    assert found["left_out"] == [{"reason": "is empty", "count": 1, "first": "line 2"}]
+    form = {f"dataset.{name}": value for name, value in dataset.items()}
+    assert told in client.post("/new/preview", data=form, headers=HTML).text
+    state = new_session(client, dataset=dataset, control_prompt="")
+    assert state["dataset"]["notes"] == [told]
+    for page in ("", "/review"):
+        assert told in client.get(f"/steer/{state['id']}{page}").text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prompt": "Why?"}\n{"prompt": "How?",}\n', "line 2, column 19 is not JSON: there is a comma too many"),
+        ('{"prompt": "Why?"}\n' * 30_000 + "{nope", "line 30001, column 2 is not JSON"),
+    ],
+)
+def test_a_broken_line_is_named_before_a_session_begins_or_when_it_is_reached(
+    server: Server, client: httpx.Client, content: str, message: str
+) -> None:
+    folder = server.save_dir / "prompts"
+    folder.mkdir(exist_ok=True)
+    (folder / "broken.jsonl").write_text(content)
+    config = {"dataset": {"source": "file", "id": "broken.jsonl"}, "control_prompt": ""}
+    answer = client.post("/api/steering/sessions", json={"config": config})
+    if answer.status_code == 422:
+        error = answer.json()["error"]
+    else:
+        url = f"/api/steering/sessions/{answer.json()['id']}"
+        deadline = time.monotonic() + 60
+        while (state := client.get(url).json())["status"] != "failed":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        error = state["error"]
+    assert message in error["message"]
+    assert error["field"] == "config.dataset.id"

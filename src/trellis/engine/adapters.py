@@ -12,13 +12,13 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -29,8 +29,10 @@ from ..blobs import Blobs
 from ..errors import Invalid, TrellisError, WeightsMissing
 from ..messages import Metrics, derived_seed, recipe_id
 from ..params import Adapter
+from .caches import Caching, caching_of
 from .crew import ALONE, Crew
 from .graphs import Graphs
+from .layers import EXPERTS, Layers, adapted_modules, layers_of, leaf, undone_on_failure
 from .lean import Adapted, Lean
 
 
@@ -87,48 +89,92 @@ class Slots:
         self._model: PeftModel | None = None
         self._slots: dict[Adapter, Slot] = {}
         self._turn = threading.RLock()
+        self._layers: Layers | None = None
+        self._caching: Caching | None = None
 
     def get(self, settings: Adapter) -> Slot:
-        """The slot for these settings, injected on first use."""
+        """The slot for these settings, injected on first use. Where that fails, the model stays as it was."""
         with self._turn:
             if settings not in self._slots:
-                self._slots[settings] = self._inject(settings)
+                with undone_on_failure(self._model or self._base):
+                    self._slots[settings] = self._inject(settings)
             return self._slots[settings]
+
+    @property
+    def layers(self) -> Layers:
+        """The layers that adapters can change."""
+        with self._turn:
+            if self._layers is None:  # asked for before the first injection
+                self._layers = layers_of(self._base, probe=self._lean is None)
+            return self._layers
+
+    @property
+    def caching(self) -> Caching:
+        """How the model goes on with a text, as found out with the adapters off."""
+        with self._turn:
+            if self._caching is None:
+                with self._model.disable_adapter() if self._model else nullcontext():
+                    self._caching = caching_of(self._base)
+            return self._caching
 
     def _inject(self, settings: Adapter) -> Slot:
         name = recipe_id("a", settings.model_dump(mode="json"))
+        modules, parameters, left_out = self._targets(settings)
         config = LoraConfig(
             r=settings.lora_rank,
             lora_alpha=settings.lora_alpha,
             lora_dropout=settings.lora_dropout,
-            target_modules=self._targets(settings),
-            fan_in_fan_out=any(isinstance(module, Conv1D) for module in self._base.modules()),
+            target_modules=self.layers.shortened(modules),
+            target_parameters=parameters or None,
+            fan_in_fan_out=any(self._is_conv1d(module) for module in modules),
             task_type="CAUSAL_LM",
         )
         _hand_back_scales(self._base)
         if self._model is None:
-            self._model = get_peft_model(self._base, config, adapter_name=name)
+            model = get_peft_model(self._base, config, adapter_name=name)
         else:
-            self._model.add_adapter(name, config)
-        self._model.eval()
-        slot = Slot(self._model, name, settings, self._lean, self._turn, self._crew)
+            model = self._model
+            model.add_adapter(name, config)
+        model.eval()
+        slot = Slot(self, model, name, settings, self._lean, self._turn, self._crew, left_out)
         slot.missing = self.missing
+        self._model = model
         return slot
 
-    def _targets(self, settings: Adapter) -> str | list[str]:
-        """Raises Invalid, which lists what there is, for a name that no layer has."""
+    def _is_conv1d(self, name: str) -> bool:
+        module = self._base.get_submodule(name)
+        return isinstance(getattr(module, "base_layer", module), Conv1D)
+
+    def _targets(self, settings: Adapter) -> tuple[list[str], list[str], tuple[str, ...]]:
+        """Names of the linear layers and of the expert weights that get an adapter, and of what was asked for and does
+        not. Raises Invalid, which lists what there is, for a name that no layer has."""
+        layers = self.layers
+        experts = list(layers.experts)
+        unfit = dict(layers.unfit)
+        if experts and settings.lora_dropout:
+            experts, unfit[EXPERTS] = [], "PEFT adapts them without dropout only"
         if settings.target_modules == "all-linear":
-            return settings.target_modules
+            every = [name for name in layers.linear if name != layers.head]
+            if not every and not experts:
+                raise Invalid(
+                    "target_modules: PEFT can adapt no layer of this model.",
+                    field="config.target_modules", next_step="Choose another model.",
+                )  # fmt: skip
+            return every, experts, tuple(f"{name} ({reason})" for name, reason in sorted(unfit.items()))
         wanted = settings.target_modules.split(", ")
-        base = self._model.get_base_model() if self._model else self._base
-        there = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if _is_linear(module)}
+        there = set(layers.names) - set(unfit)
         if unknown := sorted(set(wanted) - there):
+            first = unknown[0]
+            wrong = f"the model has no linear layer “{first}”"
+            if first in unfit:
+                wrong = f"“{first}” cannot get an adapter ({unfit[first]})"
             raise Invalid(
-                f"target_modules: the model has no linear layer “{unknown[0]}”. It has: {', '.join(sorted(there))}.",
+                f"target_modules: {wrong}. It has: {', '.join(sorted(there))}.",
                 field="config.target_modules",
                 next_step="Start a session with some of these, or with “all-linear”.",
             )
-        return wanted
+        named = [name for name in layers.linear if leaf(name) in wanted]
+        return named, experts if EXPERTS in wanted else [], ()
 
 
 def _hand_back_scales(base: nn.Module) -> None:
@@ -139,10 +185,6 @@ def _hand_back_scales(base: nn.Module) -> None:
         weight: Any = getattr(module, "weight", None)
         if getattr(state, "SCB", None) is not None and getattr(weight, "SCB", 0) is None:
             weight.SCB, weight.CB = state.SCB, weight.data
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D, BaseTunerLayer))
 
 
 def weight_of(layer: Any) -> Tensor:
@@ -167,18 +209,23 @@ class Slot:
 
     def __init__(
         self,
+        slots: Slots,
         model: PeftModel,
         name: str,
         settings: Adapter,
         lean: Lean | None,
         turn: threading.RLock,
         crew: Crew,
+        left_out: tuple[str, ...] = (),
     ) -> None:
+        self._slots = slots
         self.model = model
         self.name = name
         self.settings = settings
         self.turn = turn
         self.crew = crew
+        self.left_out = left_out
+        """What “all-linear” stands for and cannot get an adapter, each with the reason."""
         self.config = model.peft_config[name]
         self.missing: Tensor | None = None
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -201,7 +248,15 @@ class Slot:
         self._installed: Tensor | None = None
         self._own = Own()
         self._lean = lean if lean is not None and Adapted.fits(lean, self.slices) else None
+        self._experts = {
+            f"{path}.lora_A.weight": getattr(module, "num_experts", 1) for path, module in adapted_modules(model, name)
+        }
         self._base_norm = self._norm_of_base()
+
+    @property
+    def caching(self) -> Caching:
+        """How the model goes on with a text."""
+        return self._slots.caching
 
     @property
     def adapted(self) -> Adapted | None:
@@ -282,15 +337,24 @@ class Slot:
         for name, down in named.items():
             if "lora_A" in name:
                 up = named[name.replace("lora_A", "lora_B")]
-                total += float(((up.T @ up) * (down @ down.T)).sum())
+                total += float(_squared_norm(down, up, self._experts[name]))
         return scale * max(total, 0.0) ** 0.5 / self._base_norm
 
     def _norm_of_base(self) -> float:
         squares = 0.0
-        for module in self.model.modules():
-            if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
-                squares += float(weight_of(module.base_layer).float().square().sum())
+        for _, module in adapted_modules(self.model, self.name):
+            experts = isinstance(module, ParamWrapper)
+            weight = module.get_param().detach() if experts else weight_of(module.base_layer)
+            squares += float(weight.float().square().sum())
         return max(squares**0.5, 1e-12)
+
+
+def _squared_norm(down: Tensor, up: Tensor, experts: int) -> Tensor:
+    """‖BA‖² of A (r, in) and B (out, r); of stacked experts the sum over all, in PEFT's layout: A is (experts, r, in)
+    and B (out, r, experts), each as a matrix."""
+    a = down.view(experts, -1, down.shape[1])
+    b = up.view(len(up), -1, experts).permute(2, 0, 1)
+    return ((b.mT @ b) * (a @ a.mT)).sum()
 
 
 def not_finite() -> TrellisError:

@@ -25,8 +25,9 @@ from ..errors import Invalid, TrellisError
 from ..messages import Answered, Cancelled, Chat, Drawn, Heard, Queued, Spoke
 from .answer_text import AnswerText, named
 from .crew import stand_back
+from .explaining import explained
 from .lines import Line, Lines
-from .loop import Told, explained
+from .loop import Told
 from .sampling import drawn_from, is_greedy, overflowed
 from .vocabulary import TextReader, vocabulary_of
 
@@ -271,7 +272,8 @@ class Chats:
         tokens = seat.prepared.tokens
         done = len(seat.line.tokens)
         try:
-            logits = self._lines().read(seat.line, tokens[done : done + PIECE])
+            piece = len(tokens) if self._lines().reads_whole else PIECE
+            logits = self._lines().read(seat.line, tokens[done : done + piece])
         except Exception as error:  # noqa: BLE001 - of one conversation alone: the others have not been touched
             self._fail(seat, error, told)
             return

@@ -36,11 +36,14 @@ from tqdm import tqdm
 
 from ..errors import LoadFailed, TrellisError
 from ..messages import Progress
+from ..model_files import inspect_folder
+from ..model_problems import problems_before_weights
 
 WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
           "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja", "chat_template*",
           "*.tiktoken", "*.model", "*.bpe", "*.spm", "tekken.json", "*processor_config.json", "LICENSE*", "NOTICE*",
-          "USE_POLICY*", "README.md"]  # fmt: skip
+          "USE_POLICY*", "README.md", "adapter_config.json", "quantize_config.json", "modules.json",
+          "config_sentence_transformers.json"]  # fmt: skip
 TEMPLATES = "additional_chat_templates/"
 """The one folder of a repository that belongs to a model's tokenizer."""
 POLL_SECONDS = 0.1
@@ -96,7 +99,7 @@ def download(
     _require_room(cache, total - have, repository)
     begun, moved, done = time.monotonic(), time.monotonic(), have
     hashing = threading.Event()
-    fetching = _Thread(lambda: _fetch(repository, commit, sizes, folder, hashing))
+    fetching = _Thread(lambda: _fetch(repository, commit, sizes, folder, hashing, with_code))
     while fetching.is_alive():
         fetching.join(POLL_SECONDS)
         now, found = time.monotonic(), _bytes_in(folder)
@@ -125,13 +128,19 @@ class _File:
     sha256: str | None
 
 
-def _fetch(repository: str, commit: str, files: dict[str, _File], folder: Path, hashing: threading.Event) -> None:
+def _fetch(
+    repository: str, commit: str, files: dict[str, _File], folder: Path, hashing: threading.Event, with_code: bool
+) -> None:
     """Every file that is not whole yet, from where it broke off. The hub's own downloader begins a file again after
     a failure, so its transfer is used here with a part file that stays. Two engines that want the same wait for
-    each other."""
+    each other. The small files come first: gigabytes are not fetched of a model that they say cannot be loaded."""
+    large = {name: about for name, about in files.items() if name.endswith(".safetensors")}
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        _fetch_missing(repository, commit, files, folder, hashing)
+        _fetch_missing(repository, commit, {name: files[name] for name in files.keys() - large}, folder, hashing)
+        for problem in problems_before_weights(inspect_folder(folder), with_code):
+            raise problem.error()
+        _fetch_missing(repository, commit, large, folder, hashing)
 
 
 def _fetch_missing(

@@ -47,7 +47,8 @@ from ..messages import (
     Status,
     StatusReport,
 )  # fmt: skip
-from .loop import Handler, Steps, Together, Told, failed
+from .explaining import failed
+from .loop import Handler, Steps, Together, Told
 from .vitals import variety_of
 
 WORDS = [

@@ -11,10 +11,10 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from ..params import Sampling
 from .adapters import Slot
+from .caches import Past
 from .graphs import Drawn, Graphs
 from .lean import Cache, Layer
 from .sampling import draw
@@ -71,34 +71,36 @@ class GeneralForward(Forward):
     def rows(self, prompt: list[int], count: int, room: int, base: bool = False) -> Rows:
         return GeneralRows(self, prompt, count, base)
 
-    def run(self, ids: Tensor, cache: DynamicCache, base: bool, last: bool) -> Tensor:
+    def run(self, ids: Tensor, past: Past, base: bool, last: bool) -> Tensor:
         """Read tokens (R, T). Returns logits to draw from: rows that no token belongs to are impossible."""
         slot = self._slot
-        keep = {"logits_to_keep": 1} if last else {}
         with slot.turn, torch.inference_mode():
             slot.install(self._flat)
             with slot.reference() if base else nullcontext():
-                found: Tensor = slot.model(input_ids=ids, past_key_values=cache, use_cache=True, **keep).logits
+                found = past.read(slot.model.get_base_model(), ids, last)
             if slot.missing is not None:
                 found = found.index_fill(-1, slot.missing, float("-inf"))
         return found
 
-    def cache(self) -> DynamicCache:
-        return DynamicCache(config=self._slot.model.config)
+    def past(self) -> Past:
+        return Past(self._slot.caching)
 
 
 class GeneralRows(Rows):
     def __init__(self, forward: GeneralForward, prompt: list[int], count: int, base: bool) -> None:
         self._forward, self._prompt, self._base = forward, prompt, base
-        self._cache = forward.cache()
+        self._past = forward.past()
         ids = torch.tensor([prompt], device=forward.device)
-        first = forward.run(ids, self._cache, base, last=True)[:, -1]
+        first = forward.run(ids, self._past, base, last=True)
         with torch.inference_mode():
-            self._cache.batch_repeat_interleave(count)
-        self.logits = first.expand(count, -1)
+            copied = self._past.spread(count)
+        if not copied:  # then the prompt is read in each row
+            self._past = forward.past()
+            first = forward.run(ids.expand(count, -1), self._past, base, last=True)
+        self.logits = first[:, -1].expand(count, -1)
 
     def feed(self, tokens: Tensor) -> Tensor:
-        found = self._forward.run(tokens, self._cache, self._base, last=False)
+        found = self._forward.run(tokens, self._past, self._base, last=False)
         self.logits = found[:, -1]
         return found
 

@@ -10,15 +10,13 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from ..params import Adapter
 from .adapters import Slot, Slots, Weights
+from .caches import Past
 from .forward import GeneralForward
 from .lean import Adapted, Cache, Layer, Lean, Linear, Mix
 
@@ -27,6 +25,9 @@ ROUND = 64
 
 SPARE = 8
 """Adapters that stay beside the others when nobody talks to them any more, for a next message."""
+
+FEW = 64
+"""So many tokens are rather read one by one than with all that was before them, where a model knows only these ways."""
 
 KEPT = 64
 """So many conversations at most are kept warm, those that were read last."""
@@ -47,6 +48,11 @@ class Line:
 
 class Lines(ABC):
     """All lines of one model. Not safe to use from two threads at once."""
+
+    @property
+    def reads_whole(self) -> bool:
+        """Whether a text is best read in one piece, since what follows a first piece is read token by token."""
+        return False
 
     @abstractmethod
     def begin(self, weights: str, tokens: Sequence[int]) -> Line:
@@ -76,9 +82,9 @@ class Lines(ABC):
         """Bytes that so many lines take, the longest of so many tokens, with these weights among them."""
 
 
-def lines_of(slots: Slots, lean: Lean | None, model: Any, find: Find, warm: int) -> Lines:
+def lines_of(slots: Slots, lean: Lean | None, find: Find, warm: int) -> Lines:
     """The lines of a loaded model. `warm` bytes are kept of conversations that have ended."""
-    general = GeneralLines(slots, model, find)
+    general = GeneralLines(slots, find)
     return general if lean is None or lean.window is not None else LeanLines(lean, find, warm, general)
 
 
@@ -351,7 +357,7 @@ class LeanLines(Lines):
 
 @dataclass(eq=False)
 class GeneralLine(Line):
-    cache: DynamicCache = field(default_factory=DynamicCache)
+    past: Past = field(kw_only=True)
 
 
 class GeneralLines(Lines):
@@ -360,9 +366,13 @@ class GeneralLines(Lines):
     WARM = 4
     """So many lines that have ended are kept as they are."""
 
-    def __init__(self, slots: Slots, model: Any, find: Find) -> None:
-        self._slots, self._model, self._find = slots, model, find
+    def __init__(self, slots: Slots, find: Find) -> None:
+        self._slots, self._find = slots, find
         self._warm: list[GeneralLine] = []
+
+    @property
+    def reads_whole(self) -> bool:
+        return self._slots.caching.pieces == "single"
 
     def begin(self, weights: str, tokens: Sequence[int]) -> Line:
         forward = self._forward(weights)
@@ -370,19 +380,18 @@ class GeneralLines(Lines):
         for each in self._warm:
             if each.weights == weights and (alike := min(shared(each.tokens, tokens), len(tokens) - 1)) > known:
                 best, known = each, alike
-        if best is None or not (len(best.tokens) == known or _can_be_cut(best.cache)):
-            return GeneralLine(weights, cache=forward.cache())
+        slow = self.reads_whole and len(tokens) - known > FEW
+        if best is None or slow or not (len(best.tokens) == known or best.past.cut(len(best.tokens) - known)):
+            return GeneralLine(weights, past=forward.past())
         self._warm.remove(best)
-        if len(best.tokens) > known:
-            best.cache.crop(known - len(best.tokens))
-            best.tokens = best.tokens[:known]
+        best.tokens = best.tokens[:known]
         return best
 
     def read(self, line: Line, tokens: Sequence[int]) -> Tensor:
         assert isinstance(line, GeneralLine)
         forward = self._forward(line.weights)
         ids = torch.tensor([list(tokens)], device=forward.device)
-        logits = forward.run(ids, line.cache, not line.weights, last=True)[0, -1]
+        logits = forward.run(ids, line.past, not line.weights, last=True)[0, -1]
         line.tokens += tokens
         return logits
 
@@ -396,7 +405,8 @@ class GeneralLines(Lines):
                 rows.append(None)
         like = next((row for row in rows if row is not None), None)
         if like is None:
-            like = torch.empty(self._model.config.get_text_config().vocab_size, device=self._model.device)
+            slot = self._slots.get(Adapter())
+            like = torch.empty(slot.model.config.get_text_config().vocab_size, device=slot.flat.device)
         return torch.stack([torch.full_like(like, float("nan")) if row is None else row for row in rows])
 
     def end(self, line: Line, keep: bool = True) -> None:
@@ -408,11 +418,7 @@ class GeneralLines(Lines):
         self._warm = []
 
     def takes(self, lines: int, tokens: int, weights: Collection[str]) -> int:
-        config = self._model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        each = next(self._model.parameters()).element_size()
-        return int(lines * 2 * config.num_hidden_layers * heads * size * tokens * each)
+        return lines * self._slots.caching.takes(tokens)
 
     def _forward(self, weights: str) -> GeneralForward:
         if weights:
@@ -420,8 +426,3 @@ class GeneralLines(Lines):
             return GeneralForward(slot, found.flat)
         slot = self._slots.get(Adapter())
         return GeneralForward(slot, slot.still)
-
-
-def _can_be_cut(cache: DynamicCache) -> bool:
-    """Whether a cache still holds all that was read, place by place: others slide, or hold a sum of it."""
-    return all(type(layer) is DynamicLayer for layer in cache.layers)

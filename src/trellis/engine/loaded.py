@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Generator, Sequence
 from contextlib import suppress
@@ -302,13 +303,14 @@ def read_model(
     if precision in ("32-bit", "16-bit"):
         yield from _move(model, device)
     yield Progress(stage="warming_up", fraction=WARMING, message="Warming up")
-    with torch.inference_mode():
-        rows = model(input_ids=torch.zeros((1, 8), dtype=torch.long, device=device), use_cache=False).logits.shape[-1]
+    rows = _rows_of_logits(model, config, device)
     lean, lanes = Lean.of(model), 1
     if device == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL:
         lanes = min(LANES, torch.get_num_threads()) if lean else 1
         torch.set_num_threads(1)
-    tokenizer("Once, so that nothing in it changes when several threads read with it.")
+    slots = Slots(model, lean, Crew(lanes))
+    if lean is None:  # the lean pass is known to be right
+        _require_causal(slots)
     template, problem = _read_template(path, tokenizer)
     about = Loaded(
         fingerprint=digests[0].hexdigest()[:32],
@@ -325,12 +327,22 @@ def read_model(
         positions=positions_of(config),
         lanes=lanes,
     )
-    slots, ends = Slots(model, lean, Crew(lanes)), _ends(path, config, tokenizer)
+    ends = _ends(path, config, tokenizer)
     if missing := sorted(set(vocabulary_of(tokenizer).missing(rows)) - ends):
         slots.missing = torch.tensor(missing, device=device)
         if lean is not None:
             lean.missing = slots.missing
     return LoadedModel(model, tokenizer, slots, lean, ends, about, template)
+
+
+def _require_causal(slots: Slots) -> None:
+    """Find out how the model goes on with a text. Raises LoadFailed for one that fills gaps instead."""
+    if not slots.caching.causal:
+        raise LoadFailed(
+            "This model reads a text in both directions, as models that fill gaps do, and cannot go on with one.",
+            code="unsupported_architecture",
+            next_step="Choose a causal language model, such as a chat model.",
+        )
 
 
 def _read_template(path: Path, tokenizer: Any) -> tuple[ChatTemplate | None, str]:
@@ -433,25 +445,48 @@ def _read_config(path: Path, remote_code: bool) -> tuple[Any, Any]:
         wants_code = "auto_map" in about and about.get("model_type") not in CONFIG_MAPPING
         options = {"local_files_only": True, "trust_remote_code": remote_code and wants_code}
         config = AutoConfig.from_pretrained(path, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except PermissionError as error:
         raise _not_readable(error) from None
     except ImportError as error:
-        raise LoadFailed(
-            f"A library that this model needs is not installed: {_first_line(error)}",
-            code="not_installed",
-            next_step="Install it where Trellis runs, and load the model again.",
-        ) from None
+        raise _library_missing(error) from None
     except (StrictDataclassError, RecursionError, *UNREADABLE) as error:
         raise LoadFailed(
             f"The model's configuration could not be used: {_first_line(error)}",
             code="corrupt_file",
-            next_step="Check config.json and the tokenizer's files, or copy them again.",
+            next_step="Check config.json, or copy it again.",
         ) from None
+    tokenizer = _read_tokenizer(path, options)
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config  # the weights are unpacked as they are read
     return config, tokenizer
+
+
+def _read_tokenizer(path: Path, options: dict[str, Any]) -> Any:
+    """The tokenizer in a folder, after it has read a text once. Raises LoadFailed."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        tokenizer("Once, so that nothing in it changes when several threads read with it.")
+    except PermissionError as error:
+        raise _not_readable(error) from None
+    except ImportError as error:
+        raise _library_missing(error) from None
+    except Exception as error:  # noqa: BLE001 - the library raises plain exceptions for files that it cannot read
+        raise LoadFailed(
+            f"The model's tokenizer could not be used: {_first_line(error)}",
+            code="corrupt_file",
+            next_step="Copy the tokenizer's files again. If they were made by a newer version of tokenizers, update it "
+            "and transformers.",
+        ) from None
+    return tokenizer
+
+
+def _library_missing(error: ImportError) -> LoadFailed:
+    return LoadFailed(
+        f"A library that this model needs is not installed: {_first_line(error)}",
+        code="not_installed",
+        next_step="Install it where Trellis runs, and load the model again.",
+    )
 
 
 def _require_rows(described: ModelFiles, tokenizer: Any) -> None:
@@ -580,23 +615,8 @@ def _build(
         model, info = kind.from_pretrained(
             place, config=config, state_dict=state, output_loading_info=True, **options
         )  # fmt: skip
-    except ImportError as error:
-        raise LoadFailed(
-            f"A library that this model needs is not installed: {_first_line(error)}",
-            code="not_installed",
-            next_step="Install it where Trellis runs, and load the model again.",
-        ) from None
-    except (
-        StrictDataclassError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError,
-        AssertionError, NotImplementedError,
-    ) as error:  # fmt: skip
-        if "memory" in str(error).lower():
-            raise
-        raise LoadFailed(
-            f"The architecture “{config.model_type}” could not be loaded: {_first_line(error)}",
-            code="unsupported_architecture",
-            next_step="Choose a causal language model that transformers knows.",
-        ) from None
+    except WHAT_LIBRARIES_RAISE as error:
+        raise _cannot_be_used(config, error, "loaded") from None
     if info["missing_keys"] or info.get("mismatched_keys"):
         missing = sorted(str(key) for key in info["missing_keys"] or info["mismatched_keys"])
         raise LoadFailed(
@@ -605,6 +625,37 @@ def _build(
             next_step="Copy or download the model again.",
         )
     return model.eval()
+
+
+def _rows_of_logits(model: Any, config: Any, device: str) -> int:
+    """Read a few tokens once, and return how many tokens the model can answer with. Raises LoadFailed for a model that
+    can be put together and cannot be run here."""
+    ids = torch.zeros((1, 8), dtype=torch.long, device=device)
+    try:
+        with torch.inference_mode():
+            return int(model(input_ids=ids, use_cache=False).logits.shape[-1])
+    except WHAT_LIBRARIES_RAISE as error:
+        raise _cannot_be_used(config, error, "run") from None
+
+
+WHAT_LIBRARIES_RAISE = (
+    StrictDataclassError, ImportError, ValueError, LookupError, RuntimeError, TypeError, AttributeError,
+    ArithmeticError, AssertionError,
+)  # fmt: skip
+"""What transformers and a model's own code raise for a model that they cannot put together or run."""
+
+
+def _cannot_be_used(config: Any, error: Exception, verb: str) -> Exception:
+    """Why an architecture cannot be used, as an error for a person; what is told otherwise is returned as it is."""
+    if isinstance(error, torch.OutOfMemoryError) or re.search(r"memory|CUDA error|CUBLAS|MPS backend", str(error)):
+        return error
+    if isinstance(error, ImportError):
+        return _library_missing(error)
+    return LoadFailed(
+        f"The architecture “{config.model_type}” could not be {verb}: {_first_line(error)}",
+        code="unsupported_architecture",
+        next_step="Update transformers if the architecture is new, or choose a causal language model that it knows.",
+    )
 
 
 def _move(model: Any, device: str) -> Generator[Progress | None, None, None]:

@@ -7,20 +7,16 @@ one step after another of whatever comes next; what is less urgent rests while s
 
 from __future__ import annotations
 
-import errno
 import itertools
-import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ..errors import TrellisError
-from ..messages import Cancel, Cancelled, Down, Event, Failed, Queued, Up, Urge
+from ..messages import Cancel, Cancelled, Down, Event, Queued, Up, Urge
 from .crew import stand_back
-
-log = logging.getLogger(__name__)
+from .explaining import explained
 
 Steps = Generator[Event | None, None, Event]
 """A handler's work: yields an event to send, or None where it may be paused; returns the last event."""
@@ -275,56 +271,3 @@ class Loop:
             with self._changed:
                 self._tasks.clear()
                 self._ending = True
-
-
-def explained(error: Exception) -> Failed:
-    """What went wrong in words for a person."""
-    if isinstance(error, TrellisError):
-        return failed(error)
-    if isinstance(error, OSError):
-        return failed(disk_trouble(error))
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
-        return failed(out_of_memory("the device's memory"))
-    if isinstance(error, MemoryError) or "not enough memory" in str(error) or "can't allocate memory" in str(error):
-        return failed(out_of_memory("this computer's memory"))
-    if "os error 28" in str(error):  # safetensors', which hides the kind of the error in its words
-        return failed(disk_trouble(OSError(errno.ENOSPC, "No space left on device")))
-    log.error("a request failed", exc_info=error)
-    return Failed(
-        code="engine_bug",
-        message=f"The engine met an error it does not know: {type(error).__name__}: {error}",
-        next_step="Try again. If it comes back, the engine's log has the details.",
-    )
-
-
-def out_of_memory(where: str) -> TrellisError:
-    return TrellisError(
-        f"There was not enough of {where} for this.",
-        code="out_of_memory",
-        next_step="Use fewer or shorter options, a shorter context, or a smaller model.",
-    )
-
-
-def disk_trouble(error: OSError) -> TrellisError:
-    where = f" at “{error.filename}”" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return TrellisError(
-            f"The disk is full{where}.",
-            code="disk_full",
-            next_step="Make room on the disk, then resume: the choice is kept and is learned from then.",
-        )
-    return TrellisError(
-        f"The disk could not be read or written{where}: {error.strerror or error}.",
-        code="disk_write",
-        next_step="Check the studio's save folder, then resume: the choice is kept and is learned from then.",
-    )
-
-
-def failed(error: TrellisError) -> Failed:
-    return Failed(
-        code=error.code,
-        message=error.message,
-        next_step=error.next_step,
-        field=error.field,
-        details=error.details,
-    )

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -20,10 +23,12 @@ from ..errors import Invalid, LoadFailed, WeightsMissing
 from ..messages import Load, Merge, Merged, Progress
 from ..model_files import weight_files
 from ..tensors import UNREADABLE, all_finite, header_of
+from .caches import Past
 from .loaded import LoadedModel, fingerprints, read_model
 from .reading import Group, answer_logprobs
 from .side_files import copy_side_files, require_same_use, use_of, write_config
 
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.bfloat16}
 PROBE_CONTEXT = 4096
 PROBE_TOKENS = 32
 """Tokens of each answer on which the merged model is compared with base and adapter."""
@@ -47,13 +52,17 @@ def merge(request: Merge, adapter: Path) -> Generator[Progress | None, None, Mer
     tied = model.config.tie_word_embeddings
     yield Progress(stage="merging", fraction=0.4, message="Putting the adapter beside the base")
     both = PeftModel.from_pretrained(model, adapter).eval()
+    _require_whole_adapter(both, adapter)
+    changed = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     probes = yield from _answers(both, loaded, request)
     before = []
     for number, probe in enumerate(probes):
         before.append(_logprobs(both, probe))
         yield _checking(0.45, 0.55, number, len(probes), "Asking base and adapter")
     yield Progress(stage="merging", fraction=0.55, message="Merging the adapter into the weights")
+    _untie_head(both)
     merged = both.merge_and_unload()
+    _restore_precision(merged, base, dtype, changed)
     yield Progress(stage="writing", fraction=0.65, message="Writing the merged model")
     into.mkdir()
     own_settings, merged.generation_config = merged.generation_config, GenerationConfig()  # the base's are copied
@@ -113,6 +122,47 @@ def _require_same_base(request: Merge) -> None:
     )
 
 
+def _require_whole_adapter(both: PeftModel, adapter: Path) -> None:
+    """Raises LoadFailed where a part of the adapter found no layer in the model: PEFT leaves it out with a warning."""
+    stored = load_file(adapter / "adapter_model.safetensors")
+    held = get_peft_model_state_dict(both, save_embedding_layers=False)
+    lost = [name for name, values in stored.items() if name not in held or not torch.equal(held[name], values)]
+    if lost or len(stored) != len(held):
+        raise LoadFailed(
+            f"{len(lost) or len(held) - len(stored)} of the adapter's {len(stored)} tensors do not fit the base model"
+            + (f", the first is “{lost[0]}”." if lost else "."),
+            code="not_proved",
+            next_step="Nothing was kept. Export the adapter instead.",
+        )
+
+
+def _restore_precision(merged: Any, base: Path, dtype: torch.dtype, changed: set[str]) -> None:
+    """Put back what is stored in another precision than most of the base and has no adapter, such as norms in 32 bits
+    among weights in 16: it was rounded when the base was read."""
+    if getattr(merged.config, "quantization_config", None) is not None:
+        return
+    held = {**dict(merged.named_parameters()), **dict(merged.named_buffers())}
+    for file in weight_files(base):
+        others = [name for name, about in header_of(file).items() if DTYPES.get(about["dtype"], dtype) != dtype]
+        with safe_open(file, framework="pt") as tensors:
+            for name in others:
+                if name in held and name.rpartition(".")[0] not in changed:
+                    stored = tensors.get_tensor(name)
+                    if stored.shape == held[name].shape:
+                        held[name].data = stored
+
+
+def _untie_head(both: PeftModel) -> None:
+    """Where the adapter changes the output layer, give that a weight of its own: merged into one that it shares with
+    the embedding, the change would be in both."""
+    model: Any = both.get_base_model()
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(head, BaseTunerLayer) and head.get_base_layer().weight is embedding.weight:
+        head.get_base_layer().weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+
 def tolerance(dtype: torch.dtype) -> float:
     """The mean difference in nats that rounding explains: the merged weights are rounded once to their precision."""
     return 1e-3 if dtype == torch.float32 else 5e-2
@@ -129,9 +179,7 @@ def stored_dtype(base: Path) -> torch.dtype:
     except UNREADABLE:
         return torch.float32  # loading it says what is wrong with it
     most = max(kinds, key=lambda kind: kinds[kind], default="F32")
-    return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.bfloat16}.get(
-        most, torch.float32
-    )
+    return DTYPES.get(most, torch.float32)
 
 
 def _scaled(
@@ -155,12 +203,13 @@ def _answers(both: Any, loaded: LoadedModel, request: Merge) -> Generator[None, 
             prompt = loaded.prompt_tokens(probe, PROBE_TOKENS, PROBE_CONTEXT)
         except Invalid:
             continue  # one that is too long proves no more than the others
+        past, answer = Past(loaded.slots.caching), list[int]()
         with torch.inference_mode():
-            written = both.generate(
-                input_ids=torch.tensor([prompt]), attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
-                max_new_tokens=PROBE_TOKENS, do_sample=False, pad_token_id=loaded.end_token or 0,
-            )  # fmt: skip
-        probes.append(Group(prompt, [written[0, len(prompt) :].tolist()], "none", 1.0))
+            fed = torch.tensor([prompt])
+            while len(answer) < PROBE_TOKENS and not (answer and answer[-1] in loaded.ends):
+                fed = past.read(both.get_base_model(), fed, last=True)[:, -1].argmax(dim=-1, keepdim=True)
+                answer.append(int(fed))
+        probes.append(Group(prompt, [answer], "none", 1.0))
         yield None
     return probes
 

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..messages import Choice
 from .adapters import Slot
+from .caches import keeps_last_logits, last_logits
 from .lean import Lean, Linear
 
 
@@ -62,7 +63,7 @@ def answers_logprobs(model: Any, groups: Sequence[Group]) -> list[Tensor]:
         first = min(len(rows[number][0].prompt) for number in numbers) - 1
         padded = [[*rows[number][0].prompt, *rows[number][1]] for number in numbers]
         ids = torch.tensor([row + [0] * (width - len(row)) for row in padded], device=model.device)
-        logits = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=width - 1 - first).logits
+        logits = last_logits(model, ids[:, :-1], width - 1 - first, keeps_last_logits(model), use_cache=False)
         temperatures = torch.tensor([rows[number][0].temperature for number in numbers], device=model.device)
         logprobs = torch.log_softmax(logits.float() / temperatures[:, None, None], dim=-1)
         told = logprobs.gather(-1, ids[:, first + 1 :, None])[..., 0]

@@ -99,7 +99,7 @@ class TextEngine:
         if self._lines is None:
             loaded = self.loaded
             self._room_for_chats = max(CHATS_BYTES, free_bytes(loaded.about.device) // 4)
-            self._lines = lines_of(loaded.slots, loaded.lean, loaded.model, self.weights, WARM_BYTES)
+            self._lines = lines_of(loaded.slots, loaded.lean, self.weights, WARM_BYTES)
         return self._lines
 
     @property
@@ -136,7 +136,7 @@ class TextEngine:
         slot = self.loaded.slots.get(request.adapter)
         if not self._shelf.readable(slot, weights_id):
             self._shelf.plant(slot, weights_id, request.seed)
-        return Planted(weights=weights_id)
+        return Planted(weights=weights_id, left_out=slot.left_out)
 
     def offer(self, request: Offer) -> Steps:
         started = time.monotonic()

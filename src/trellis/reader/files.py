@@ -1,51 +1,93 @@
-"""Files of prompts as rows, streamed: JSON lines, JSON, CSV, TSV, Parquet and plain text, alone or in a folder.
+"""Files of prompts as rows, streamed: JSON lines, JSON, CSV, TSV, Parquet and plain text, compressed or not, alone or
+in a folder.
 
 It does not know which column is wanted, or what a dataset on the hub is.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import Invalid, shorten
+from .columns import USUAL
+from .csv_files import read_csv
+from .json_files import Record, read_json
+from .opening import COMPRESSIONS, DataFile, LocalFile, Opened, broken, lines_of, reading
+from .tally import Reason
 
-Row = dict[str, Any]
-LINE_LIMIT = 16_000_000
-"""Bytes in one line; a longer one is not a prompt."""
-WHOLE_LIMIT = 300_000_000
-"""Bytes of a JSON file that is one list and so must be read whole."""
-KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
+KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
          ".txt": "text", ".text": "text"}  # fmt: skip
 SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
           "dev": "validation", "eval": "validation", "test": "test"}  # fmt: skip
+DOCUMENTS = re.compile(
+    r"readme|license|licence|notice|changelog|(dataset_infos?|dataset_dict|state|config)\.json", re.IGNORECASE
+)
+"""Files in a folder that tell of the data and hold none, by how their names begin."""
+HEADING = Reason("is a heading", "are headings")
+HEADINGS = {*USUAL, *(f"{name}s" for name in USUAL)}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
-    """The files of one split, in order, and the splits that there are."""
+    """The files of one split, in order, the splits that there are, and files in the folder that are not read."""
 
-    files: list[Path]
+    files: Sequence[DataFile]
     split: str
     splits: list[str]
+    unread: list[str] = field(default_factory=list)
+    subset: str = ""
+    subsets: list[str] = field(default_factory=list)
+    before: int = 0
+    """Bytes of the files that have been read to their ends."""
 
     @property
     def bytes(self) -> int:
-        return sum(file.stat().st_size for file in self.files)
+        return sum(file.size for file in self.files)
+
+    def parts(self) -> Iterator[tuple[str, Iterator[Record]]]:
+        """The rows of each file, with its name where there are several."""
+        for file in self.files:
+            yield file.name if len(self.files) > 1 else "", records(file)
+            self.before += file.size
+
+    def count(self) -> tuple[int | None, bool]:
+        """How many rows there are, and whether that is exact or counted by line ends. None where nobody can say without
+        reading all."""
+        total, exact = 0, True
+        for file in self.files:
+            kind = kind_of(file.name)
+            if kind == "parquet":
+                with _parquet(file) as table:
+                    total += table.metadata.num_rows
+                continue
+            with Opened(file) as opened:
+                if opened.compressed:
+                    return None, False
+                total += max(0, _line_ends(opened) - (kind in ("csv", "tsv")))
+                exact = exact and kind == "text"
+        return total, exact
+
+
+def kind_of(name: str) -> str | None:
+    """The format of a file by its name, whatever it is compressed with; None for one that is not read."""
+    name = name.lower()
+    ending = next((ending for ending in COMPRESSIONS if name.endswith(ending)), "")
+    kind = KINDS.get(Path(name.removesuffix(ending)).suffix)
+    return None if ending and kind == "parquet" else kind  # Parquet is compressed inside
 
 
 def source_of(path: Path, split: str) -> Source:
     """The files to read. Raises Invalid for what is not there or has no format that is known."""
-    known = ", ".join(sorted(KINDS))
+    known = f"{', '.join(sorted(KINDS))}, or in one of these and {', '.join(COMPRESSIONS)}"
+    unread: list[str] = []
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in KINDS and file.is_file())
-        files = [file for file in files if file.resolve().is_relative_to(path.resolve())]
-        if not files:
+        found, unread = _in_folder(path)
+        if not found:
             raise Invalid(
                 f"The folder “{path.name}” holds no files of prompts.",
                 field="dataset.id", next_step=f"Put files into it that end in {known}.",
@@ -54,31 +96,47 @@ def source_of(path: Path, split: str) -> Source:
         raise Invalid(
             f"There is no file “{path.name}”.", field="dataset.id", next_step="Choose one of the files that are listed."
         )
-    elif path.suffix.lower() not in KINDS:
+    elif not kind_of(path.name):
         raise Invalid(
             f"“{path.name}” has no format that is known.",
             field="dataset.id", next_step=f"Use a file that ends in {known}.",
         )  # fmt: skip
     else:
-        files = [path]
-    by_split: dict[str, list[Path]] = {}
-    for file in files:
-        by_split.setdefault(_split_of(file, path), []).append(file)
-    return Source(*_choose(by_split, split), list(by_split))
+        found = [LocalFile(path, path.name)]
+    by_split: dict[str, list[LocalFile]] = {}
+    for file in found:
+        by_split.setdefault("all" if file.path == path else _split_of(file.name), []).append(file)
+    return Source(*_choose(by_split, split), list(by_split), unread)
 
 
-def _split_of(file: Path, root: Path) -> str:
-    """The split that a file's name or folder tells of; “all” where neither does."""
-    if root == file:
-        return "all"
-    for name in [*file.relative_to(root).parts[:-1], file.stem]:
-        word = re.split(r"[-_.]", name.lower())[0]
+def _in_folder(folder: Path) -> tuple[list[LocalFile], list[str]]:
+    """The files of prompts in a folder, and the names of the others. Links that lead out of it are none of them."""
+    found: list[LocalFile] = []
+    unread: list[str] = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if not path.is_file() or any(part.startswith(".") for part in name.parts):
+            continue
+        if not path.resolve().is_relative_to(folder.resolve()):
+            continue
+        if kind_of(path.name) and not DOCUMENTS.match(path.name):
+            found.append(LocalFile(path, name.as_posix()))
+        else:
+            unread.append(name.as_posix())
+    return found, unread
+
+
+def _split_of(name: str) -> str:
+    """The split that the name of a file or of its folders tells of; “all” where none does."""
+    *folders, file = name.split("/")
+    for part in [*folders, file.split(".")[0]]:
+        word = re.split(r"[-_.]", part.lower())[0]
         if word in SPLITS:
             return SPLITS[word]
     return "all"
 
 
-def _choose(by_split: dict[str, list[Path]], wanted: str) -> tuple[list[Path], str]:
+def _choose(by_split: dict[str, list[LocalFile]], wanted: str) -> tuple[list[LocalFile], str]:
     splits = list(by_split)
     chosen = wanted or ("train" if "train" in by_split else splits[0] if len(splits) == 1 else "")
     if chosen not in by_split:
@@ -88,166 +146,65 @@ def _choose(by_split: dict[str, list[Path]], wanted: str) -> tuple[list[Path], s
     return by_split[chosen], chosen
 
 
-def rows(source: Source, told: Callable[[int], None] = lambda done: None) -> Iterator[Row]:
-    """All rows, streamed. `told` hears how many bytes of the files have been read. Raises Invalid for a broken file."""
-    before = 0
-    for file in source.files:
-        kind = KINDS[file.suffix.lower()]
-        try:
-            for row, done in READERS[kind](file):
-                told(before + done)
-                yield row
-        except UnicodeDecodeError as error:
-            raise _broken(file, f"it is not UTF-8 text (byte {error.start})") from None
-        except PermissionError:
-            raise Invalid(
-                f"“{file.name}” may not be read.", code="permission_denied",
-                field="dataset.id", next_step="Give the studio's user the right to read it.",
-            ) from None  # fmt: skip
-        before += file.stat().st_size
+def records(file: DataFile) -> Iterator[Record]:
+    """All rows of a file, streamed. Raises Invalid for a broken one."""
+    with reading(file):
+        yield from READERS[kind_of(file.name) or "text"](file)
 
 
-def count(source: Source) -> tuple[int, bool]:
-    """How many rows there are, and whether that is exact or counted by line ends."""
-    total, exact = 0, True
-    for file in source.files:
-        kind = KINDS[file.suffix.lower()]
-        if kind == "parquet":
-            total += _parquet(file).metadata.num_rows
-        else:
-            lines = _line_ends(file)
-            total += max(0, lines - (kind == "csv"))
-            exact = exact and kind == "text"
-    return total, exact
-
-
-def _line_ends(file: Path) -> int:
+def _line_ends(opened: Opened) -> int:
     total, last = 0, b"\n"
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            total += chunk.count(b"\n")
-            last = chunk[-1:]
+    while chunk := opened.bytes.read(1 << 20):
+        total += chunk.count(b"\n")
+        last = chunk[-1:]
     return total + (last != b"\n")
 
 
-def _lines(file: Path) -> Iterator[tuple[int, bytes, int]]:
-    """(number, line, bytes read so far) of each line. Raises Invalid for one without an end."""
-    done = 0
-    with file.open("rb") as stream:
-        number = 0
-        while line := stream.readline(LINE_LIMIT):
-            number += 1
-            done += len(line)
-            if len(line) >= LINE_LIMIT:
-                raise _broken(file, f"line {number} is longer than {LINE_LIMIT // 1_000_000} MB")
-            yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line, done
+def _read_text(file: DataFile) -> Iterator[Record]:
+    with Opened(file) as opened:
+        begun = False
+        for number, line in lines_of(file, opened):
+            if text := line.strip():
+                heading = not begun and text.lower().rstrip(":") in HEADINGS
+                begun = True
+                yield Record({"text": text}, f"line {number}", opened.done, HEADING if heading else None)
 
 
-def _read_jsonl(file: Path) -> Iterator[tuple[Row, int]]:
-    for number, line, done in _lines(file):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, UnicodeDecodeError):
-                raise
-            raise _broken(file, f"line {number} is not JSON") from None
-        yield _as_row(value), done
-
-
-def _read_json(file: Path) -> Iterator[tuple[Row, int]]:
-    with file.open("rb") as stream:
-        first = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-    if first != b"[":
-        yield from _read_jsonl(file)
-        return
-    size = file.stat().st_size
-    if size > WHOLE_LIMIT:
-        raise _broken(file, f"one list of {size // 1_000_000} MB must be read whole; save it as JSON lines (.jsonl)")
-    try:
-        values = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            raise
-        raise _broken(file, "it is not JSON") from None
-    for number, value in enumerate(values, 1):
-        yield _as_row(value), size * number // len(values)
-
-
-def _as_row(value: Any) -> Row:
-    return value if isinstance(value, dict) else {"text": value}
-
-
-def _read_csv(file: Path) -> Iterator[tuple[Row, int]]:
-    csv.field_size_limit(LINE_LIMIT)
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        head = stream.read(65_536)
-        stream.seek(0)
-        delimiter = "\t" if file.suffix.lower() == ".tsv" else _delimiter(head)
-        done = 0
-
-        def lines() -> Iterator[str]:
-            nonlocal done
-            for line in stream:
-                done += len(line)
-                yield line
-
-        reader = csv.DictReader(lines(), delimiter=delimiter)
-        try:
-            for row in reader:
-                yield {name: value for name, value in row.items() if isinstance(name, str)}, done
-        except csv.Error as error:
-            raise _broken(file, f"line {reader.line_num}: {error}") from None
-
-
-def _delimiter(head: str) -> str:
-    """The likeliest delimiter, from the header row."""
-    header = head.splitlines()[0] if head else ""
-    return max(",;\t|", key=header.count)
-
-
-def _read_text(file: Path) -> Iterator[tuple[Row, int]]:
-    for _, line, done in _lines(file):
-        if text := line.decode().strip():
-            yield {"text": text}, done
-
-
-def _read_parquet(file: Path) -> Iterator[tuple[Row, int]]:
-    import pyarrow
-
-    size, table = file.stat().st_size, _parquet(file)
-    try:
+def _read_parquet(file: DataFile) -> Iterator[Record]:
+    size, read = file.size, 0
+    with _parquet(file) as table:
+        names = table.schema_arrow.names
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise broken(file, f"two columns are named “{shorten(twice)}”", "Give each column a name of its own.")
         total = max(table.metadata.num_rows, 1)
-        read = 0
         for batch in table.iter_batches(batch_size=256):
-            for row in batch.to_pylist():
+            try:
+                found = batch.to_pylist()
+            except UnicodeDecodeError:
+                raise broken(file, f"a text in the rows {read + 1} to {read + len(batch)} is not UTF-8") from None
+            for row in found:
                 read += 1
-                yield row, size * read // total
-    except (pyarrow.ArrowException, OSError) as error:
-        raise _broken(file, f"it is not a whole Parquet file ({shorten(error, 100)})") from None
+                yield Record(row, f"row {read}", size * read // total)
 
 
-def _parquet(file: Path) -> Any:
-    """An open Parquet file, of which only the end has been read. Raises Invalid."""
+@contextmanager
+def _parquet(file: DataFile) -> Iterator[Any]:
+    """An open Parquet file, of which only the end has been read. Raises Invalid, also while it is read."""
     import pyarrow
     import pyarrow.parquet as parquet
 
-    try:
-        return parquet.ParquetFile(file)
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, PermissionError):
-            raise
-        raise _broken(file, f"it is not a whole Parquet file ({shorten(error, 100)})") from None
+    with file.open() as stored:
+        try:
+            yield parquet.ParquetFile(stored)
+        except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:
+            if isinstance(error, PermissionError):
+                raise
+            raise broken(file, f"it is not a whole Parquet file ({shorten(error, 100)})") from None
 
 
-READERS: dict[str, Callable[[Path], Iterator[tuple[Row, int]]]] = {
-    "jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv, "text": _read_text, "parquet": _read_parquet,
+READERS: dict[str, Callable[[DataFile], Iterator[Record]]] = {
+    "json": read_json, "csv": read_csv, "tsv": lambda file: read_csv(file, tabs=True), "text": _read_text,
+    "parquet": _read_parquet,
 }  # fmt: skip
 
-
-def _broken(file: Path, what: str) -> Invalid:
-    return Invalid(
-        f"“{file.name}” cannot be read: {what}.", code="corrupt_file",
-        field="dataset.id", next_step="Correct the file, or choose another.",
-    )  # fmt: skip
+__all__ = ["Record", "Source", "kind_of", "records", "source_of"]

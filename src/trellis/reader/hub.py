@@ -1,30 +1,77 @@
-"""Datasets on the Hugging Face hub as rows, streamed by the datasets library. Scripts are never run.
+"""Datasets on the Hugging Face hub as rows, streamed. Scripts are never run.
 
-Address and token come from the environment that the library itself reads (HF_ENDPOINT, HF_TOKEN).
+Text files (JSON, CSV, text) are parsed as local ones are, so that both come out the same; Parquet, archives and all
+else by the datasets library. Address and token come from the environment that the library itself reads (HF_ENDPOINT,
+HF_TOKEN).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from ..errors import Invalid, TrellisError, shorten
 from ..params import Dataset
-from .files import Row
+from . import files
+from .json_files import Record
 
 R = TypeVar("R")
+NEUTRAL = {"name", "version", "data_dir", "data_files", "description", "features"}
+"""Settings of a dataset's configuration that do not say how its files are parsed."""
 
 
 @dataclass(frozen=True)
-class HubSource:
-    """One split of one subset of a dataset, and what else there is."""
+class HubFile:
+    """One file of a dataset on the hub, read over the network as it is needed."""
 
-    id: str
-    subset: str
-    split: str
-    subsets: list[str]
-    splits: list[str]
+    url: str
+    name: str
+    size: int
+
+    def open(self) -> BinaryIO:
+        from huggingface_hub import HfFileSystem
+
+        return io.BufferedReader(HfFileSystem().open(self.url, "rb"))
+
+
+@dataclass
+class HubSource(files.Source):
+    """One split of one subset of a dataset, and what else there is. Without files, the datasets library streams it."""
+
+    id: str = ""
+
+    def parts(self) -> Iterator[tuple[str, Iterator[Record]]]:
+        if not self.files:
+            yield "", self._streamed()
+            return
+        for name, records in super().parts():
+            yield name, self._each(records)
+
+    def count(self) -> tuple[int | None, bool]:
+        """How many rows the hub says there are."""
+        split = (self._stream().info.splits or {}).get(self.split)
+        return (int(split.num_examples), True) if split is not None and split.num_examples else (None, False)
+
+    def _stream(self) -> Any:
+        import datasets
+
+        return _asked(
+            self.id, lambda: datasets.load_dataset(self.id, self.subset, split=self.split, streaming=True)
+        )  # fmt: skip
+
+    def _streamed(self) -> Iterator[Record]:
+        rows = self._each(iter(self._stream().decode(False)))  # pictures and sound stay the bytes that they are
+        return (Record(row, f"row {number}", 0) for number, row in enumerate(rows, 1))
+
+    def _each(self, rows: Iterator[R]) -> Iterator[R]:
+        while True:
+            row = _asked(self.id, lambda: next(rows, None))
+            if row is None:
+                return
+            yield row
 
 
 def source_of(dataset: Dataset) -> HubSource:
@@ -34,26 +81,25 @@ def source_of(dataset: Dataset) -> HubSource:
     subsets = _asked(dataset.id, lambda: list(datasets.get_dataset_config_names(dataset.id)))
     subset = _choose("subset", dataset.subset, subsets, "default")
     splits = _asked(dataset.id, lambda: [str(split) for split in datasets.get_dataset_split_names(dataset.id, subset)])
-    return HubSource(dataset.id, subset, _choose("split", dataset.split, splits, "train"), subsets, splits)
+    split = _choose("split", dataset.split, splits, "train")
+    found = _asked(dataset.id, lambda: _text_files(dataset.id, subset, split))
+    return HubSource(found, split, splits, subset=subset, subsets=subsets, id=dataset.id)
 
 
-def rows(source: HubSource) -> tuple[Iterator[Row], int | None]:
-    """All rows, streamed, and how many the hub says there are."""
+def _text_files(name: str, subset: str, split: str) -> list[HubFile]:
+    """The files of a split, where all of them are text that we parse and nothing says to parse them otherwise."""
     import datasets
+    from huggingface_hub import HfFileSystem
 
-    stream = _asked(
-        source.id, lambda: datasets.load_dataset(source.id, source.subset, split=source.split, streaming=True)
+    config = datasets.load_dataset_builder(name, subset).config
+    urls = [str(url) for url in (config.data_files or {}).get(split, [])]
+    special = any(
+        getattr(config, row.name) != row.default for row in dataclasses.fields(config) if row.name not in NEUTRAL
     )
-    split = (stream.info.splits or {}).get(source.split)
-    return _each(source, iter(stream)), int(split.num_examples) if split is not None and split.num_examples else None
-
-
-def _each(source: HubSource, stream: Iterator[Any]) -> Iterator[Row]:
-    while True:
-        row = _asked(source.id, lambda: next(stream, None))
-        if row is None:
-            return
-        yield row
+    if special or not all(url.startswith("hf://") and files.kind_of(url) not in (None, "parquet") for url in urls):
+        return []
+    hub = HfFileSystem()
+    return [HubFile(url, hub.resolve_path(url).path_in_repo, int(hub.info(url)["size"])) for url in urls]
 
 
 def _choose(what: str, wanted: str, there: list[str], usual: str) -> str:

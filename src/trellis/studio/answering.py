@@ -7,7 +7,8 @@ import re
 import time
 from typing import Any, Protocol
 
-from ..markdown import THINK, Blocks, block_to_html
+from ..markdown import block_to_html, folded_thought, needs_whole, text_to_html
+from ..markdown_blocks import THINK, Blocks
 from ..messages import Answered, Event, Heard, Progress, Queued, Spoke
 from .message import Message
 from .speed import tokens_per_second
@@ -39,6 +40,9 @@ class Place(Protocol):
     def publish(self, kind: str, **data: Any) -> None:
         """Tell everybody who looks at the room."""
 
+    def tell(self, message: Message) -> None:
+        """Tell all of it again, because what was shown of it has changed."""
+
 
 class Answering:
     """One answer while it grows: its text, its blocks, its figures, and how much of it is written down."""
@@ -58,6 +62,8 @@ class Answering:
         self._length = len(message.text)
         self._whole: list[str] = []
         """Blocks that are whole and not shown yet."""
+        self._folded = 0
+        """How many characters are folded as a thought that turned out to be one when it ended."""
 
     async def run(self) -> None:
         if self._message.text:  # it goes on: its blocks so far are made again
@@ -111,6 +117,8 @@ class Answering:
 
     async def _show(self) -> None:
         """Tell the HTML of blocks that are whole, each once. One that is broken off is made when the answer ends."""
+        if self._blocks.implied > self._folded:
+            await self._fold(self._blocks.implied)
         while self._whole:
             block = self._whole[0]
             quick = len(block) <= INLINE and not CODE.search(block)
@@ -121,13 +129,29 @@ class Answering:
             self._message.shown += len(block)
             self._room.publish("block", message=self._message.id, html=html, shown=self._message.shown)
 
-    async def finish(self) -> None:
-        """What is left is a block too. Says what it took."""
+    async def _fold(self, characters: int) -> None:
+        """Fold the beginning, which turned out to be a thought."""
         self.gather()
-        if rest := self._blocks.rest():
-            self._whole.append(rest)
+        end, later = self._blocks.end, []
+        for piece in reversed(self._whole):
+            end -= len(piece)
+            if end >= characters:
+                later.append(piece)
+        self._message.html = await asyncio.to_thread(folded_thought, self._message.text[:characters])
+        self._message.shown, self._folded, self._whole = characters, characters, later[::-1]
+        self._room.tell(self._message)
+
+    async def finish(self) -> None:
+        """What is left is a block too, and all is drawn once more where that changes something. Says what it took."""
+        self.gather()
+        self._whole += self._blocks.rest()
         await self._show()
         self._message.html = self._message.html or ""
+        if needs_whole(self._message.text):
+            html = await asyncio.to_thread(text_to_html, self._message.text)
+            if html != self._message.html:
+                self._message.html = html
+                self._room.tell(self._message)
         self._message.usage = self._usage()
 
     def gather(self) -> None:

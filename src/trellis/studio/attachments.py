@@ -39,12 +39,10 @@ class Attachments:
         self._store, self._blobs = store, blobs
         self._reading = asyncio.Semaphore(2)
 
-    async def add(self, room_id: str, name: str, data: bytes) -> dict[str, Any]:
-        """Take a file for a room. Raises Invalid for what cannot be read."""
+    async def read(self, name: str, data: bytes) -> dict[str, Any]:
+        """What a file would be with a message. Raises Invalid for what cannot be read."""
         if not data:
             raise self._refusal(name, "is empty", "Choose another file.")
-        if len(await self._store.read(rows.get_files, room_id)) >= MOST_FILES:
-            raise self._refusal(name, f"is too many: a room has {MOST_FILES} files at most", "Start a new room.")
         kind = kind_of(data)
         if len(data) > MOST_BYTES[kind]:
             most = MOST_BYTES[kind] / 1e6
@@ -53,15 +51,22 @@ class Attachments:
             )
             raise self._refusal(name, what, "Choose a smaller file, or a part of it.")
         text = "" if kind == PICTURE else await self._text_of(name, kind, data)
+        return {"name": safe_name(name), "kind": kind, "bytes": len(data), "text": text}
+
+    async def add(self, room_id: str, name: str, data: bytes) -> dict[str, Any]:
+        """Take a file for a room. Raises Invalid for what cannot be read."""
+        if len(await self._store.read(rows.get_files, room_id)) >= MOST_FILES:
+            raise self._refusal(name, f"is too many: a room has {MOST_FILES} files at most", "Start a new room.")
         row: dict[str, Any] = {
-            "id": f"f{secrets.token_hex(8)}", "room": room_id, "name": safe_name(name), "kind": kind,
-            "bytes": len(data), "text": text, "created": time.time(),
-        }  # fmt: skip
+            "id": f"f{secrets.token_hex(8)}",
+            "room": room_id,
+            "created": time.time(),
+        } | await self.read(name, data)
         await asyncio.to_thread(self._write, row["id"], data)
         if not await self._store.write(rows.add_file, row):
             await self.discard(row["id"])
             raise NotFound("This room is not there any more.", next_step="Start a new room.")
-        return {name: row[name] for name in ("id", "name", "kind", "bytes")} | {"characters": len(text)}
+        return {name: row[name] for name in ("id", "name", "kind", "bytes")} | {"characters": len(row["text"])}
 
     async def content(self, file_id: str) -> bytes:
         """What was sent. Raises TrellisError when it is gone."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import TrellisError, shorten
-from ..markdown import THINK, THOUGHT
+from ..markdown_blocks import THINK, THOUGHT
 
 LINE, WHOLE = 1_000_000, 4_000_000
 """Bytes of one line, and of one answer that does not stream, that are read."""

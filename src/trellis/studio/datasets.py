@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import mmap
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -22,7 +24,17 @@ from ..params import Dataset
 from ..workers.reader import Reader
 from .tree import shuffled
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".text")
+COMPRESSED = ("", ".gz", ".zst", ".bz2", ".xz")
+TABLES = (
+    *(f"{kind}{ending}" for kind in (".jsonl", ".ndjson", ".json", ".csv", ".tsv") for ending in COMPRESSED),
+    ".parquet",
+)
+"""How names of files end that have rows of columns."""
+SUFFIXES = (*TABLES, *(f"{kind}{ending}" for kind in (".txt", ".text") for ending in COMPRESSED))
+"""How names of files of prompts end."""
+ENDINGS = ".jsonl, .ndjson, .json, .csv, .tsv, .txt (also compressed: .gz, .zst, .bz2, .xz) or .parquet"
+READING = 2
+"""Counts the ways in which files were read: prompts that were made ready in another way are not taken for these."""
 LISTED = 500
 """Files that are listed at most."""
 
@@ -39,6 +51,7 @@ class Prepared:
     """Prompts in a folder: lines of JSON and where each begins. Nothing is read before it is asked for."""
 
     def __init__(self, folder: Path) -> None:
+        self.notes = _notes(folder)
         offsets = (folder / "offsets.u64").read_bytes()
         if not offsets or len(offsets) % 8:
             raise ValueError("the offsets are damaged")
@@ -59,8 +72,10 @@ class Prepared:
 class Prompts:
     """The prompts of one dataset in the order that a seed gives them."""
 
-    def __init__(self, texts: Texts, dataset: Dataset, seed: int) -> None:
+    def __init__(self, texts: Texts, dataset: Dataset, seed: int, notes: Sequence[str] = ()) -> None:
         self._texts = texts
+        self.notes = list(notes)
+        """What was left out of the dataset, in sentences."""
         self._dataset = dataset
         self._seed = seed
 
@@ -113,6 +128,7 @@ class Datasets:
             return {
                 "samples": prompts[:count], "column": "prompt", "columns": ["prompt"], "split": "steer",
                 "splits": ["steer"], "subset": "", "subsets": [], "total": len(prompts), "exact": True,
+                "rows": len(prompts), "skipped": 0, "left_out": [], "notes": [],
             }  # fmt: skip
         return await self._reader.preview(dataset, await asyncio.to_thread(self._path, dataset), count)
 
@@ -122,7 +138,7 @@ class Datasets:
             return ""
         path = await asyncio.to_thread(self._path, dataset)
         made = recipe_id(
-            "d", [dataset.model_dump(mode="json", exclude={"shuffle"}), await asyncio.to_thread(_mark, path)]
+            "d", [READING, dataset.model_dump(mode="json", exclude={"shuffle"}), await asyncio.to_thread(_mark, path)]
         )
         async with self._at_work.setdefault(made, asyncio.Lock()):
             if made not in self._prepared:
@@ -131,8 +147,22 @@ class Datasets:
 
     async def open(self, prepared: str, dataset: Dataset, seed: int) -> Prompts:
         """Raises OSError when what was prepared is gone or damaged."""
-        texts: Texts = load_prompts("steer") if not prepared else await asyncio.to_thread(self._open, prepared)
-        return Prompts(texts, dataset, seed)
+        if not prepared:
+            return Prompts(load_prompts("steer"), dataset, seed)
+        texts = await asyncio.to_thread(self._open, prepared)
+        return Prompts(texts, dataset, seed, texts.notes)
+
+    @asynccontextmanager
+    async def rows(self, path: Path, most: int) -> AsyncGenerator[Path, None]:
+        """Have the rows of a file of any format written as JSON lines, each `[place, row]`, into a file that is there
+        until the block ends. Raises Invalid for a file that cannot be read, or has more than `most` rows."""
+        await asyncio.to_thread(self._prepared.sweep)
+        folder = await asyncio.to_thread(self._prepared.scratch)
+        try:
+            await self._reader.rows(path, folder, most)
+            yield folder / "rows.jsonl"
+        finally:
+            await asyncio.shield(asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True))
 
     async def discard(self, prepared: str) -> None:
         await asyncio.to_thread(self._prepared.discard, prepared)
@@ -180,12 +210,25 @@ class Datasets:
                 name = file.relative_to(root)
                 if len(found) >= LISTED:
                     break
-                if file.suffix.lower() in SUFFIXES and inside(root, str(name)) and file.is_file():
+                if name.name.lower().endswith(SUFFIXES) and inside(root, str(name)) and file.is_file():
                     found.setdefault(str(name), {"name": str(name), "bytes": file.stat().st_size})
                     if len(name.parts) > 1:
                         folder = found.setdefault(name.parts[0], {"name": name.parts[0], "bytes": 0})
                         folder["bytes"] += file.stat().st_size
         return list(found.values())
+
+
+def _notes(folder: Path) -> list[str]:
+    """What was left out when the prompts in a folder were made ready; older folders have no more than a number."""
+    try:
+        about = json.loads((folder / "about.json").read_bytes())
+    except (OSError, ValueError):
+        return []
+    if "notes" in about:
+        return [str(note) for note in about["notes"]]
+    skipped = int(about.get("skipped", 0))
+    rows = f"{skipped} rows were" if skipped > 1 else "1 row was"
+    return [f"{rows} left out, which had no text that can be a prompt."] if skipped else []
 
 
 def inside(root: Path, name: str) -> Path | None:

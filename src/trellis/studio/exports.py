@@ -156,7 +156,7 @@ class Exports:
     async def _merged(self, job: Job, session: Session, node: Node, entry: ModelEntry, work: Path) -> dict[str, Any]:
         folder = await self._model_folder(session, entry)
         size = await asyncio.to_thread(lambda: sum(file.stat().st_size for file in folder.glob("*.safetensors")))
-        self._require_room(size)
+        self._require_room(max(size, 2 * entry.parameters))  # quantised weights are unpacked to 16 bits
         await asyncio.to_thread(self.folder.mkdir, parents=True, exist_ok=True)
         prompts = [session.prompts.at(place) for place in range(8)] if session.prompts else []
         probes = tuple(

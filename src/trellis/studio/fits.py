@@ -5,14 +5,14 @@ model. Each ends as a node of a tree, made from a log that is kept, so that it c
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import Conflict, Invalid
+from ..errors import Conflict, Invalid, TrellisError
 from ..messages import Choice, Lesson, Option, Progress, Prompt
 from .choices import including_equals
-from .datasets import Datasets
+from .datasets import TABLES, Datasets
 from .jobs import Job, Jobs, key_reused
 from .lessons import Logs, teaching_first, told_in_words
 from .preferences import MOST_LESSONS, Read, lessons_from
@@ -23,7 +23,7 @@ from .tree import Fitted, FittedKind, Node
 KINDS = ("refit", "import", "replay")
 MOST_EPOCHS = 50
 MOST_BYTES = 200_000_000
-LONGEST_LINE = 2_000_000
+MOST_ROWS = 200_000
 STEPS = 160
 """Choices that are looked at in all, where a log is short: so many passes over it as make up these, eight at most."""
 
@@ -69,11 +69,11 @@ class Fits:
         session = await self._steering.session(session_id)
         node = session.node(node_id) if node_id else session.tree.head
         place = await asyncio.to_thread(self._datasets.file, file, "file")
-        if place.is_dir() or place.suffix.lower() not in (".jsonl", ".ndjson", ".json"):
+        if place.is_dir() or not place.name.lower().endswith(TABLES):
             raise Invalid(
-                f"file: “{file}” is not a file of JSON lines.",
+                f"file: “{file}” is no table of choices.",
                 field="file",
-                next_step="Choose a .jsonl file with a choice a line.",
+                next_step="Choose a file of JSON lines, JSON, CSV or Parquet with a choice in each row.",
             )
         if place.stat().st_size > MOST_BYTES:
             raise Invalid(
@@ -81,7 +81,14 @@ class Fits:
                 field="file",
                 next_step="Split the file.",
             )
-        read = await asyncio.to_thread(self._read, place, session)
+        try:
+            async with self._datasets.rows(place, MOST_ROWS) as rows:
+                read = await asyncio.to_thread(self._read, rows, session)
+        except TrellisError as error:
+            if error.field == "file":
+                raise
+            said = f"file: {error.message}"
+            raise Invalid(said, field="file", code=error.code, next_step=error.next_step) from None
         return await self._start(
             session, node, "import", read.lessons, epochs, file, file, request, read.sentences()
         )  # fmt: skip
@@ -153,12 +160,14 @@ class Fits:
             )
         return lessons
 
-    def _read(self, place: Path, session: Session) -> Read:
+    def _read(self, rows: Path, session: Session) -> Read:
         def prompt_of(text: str, system: str) -> Prompt:
             prompt = session.prompt_of(text)
             return prompt.model_copy(update={"system": system}) if system else prompt
 
-        return lessons_from(_lines(place), session.config.temperature, prompt_of)
+        with rows.open(encoding="utf-8") as lines:
+            placed = ((place, row) for place, row in map(json.loads, lines))
+            return lessons_from(placed, session.config.temperature, prompt_of)
 
     async def _start(
         self,
@@ -196,22 +205,3 @@ class Fits:
             "session": session.id, "node": node.id, "step": node.step, "lessons": fitted.lessons,
             "epochs": fitted.epochs, "metrics": learned.metrics.model_dump(mode="json"),
         }  # fmt: skip
-
-
-def _lines(place: Path) -> Iterator[str]:
-    try:
-        with place.open(encoding="utf-8-sig") as file:
-            while line := file.readline(LONGEST_LINE + 1):
-                if len(line) > LONGEST_LINE:
-                    raise Invalid(
-                        f"file: a line has more than {LONGEST_LINE} characters, which no choice has.",
-                        field="file",
-                        next_step="Choose a file of JSON lines, one choice a line.",
-                    )
-                yield line
-    except (UnicodeDecodeError, OSError) as error:
-        raise Invalid(
-            f"file: “{place.name}” cannot be read as text: {error}.",
-            field="file",
-            next_step="Choose a UTF-8 file with a choice a line.",
-        ) from None

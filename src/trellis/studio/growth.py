@@ -76,6 +76,8 @@ class Growth:
         self._queued = queued
         self._owner = tree.root.session
         self._planted_on: Worker | None = None
+        self.left_out: tuple[str, ...] = ()
+        """Layers that cannot get an adapter, each with the reason, as the engine said when it was last asked."""
         self._in_memory: dict[str, Worker] = {}
         """Weights that were learned and not written yet, and who has them."""
         self._foresight = Foresight(self._owner)
@@ -135,6 +137,7 @@ class Growth:
         request = Plant(adapter=self._config.part(Adapter), seed=self._config.seed, root=root)
         planted = await worker.ask(request, owner=self._owner)
         assert isinstance(planted, Planted)
+        self.left_out = planted.left_out
         return planted.weights
 
     def _require_template(self) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ..errors import Invalid, TrellisError, shorten
-from ..markdown import THINK, THOUGHT
+from ..markdown_blocks import THINK, THOUGHT
 from ..messages import Answered, Chat, Event, Heard, Spoke, Turn
 from ..params import Sampling
 from ..store import remotes as rows

@@ -11,23 +11,24 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from ..errors import Conflict, EngineDied, EngineStopped, Invalid, NotFound, TrellisError, shorten, unknown
-from ..markdown import blocks_to_html
+from ..markdown import text_to_html
 from ..messages import Chat, Turn, derived_seed
 from ..params import Sampling, invalid_from
 from ..store import rooms as rows
 from ..store.store import Store
-from ..texts import folded
+from ..texts import PROMPT_LIMIT, folded
 from .answering import INLINE, Answering
 from .attachments import PICTURE, Attachments
 from .hub import Hub
 from .jobs import timestamp
 from .message import Message
+from .speaker import Speaker
 from .speakers import Speakers
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,12 @@ log = logging.getLogger(__name__)
 TITLE = 60
 MOST_MODELS = 4
 MOST_MESSAGES = 20_000
+
+FINAL = frozenset({
+    "content_filter", "model_refused", "tool_call", "only_thoughts", "option_refused", "prompt_too_long", "cannot_see",
+    "wrong_key", "private_address", "forbidden_address", "model_not_found", "not_found",
+})  # fmt: skip
+"""Errors after which an answer cannot go on: the same would happen again."""
 
 CHAT = Sampling(max_new_tokens=1024)
 """How answers are drawn in a room where nobody has said otherwise."""
@@ -143,9 +150,9 @@ class Room:
         wanted = [each for each in wanted if each.id not in self._growing]
         texts = [each.text for each in wanted]
         if sum(map(len, texts)) <= INLINE:
-            drawn = list(map(blocks_to_html, texts))
+            drawn = list(map(text_to_html, texts))
         else:
-            drawn = await asyncio.to_thread(lambda: list(map(blocks_to_html, texts)))
+            drawn = await asyncio.to_thread(lambda: list(map(text_to_html, texts)))
         for message, text, html in zip(wanted, texts, drawn, strict=True):
             if message.html is None and message.id not in self._growing:
                 message.html, message.shown = html, len(text)
@@ -181,6 +188,7 @@ class Room:
                 return known
             self._require_open()
             given = await self._files(files)
+            _require_short(text)
             if not text.strip() and not given:
                 raise Invalid("text: is empty.", field="text", next_step="Write something, or add a file.")
             before = self._parent(parent)
@@ -197,6 +205,7 @@ class Room:
                 return known
             self._require_open()
             old = self.message(message_id)
+            _require_short(text)
             if not text.strip():
                 raise Invalid("text: is empty.", field="text", next_step="Write something.")
             if old.role == "user":
@@ -216,10 +225,9 @@ class Room:
             self._require_open()
             old = self.message(message_id)
             asked = old if old.role == "user" else self.message(old.parent or "")
-            chosen = model or old.model or (self.models or ["demo"])[0]
-            chosen = (await self._speakers.find(chosen)).exactly
+            chosen = (await self._who_answers(model, old)).exactly
             if any(file["kind"] == PICTURE for file in asked.files):
-                await self._require_sight([chosen])
+                await self._speakers.require_seeing([chosen])
             answer = Message(
                 _new("m"), self.id, asked.id, "assistant", "", chosen, state="growing", request=request
             )  # fmt: skip
@@ -242,6 +250,30 @@ class Room:
             message.html, message.shown = None, 0
             await self._begin(message)
             self.publish("message", message=await self.whole(message), head=self.head)
+
+    async def _who_answers(self, model: str | None, old: Message) -> Speaker:
+        """Who was asked for, else who answered before, else (it is gone) whom the room has chosen. Raises NotFound."""
+        if model is None and old.model:
+            with suppress(NotFound):
+                return await self._speakers.find(old.model)
+        return await self._speakers.find(model or (self.models or ["demo"])[0])
+
+    async def can_go_on(self, message: Message) -> bool:
+        """Whether an answer broke off or was cut, and going on with it can work."""
+        cut = message.state in ("interrupted", "stopped", "failed") or message.finish == "length"
+        if not cut or message.role != "assistant" or message.id in self._answers:
+            return False
+        if message.error and message.error["code"] in FINAL:
+            return False
+        usage = message.usage or {}
+        full = (usage.get("context_used") or 0) >= (usage.get("context_length") or float("inf"))
+        if full and len(self.path(message.parent)) < 2:  # no earlier messages that could be left out
+            return False
+        try:
+            await self._speakers.find(message.model or "")
+        except TrellisError:
+            return False
+        return True
 
     async def stop(self, message_id: str | None = None) -> None:
         """Stop an answer, or all that grow. Returns when it has been written down."""
@@ -370,15 +402,6 @@ class Room:
             )  # fmt: skip
         return [(await self._speakers.find(name)).name for name in names]
 
-    async def _require_sight(self, models: Sequence[str]) -> None:
-        for name in models:
-            speaker = await self._speakers.find(name)
-            if not speaker.sees:
-                raise Invalid(
-                    f"“{shorten(speaker.label)}” does not see pictures.", field="files", code="cannot_see",
-                    next_step="Take the picture away, or choose a model that sees.",
-                )  # fmt: skip
-
     async def file(self, file_id: str) -> dict[str, Any]:
         """A file of this room. Raises NotFound."""
         found = next((row for row in await self._store.read(rows.get_files, self.id) if row["id"] == file_id), None)
@@ -402,7 +425,7 @@ class Room:
         chosen = await self._checked(models or self.models or ["demo"])
         exactly = [(await self._speakers.find(name)).exactly for name in chosen]
         if any(file["kind"] == PICTURE for file in message.files):
-            await self._require_sight(chosen)
+            await self._speakers.require_seeing(chosen)
         group = _new("g") if len(chosen) > 1 else None
         answers = [
             Message(_new("m"), self.id, message.id, "assistant", "", each, group=group, state="growing",
@@ -518,9 +541,22 @@ class Room:
         """Tell everybody who looks at the room."""
         self._hub.publish(self.topic, kind, {"type": kind, "seq": self.last + 1, **data})
 
+    def tell(self, message: Message) -> None:
+        """Tell all of a message again, because what was shown of it has changed."""
+        self.publish("message", message=self._told(message), head=self.head)
+
     async def save(self, message: Message) -> None:
         values = {"text": message.text, "folded": folded(message.text)}
         await self._store.write(rows.change_message, message.id, values)
+
+
+def _require_short(text: str) -> None:
+    """Raises Invalid for more than one message may hold."""
+    if len(text) > PROMPT_LIMIT:
+        raise Invalid(
+            f"text: the message has {len(text):,} characters; {PROMPT_LIMIT:,} are the most.", field="text",
+            code="too_long", next_step="Add the text as a file, or send it in parts.",
+        )  # fmt: skip
 
 
 def with_files(message: Message, files: dict[str, str]) -> str:

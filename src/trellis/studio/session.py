@@ -160,6 +160,7 @@ class Session:
                 "source": self.config.dataset.source,
                 "position": self._position(),
                 "total": self.prompts.total if self.prompts else None,
+                "notes": self.prompts.notes if self.prompts else [],
             },
             "control": (
                 {"prompt": self.config.control_prompt, "original": original, "current": current}
@@ -167,6 +168,7 @@ class Session:
                 else None
             ),
             "figures": self.figures(),
+            "layers_left_out": list(self._growth.left_out),
             "engine": self._models.state(self._model),
             "load": self.loading.model_dump(exclude={"type"}) if self.loading else None,
             "queue": self.queue,
@@ -716,6 +718,8 @@ class Session:
     async def _plant(self) -> None:
         root = self.tree.root
         planted = await self._interruptible(self._growth.plant())
+        if left_out := self._growth.left_out:
+            self._notice(f"Some layers of this model get no adapter: {', '.join(left_out)}.")
         async with self._lock:
             await self._store.write(rows.set_weights, root.id, planted)
             self.tree.note(root.id, weights=planted)

@@ -6,13 +6,14 @@ Names are what `/v1/models` lists: `demo`, `session:<name or id>`, `session:<nam
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from ..errors import NotFound, TrellisError, shorten
+from ..errors import Invalid, NotFound, TrellisError, shorten
 from ..messages import Chat, Event
 from ..params import ModelOptions
+from .attachments import PICTURE, kind_of
 from .catalog import UNREADABLE_CONFIG
 from .models import Models
 from .remotes import Remotes
@@ -86,40 +87,54 @@ class Speakers:
         return Base(self._models, options)
 
     async def everybody(self) -> list[dict[str, Any]]:
-        """Everybody, as {name, label, kind, ready}: models first, then sessions, the last used one first."""
+        """Everybody, as {name, label, kind, ready, sees}: models first, then sessions, the last used one first."""
         found: list[dict[str, Any]] = []
         for entry in await self._models.catalog.all():
             if entry.problem or entry.architecture == UNREADABLE_CONFIG:
                 continue
             ready = self._models.state(self._models.options_of(entry.id)) == "loaded"
-            found.append({"name": entry.id, "label": entry.id, "kind": "model", "ready": ready})
+            found.append({"name": entry.id, "label": entry.id, "kind": "model", "ready": ready, "sees": False})
         for session in await self._steering.sessions():
             found.append({
                 "name": f"session:{session['id']}", "label": f"{session['name']}, step {session['step']}",
                 "kind": "session", "ready": session["status"] != "asleep", "session": session["name"],
-                "model": session["model"],
+                "model": session["model"], "sees": False,
             })  # fmt: skip
         for server in await self._remotes.all():
             for model in server["models"]:
                 label = f"{model} at {server['name']}"
                 name = f"remote:{server['name']}/{model}"
-                found.append({"name": name, "label": label, "kind": "remote", "ready": True})
+                found.append({"name": name, "label": label, "kind": "remote", "ready": True, "sees": server["sees"]})
         return found
 
     async def versions(self, session_id: str) -> list[dict[str, Any]]:
-        """The steps of a session as {name, label, head}, the newest first."""
+        """The steps of a session as {name, label, head, newest}, the newest first; the head is where it stands."""
         session = await self._steering.session(session_id)
         labels = await session.labels()
         nodes = sorted(session.tree.nodes.values(), key=lambda node: node.created, reverse=True)
+        grown = [node for node in nodes if node.weights]
         return [
             {
-                "name": f"session:{session.id}@{node.id}",
-                "label": _named(node, labels),
-                "head": node is session.tree.head,
+                "name": f"session:{session.id}@{node.id}", "label": f"{session.name}, {_named(node, labels)}",
+                "head": node is session.tree.head, "newest": node is grown[0],
             }
-            for node in nodes
-            if node.weights
+            for node in grown
         ]  # fmt: skip
+
+    async def require_seeing(self, names: Sequence[str]) -> None:
+        """Raises Invalid where one of some cannot be shown pictures."""
+        for name in names:
+            speaker = await self.find(name)
+            if not speaker.sees:
+                raise Invalid(
+                    f"“{shorten(speaker.label)}” does not see pictures.", field="files", code="cannot_see",
+                    next_step="Take the picture away, or choose a model that sees.",
+                )  # fmt: skip
+
+    async def require_sight(self, names: Sequence[str], data: bytes) -> None:
+        """Raises Invalid where a file is a picture, and one of some cannot be shown it."""
+        if kind_of(data) == PICTURE:
+            await self.require_seeing(names)
 
     async def label(self, name: str) -> str:
         """What somebody is called on a page; the name itself when there is nobody of that name any more."""
@@ -174,4 +189,5 @@ def _node_of(session: Session, place: str) -> Node | None:
 def _named(node: Node, labels: dict[str, str]) -> str:
     if node.parent is None:
         return "before any step"
-    return f"step {node.step}" + (f": {node.name or labels.get(node.id, '')}" if node.name or node.id in labels else "")
+    label = node.name or labels.get(node.id, "").strip()
+    return f"step {node.step}: {label}" if label else f"step {node.step}"

@@ -21,7 +21,7 @@ from ..errors import Conflict, Invalid, NotFound, shorten
 from ..messages import recipe_id
 from ..params import invalid_entries
 from .catalog import DEMO, FOLDER_NAME
-from .datasets import SUFFIXES
+from .datasets import ENDINGS, SUFFIXES
 
 PIECE = 1_000_000
 """Bytes in one piece: what one request may carry."""
@@ -92,7 +92,7 @@ class Uploads:
                 )
                 wrong.append({"field": f"files.{number}.path", "message": message})
             elif kind == "prompts" and (not _NAME.fullmatch(path) or not path.lower().endswith(SUFFIXES)):
-                message = f"“{shorten(path)}” is not a file of prompts; it must end in {', '.join(SUFFIXES)}."
+                message = f"“{shorten(path)}” is not a file of prompts; it must end in {ENDINGS}."
                 wrong.append({"field": f"files.{number}.path", "message": message})
         if kind == "model" and "config.json" not in {path for path, _ in files}:
             wrong.append({"field": "files", "message": "there is no config.json among them."})

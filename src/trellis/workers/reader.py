@@ -35,6 +35,12 @@ class Reader:
         """Write all prompts into a folder. Raises as `preview` does."""
         return await self._last(dataset, path, {"do": "prepare", "into": str(into)}, told)
 
+    async def rows(self, path: Path, into: Path, most: int) -> int:
+        """Write the rows of a file as JSON lines into a folder; returns how many. Raises as `preview` does."""
+        dataset = Dataset(source="file", id=path.name)
+        found = await self._last(dataset, path, {"do": "rows", "into": str(into), "most": most}, lambda data: None)
+        return int(found["rows"])
+
     async def _last(
         self, dataset: Dataset, path: Path | None, request: dict[str, Any], told: Callable[[dict[str, Any]], None]
     ) -> dict[str, Any]:

@@ -121,6 +121,20 @@ async def take_in(request: Request, studio: OfStudio) -> dict[str, Any]:
     return (await import_rooms(studio.rooms, await request.body())).as_json()
 
 
+@router.post("/new/files", dependencies=[Depends(expensive)], max_body_size=MAX_FILE)
+async def check_file(
+    request: Request,
+    studio: OfStudio,
+    name: Annotated[str, Query(min_length=1, max_length=300)],
+    model: Annotated[list[ModelName], Query(max_length=MOST_MODELS)] = [],  # noqa: B006
+) -> dict[str, Any]:
+    """What the body would be as a file of a room that is not there yet; it is not kept. Refuses as adding it does."""
+    data = await request.body()
+    await studio.speakers.require_sight(model, data)
+    read = await studio.attachments.read(name, data)
+    return {each: read[each] for each in ("name", "kind", "bytes")} | {"characters": len(read["text"])}
+
+
 @router.get("/{room}")
 async def state(room: OfRoom) -> dict[str, Any]:
     """A room with all its messages."""
@@ -153,10 +167,17 @@ async def send(body: NewMessage, room: OfRoom, request: RequestId) -> dict[str, 
 
 @router.post("/{room}/files", status_code=201, dependencies=[Depends(expensive)], max_body_size=MAX_FILE)
 async def add_file(
-    request: Request, room: OfRoom, studio: OfStudio, name: Annotated[str, Query(min_length=1, max_length=300)]
+    request: Request,
+    room: OfRoom,
+    studio: OfStudio,
+    name: Annotated[str, Query(min_length=1, max_length=300)],
+    model: Annotated[list[ModelName], Query(max_length=MOST_MODELS)] = [],  # noqa: B006
 ) -> dict[str, Any]:
-    """Add the body as a file, which a message may then name: text, code, a PDF, or a picture for a model that sees."""
-    return await studio.attachments.add(room.id, name, await request.body())
+    """Add the body as a file, which a message may then name: text, code, a PDF, or a picture for a model that sees.
+    Where `model` names who is to answer, a picture that one of them cannot see is refused."""
+    data = await request.body()
+    await studio.speakers.require_sight(model, data)
+    return await studio.attachments.add(room.id, name, data)
 
 
 @router.get("/{room}/files/{file}")

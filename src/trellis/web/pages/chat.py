@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -47,10 +48,15 @@ class Turn:
     unanswered: bool
     first: bool
     """Whether it answers a prompt that stands alone, as those that a session learns from do."""
+    cut: frozenset[str] = frozenset()
+    """The answers that can go on."""
+    teaches: str = ""
+    """The session that is the likeliest to learn from it; empty where none is likelier than others."""
 
 
 class SendForm(Sent):
-    text: str = Field("", max_length=PROMPT_LIMIT)
+    text: str = ""
+    """As long as a body may be: a message that is too long comes back with the reason, and is not lost."""
     models: list[Annotated[str, Field(max_length=300)]] = Field([], max_length=MOST_MODELS)
 
 
@@ -59,7 +65,7 @@ class MessageForm(Sent):
 
 
 class EditForm(MessageForm):
-    text: str = Field(max_length=PROMPT_LIMIT)
+    text: str
 
 
 class AgainForm(MessageForm):
@@ -134,6 +140,7 @@ async def start_page(
         speakers=speakers,
         known=[] if listed else [(model, await studio.speakers.label(model))],
         most=MOST_MODELS,
+        longest=PROMPT_LIMIT,
         error=error.as_json() if error else None,
         imported=imported,
         request_id=secrets.token_hex(12),
@@ -202,6 +209,7 @@ async def show_room(
         known=known,
         chosen=room.models,
         most=MOST_MODELS,
+        longest=PROMPT_LIMIT,
         sampling=CHAT.model_dump() | room.sampling,
         fields=fields_of(room.sampling),
         text=text,
@@ -230,7 +238,8 @@ async def thread_of(room: Room, all: bool = False) -> tuple[list[Turn], int, int
     wanted = {each.id: each for message in shown for each in columns[message.id]}
     told, after = await room.view(list(wanted.values()))
     by_id = {each["id"]: shown_as(each) for each in told}
-    turns = [turn_of(room, message, by_id, columns[message.id]) for message in shown]
+    cut = frozenset([each.id for each in wanted.values() if await room.can_go_on(each)])
+    turns = [turn_of(room, message, by_id, columns[message.id], cut) for message in shown]
     return turns, after, len(path) - len(shown)
 
 
@@ -257,7 +266,9 @@ def shown_as(message: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def turn_of(room: Room, message: Message, by_id: dict[str, dict[str, Any]], columns: list[Message]) -> Turn:
+def turn_of(
+    room: Room, message: Message, by_id: dict[str, dict[str, Any]], columns: list[Message], cut: frozenset[str]
+) -> Turn:
     """Branches are told apart by what stands side by side: of a comparison, the answer that is on the branch."""
     others: list[str] = []
     seen: set[str] = set()
@@ -267,8 +278,16 @@ def turn_of(room: Room, message: Message, by_id: dict[str, dict[str, Any]], colu
         seen.add(each.group or "")
     return Turn(
         by_id[message.id], [by_id[each.id] for each in columns] if len(columns) > 1 else [], others,
-        others.index(message.id), not room.children(message.id), is_first(room, message),
+        others.index(message.id), not room.children(message.id), is_first(room, message), cut,
+        likeliest_session(room, message),
     )  # fmt: skip
+
+
+def likeliest_session(room: Room, message: Message) -> str:
+    """The id of the session that answered, or one beside it, or that is chosen in the room."""
+    answers = [message, *room.children(message.parent)[::-1]]
+    names = [*(each.model for each in answers if each.model), *room.models]
+    return next((name.removeprefix("session:").split("@")[0] for name in names if name.startswith("session:")), "")
 
 
 def is_first(room: Room, message: Message) -> bool:
@@ -297,7 +316,8 @@ async def one_message(request: Request, room: OfRoom, studio: OfStudio, message:
         on_branch = {each.id for each in room.path(room.head)}
         found = next((each for each in columns if each.id in on_branch), columns[0])
     told, after = await room.view(columns)
-    turn = turn_of(room, found, {each["id"]: shown_as(each) for each in told}, columns)
+    cut = frozenset([each.id for each in columns if await room.can_go_on(each)])
+    turn = turn_of(room, found, {each["id"]: shown_as(each) for each in told}, columns, cut)
     return render_of(request).page("chat/_turn.html", room=room.as_json(), turn=turn, after=after, sessions=sessions)
 
 
@@ -361,13 +381,15 @@ async def rate(request: Request, room: OfRoom, form: Annotated[RateForm, Form()]
 
 @router.post("/chat/{room}/teach")
 async def teach(request: Request, room: OfRoom, studio: OfStudio, form: Annotated[TeachForm, Form()]) -> Response:
-    """Have a session learn from an answer, and look at it there."""
+    """Have a session learn from an answer. A script is told where that can be looked at; a form goes there."""
     await expensive(request)
     prompt, options, choice = studio.rooms.said_of(room, form.message)
     what = f"an answer in “{room.title}”"
     await studio.fits.teach(form.session, prompt, options, choice, what, form.request)
     if "hx-request" in request.headers:
-        return Response(status_code=204, headers={"hx-redirect": f"/steer/{form.session}/log#fits"})
+        name = (await studio.steering.session(form.session)).name
+        event = {"trellis:taught": {"message": form.message, "session": name, "url": f"/steer/{form.session}/log#fits"}}
+        return Response(status_code=204, headers={"hx-trigger": json.dumps(event)})
     return RedirectResponse(f"/steer/{form.session}/log#fits", 303)
 
 

@@ -12,6 +12,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ...errors import Invalid, TrellisError
 from ...studio import journal as journals
+from ...studio.datasets import TABLES
 from ...studio.fits import MOST_EPOCHS
 from ...studio.jobs import Job
 from ...studio.session import Session
@@ -24,8 +25,6 @@ from ..render import render_of
 from .steering import Sent
 
 router = APIRouter(include_in_schema=False)
-
-FILES = (".jsonl", ".ndjson", ".json")
 
 
 class FitForm(Sent):
@@ -61,7 +60,7 @@ async def page(request: Request, session: OfSession, studio: OfStudio) -> HTMLRe
 async def log_page(
     request: Request, session: Session, studio: Studio, error: TrellisError | None = None
 ) -> HTMLResponse:
-    files = [file for file in await studio.datasets.files() if file["name"].lower().endswith(FILES)]
+    files = [file for file in await studio.datasets.files() if file["name"].lower().endswith(TABLES)]
     fits = await studio.fits.of(session.id)
     models = [model for model in await studio.models.list() if model["id"] != session.config.model]
     return render_of(request).page(

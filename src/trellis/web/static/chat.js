@@ -1,69 +1,10 @@
 // A room: words that grow as they come, a line that comes back by itself, and nothing that is sent twice or lost.
 
-import { $, $$, announce, ask, copyText, toast } from "./page.js";
+import { Line } from "./chat-line.js";
+import { bindSteps, bindWriting, Draft, Files, isComposing, isTooLong, newId, points } from "./composer.js";
+import { $, $$, announce, copyText, toast } from "./page.js";
 
-const points = (text) => { let count = 0; for (const _ of text) count += 1; return count; };
 const from = (text, start) => (start <= 0 ? text : [...text].slice(start).join(""));
-const newId = () => crypto.randomUUID?.() ?? String(Math.random()).slice(2).padEnd(12, "0");
-
-/** A socket that opens again with a growing pause, and says how it is. */
-class Line {
-  constructor(url, after, { onEvent, onState }) {
-    Object.assign(this, { url, last: after, onEvent, onState });
-    this.wait = 500;
-    this.ended = false;
-    this.open();
-    addEventListener("online", () => this.soon());
-    addEventListener("offline", () => this.onState("offline"));
-    addEventListener("pagehide", () => { this.ended = true; this.socket?.close(); });
-    addEventListener("pageshow", (event) => { if (event.persisted) { this.ended = false; this.open(); } });
-    document.addEventListener("visibilitychange", () => { if (!document.hidden) this.soon(); });
-    setInterval(() => this.beat(), 10000);
-  }
-
-  get live() { return this.socket?.readyState === WebSocket.OPEN; }
-
-  open() {
-    clearTimeout(this.timer);
-    if (this.ended) return;
-    this.socket = new WebSocket(`${this.url}?after=${this.last}`);
-    const socket = this.socket;
-    this.heard = Date.now();
-    socket.onmessage = ({ data }) => {
-      if (socket !== this.socket) return;
-      this.heard = Date.now();
-      const event = JSON.parse(data);
-      if (event.type === "connected") { this.wait = 500; this.onState("connected"); }
-      this.onEvent(event);
-      if (event.seq > this.last && !["connected", "pong"].includes(event.type) && !(event.type === "error" && !event.message)) this.last = event.seq;
-    };
-    socket.onclose = ({ code }) => {
-      if (socket !== this.socket || this.ended) return;
-      if (code === 4404) { this.ended = true; this.onState("gone"); return; }
-      this.onState(navigator.onLine ? "reconnecting" : "offline");
-      this.timer = setTimeout(() => this.open(), this.wait * (0.5 + Math.random()));
-      this.wait = Math.min(this.wait * 2, 15000);
-    };
-  }
-
-  /** Try now instead of later. */
-  soon() { if (!this.ended && !this.live && this.socket?.readyState !== WebSocket.CONNECTING) { this.wait = 500; this.open(); } }
-
-  beat() {
-    if (this.ended || !this.live) return;
-    if (Date.now() - this.heard > 25000) { this.socket.close(); return; } // nobody is there, whatever the network says
-    this.socket.send(JSON.stringify({ type: "ping" }));
-  }
-
-  send(command) {
-    if (!this.live) return false;
-    this.socket.send(JSON.stringify(command));
-    return true;
-  }
-
-  /** Have everything after the last event that was understood told again. */
-  sync() { this.send({ type: "sync", after: this.last }); }
-}
 
 export class Chat {
   constructor(root) {
@@ -75,14 +16,12 @@ export class Chat {
     this.say = $("[data-say]", root);
     this.messages = new Map(); // what is known of each: text after the whole blocks, how much there is of it, its state
     this.growing = new Set();
-    this.files = [];
     this.follows = true;
     this.sources = new Map(); // the HTML that was last fetched of each
     this.readThread();
     this.bindComposer();
     this.bindThread();
     this.bindScroll();
-    this.bindFiles();
     const scheme = location.protocol === "https:" ? "wss" : "ws";
     this.line = new Line(`${scheme}://${location.host}/ws/chat/${this.room}`, this.after, {
       onEvent: (event) => this.take(event), onState: (state) => this.showState(state),
@@ -235,9 +174,11 @@ export class Chat {
     const sent = this.outbox().find((each) => each.request === request);
     if (sent && error.code === "not_now") return; // another one answers first; it is sent again after that
     toast(error.message, { more: error.next_step, error: true });
-    if (sent) {
+    if (sent) { // what was refused comes back to where it was written
       this.dropSent(request);
-      if (!this.say.value) this.say.value = sent.text;
+      this.say.value = this.say.value ? `${sent.text}\n\n${this.say.value}` : sent.text;
+      this.files.set([...(sent.files ?? []), ...this.files.list]);
+      this.say.dispatchEvent(new Event("input"));
     }
   }
 
@@ -355,47 +296,36 @@ export class Chat {
       if (event.submitter?.matches("[data-stop]")) { this.stop(); return; }
       this.submit();
     });
-    const draft = `trellis:draft:${this.room}`;
-    if (!this.say.value) this.say.value = sessionStorage.getItem(draft) ?? "";
-    this.say.addEventListener("input", () => sessionStorage.setItem(draft, this.say.value));
-    this.clearDraft = () => sessionStorage.removeItem(draft);
+    this.files = new Files(this.root, this.composer, this.say, (name) => `/api/rooms/${this.room}/files?name=${encodeURIComponent(name)}`);
+    this.draft = new Draft(this.room, this.say, this.files);
+    Draft.dropSent($$(".message.user [data-tail]", this.thread).slice(0, 1).map((each) => each.textContent.trim()));
     document.addEventListener("keydown", (event) => {
-      const dialog = $("dialog[open]");
-      const typing = event.target.closest?.("input, textarea, select, [contenteditable]");
-      if (event.key === "Escape" && !dialog && this.growing.size) { event.preventDefault(); this.stop(); return; }
+      if (isComposing(event) || $("dialog[open]")) return;
+      if (event.key === "Escape" && !event.defaultPrevented && this.growing.size) { event.preventDefault(); this.stop(); return; }
       if (event.key === "ArrowUp" && event.target === this.say && !this.say.value) {
         const edit = $$(".message.user .edit-message", this.thread).at(-1);
         if (edit) { event.preventDefault(); edit.open = true; $("textarea", edit).focus(); }
-        return;
       }
-      if (typing || dialog || event.ctrlKey || event.metaKey || event.altKey) return;
-      if (event.key === "w") { event.preventDefault(); this.say.focus(); }
-      if (event.key === "r" && !this.growing.size) { event.preventDefault(); this.again(); }
     });
   }
 
   submit() {
     const text = this.say.value;
-    if (!text.trim() && !this.files.length) { this.say.focus(); return; }
-    if (this.files.some((file) => file.coming)) { toast("A file is still on its way.", { more: "Send when it is there." }); return; }
+    if (!text.trim() && !this.files.list.length) { this.say.focus(); return; }
+    if (isTooLong(this.say)) { this.say.focus(); return; }
+    if (this.files.coming) { toast("A file is still on its way.", { more: "Send when it is there." }); return; }
     if (this.growing.size) { toast("The answer is still growing.", { more: "Wait for its end, or stop it." }); return; }
     const models = $$("[data-model]", this.composer).map((each) => each.value).filter(Boolean);
-    const command = { type: "send", text, request: newId(), model: [...new Set(models)], attachments: this.files.map((file) => file.id) };
+    const command = { type: "send", text, request: newId(), model: [...new Set(models)], attachments: this.files.list.map((file) => file.id), files: this.files.list };
     this.keep([...this.outbox(), command]);
     this.say.value = "";
-    this.clearDraft();
-    this.files = [];
-    this.showFiles();
+    this.files.set([]);
+    this.draft.clear();
+    this.say.dispatchEvent(new Event("input"));
     this.follows = true;
     if (this.line.live) this.flush(); else announce("You are offline. It is sent when you are back.");
     this.showOutbox();
     this.toEnd();
-  }
-
-  /** Have the last answer made once more. */
-  again() {
-    const last = $$("[data-turn]", this.thread).at(-1)?.dataset.turn;
-    if (last && !this.line.send({ type: "regenerate", message: last, request: newId() })) toast("You are offline.", { more: "Press again when you are back.", error: true });
   }
 
   stop() {
@@ -404,11 +334,12 @@ export class Chat {
 
   /** What was said and is not known to have arrived. It is sent again when the line is back; the server takes it once. */
   outbox() {
+    if (this.waiting) return this.waiting;
     try { return JSON.parse(sessionStorage.getItem(`trellis:outbox:${this.room}`) ?? "[]"); } catch { return []; }
   }
 
   keep(commands) {
-    sessionStorage.setItem(`trellis:outbox:${this.room}`, JSON.stringify(commands));
+    try { sessionStorage.setItem(`trellis:outbox:${this.room}`, JSON.stringify(commands)); this.waiting = null; } catch { this.waiting = commands; } // full
     this.showOutbox();
   }
 
@@ -418,7 +349,12 @@ export class Chat {
   }
 
   /** Send what waits, one after the other: the next when the answer to the one before is whole. */
-  flush() { const [next] = this.outbox(); if (next && !this.growing.size) this.line.send(next); }
+  flush() {
+    const [next] = this.outbox();
+    if (!next || this.growing.size) return;
+    const { files, ...command } = next;
+    this.line.send(command);
+  }
 
   showOutbox() {
     const place = $("[data-outbox]", this.root);
@@ -477,6 +413,18 @@ export class Chat {
       const edit = event.target.closest?.(".edit-message, .room-menu");
       if (event.detail.successful && edit && event.target.tagName === "FORM" && !event.target.matches(".rename")) edit.open = false;
     });
+    document.addEventListener("trellis:taught", ({ detail }) => {
+      const message = this.element(detail.message), note = message && $("[data-taught]", message);
+      toast(`“${detail.session}” learns from this answer.`);
+      if (!note) return;
+      const teach = $(".teach", message);
+      if (teach) teach.open = false;
+      const link = document.createElement("a");
+      link.href = detail.url;
+      link.textContent = "See how it goes";
+      note.replaceChildren(`“${detail.session}” learns from this. `, link);
+      note.hidden = false;
+    });
     this.showsAll = new URLSearchParams(location.search).has("all");
     document.addEventListener("htmx:afterSwap", (event) => {
       if (event.detail.target !== this.thread) return;
@@ -484,156 +432,4 @@ export class Chat {
       this.readThread();
     });
   }
-
-  // ── Files ─────────────────────────────────────────────────────────────────────────────────────────
-
-  bindFiles() {
-    const label = $("[data-add-file]", this.root), input = $("[data-file-input]", this.root);
-    label.hidden = input.hidden = false;
-    input.tabIndex = 0;
-    input.addEventListener("change", () => { this.addFiles([...input.files]); input.value = ""; });
-    this.root.addEventListener("dragover", (event) => { if (event.dataTransfer?.types.includes("Files")) { event.preventDefault(); this.root.classList.add("dropping"); } });
-    this.root.addEventListener("dragleave", (event) => { if (!this.root.contains(event.relatedTarget)) this.root.classList.remove("dropping"); });
-    this.root.addEventListener("drop", (event) => { if (event.dataTransfer?.files.length) { event.preventDefault(); this.root.classList.remove("dropping"); this.addFiles([...event.dataTransfer.files]); } });
-    this.say.addEventListener("paste", (event) => { const files = [...(event.clipboardData?.files ?? [])]; if (files.length) { event.preventDefault(); this.addFiles(files); } });
-  }
-
-  async addFiles(files) {
-    for (const file of files) {
-      const entry = { name: file.name || "pasted.txt", coming: true };
-      this.files.push(entry);
-      this.showFiles();
-      try {
-        Object.assign(entry, await ask("POST", `/api/rooms/${this.room}/files?name=${encodeURIComponent(entry.name)}`, file), { coming: false });
-      } catch (error) {
-        this.files = this.files.filter((each) => each !== entry);
-        toast(error.told.message, { more: error.told.next_step, error: true });
-      }
-      this.showFiles();
-    }
-  }
-
-  showFiles() {
-    $("[data-chips]", this.composer).replaceChildren(...this.files.map((file) => {
-      const chip = document.createElement("li");
-      chip.className = "chip";
-      const name = document.createElement("span");
-      name.textContent = file.coming ? `${file.name} …` : file.name;
-      const away = document.createElement("button");
-      away.type = "button";
-      away.className = "quiet";
-      away.textContent = "×";
-      away.setAttribute("aria-label", `Take ${file.name} away`);
-      away.addEventListener("click", () => { this.files = this.files.filter((each) => each !== file); this.showFiles(); });
-      chip.append(name, away);
-      return chip;
-    }));
-  }
-}
-
-/** Enter sends; "/" at the start lists the prompt library. */
-function bindWriting(form, say) {
-  const fit = () => { say.style.height = "auto"; say.style.height = `${Math.min(say.scrollHeight + 4, innerHeight * 0.4)}px`; };
-  say.addEventListener("input", fit);
-  say.addEventListener("keydown", (event) => {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.ctrlKey) return;
-    event.preventDefault();
-    const first = $("[data-prompt-box]:not([hidden]) button", form);
-    if (first) first.click(); else form.requestSubmit($("[data-send]", form));
-  });
-  const box = $("[data-prompt-box]", form);
-  if (box) bindPrompts(form, say, box);
-}
-
-function bindPrompts(form, say, box) {
-  let prompts = null;
-  const close = () => { box.hidden = true; box.replaceChildren(); };
-  const button = (text, act) => {
-    const made = document.createElement("button");
-    made.type = "button";
-    made.className = "quiet";
-    made.textContent = text;
-    made.addEventListener("click", act);
-    return made;
-  };
-  say.addEventListener("input", async () => {
-    if (!say.value.startsWith("/") || say.value.includes("\n")) { close(); return; }
-    prompts ??= await ask("GET", "/api/rooms/prompts").catch(() => []);
-    const word = say.value.slice(1).toLowerCase();
-    const found = prompts.filter((each) => each.name.toLowerCase().includes(word)).slice(0, 8);
-    const rows = found.map((each) => {
-      const row = document.createElement("div");
-      row.className = "prompt-row";
-      row.append(button(each.name, () => { say.value = each.text; close(); say.focus(); say.dispatchEvent(new Event("input")); }),
-        Object.assign(button("×", async () => {
-          await ask("DELETE", `/api/rooms/prompts/${each.id}`);
-          prompts = null;
-          say.dispatchEvent(new Event("input"));
-        }), { ariaLabel: `Drop the prompt ${each.name}` }));
-      return row;
-    });
-    const help = document.createElement("p");
-    help.className = "help";
-    help.textContent = prompts.length ? "Choose a prompt; Enter takes the first." : "No prompts yet. Write one here as /name text, and keep it.";
-    box.replaceChildren(help, ...rows);
-    const [, name, text] = /^\/(\S+)\s+([\s\S]+)$/.exec(say.value) ?? [];
-    if (text) {
-      box.append(button(`Keep as “${name}”`, async () => {
-        prompts = await ask("PUT", "/api/rooms/prompts", { name, text });
-        say.value = text;
-        close();
-        say.focus();
-        toast(`Kept. “/${name}” brings it back.`);
-      }));
-    }
-    box.hidden = false;
-  });
-  say.addEventListener("keydown", (event) => { if (event.key === "Escape" && !box.hidden) { event.stopPropagation(); close(); } });
-}
-
-/** Of a session, any step can be chosen. */
-function bindSteps(form) {
-  const shown = (select) => {
-    const button = $("[data-step-of]", select.parentElement);
-    if (button) button.hidden = !/^session:/.test(select.value);
-  };
-  for (const select of $$("[data-model]", form)) {
-    shown(select);
-    select.addEventListener("change", () => shown(select));
-    $("[data-step-of]", select.parentElement)?.addEventListener("click", async () => {
-      const session = select.value.replace(/^session:/, "").split("@")[0];
-      const name = select.selectedOptions[0].textContent.split(", ")[0];
-      const versions = await ask("GET", `/api/rooms/speakers/${session}/versions`).catch(() => []);
-      const group = document.createElement("optgroup");
-      group.label = `Steps of ${name}`;
-      for (const each of versions) {
-        const option = new Option(`${name}, ${each.label}${each.head ? " (the newest)" : ""}`, each.name);
-        group.append(option);
-      }
-      $(`optgroup[label="${CSS.escape(group.label)}"]`, select)?.remove();
-      select.prepend(group);
-      select.value = versions[0]?.name ?? select.value;
-      select.focus();
-      select.showPicker?.();
-    });
-  }
-}
-
-/** The page on which a room begins. */
-export function bindStart(root) {
-  const form = $("[data-composer]", root), say = $("[data-say]", root);
-  bindWriting(form, say);
-  bindSteps(form);
-}
-
-/** Keys that work on every page of chat. */
-export function bindKeys() {
-  const keys = $("[data-keys]");
-  if (!keys) return;
-  document.addEventListener("keydown", (event) => {
-    if (event.target.closest?.("input, textarea, select, dialog") || event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.key === "?") { event.preventDefault(); keys.showModal(); }
-    if (event.key === "s") { event.preventDefault(); $("[data-room], [data-chat-start]").dataset.view = "rooms"; $("#room-search").focus(); }
-    if (event.key === "n") { event.preventDefault(); location.href = "/chat"; }
-  });
 }

@@ -3,13 +3,15 @@
 import { $, bindPage } from "./page.js";
 import { bindBlind } from "./blind.js";
 import { bindCharts } from "./charts.js";
-import { Chat, bindKeys, bindStart } from "./chat.js";
+import { Chat } from "./chat.js";
+import { bindKeys, bindLimits, bindStart } from "./composer.js";
 import { bindLoads } from "./loads.js";
 import { bindSetup } from "./setup.js";
 import { bindUploads } from "./uploads.js";
 import { Workbench } from "./workbench.js";
 
 bindPage();
+bindLimits();
 bindLoads();
 bindUploads();
 bindSetup();

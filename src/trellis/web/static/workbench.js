@@ -207,6 +207,14 @@ export class Workbench {
     $$(".letter", this.root).forEach((button) => { button.disabled = !can.ready; });
     $$("[data-mark], [data-repair]", this.root).forEach((each) => { each.disabled = !can.ready; });
     this.root.setAttribute("aria-busy", String(status !== "ready" && status !== "failed"));
+    if (this.state.dataset?.notes) {
+      $("[data-notes]", this.root).hidden = !this.state.dataset.notes.length;
+      $("[data-notes-list]", this.root).replaceChildren(...this.state.dataset.notes.map((note) => {
+        const item = document.createElement("li");
+        item.textContent = note;
+        return item;
+      }));
+    }
     if (this.state.dataset && this.state.offer) {
       const position = $("[data-position]", this.root);
       position.textContent = `${this.state.dataset.position + 1} of ${this.state.dataset.total ?? "…"}`;

@@ -1,0 +1,288 @@
+"""How a model goes on with a text that it has read: with which cache, in what pieces, and when it has to read all of it
+again.
+
+It knows transformers' caches and tokens; not adapters, sampling or who asks. Models differ in what their caches can do:
+not every state can be copied for a group of answers, and some models read the second piece of a text as if it were the
+first, without an error. So what a model can do is tried out once, against a pass over the whole text.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
+
+from .layers import probe_ids
+
+log = logging.getLogger(__name__)
+
+Pieces = Literal["any", "single", "none"]
+"""What a model can read after a first piece: any piece, single tokens alone, or nothing: then it reads all again."""
+
+CACHES = ("past_key_values", "cache_params", "state")
+"""The names that models give the argument and the output that is their cache."""
+
+ROUNDING = 1e-4
+"""Up to this relative difference of logits in 32 bits, two ways of reading are the same."""
+
+SAME = 0.05
+"""Up to this one, as far as transformers' own cached decoding goes: some models round their states."""
+
+FIRST, SECOND, LAST = 7, 4, 2
+"""Tokens in the pieces of the trial."""
+
+
+@dataclass(frozen=True)
+class Caching:
+    """What was found out about a model.
+
+    `argument` is the name of its cache, None where it has none that can be used; `own` says that only the model can
+    make one. `single_first`: whether a first piece may be of one token. `copies`: whether one row that was read can go
+    on as several. A cache takes `fixed` bytes and `per_token` for each token. `causal` is False where what a token is
+    read as depends on those after it.
+    """
+
+    argument: str | None = None
+    own: bool = False
+    pieces: Pieces = "none"
+    single_first: bool = True
+    copies: bool = True
+    keeps_logits: bool = True
+    fixed: float = 0.0
+    per_token: float = 0.0
+    causal: bool = True
+
+    def takes(self, tokens: int) -> int:
+        """Bytes that one text of so many tokens takes."""
+        return int(self.fixed + self.per_token * tokens)
+
+
+class Past:
+    """What a model has read in some rows. Every step names the model, since the adapter in it may have changed."""
+
+    def __init__(self, caching: Caching) -> None:
+        self._caching = caching
+        self._pieces = caching.pieces
+        self._cache: Any = None
+        self._read: Tensor | None = None
+        """The tokens (R, T) read so far, where there is no cache that holds them."""
+        self._begun = False
+
+    def read(self, model: Any, ids: Tensor, last: bool) -> Tensor:
+        """Read tokens (R, T). Returns logits (R, T, V) after each, or (R, 1, V) after the last one alone."""
+        width = ids.shape[1]
+        if not self._begun and width == 1 and not self._caching.single_first:
+            self._pieces = "none"
+        if self._pieces == "none":
+            self._read = ids if self._read is None else torch.cat([self._read, ids], dim=1)
+            found = last_logits(model, self._read, 1 if last else width, self._caching.keeps_logits, use_cache=False)
+        elif self._begun and self._pieces == "single" and width > 1:
+            found = torch.cat([self._step(model, ids[:, place : place + 1], 1) for place in range(width)], dim=1)
+            found = found[:, -1:] if last else found
+        else:
+            found = self._step(model, ids, 1 if last else width)
+        self._begun = True
+        return found
+
+    def spread(self, count: int) -> bool:
+        """Go on with so many copies of the only row. False where the cache cannot be copied: it must be read anew."""
+        if self._pieces == "none":
+            assert self._read is not None
+            self._read = self._read.expand(count, -1)
+            return True
+        if not self._caching.copies:
+            return False
+        for layer in self._cache.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                layer.reorder_cache(torch.zeros(count, dtype=torch.long, device=layer.device))
+            else:
+                layer.batch_repeat_interleave(count)
+        return True
+
+    def cut(self, tokens: int) -> bool:
+        """Forget the last tokens. False where that cannot be done."""
+        if self._pieces == "none":
+            assert self._read is not None
+            self._read = self._read[:, : self._read.shape[1] - tokens]
+            return True
+        # Layers that slide, or hold a sum of what they read, have not kept what was before.
+        if type(self._cache) is not DynamicCache or any(
+            type(layer) is not DynamicLayer for layer in self._cache.layers
+        ):
+            return False
+        self._cache.crop(-tokens)
+        return True
+
+    @property
+    def tensors(self) -> Iterator[Tensor]:
+        return _tensors(vars(self._cache) if hasattr(self._cache, "__dict__") else self._cache)
+
+    @property
+    def cache(self) -> Any:
+        return self._cache
+
+    def _step(self, model: Any, ids: Tensor, keep: int) -> Tensor:
+        caching = self._caching
+        assert caching.argument is not None
+        if not self._begun and not caching.own:
+            self._cache = DynamicCache(config=model.config)
+        given = {} if self._cache is None else {caching.argument: self._cache}
+        more = {"logits_to_keep": keep} if caching.keeps_logits else {}
+        output = model(input_ids=ids, use_cache=True, **given, **more)
+        self._cache = getattr(output, caching.argument, self._cache)
+        logits: Tensor = output.logits[:, -keep:]
+        return logits
+
+
+def keeps_last_logits(model: Any) -> bool:
+    """Whether a model can be asked for its last logits alone."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+
+
+def last_logits(model: Any, ids: Tensor, keep: int, keeps_logits: bool, **options: Any) -> Tensor:
+    """The last `keep` logits (R, keep, V) of whole texts (R, T). Some models take the argument and make all of them."""
+    more = {"logits_to_keep": keep} if keeps_logits else {}
+    logits: Tensor = model(input_ids=ids, **options, **more).logits[:, -keep:]
+    return logits
+
+
+def caching_of(model: Any) -> Caching:
+    """Find out how a model goes on with a text. Its adapters, where it has any, are off."""
+    parameters = inspect.signature(model.forward).parameters
+    keeps_logits = keeps_last_logits(model)
+    argument = next((name for name in CACHES if name in parameters), None)
+    device = next(model.parameters()).device
+    both = probe_ids(model, 2 * (FIRST + SECOND + LAST)).view(2, -1)
+    ids = both.to(device)
+    with torch.inference_mode():
+        whole = last_logits(model, ids, ids.shape[1], keeps_logits, use_cache=False)
+        if whole.dtype == torch.float32 and _looks_ahead(model, ids, whole, keeps_logits):
+            return Caching(keeps_logits=keeps_logits, causal=False)
+        for own in (False, True) if argument else ():
+            found = _tried(model, ids, whole, Caching(argument, own, "any", keeps_logits=keeps_logits))
+            if found.pieces != "none":
+                return found
+    return Caching(keeps_logits=keeps_logits)
+
+
+def _looks_ahead(model: Any, ids: Tensor, whole: Tensor, keeps_logits: bool) -> bool:
+    """Whether most logits are others when the text ends earlier. A few may be: experts change places at a tie."""
+    begun = last_logits(model, ids[:, :FIRST], FIRST, keeps_logits, use_cache=False)
+    gaps = (begun - whole[:, :FIRST]).norm(dim=-1) / whole[:, :FIRST].norm(dim=-1)
+    return float(gaps.median()) > ROUNDING
+
+
+def _tried(model: Any, ids: Tensor, whole: Tensor, caching: Caching) -> Caching:
+    """`caching`, with what a trial of it on two texts (2, T) at once showed."""
+    none = Caching(keeps_logits=caching.keeps_logits)
+    exact = whole.dtype == torch.float32
+    try:
+        past = Past(caching)
+        begun = past.read(model, ids[:, :FIRST], last=False)
+        if past.cache is None or not _same(begun, whole[:, :FIRST], SAME if exact else None):
+            return none
+        remembers = not _can_be_copied(past.cache) or any(
+            isinstance(layer, LinearAttentionCacheLayerMixin) for layer in past.cache.layers
+        )
+        small = sum(each.nbytes for each in past.tensors) / 2
+        rows = [
+            past.read(model, ids[:, FIRST + place : FIRST + place + 1], last=True) for place in range(SECOND + LAST)
+        ]
+        large = sum(each.nbytes for each in past.tensors) / 2
+        if not _same(torch.cat(rows, dim=1), whole[:, FIRST:], SAME if exact else None):
+            return none
+        copies = _copies(model, ids[:1], whole[:1], caching)
+        if not _keeps_apart(model, ids, caching):
+            return none
+        single = Past(caching)
+        single_first = _same(single.read(model, ids[:, :1], last=True), whole[:, :1], SAME if exact else None)
+    except Exception:
+        log.info("%s cannot go on with %s", type(model).__name__, caching, exc_info=True)
+        return none
+    per_token = (large - small) / (SECOND + LAST)
+    pieces: Pieces = "any" if _reads_pieces(model, ids, whole, caching, remembers) else "single"
+    return Caching(
+        caching.argument, caching.own, pieces, single_first, copies, caching.keeps_logits,
+        max(0.0, small - FIRST * per_token), per_token,
+    )  # fmt: skip
+
+
+def _copies(model: Any, ids: Tensor, whole: Tensor, caching: Caching) -> bool:
+    """Whether one row that was read goes on rightly in two."""
+    past = Past(caching)
+    past.read(model, ids[:, :FIRST], last=True)
+    if not _can_be_copied(past.cache):
+        return False
+    past.spread(2)
+    found = past.read(model, ids[:, FIRST : FIRST + 1].expand(2, -1), last=True)
+    return _same(found, whole[:, FIRST : FIRST + 1].expand(2, -1, -1), SAME if whole.dtype == torch.float32 else None)
+
+
+def _keeps_apart(model: Any, ids: Tensor, caching: Caching) -> bool:
+    """Whether a text goes on as if no other had been read in between: some models hold their state in their modules."""
+    found = []
+    for between in (False, True):
+        past = Past(caching)
+        past.read(model, ids[:, :FIRST], last=True)
+        if between:
+            Past(caching).read(model, ids[:, -FIRST:], last=True)
+        found.append(past.read(model, ids[:, FIRST : FIRST + 1], last=True))
+    return _same(found[1], found[0], SAME)
+
+
+def _reads_pieces(model: Any, ids: Tensor, whole: Tensor, caching: Caching, remembers: bool) -> bool:
+    """Whether a second piece is read as what follows the first. Models that remember a sum of what they read may read
+    it as a beginning, which shows little in a few tokens: they are trusted where rounding cannot hide it."""
+    exact = whole.dtype == torch.float32
+    if remembers and not exact:
+        return False
+    try:
+        past = Past(caching)
+        past.read(model, ids[:, :FIRST], last=True)
+        second = past.read(model, ids[:, FIRST : FIRST + SECOND], last=False)
+        last = past.read(model, ids[:, FIRST + SECOND :], last=False)
+    except Exception:
+        log.info("%s reads no second piece", type(model).__name__, exc_info=True)
+        return False
+    tolerance = ROUNDING if remembers else SAME
+    return _same(torch.cat([second, last], dim=1), whole[:, FIRST:], tolerance if exact else None)
+
+
+def _same(one: Tensor, other: Tensor, tolerance: float | None) -> bool:
+    """Whether logits are the same but for rounding; in half precision, where one cannot tell, their shapes."""
+    if tolerance is None or one.shape != other.shape:
+        return one.shape == other.shape
+    return float((one - other).norm()) <= tolerance * float(other.norm())
+
+
+def _can_be_copied(cache: Any) -> bool:
+    """Whether every layer of a cache is known to be copied whole: transformers' own, and others that say how."""
+    return type(cache) is DynamicCache and all(_layer_can_be_copied(layer) for layer in cache.layers)
+
+
+def _layer_can_be_copied(layer: Any) -> bool:
+    if type(layer).__module__ == DynamicLayer.__module__:
+        return True
+    return not isinstance(layer, LinearAttentionCacheLayerMixin) and "batch_repeat_interleave" in vars(type(layer))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _tensors(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, (CacheLayerMixin, LinearAttentionCacheLayerMixin)):
+        yield from _tensors(vars(value))

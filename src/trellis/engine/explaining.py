@@ -1,0 +1,142 @@
+"""Errors of an engine in words for a person: each known condition once, whichever library raised it.
+
+It imports no torch: what a library's error is, is told by its name and its words.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+from collections.abc import Callable
+
+from ..errors import TrellisError, shorten
+from ..messages import Failed
+
+log = logging.getLogger(__name__)
+
+
+def explained(error: Exception) -> Failed:
+    """What went wrong in words for a person: every condition that is known by the kind or the words of an error is told
+    here, once. Anything else is a bug, and logged."""
+    if isinstance(error, TrellisError):
+        return failed(error)
+    if isinstance(error, OSError):
+        return failed(disk_trouble(error))
+    known = next((told for told in (_by_kind(error), _by_words(error)) if told is not None), None)
+    if known is not None:
+        log.warning("a request failed: %s", known.message, exc_info=error)
+        return failed(known)
+    log.error("a request failed", exc_info=error)
+    return Failed(
+        code="engine_bug",
+        message=f"The engine met an error it does not know: {type(error).__name__}: {shorten(error, 1000)}",
+        next_step="Try again. If it comes back, the engine's log has the details.",
+    )
+
+
+def _by_kind(error: Exception) -> TrellisError | None:
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
+        return out_of_memory("the device's memory")
+    if isinstance(error, MemoryError):
+        return out_of_memory("this computer's memory")
+    if isinstance(error, ImportError):
+        return TrellisError(
+            f"A library that this needs cannot be used: {shorten(error, 300)}.",
+            code="not_installed",
+            next_step="Install it where Trellis runs, and load the model again.",
+        )
+    if isinstance(error, NotImplementedError):
+        return TrellisError(
+            f"The device or the precision does not know a step of this model: {shorten(error, 300) or 'no details'}.",
+            code="not_supported",
+            next_step="Load it on another device, in another precision, or with the engine “transformers-eager”.",
+        )
+    return None
+
+
+def out_of_memory(where: str) -> TrellisError:
+    return TrellisError(
+        f"There was not enough of {where} for this.",
+        code="out_of_memory",
+        next_step="Use fewer or shorter options, a shorter context, or a smaller model.",
+    )
+
+
+def device_trouble(error: Exception) -> TrellisError:
+    return TrellisError(
+        f"The device failed: {shorten((str(error).splitlines() or ['no details'])[0], 300)}.",
+        code="device_failed",
+        next_step="Unload the model and load it again. If it comes back, load it on the CPU.",
+    )
+
+
+def damaged(error: Exception) -> TrellisError:
+    return TrellisError(
+        f"A file of weights is damaged: {shorten(error, 300)}.",
+        code="corrupt_file",
+        next_step="Copy or download the model again. Weights of a session are worked out again from its log.",
+    )
+
+
+def disk_trouble(error: OSError) -> TrellisError:
+    where = f" at “{error.filename}”" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return TrellisError(
+            f"The disk is full{where}.",
+            code="disk_full",
+            next_step="Make room on the disk, then resume: the choice is kept and is learned from then.",
+        )
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return TrellisError(
+            f"The file “{error.filename}” is not there any more.",
+            code="disk_write",
+            next_step="Put it back, then resume: nothing else is lost.",
+        )
+    if isinstance(error, PermissionError) and error.filename:
+        return TrellisError(
+            f"The file “{error.filename}” may not be read or written.",
+            code="disk_write",
+            next_step="Give the studio's user the right to it, then resume.",
+        )
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return TrellisError(
+            "The engine may not open more files.",
+            code="disk_write",
+            next_step="Raise the limit of open files (`ulimit -n`), and start the studio again.",
+        )
+    return TrellisError(
+        f"The disk could not be read or written{where}: {error.strerror or shorten(error, 300) or 'no details'}.",
+        code="disk_write",
+        next_step="Check the studio's save folder, then resume: the choice is kept and is learned from then.",
+    )
+
+
+WORDS: tuple[tuple[re.Pattern[str], Callable[[Exception], TrellisError]], ...] = (
+    (re.compile(r"not enough memory|can't allocate memory|cannot allocate memory|bad_alloc", re.I),
+     lambda error: out_of_memory("this computer's memory")),
+    (re.compile(r"out of memory|ALLOC_FAILED", re.I), lambda error: out_of_memory("the device's memory")),
+    # safetensors hides the kind of the error in its words
+    (re.compile(r"os error 28\b"), lambda error: disk_trouble(OSError(errno.ENOSPC, "No space left on device"))),
+    (re.compile(r"os error 122\b"), lambda error: disk_trouble(OSError(errno.EDQUOT, "Disk quota exceeded"))),
+    (re.compile(r"os error (\d+)\b"), lambda error: disk_trouble(OSError(errno.EIO, shorten(error, 200)))),
+    (re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS|HIP error|MPS backend", re.I), device_trouble),
+    (re.compile(r"HeaderTooLarge|HeaderTooSmall|InvalidHeader|MetadataIncompleteBuffer|deserializing header", re.I),
+     damaged),
+)  # fmt: skip
+"""Conditions that libraries name in words alone."""
+
+
+def _by_words(error: Exception) -> TrellisError | None:
+    text = str(error)
+    return next((tell(error) for pattern, tell in WORDS if pattern.search(text)), None)
+
+
+def failed(error: TrellisError) -> Failed:
+    return Failed(
+        code=error.code,
+        message=error.message,
+        next_step=error.next_step,
+        field=error.field,
+        details=error.details,
+    )

@@ -1,0 +1,186 @@
+"""Which layers of a base model an adapter can change, by the model's own names, and which it cannot and why.
+
+It knows modules and what PEFT can do with them; not adapters' values, prompts or learning.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers, get_model_conversion_mapping
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+EXPERTS = "experts"
+"""The name under which all stacked expert weights of a model are adapted together. Adapters in one model have to agree
+on the parameters that they change (PEFT nests its wrappers), so it is all of them or none."""
+
+BYPASSED = "the model reads its weight directly, past any adapter"
+
+PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a model that an adapter can change.
+
+    `linear` are the names of its linear layers and `experts` those of its stacked expert weights, both in the model's
+    order; `head` is the linear layer that makes the logits. `unfit` gives the last part of the names of linear layers
+    that PEFT cannot adapt, with the reason.
+    """
+
+    linear: tuple[str, ...]
+    experts: tuple[str, ...]
+    head: str | None
+    unfit: dict[str, str] = field(default_factory=dict)
+    modules: Counter[str] = field(default_factory=Counter)
+    """How many modules of any kind have a name that ends like this."""
+
+    def shortened(self, names: list[str]) -> list[str]:
+        """The usual short names of some linear layers (q_proj), which other programs know, where no other module has
+        them; else the names as they are."""
+        leaves = Counter(map(leaf, names))
+        return sorted(leaves) if all(self.modules[each] == count for each, count in leaves.items()) else names
+
+    @property
+    def names(self) -> list[str]:
+        """What may be named as a target: the last part of each layer's name, and “experts” where there are any."""
+        return sorted({leaf(name) for name in self.linear} | ({EXPERTS} if self.experts else set()))
+
+
+def leaf(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def layers_of(model: Any, probe: bool = True) -> Layers:
+    """The layers of a model into which no adapter has been injected yet.
+
+    With `probe`, a few tokens are sent through the model to see which layers return what a linear layer should.
+    """
+    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
+    stacked = dict(_stacked_experts(model))
+    holders = {name.rpartition(".")[0] for name in stacked}
+    watched = linear | {name: model.get_submodule(name) for name in holders}
+    broken, idle = _probe(model, watched) if probe else ({}, set())
+    refused = _refused_by_peft(model, linear)
+    used = {leaf(name) for name in linear if name not in idle}
+    reasons = {
+        name: broken.get(name) or refused.get(leaf(name)) or (None if leaf(name) in used else BYPASSED)
+        for name in linear
+    }
+    fit = tuple(name for name, reason in reasons.items() if reason is None)
+    unfit = {leaf(name): reason for name, reason in reasons.items() if reason is not None}
+    for name in {leaf(each) for each in fit}:
+        unfit.pop(name, None)
+    experts = tuple(stacked)
+    if not holders.isdisjoint(idle):
+        experts, unfit[EXPERTS] = (), BYPASSED
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head_name = next((name for name, module in linear.items() if module is head), None)
+    modules = Counter(leaf(name) for name, _ in model.named_modules())
+    return Layers(fit, experts, head_name, unfit, modules)
+
+
+def _stacked_experts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Weights (experts, ., .) of all experts of a layer in one parameter, by name."""
+    for name, module in model.named_modules():
+        if "expert" not in f"{name}.{type(module).__name__}".lower() or is_linear(module):
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 and min(parameter.shape) > 1 and parameter.is_floating_point():
+                yield f"{name}.{own}", parameter
+
+
+def _refused_by_peft(model: Any, linear: dict[str, nn.Module]) -> dict[str, str]:
+    """Last parts of names that PEFT does not take for linear layers of this model, with the reason."""
+    refused: dict[str, str] = {}
+    conversions = get_model_conversion_mapping(model) if hasattr(model, "config") else []
+    for name in sorted({leaf(each) for each in linear}):
+        config = LoraConfig(target_modules=[name], task_type="CAUSAL_LM")
+        try:
+            _check_lora_target_modules_mamba(config, model, name)
+        except ValueError:
+            refused[name] = "PEFT does not adapt it in models with Mamba layers"
+            continue
+        try:
+            convert_peft_config_for_transformers(config, model, conversions)
+        except ValueError:  # it would want its neighbours as well
+            config.target_modules = set()
+        if name not in (config.target_modules or ()):
+            refused[name] = "PEFT takes this name for the experts of an older file format"
+    return refused
+
+
+def _probe(model: Any, watched: dict[str, nn.Module]) -> tuple[dict[str, str], set[str]]:
+    """Send a few tokens through the model and watch some modules.
+
+    Returns the linear layers that do not return one tensor (..., out), with the reason why no adapter fits them, and
+    the modules that did not run while the module that holds them did: an adapter around these would never be asked.
+    """
+    called: dict[nn.Module, str | None] = {}
+
+    def watch(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        called[module] = None
+        if is_linear(module) and inputs and isinstance(inputs[0], Tensor):
+            features = module.weight.shape[1] if isinstance(module, Conv1D) else module.out_features
+            if not isinstance(output, Tensor) or output.shape != (*inputs[0].shape[:-1], features):
+                called[module] = "it returns something else than a linear layer does"
+
+    parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in watched}
+    hooks = [module.register_forward_hook(watch) for module in {*watched.values(), *parents.values()}]
+    try:
+        with torch.no_grad():
+            device = next(model.parameters()).device
+            model(input_ids=probe_ids(model, PROBE_TOKENS).to(device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    broken = {name: reason for name, module in watched.items() if (reason := called.get(module)) is not None}
+    idle = {name for name, module in watched.items() if module not in called and parents[name] in called}
+    return broken, idle
+
+
+def probe_ids(model: Any, length: int) -> Tensor:
+    """Some tokens (1, T), none like its neighbours, away from the ends of the vocabulary, where special ones are."""
+    size = model.get_input_embeddings().weight.shape[0] if hasattr(model, "get_input_embeddings") else 64
+    return (torch.arange(length)[None] * 37 + 11) % max(1, size // 2)
+
+
+@contextmanager
+def undone_on_failure(root: nn.Module) -> Iterator[None]:
+    """Where the block raises, put all modules back as they were: their children, parameters, hooks and attributes."""
+    kept = [(module, {name: _kept(value) for name, value in vars(module).items()}) for module in root.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, attributes in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        raise
+
+
+def _kept(value: Any) -> Any:
+    """An attribute of a module as it is now: containers are copied, since they are changed in place."""
+    return copy.copy(value) if isinstance(value, (dict, list, set)) else value
+
+
+def adapted_modules(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
+    """The modules that hold the matrices of an adapter, with their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and adapter in getattr(module, "lora_A", ()):
+            yield name, module
