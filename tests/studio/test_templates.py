@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.conftest import open_studio, thread_spawner, until
@@ -16,10 +18,12 @@ from trellis.engine.fake import FakeEngine
 from trellis.errors import Invalid
 from trellis.messages import Chat, Heard, Learn, Loaded, Offer, Spoke, Turn, recipe_of
 from trellis.params import ModelOptions, Sampling, SessionConfig
+from trellis.settings import Settings
 from trellis.studio.answering import Answering
 from trellis.studio.message import Message
 from trellis.studio.studio import Studio
 from trellis.studio.templates import chat_templates, may_switch, template_trouble, thinking_kwargs
+from trellis.web.app import create_app
 
 pytestmark = pytest.mark.anyio
 
@@ -138,6 +142,14 @@ async def test_a_template_that_cannot_be_used_stops_a_session_before_it_begins_a
         assert asked == []
         found = await studio.steering.check({})
         assert [error["field"] for error in found["errors"]] == ["config.chat_template"]
+        (engine,) = (await studio.models.list())[0]["engines"]
+        assert engine["template_problem"]["message"] == session.error.message
+        transport = httpx.ASGITransport(app=create_app(studio, Settings(save_dir=tmp_path)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            page = (await client.get("/models", headers={"Accept": "text/html"})).text
+        card = page[page.index('data-model="demo"') : page.index("</article>")]
+        assert session.error.message in card
+        assert session.error.next_step in html.unescape(card)
         other = await studio.steering.create("Other", {"chat_template": False})
         await until(lambda: other.status == "ready")
 

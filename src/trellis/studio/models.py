@@ -22,6 +22,7 @@ from ..workers.worker import Spawn, Worker
 from .catalog import Catalog, ModelEntry
 from .devices import free_gpu_memory, free_memory
 from .jobs import Job, Jobs
+from .templates import broken_template
 
 log = logging.getLogger(__name__)
 
@@ -359,12 +360,14 @@ class Models:
                 report = await asyncio.wait_for(held.worker.ask(Status(), priority=-1), 0.25)
                 memory = report.resident_bytes if isinstance(report, StatusReport) else None
         loaded = held.loaded
+        broken = broken_template(held.entry.id, loaded) if loaded else None
         return {
             "state": "loaded" if held.worker else "loading",
             "precision": held.options.precision if not loaded else loaded.dtype,
             "revision": held.options.revision,
             "device": loaded.device if loaded else None,
             "memory": memory,
+            "template_problem": broken.as_json() if broken else None,
             "job": held.job.id,
         }
 

@@ -27,15 +27,22 @@ def template_trouble(config: SessionConfig, loaded: Loaded) -> Invalid | None:
     """What the chat template of a loaded model cannot do of what a session's options ask."""
     if not config.chat_template:
         return None
-    if loaded.template_problem:
-        return Invalid(
-            f"The chat template of the model “{shorten(config.model)}” cannot be used: {loaded.template_problem}",
-            code="bad_template",
-            field="config.chat_template",
-            next_step="Start a new session with the option “Chat template” off, or put a template that works into the "
-            "model's folder as chat_template.jinja and load the model again.",
-        )
+    if broken := broken_template(config.model, loaded):
+        return broken
     return no_switch(config) if config.enable_thinking != "auto" and not loaded.can_switch_thinking else None
+
+
+def broken_template(model: str, loaded: Loaded) -> Invalid | None:
+    """Why the chat template of a loaded model cannot be used, where that is so."""
+    if not loaded.template_problem:
+        return None
+    return Invalid(
+        f"The chat template of the model “{shorten(model)}” cannot be used: {loaded.template_problem}",
+        code="bad_template",
+        field="config.chat_template",
+        next_step="Start a new session with the option “Chat template” off, or put a template that works into the "
+        "model's folder as chat_template.jinja and load the model again.",
+    )
 
 
 def template_trouble_in(config: SessionConfig, folder: Path) -> Invalid | None:
