@@ -281,7 +281,14 @@ class Chats:
 
     def _speak(self, seats: list[Seat], told: Told) -> None:
         lines = [seat.line for seat in seats if seat.line is not None]
-        logits = self._lines().grow(lines, [seat.next for seat in seats if seat.next is not None])
+        try:
+            logits = self._lines().grow(lines, [seat.next for seat in seats if seat.next is not None])
+        except Exception as error:
+            if len(seats) == 1 or explained(error).code != "out_of_memory":
+                raise
+            # Nobody has grown. The one that takes the most ends, the others go on in the room that it leaves.
+            self._fail(max(seats, key=lambda seat: len(seat.prepared.tokens) + seat.count), error, told)
+            return
         self._draw(seats, logits, told)
 
     def _draw(self, seats: list[Seat], logits: Tensor, told: Told) -> None:
