@@ -388,8 +388,8 @@ def draw_each(logits: Tensor, seats: list[Seat], ends: frozenset[int] = frozense
     if any(map(is_greedy, asked)):
         greedy = torch.tensor(list(map(is_greedy, asked)), device=device)
         drawn = torch.where(greedy, scaled.argmax(dim=-1), drawn)
-    overflows = logprobs.isnan().tolist()
-    return [None if lost else token for token, lost in zip(drawn.tolist(), overflows, strict=True)]
+    tokens: list[int] = drawn.masked_fill(logprobs.isnan(), -1).tolist()
+    return [None if token < 0 else token for token in tokens]
 
 
 def _penalized(logits: Tensor, seat: Seat, ends: frozenset[int]) -> Tensor:
