@@ -297,6 +297,34 @@ def test_what_cannot_go_on_is_said_to_one_alone(tmp_path: Path, monkeypatch: pyt
     assert [said(told[1]), said(told[3])] == alone
 
 
+def test_where_memory_runs_out_the_one_that_takes_most_ends(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [asks(WORDS[0], sampling=DRAWN), asks("The sea is wide. " * 20), asks(WORDS[1], sampling=DRAWN)]
+    alone = [said(room.run(request)[1]) for request in wanted]
+    lines = room.engine._lines_now()
+    grow = lines.grow
+
+    def tight(grown: Any, ids: Any) -> Tensor:
+        if any(len(line.tokens) > 60 for line in grown):
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
+        return grow(grown, ids)
+
+    with monkeypatch.context() as small:
+        small.setattr(lines, "grow", tight)
+        told = room.run(*wanted)
+    assert isinstance(told[2][-1], Failed)
+    assert told[2][-1].code == "out_of_memory"
+    assert [said(told[1]), said(told[3])] == [alone[0], alone[2]]
+
+
+def test_what_cannot_be_kept_warm_is_let_go(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(room.engine._lines_now(), "_keep_warm", fail, raising=False)
+    told = room.run(asks(WORDS[0]), asks(WORDS[1]))
+    assert all(isinstance(events[-1], Answered) for events in told.values())
+
+
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_an_option_without_numbers_ends_and_the_others_go_on(
     room: Room, which: int, monkeypatch: pytest.MonkeyPatch

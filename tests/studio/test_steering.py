@@ -435,6 +435,27 @@ async def test_a_model_that_was_exchanged_is_refused_before_a_choice(how: str, t
         await until(lambda: session.tree.head.step == 1)
 
 
+async def test_an_option_that_overflowed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Overflowing(FakeEngine):
+        def offer(self, request: Any) -> Any:
+            offered = yield from super().offer(request)
+            return offered.model_copy(update={"overflowed": (1, 3)})
+
+    async with open_studio(tmp_path, thread_spawner(lambda: Overflowing(Blobs(tmp_path / "weights")))) as studio:
+        told: list[tuple[str, dict[str, Any]]] = []
+        publish = studio.hub.publish
+
+        def publishing(topic: str, name: str, data: dict[str, Any]) -> str:
+            told.append((name, data))
+            return publish(topic, name, data)
+
+        monkeypatch.setattr(studio.hub, "publish", publishing)
+        await ready(await studio.steering.create(None, {}))
+        notices = [data["message"] for name, data in told if name == "notice"]
+        assert len(notices) == 1
+        assert notices[0].startswith("B and D: cut short, because the model's numbers overflowed")
+
+
 async def test_deleting_in_mid_stream_lets_everyone_go(studio: Studio) -> None:
     session = await studio.steering.create(None, {})
     seen: list[str] = []

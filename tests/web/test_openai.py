@@ -271,6 +271,20 @@ def failing(raised: Exception) -> Any:
     return find
 
 
+def test_a_session_whose_model_is_gone_is_not_listed(tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "gone"
+    shutil.copytree(Path(trellis.demo.__file__).parent / "model", folder)
+    server = Server(tmp_path)
+    try:
+        with server.client() as client:
+            name = new_session(client, model="gone")["name"]
+            assert f"session:{name}" in client.get("/v1/models").text
+            shutil.rmtree(folder)
+            assert f"session:{name}" not in client.get("/v1/models").text
+    finally:
+        server.stop()
+
+
 def test_only_what_is_here_is_served_and_listed(tmp_path: Path) -> None:
     models = tmp_path / "save" / "models"
     here = models / "My own model (v2)"
@@ -499,12 +513,33 @@ def test_a_real_model_answers_the_client(tmp_path: Path) -> None:
             assert choice.logprobs
             assert choice.logprobs.content
             assert choice.logprobs.content[0].top_logprobs[0].logprob == choice.logprobs.content[0].logprob
+            assert "".join(each.token for each in choice.logprobs.content) == choice.message.content
+            text: Any = api.completions.create(model="demo", prompt="The 🌱 sea", max_tokens=20, seed=1, logprobs=2)
+            (written,) = text.choices
+            assert "".join(written.logprobs.tokens) == written.text
+            for offset, token in zip(written.logprobs.text_offset, written.logprobs.tokens, strict=True):
+                assert written.text[offset : offset + len(token)] == token
+            offsets: list[int] = []
+            for chunk in api.completions.create(
+                model="demo", prompt="The 🌱 sea", max_tokens=20, seed=1, logprobs=2, stream=True
+            ):
+                piece: Any = chunk.choices[0].logprobs
+                assert "".join(piece.tokens if piece else []) == chunk.choices[0].text
+                offsets += piece.text_offset if piece else []
+            assert offsets == written.logprobs.text_offset
+            more = {"top_k": 1, "repetition_penalty": 1.2, "min_tokens": 3, "chat_template_kwargs": {"mood": "calm"}}
+            likeliest = [
+                api.chat.completions.create(model="demo", messages=MESSAGES, seed=seed, max_tokens=8, extra_body=more)
+                for seed in (1, 2)
+            ]
+            assert len({answer.choices[0].message.content for answer in likeliest}) == 1
             first = choice.message.content.split()[0]
             stopped = api.chat.completions.create(model="demo", messages=MESSAGES, temperature=0, stop=[first])
             assert first not in (stopped.choices[0].message.content or "")
-            with pytest.raises(openai.BadRequestError) as refused:
-                api.chat.completions.create(model="demo", messages=[{"role": "user", "content": "sea " * 3000}])
-            assert refused.value.code == "context_length_exceeded"
+            for times in (3000, 350_000):
+                with pytest.raises(openai.BadRequestError) as refused:
+                    api.chat.completions.create(model="demo", messages=[{"role": "user", "content": "sea " * times}])
+                assert refused.value.code == "context_length_exceeded"
     finally:
         server.stop()
 

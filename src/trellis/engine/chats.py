@@ -285,7 +285,14 @@ class Chats:
 
     def _speak(self, seats: list[Seat], told: Told) -> None:
         lines = [seat.line for seat in seats if seat.line is not None]
-        logits = self._lines().grow(lines, [seat.next for seat in seats if seat.next is not None])
+        try:
+            logits = self._lines().grow(lines, [seat.next for seat in seats if seat.next is not None])
+        except Exception as error:
+            if len(seats) == 1 or explained(error).code != "out_of_memory":
+                raise
+            # Nobody has grown. The one that takes the most ends, the others go on in the room that it leaves.
+            self._fail(max(seats, key=lambda seat: len(seat.prepared.tokens) + seat.count), error, told)
+            return
         self._draw(seats, logits, told)
 
     def _draw(self, seats: list[Seat], logits: Tensor, told: Told) -> None:
@@ -386,8 +393,8 @@ def draw_each(logits: Tensor, seats: list[Seat], ends: frozenset[int] = frozense
     if any(map(is_greedy, asked)):
         greedy = torch.tensor(list(map(is_greedy, asked)), device=device)
         drawn = torch.where(greedy, scaled.argmax(dim=-1), drawn)
-    overflows = logprobs.isnan().tolist()
-    return [None if lost else token for token, lost in zip(drawn.tolist(), overflows, strict=True)]
+    tokens: list[int] = drawn.masked_fill(logprobs.isnan(), -1).tolist()
+    return [None if token < 0 else token for token in tokens]
 
 
 def _penalized(logits: Tensor, seat: Seat, ends: frozenset[int]) -> Tensor:

@@ -6,6 +6,7 @@ It knows models and tokens; not text, sampling or who asks.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
@@ -19,6 +20,8 @@ from .adapters import Slot, Slots, Weights
 from .caches import Past
 from .forward import GeneralForward
 from .lean import Adapted, Cache, Layer, Lean, Linear, Mix
+
+log = logging.getLogger(__name__)
 
 ROUND = 64
 """Room for positions is taken in steps of this."""
@@ -290,7 +293,10 @@ class LeanLines(Lines):
             return
         row = self._lines.index(line)
         if keep:
-            self._keep_warm(line, row)
+            try:
+                self._keep_warm(line, row)
+            except (MemoryError, RuntimeError):  # no room to remember it; whoever else is here goes on
+                log.warning("a conversation of %d tokens could not be kept warm", len(line.tokens), exc_info=True)
         else:  # masked places count nothing only where they hold numbers: 0 × NaN is NaN
             with torch.inference_mode():
                 for each in (*self._cache.keys, *self._cache.values):

@@ -328,7 +328,9 @@ def read_model(
         lanes=lanes,
     )
     ends = _ends(path, config, tokenizer)
-    if missing := sorted(set(vocabulary_of(tokenizer).missing(rows)) - ends):
+    vocabulary = vocabulary_of(tokenizer)
+    vocabulary.fewest_tokens("")  # looked up here, so that nobody waits for it later
+    if missing := sorted(set(vocabulary.missing(rows)) - ends):
         slots.missing = torch.tensor(missing, device=device)
         if lean is not None:
             lean.missing = slots.missing

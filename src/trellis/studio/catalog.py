@@ -29,7 +29,7 @@ DEMO = "demo"
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 HEADER_LIMIT = 16 * 1024 * 1024
 """Bytes of a header that is read to list a model; the largest known ones have a tenth of it."""
-LISTED_NAME = re.compile(r"(?!\.)[^\x00-\x1f\x7f/\\]{1,128}")
+LISTED_NAME = re.compile(r"(?!\.)[^\x00-\x1f\x7f/\\]{1,200}")
 """What a folder may be called to be listed; only an upload makes one with a plainer name."""
 UNREADABLE_CONFIG = "unreadable"
 """The architecture of a model whose configuration cannot be read."""

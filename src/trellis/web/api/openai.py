@@ -202,9 +202,14 @@ class TextAsked(Asked):
 
 @router.get("/models")
 async def models(studio: OfStudio) -> dict[str, Any]:
-    """Every model and session by the name that the other calls take; a session's steps are `session:<name>@<step>`."""
+    """Every model and session by the name that the other calls take; a session's steps are `session:<name>@<step>`.
+    One whose model is not here any more is not among them."""
     found: dict[str, dict[str, Any]] = {}
-    for each in await studio.speakers.everybody():
+    everybody = await studio.speakers.everybody()
+    here = {each["name"] for each in everybody if each["kind"] == "model"}
+    for each in everybody:
+        if each["kind"] == "session" and each["model"] not in here:
+            continue
         name = f"session:{each['session']}" if each["kind"] == "session" else each["name"]
         found.setdefault(each["name"] if name in found else name, _model(name if name not in found else each["name"]))
     return {"object": "list", "data": list(found.values())}
