@@ -176,10 +176,11 @@ def known_types(kind: str) -> frozenset[str]:
 KINDS = (
     ("ForSequenceClassification", "classifies text"), ("ForTokenClassification", "labels the words of a text"),
     ("ForQuestionAnswering", "finds answers in a text"), ("ForMultipleChoice", "chooses between given answers"),
-    ("RewardModel", "scores answers"), ("ForMaskedLM", "fills in masks"), ("ForPreTraining", ""),
+    ("RewardModel", "scores answers"), ("ForMaskedLM", "fills in masks"),
 )  # fmt: skip
 """What a model does whose architecture's name ends like this, and which therefore does not continue a text."""
 
+UNSUPPORTED = "unsupported_architecture"
 CHOOSE = "Choose a causal language model, such as Llama, Qwen, Gemma or Mistral."
 
 
@@ -209,9 +210,7 @@ def _unsupported_architecture(files: ModelFiles, remote_code: bool) -> Iterator[
             )
         return
     if what := _other_than_causal(files):
-        name = shorten(architecture or kind)
-        yield Problem(f"{_article(name)} {what}; Trellis steers causal language models.", CHOOSE,
-                      "unsupported_architecture")  # fmt: skip
+        yield Problem(f"{what}; Trellis steers causal language models.", CHOOSE, UNSUPPORTED)
     elif {"modules.json", "config_sentence_transformers.json"} & files.names:
         yield Problem(
             f"This is an embedding model ({shorten(architecture or kind)}), which turns text into vectors; Trellis "
@@ -228,29 +227,26 @@ def _unsupported_architecture(files: ModelFiles, remote_code: bool) -> Iterator[
 
 
 def _other_than_causal(files: ModelFiles) -> str:
-    """What a model is, in the words “… is what it is”, where it does not continue a text; else nothing."""
+    """What a model is that does not continue a text, as the beginning of a sentence; else nothing."""
     kind, architecture, config = files.model_type, files.architecture, files.config
-    name = kind.replace("_", "-")
+    name = shorten(architecture or kind)
     if kind in known_types("SPEECH_SEQ_2_SEQ") or kind in known_types("TEXT_TO_WAVEFORM") or kind == "trocr":
-        return "works on sound or pictures"
+        return f"This model ({name}) works on sound or pictures"
     if config.get("is_encoder_decoder") is True or kind in known_types("SEQ_TO_SEQ_CAUSAL_LM"):
         if config.get("is_encoder_decoder") is not False:
-            return "is an encoder-decoder, which rewrites a text as another"
+            return f"This is an encoder-decoder ({name}), which rewrites a text as another"
     elif kind in known_types("MASKED_LM") and config.get("is_decoder") is not True:
-        return f"is a {name.upper() if name == 'bert' else name} encoder, which fills in masks"
+        what = "a BERT encoder" if kind == "bert" else f"an encoder ({name})"
+        return f"This is {what}, which fills in masks"
     for ending, does in KINDS:
-        if does and architecture.endswith(ending):
-            return does
+        if architecture.endswith(ending):
+            return f"This model ({name}) {does}"
     causal = known_types("CAUSAL_LM")
     if causal and kind not in causal and kind in known_types("CONFIG"):
         if kind in known_types("IMAGE_TEXT_TO_TEXT"):
-            return "reads pictures together with text, and has no version for text alone that Trellis can load"
-        return "is not a causal language model"
+            return f"This model ({name}) reads pictures together with text, and Trellis cannot load its text part alone"
+        return f"This model ({name}) is not a causal language model"
     return ""
-
-
-def _article(name: str) -> str:
-    return f"This is {name}, which" if name else "This model"
 
 
 def _headless(files: ModelFiles) -> bool:
