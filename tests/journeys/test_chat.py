@@ -602,6 +602,10 @@ def test_the_view_follows_unless_the_reader_scrolled_up(open_page: Open, server:
     assert scroller.evaluate(at) < 60
     scroller.hover()
     page.mouse.wheel(0, -5000)
+    deadline = time.monotonic() + 10  # the way up is drawn frame by frame
+    while scroller.evaluate("node => node.scrollTop") > 0:
+        assert time.monotonic() < deadline
+        page.wait_for_timeout(50)
     page.wait_for_timeout(600)
     assert scroller.evaluate("node => node.scrollTop") == 0
     page.get_by_role("button", name="Newest").click()

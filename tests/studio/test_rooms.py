@@ -595,3 +595,56 @@ async def test_a_session_whose_name_has_an_at_in_it_is_found(studio: Studio) -> 
     await ready(session)
     for name in ("session:me@home", "session:me@home@0", f"session:{session.id}@0"):
         assert (await studio.speakers.find(name)).label.startswith("me@home")
+
+
+async def test_go_on_is_offered_only_where_it_can_work(studio: Studio) -> None:
+    session = await studio.steering.create("Ivy", {})
+    await ready(session)
+    room = await said(studio, "Hello.", models=["session:Ivy"])
+    asked, answer = await quiet(room)
+    assert not await room.can_go_on(asked)
+    assert not await room.can_go_on(answer), "it is whole"
+    answer.state = "stopped"
+    assert await room.can_go_on(answer)
+    answer.state, answer.error = "failed", {"code": "network"}
+    assert await room.can_go_on(answer)
+    for code in sorted(room_module.FINAL):
+        answer.error = {"code": code}
+        assert not await room.can_go_on(answer), code
+    answer.state, answer.error, answer.finish = "done", None, "length"
+    assert await room.can_go_on(answer)
+    answer.usage = {"context_used": 1024, "context_length": 1024}
+    assert not await room.can_go_on(answer), "there is no room for more, and nothing to leave out"
+    answer.usage = {"context_used": 900, "context_length": 1024}
+    assert await room.can_go_on(answer)
+    await studio.steering.delete(session.id)
+    assert not await room.can_go_on(answer), "who would go on is gone"
+    await room.change(models=["demo"])
+    again = await room.regenerate(answer.id, "again-request")
+    assert again.model == "demo", "but whom the room has chosen can answer"
+    await quiet(room)
+
+
+async def test_a_message_that_is_too_long_is_refused_with_what_to_do(studio: Studio) -> None:
+    room = await said(studio, "Hello.")
+    (asked, _) = await quiet(room)
+    for action in (room.send("x" * 100_001, "a request"), room.edit(asked.id, "x" * 100_001, "another request")):
+        with pytest.raises(Invalid) as refused:
+            await action
+        assert "100,001" in refused.value.message
+        assert "file" in refused.value.next_step
+    assert len(room.messages) == 2
+
+
+async def test_steps_are_named_and_the_newest_is_not_where_the_session_stands(studio: Studio) -> None:
+    session = await studio.steering.create("Hop", {})
+    state = await ready(session)
+    await session.choose(state["offer"]["id"], 0, "choose-request")
+    await until(lambda: session.tree.head.step == 1)
+    await ready(session)
+    session._labels[session.tree.head_id] = "  "
+    await session.undo("undo-request")
+    await until(lambda: session.tree.head.step == 0)
+    versions = await studio.speakers.versions(session.id)
+    assert [each["label"] for each in versions] == ["Hop, step 1", "Hop, before any step"]
+    assert [(each["newest"], each["head"]) for each in versions] == [(True, False), (False, True)]

@@ -348,6 +348,24 @@ def test_a_limit_that_is_too_high_is_told_in_the_words_of_the_server(there: Else
     assert "{" not in found["error"]["message"]
 
 
+def test_an_answer_that_broke_off_is_gone_on_with(there: Elsewhere, here: httpx.Client) -> None:
+    there.answers(b'data: {"choices": [{"delta": {"content": "Half an"}}]}\n\n')
+    add(here, there, name="cut")
+    found = told(here, "remote:cut/m")
+    assert found["error"]["code"] == "incomplete_answer"
+    there.answers(b'data: {"choices": [{"delta": {"content": " answer."}, "finish_reason": "stop"}]}\n\n')
+    rooms = here.get("/api/rooms").json()
+    page = here.get(f"/chat/{rooms[0]['id']}").text
+    assert "Go on" in page
+    here.post(f"/chat/{rooms[0]['id']}/go-on", data={"message": found["id"]})
+    while (state := here.get(f"/api/rooms/{rooms[0]['id']}").json())["growing"]:
+        time.sleep(0.05)
+    assert (state["messages"][-1]["text"], state["messages"][-1]["state"]) == ("Half an answer.", "done")
+    (body,) = there.bodies()
+    assert body["messages"][-1] == {"role": "assistant", "content": "Half an"}
+    assert body["continue_final_message"] is True
+
+
 def test_logprobs_of_a_model_elsewhere_are_refused(there: Elsewhere, here: httpx.Client) -> None:
     there.answers(GOOD)
     add(here, there)

@@ -378,6 +378,30 @@ def test_an_import_tells_what_it_left_out(client: httpx.Client) -> None:
     assert (len(told["left_out"]), len(told["notes"])) == (1, 1)
 
 
+def test_a_long_message_from_a_form_comes_back_with_the_reason(client: httpx.Client) -> None:
+    text = "word " * 30_004 + "last"
+    room = new_room(client)
+    for place in ("/chat", f"/chat/{room}/send"):
+        page = client.post(place, data={"text": text, "models": "demo"})
+        assert page.status_code == 422
+        assert "150,024 characters; 100,000 are the most" in page.text
+        assert text in page.text, "all of it"
+
+
+def test_a_file_is_checked_before_there_is_a_room(client: httpx.Client) -> None:
+    rooms = client.get("/api/rooms").json()
+    picture = b"\x89PNG\r\n\x1a\n" + b"0" * 20
+    good = client.post("/api/rooms/new/files?name=a.md&model=demo", content=b"What I noted.")
+    assert good.json() == {"name": "a.md", "kind": "text", "bytes": 13, "characters": 13}
+    assert client.post("/api/rooms/new/files?name=a.bin", content=b"\x00").json()["error"]["code"] == "bad_file"
+    refused = client.post("/api/rooms/new/files?name=a.png&model=demo", content=picture)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (422, "cannot_see")
+    assert client.get("/api/rooms").json() == rooms
+    room = new_room(client)
+    assert client.post(f"/api/rooms/{room}/files?name=a.png&model=demo", content=picture).status_code == 422
+    assert client.post(f"/api/rooms/{room}/files?name=a.png", content=picture).status_code == 201
+
+
 def wait(condition: Callable[[], bool], seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

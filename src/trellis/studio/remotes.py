@@ -267,8 +267,8 @@ class Remote(Speaker):
                     ) from None  # fmt: skip
 
 
-EXTRAS = frozenset({"stream_options", "seed"})
-"""What is asked for to know or to repeat more, and can be done without."""
+EXTRAS = frozenset({"stream_options", "seed", "continue_final_message", "add_generation_prompt"})
+"""What is asked for to know more, to repeat or to go on, and can be done without."""
 
 NEUTRAL: dict[str, Any] = {
     "temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "top_k": 0, "repetition_penalty": 1.0, "min_tokens": 0,
@@ -294,6 +294,8 @@ def _body(model: str, request: Chat) -> dict[str, Any]:
         body["chat_template_kwargs"] = dict(request.template_kwargs)
     if not request.turns:
         return body | {"prompt": request.text}
+    if request.turns[-1].role == "assistant":  # vLLM goes on with an answer only if it is told so
+        body |= {"continue_final_message": True, "add_generation_prompt": False}
     turns = [(turn, without_thought(turn.text) if turn.role == "assistant" else turn.text) for turn in request.turns]
     kept = [{"role": turn.role, "content": _content(turn, text)} for turn, text in turns if text or turn.pictures]
     return body | {"messages": kept}

@@ -172,7 +172,7 @@ class Speakers:
             f"There is no model “{shorten(name)}”.",
             code="model_not_found",
             field="model",
-            next_step="The models that there are stand at /v1/models.",
+            next_step="Choose another one; all that there are stand at /v1/models.",
         )
 
 

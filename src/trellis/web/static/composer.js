@@ -1,6 +1,6 @@
 // Where a message is written: Enter, the prompt library, drafts, files, who answers. The first message of a room and all others alike.
 
-import { $, $$, ask, toast } from "./page.js";
+import { $, $$, ask, bytes, toast } from "./page.js";
 
 export const newId = () => crypto.randomUUID?.() ?? String(Math.random()).slice(2).padEnd(12, "0");
 
@@ -140,6 +140,18 @@ export class Draft {
   }
 }
 
+const MOST_BYTES = 12e6; // what the server reads of one file
+
+/** Throws an Error for what the server would never see: a folder, a file that has gone, one that is far too large. */
+async function requireReadable(file) {
+  if (file.size > MOST_BYTES) {
+    throw Object.assign(new Error(), { told: { message: `It has ${bytes(file.size)}; ${bytes(MOST_BYTES)} are the most.`, next_step: "Choose a smaller file, or a part of it." } });
+  }
+  try { await file.slice(0, 1).arrayBuffer(); } catch (cause) {
+    throw Object.assign(new Error("", { cause }), { told: { message: "It cannot be read: it is a folder, or it has been moved or changed.", next_step: "Choose the files themselves." } });
+  }
+}
+
 /** Files that go with a message, each refused at once and alone where it cannot be used. */
 export class Files {
   constructor(root, form, say, place) {
@@ -172,11 +184,13 @@ export class Files {
       const entry = { name: file.name || "pasted.txt", coming: true, file };
       this.set([...this.list, entry]);
       try {
+        await requireReadable(file);
         Object.assign(entry, await ask("POST", this.place(entry.name) + models, file), { coming: false });
       } catch (error) {
         this.list = this.list.filter((each) => each !== entry);
         all = false;
-        toast(`“${entry.name}” was not added. ${error.told.message}`, { more: error.told.next_step, error: true });
+        const more = error.offline ? "Add it again when it is back." : error.told.next_step;
+        toast(`“${entry.name}” was not added. ${error.told.message}`, { more, error: true });
       }
       this.show();
     }
