@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from tests.engine.test_architectures import grown, learn, merge_of, offer, run
-from tests.tiny import make_model
+from tests.tiny import make_llama, make_model
 from trellis.engine import merging
 from trellis.engine.side_files import BASE_README, copy_side_files, require_same_use, use_of
 from trellis.engine.text import TextEngine
 from trellis.errors import LoadFailed
-from trellis.messages import Merge, Merged
+from trellis.messages import Merge, Merged, Prompt
 
 pytestmark = pytest.mark.engine
 
@@ -93,6 +94,46 @@ def test_code_goes_along_only_where_it_was_agreed_to(base: Path, tmp_path: Path)
     (tmp_path / "with code").mkdir()
     copy_side_files(base, tmp_path / "with code", with_code=True)
     assert (tmp_path / "with code" / "code.py").is_file()
+
+
+def test_code_beside_a_known_architecture_is_neither_run_nor_copied(base: Path, tmp_path: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (base / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+    (base / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    engine, request = prepared(base, tmp_path)
+    run(engine.merge(request.model_copy(update={"remote_code": True})))
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "merged" / "code.py").exists()
+
+
+def test_a_model_with_code_of_its_own_takes_it_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path, str(tmp_path / "modules")])
+    base = make_llama(tmp_path / "base")
+    (base / "own_code.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n\n\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    own = json.loads((base / "config.json").read_text()) | {
+        "model_type": "own_llama", "architectures": ["OwnModel"],
+        "auto_map": {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"},
+    }  # fmt: skip
+    (base / "config.json").write_text(json.dumps(own))
+    engine, request = prepared(base, tmp_path, remote_code=True)
+    merged: Merged = run(engine.merge(request.model_copy(update={"remote_code": True})))
+    assert merged.mean_difference < 1e-4
+    assert (tmp_path / "merged" / "own_code.py").read_bytes() == (base / "own_code.py").read_bytes()
+    assert json.loads((tmp_path / "merged" / "config.json").read_text()) == own
+
+
+def test_probes_that_are_all_too_long_still_leave_something_to_compare(tmp_path: Path) -> None:
+    base = make_llama(tmp_path / "base", positions=40)
+    engine, root, _ = grown(base, tmp_path / "weights")
+    request = merge_of(base, root, root, str(tmp_path / "merged"))
+    merged: Merged = run(engine.merge(request.model_copy(update={"probes": (Prompt(text="Why? " * 40),)})))
+    assert merged.tokens > 0
 
 
 def test_the_configuration_keeps_the_words_that_other_programs_read(base: Path, tmp_path: Path) -> None:

@@ -26,10 +26,11 @@ from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 
 from ..errors import Invalid, LoadFailed
 from ..memory import estimate, shape_of
@@ -610,12 +611,11 @@ def _build(
         if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
             kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         elif request.remote_code:
-            kind, options = AutoModelForCausalLM, options | {"trust_remote_code": True}
+            kind = _own_class(path, config)
         else:
             raise ValueError("it is not a causal language model")
-        place = path if kind is AutoModelForCausalLM else None
         model, info = kind.from_pretrained(
-            place, config=config, state_dict=state, output_loading_info=True, **options
+            None, config=config, state_dict=state, output_loading_info=True, **options
         )  # fmt: skip
     except WHAT_LIBRARIES_RAISE as error:
         raise _cannot_be_used(config, error, "loaded") from None
@@ -658,6 +658,16 @@ def _cannot_be_used(config: Any, error: Exception, verb: str) -> Exception:
         code="unsupported_architecture",
         next_step="Update transformers if the architecture is new, or choose a causal language model that it knows.",
     )
+
+
+def _own_class(path: Path, config: Any) -> Any:
+    """The class of a model that brings its own code, which runs now. Raises ValueError where it brings none."""
+    named = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
+    if not named:
+        raise ValueError("its own code has no causal language model")
+    kind = get_class_from_dynamic_module(named, path, local_files_only=True)
+    kind.register_for_auto_class("AutoModelForCausalLM")  # so that its code goes along when it is saved
+    return add_generation_mixin_to_remote_model(kind)
 
 
 def _move(model: Any, device: str) -> Generator[Progress | None, None, None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def merge(request: Merge, adapter: Path) -> Generator[Progress | None, None, Mer
     plain = Load(path=request.path, precision="32-bit", device="cpu", remote_code=request.remote_code)
     loaded = yield from _scaled(read_model(base, plain, dtype), 0.0, 0.4)
     model = loaded.model
-    tied = model.config.tie_word_embeddings
+    tied, with_code = model.config.tie_word_embeddings, bool(model.is_remote_code())
     yield Progress(stage="merging", fraction=0.4, message="Putting the adapter beside the base")
     both = PeftModel.from_pretrained(model, adapter).eval()
     _require_whole_adapter(both, adapter)
@@ -69,15 +70,15 @@ def merge(request: Merge, adapter: Path) -> Generator[Progress | None, None, Mer
     merged.save_pretrained(into, max_shard_size="2GB")
     merged.generation_config = own_settings
     untied = {} if merged.config.tie_word_embeddings == tied else {"tie_word_embeddings": not tied}
-    write_config(base, into, request.remote_code, untied)
-    copy_side_files(base, into, request.remote_code)
+    write_config(base, into, with_code, untied)
+    copy_side_files(base, into, with_code)
     del both, merged, model, loaded
     yield Progress(stage="checking", fraction=0.8, message="Reading the merged model again")
     again = AutoModelForCausalLM.from_pretrained(
-        into, dtype=dtype, local_files_only=True, trust_remote_code=request.remote_code
+        into, dtype=dtype, local_files_only=True, trust_remote_code=with_code
     ).eval()
-    used = use_of(base, request.remote_code)
-    require_same_use(used, use_of(into, request.remote_code))
+    used = use_of(base, with_code)
+    require_same_use(used, use_of(into, with_code))
     gaps: list[Tensor] = []
     agreed = 0.0
     for number, (probe, expected) in enumerate(zip(probes, before, strict=True)):
@@ -197,12 +198,12 @@ def _scaled(
 
 def _answers(both: Any, loaded: LoadedModel, request: Merge) -> Generator[None, None, list[Group]]:
     """For each probe the likeliest answer of base and adapter: what the two models are compared on."""
-    probes = []
+    prompts = []
     for probe in request.probes:
-        try:
-            prompt = loaded.prompt_tokens(probe, PROBE_TOKENS, PROBE_CONTEXT)
-        except Invalid:
-            continue  # one that is too long proves no more than the others
+        with suppress(Invalid):  # one that is too long proves no more than the others
+            prompts.append(loaded.prompt_tokens(probe, PROBE_TOKENS, PROBE_CONTEXT))
+    probes = []
+    for prompt in prompts or [[loaded.end_token or 0]]:
         past, answer = Past(loaded.slots.caching), list[int]()
         with torch.inference_mode():
             fed = torch.tensor([prompt])
