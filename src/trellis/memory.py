@@ -22,11 +22,13 @@ BYTES: Mapping[Precision, float] = {"32-bit": 4.0, "16-bit": 2.0, "8-bit": 1.03,
 @dataclass(frozen=True)
 class Shape:
     """What of a model decides its memory. `linear` counts the weights of linear layers, `reach` is the sum of
-    inputs and outputs over them, from which an adapter's size follows."""
+    inputs and outputs over them, from which an adapter's size follows; `expert_reach` is that of the experts' layers,
+    which are read into one tensor for all experts and not quantised."""
 
     parameters: int = 0
     linear: int = 0
     reach: int = 0
+    expert_reach: int = 0
     layers: int = 0
     hidden: int = 0
     key_values: int = 0
@@ -73,13 +75,19 @@ def shape_of(config: Mapping[str, Any], tensors: Mapping[str, list[int]]) -> Sha
 
     tensors = _unpacked(tensors, number("hidden_size") or 1)
     sizes = {name: _product(shape) for name, shape in tensors.items()}
-    linear = {name: shape for name, shape in tensors.items() if len(shape) == 2 and not _is_table(name)}
+    experts = {name: shape for name, shape in tensors.items() if _is_of_experts(name, shape)}
+    linear = {
+        name: shape
+        for name, shape in tensors.items()
+        if len(shape) == 2 and not _is_table(name) and name not in experts
+    }
     hidden, heads = number("hidden_size", "n_embd", "d_model"), number("num_attention_heads", "n_head") or 1
     key_heads = number("num_key_value_heads") or heads
     return Shape(
         parameters=sum(sizes.values()),
         linear=sum(sizes[name] for name in linear),
         reach=sum(shape[0] + shape[1] for shape in linear.values()),
+        expert_reach=sum(_product(shape[:-2]) * (shape[-2] + shape[-1]) for shape in experts.values()),
         layers=number("num_hidden_layers", "n_layer"),
         hidden=hidden,
         key_values=2 * key_heads * (number("head_dim") or hidden // heads),
@@ -93,7 +101,7 @@ def estimate(shape: Shape, config: SessionConfig, precision: Precision) -> Estim
     wide = 4 if precision == "32-bit" else 2
     per_weight = BYTES[precision]
     weights = shape.linear * per_weight + (shape.parameters - shape.linear) * wide
-    adapter = 4 * config.lora_rank * shape.reach
+    adapter = 4 * config.lora_rank * (shape.reach + (shape.expert_reach if adapts_experts(config) else 0))
     tokens = config.group_size * min(config.context_length, shape.positions or config.context_length)
     # Answers: keys and values for each token, and one row of logits for each option; for a moment, of each opening.
     begun = config.group_size * config.openings
@@ -139,6 +147,19 @@ def _unpacked(tensors: Mapping[str, list[int]], hidden: int) -> dict[str, list[i
         elif not name.endswith(("_scale_inv", ".SCB", ".weight_format")) and name.rpartition(".weight.")[0] == "":
             shapes[name] = shape
     return shapes
+
+
+def adapts_experts(config: SessionConfig) -> bool:
+    """Whether a session's options give the experts of a model an adapter."""
+    named = config.target_modules.split(", ")
+    return not config.lora_dropout and ("all-linear" in named or "experts" in named)
+
+
+def _is_of_experts(name: str, shape: list[int]) -> bool:
+    """Whether a tensor is a layer of experts: of one of many, or of all in one (experts, ., .)."""
+    if len(shape) == 2:
+        return ".experts." in name
+    return len(shape) == 3 and min(shape) > 1 and "conv" not in name
 
 
 def _is_table(name: str) -> bool:
