@@ -16,7 +16,7 @@ from tests.conftest import open_studio, thread_spawner, until
 from trellis.blobs import Blobs
 from trellis.engine.fake import FakeEngine
 from trellis.errors import Invalid
-from trellis.messages import Chat, Heard, Learn, Loaded, Offer, Spoke, Turn, recipe_of
+from trellis.messages import Chat, Heard, Learn, Loaded, Offer, Prompt, Spoke, Turn, recipe_of
 from trellis.params import ModelOptions, Sampling, SessionConfig
 from trellis.settings import Settings
 from trellis.studio.answering import Answering
@@ -189,6 +189,7 @@ def test_options_about_thinking_that_contradict_each_other_are_refused(values: d
 def test_weights_keep_their_names_while_the_option_is_not_used() -> None:
     assert thinking_kwargs(SessionConfig()) == {}
     assert "enable_thinking" not in recipe_of(SessionConfig())
+    assert recipe_of(Prompt(text="x", template_kwargs=thinking_kwargs(SessionConfig()))) == {"text": "x", "system": ""}
     assert "enable_thinking" in recipe_of(SessionConfig(enable_thinking="on"))
 
 

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, S
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ...errors import EngineError, Invalid, Refused, TrellisError, shorten
-from ...messages import Answered, Chat, Drawn, Event, Heard, Spoke, Turn, derived_seed
+from ...messages import Answered, Chat, Drawn, Event, Heard, Spoke, Turn, derived_seed, template_kwargs_from
 from ...params import Sampling
 from ...studio.speaker import Speaker
 from ...studio.studio import Studio
@@ -233,7 +233,7 @@ async def chat_completions(request: Request, body: ChatAsked, studio: OfStudio) 
     if sum(len(turn.text) for turn in turns) > MOST_TEXT:
         raise Invalid("messages: too much text.", field="messages", next_step="Send less.")
     top = (body.top_logprobs or 0) if body.logprobs else None
-    seed, variables = _seed(body), body.chat_template_kwargs or {}
+    seed, variables = _seed(body), template_kwargs_from(body.chat_template_kwargs or {})
     asked = [body.chat(seed, place, turns=turns, top=top, template_kwargs=variables) for place in range(body.n or 1)]
     return await _answer(request, studio, body, asked, ChatShape(body.model))
 
