@@ -10,11 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.engine.test_architectures import grown, learn, offer
+from tests.engine.test_chats import run
 from tests.tiny import make_model
+from trellis.blobs import Blobs
 from trellis.engine.adapters import Slots
 from trellis.engine.decode import decode_group
 from trellis.engine.forward import GeneralForward, forward_of
 from trellis.engine.lean import FAMILIES, Lean
+from trellis.engine.text import TextEngine
+from trellis.messages import Load, Plant
 from trellis.params import Adapter, Sampling
 
 pytestmark = [
@@ -72,3 +76,20 @@ def test_the_engine_offers_and_learns_there(tmp_path: Path, kind: str) -> None:
     _, learned = learn(engine, weights, offered)
     assert learned.metrics.share_after > learned.metrics.share_before
     assert offer(engine, learned.weights).options
+
+
+def test_captured_steps_never_draw_padding_and_survive_what_is_no_number(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", "llama", padding=600)
+    engine = TextEngine(Blobs(tmp_path / "blobs"))
+    run(engine.load(Load(path=str(tmp_path / "model"), precision="32-bit")))
+    planted = run(engine.plant(Plant(adapter=Adapter(lora_rank=4), seed=1))).weights
+    slot, size = engine.weights(planted)[0], len(engine.loaded.tokenizer)
+    assert slot.graphs
+    hot = Sampling(max_new_tokens=60, temperature=5.0, min_p=0.0)
+    for sampling in (hot, hot.model_copy(update={"top_p": 0.9}), hot.model_copy(update={"temperature": 0.0})):
+        way = forward_of(slot, torch.randn_like(slot.flat), 96)
+        assert all(token < size for tokens in drawn(way, engine.loaded.tokenizer, sampling) for token in tokens)
+        lost = forward_of(slot, torch.full_like(slot.flat, float("nan")), 96)
+        *_, group = decode_group(lost, engine.loaded.tokenizer, PROMPT, frozenset(), sampling, 3, 5)
+        assert all(option.overflowed and not option.tokens for option in group)
+        assert drawn(way, engine.loaded.tokenizer, sampling) == drawn(way, engine.loaded.tokenizer, sampling)
