@@ -109,7 +109,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def stored_dtype(base: Path) -> torch.dtype:
-    """The precision that most of a model's values are stored in."""
+    """The precision that most of a model's values are stored in; 16 bits for those that are unpacked from fewer."""
     kinds: dict[str, int] = {}
     try:
         for file in weight_files(base):
@@ -119,9 +119,9 @@ def stored_dtype(base: Path) -> torch.dtype:
     except UNREADABLE:
         return torch.float32  # loading it says what is wrong with it
     most = max(kinds, key=lambda kind: kinds[kind], default="F32")
-    return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.bfloat16}.get(
-        most, torch.float32
-    )
+    unpacked = dict.fromkeys(("F8_E4M3", "F8_E5M2", "U8", "I8"), torch.bfloat16)
+    plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return (plain | unpacked).get(most, torch.float32)
 
 
 def _scaled(
