@@ -249,3 +249,33 @@ def test_a_configuration_is_the_same_whatever_does_not_matter() -> None:
     assert canonical_config(one) == canonical_config(two)
     assert canonical_config(one) != canonical_config(two.replace(b"32", b"64"))
     assert canonical_config(b"{") == b"{"
+
+
+def test_a_library_that_was_installed_meanwhile_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trellis import model_problems
+
+    missing = {"bitsandbytes"}
+    monkeypatch.setattr(model_problems, "_installed", lambda name: name not in missing)
+    problem = problem_of(folder, "4-bit")
+    assert problem is not None
+    assert (problem.code, problem.field) == ("not_installed", "precision")
+    assert "trellis-studio[quantized]" in problem.next_step
+    missing.clear()
+    assert problem_of(folder, "4-bit") is None
+    change_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    assert problem_of(folder) is None
+    missing.add("bitsandbytes")
+    problem_of(change_config(folder, transformers_version="5"))
+    problem = problem_of(folder)
+    assert problem is not None
+    assert problem.code == "not_installed"
+
+
+def test_what_was_looked_at_once_is_looked_at_again_when_it_changes(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for _ in range(2):
+        weights.write_bytes(whole[:-1])
+        assert problem_of(folder) is not None
+        weights.write_bytes(whole)
+        assert problem_of(folder) is None

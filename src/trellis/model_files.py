@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -130,11 +130,12 @@ def weight_files(path: Path) -> list[Path]:
     return [single] if single.is_file() else sorted(path.glob("*.safetensors"))
 
 
-def inspect_folder(path: Path) -> ModelFiles:
-    """Read what describes a model folder. Files that were read before and have not changed are not read again.
+Marks = tuple[tuple[str, int, int, bool], ...]
+"""Of each entry of a folder its name, size, time of change, and whether it is a file."""
 
-    Raises LoadFailed for a folder that is not there or may not be read.
-    """
+
+def marks_of(path: Path) -> Marks:
+    """What changes when a file of a folder does. Raises LoadFailed for one that is not there or may not be read."""
     if not path.is_dir():
         raise LoadFailed(
             f"There is no folder “{path}”.", code="not_found", next_step="Check the name, or choose another model."
@@ -144,17 +145,18 @@ def inspect_folder(path: Path) -> ModelFiles:
         for file in sorted(path.iterdir()):
             with suppress(FileNotFoundError):
                 stat = file.stat()
-                marks.append((file.name, stat.st_size, stat.st_mtime_ns, file.is_file()))
+                marks.append((file.name, stat.st_size, stat.st_ctime_ns, file.is_file()))
     except PermissionError:
         raise LoadFailed(f"The folder “{path}” may not be read.", code="permission_denied", next_step=GRANT) from None
-    return _inspect(path, tuple(marks))
+    return tuple(marks)
 
 
 GRANT = "Give the studio's user the right to read it."
 
 
-@lru_cache(maxsize=64)
-def _inspect(path: Path, marks: tuple[tuple[str, int, int, bool], ...]) -> ModelFiles:
+def inspect_folder(path: Path) -> ModelFiles:
+    """Read what describes a model folder. Raises LoadFailed for one that is not there or may not be read."""
+    marks = marks_of(path)
     names = frozenset(name for name, _, _, is_file in marks if is_file)
     damage: list[Problem] = []
 

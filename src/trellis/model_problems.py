@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from .errors import LoadFailed, shorten
@@ -18,11 +18,13 @@ from .model_files import (
     CONFIG_LIMIT,
     INDEX,
     Config,
+    Marks,
     ModelFiles,
     Problem,
     Vocabulary,
     damaged_file,
     inspect_folder,
+    marks_of,
     read_json,
 )
 from .params import Precision
@@ -77,12 +79,21 @@ def problems_before_weights(files: ModelFiles, remote_code: bool = False) -> Ite
 
 
 def problem_of(path: Path, precision: Precision = "auto", remote_code: bool = False) -> Problem | None:
-    """The first problem of a folder, or None. Reads files: not for the event loop."""
+    """The first problem of a folder, or None. Reads files, those that have not changed once: not for the event loop."""
     try:
-        files = inspect_folder(path)
+        found = _problem_of(path, marks_of(path), precision, remote_code)
+        if found and found.code == "not_installed":  # it may have been installed meanwhile
+            importlib.invalidate_caches()
+            found = next(problems(inspect_folder(path), precision, remote_code), None)
     except LoadFailed as error:
         return Problem(error.message, error.next_step, error.code)
-    return next(problems(files, precision, remote_code), None)
+    return found
+
+
+@lru_cache(maxsize=1024)
+def _problem_of(path: Path, marks: Marks, precision: Precision, remote_code: bool) -> Problem | None:
+    """Kept instead of what was read, which may take megabytes."""
+    return next(problems(inspect_folder(path), precision, remote_code), None)
 
 
 def require_loadable(path: Path, precision: Precision = "auto", remote_code: bool = False) -> ModelFiles:

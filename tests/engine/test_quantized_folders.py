@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from tests.engine.test_architectures import grown, learn, merge_of, offer, run
 from tests.engine.test_loading import load
 from tests.quantized import change_config, make_bitsandbytes, make_fp8
+from trellis.engine.merging import stored_dtype
 from trellis.errors import LoadFailed
 
 pytestmark = pytest.mark.engine
@@ -123,3 +124,10 @@ def test_fp8_with_scales_that_do_not_fit_is_refused(folders: dict[str, Path], tm
     change_config(folder, quantization_config=None)
     with pytest.raises(LoadFailed, match="packed numbers"):
         load(folder)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.float8_e4m3fn])
+def test_a_merged_model_of_packed_weights_is_written_in_16_bits(kind: torch.dtype, tmp_path: Path) -> None:
+    tensors = {"a.weight": torch.ones(64, 64).to(kind), "b.weight": torch.ones(4, 4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert stored_dtype(tmp_path) == torch.bfloat16

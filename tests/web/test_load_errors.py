@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.quantized import change_config
 from tests.server import Server, new_session, read_events, wait_failed, wait_ready
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -30,7 +31,7 @@ def within() -> tuple[str, ...]:
 def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     save = tmp_path_factory.mktemp("save")
     models = save / "models"
-    for name in ("cut", "strange", "coded", "closed", "empty", "bits", "whole"):
+    for name in ("cut", "strange", "coded", "closed", "empty", "bits", "whole", "bert", "awq", "short"):
         shutil.copytree(tiny_llama, models / name)
     weights = models / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
@@ -41,6 +42,9 @@ def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     (models / "coded" / "evil.py").write_text("open('/tmp/trellis-ran-it', 'w')")
     (models / "closed" / "model.safetensors").chmod(0)
     (models / "empty" / "model.safetensors").unlink()
+    change_config(models / "bert", model_type="bert", architectures=["BertForMaskedLM"])
+    change_config(models / "awq", quantization_config={"quant_method": "awq", "bits": 4})
+    change_config(models / "short", max_position_embeddings=64)
     server = Server(save, fake=False, within=within(), TRELLIS_RATE_LIMIT="0")
     yield server
     (models / "closed" / "model.safetensors").chmod(0o644)
@@ -69,15 +73,32 @@ def failure(client: httpx.Client, **body: Any) -> dict[str, Any]:
         ("coded", "remote_code_refused", "Python code of its own"),
         ("empty", "not_found", "has no *.safetensors"),
         ("closed", "permission_denied", "may not be read"),
+        ("bert", "unsupported_architecture", "BERT encoder"),
+        ("awq", "unsupported_quantization", "AWQ"),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_told_apart(server: Server, model: str, code: str, message: str) -> None:
     with server.client() as client:
         error = failure(client, model=model)
+        (told,) = client.post("/api/steering/check", json={"config": {"model": model}}).json()["errors"]
+    assert told == {"field": "config.model", "message": f"{error['message']} {error['next_step']}"}
     assert (error["code"], message in error["message"]) == (code, True), error
     assert error["next_step"]
     assert f"`{code}`" in (Path(__file__).parents[2] / "docs" / "api.md").read_text()
     assert not Path("/tmp/trellis-ran-it").exists()
+
+
+def test_answers_that_leave_no_room_in_a_model_are_refused_with_a_length_that_works(server: Server) -> None:
+    with server.client() as client:
+        config = {"model": "short", "max_new_tokens": 96, "control_prompt": ""}
+        answer = client.post("/api/steering/sessions", json={"config": config})
+        assert answer.status_code == 422
+        assert answer.json()["error"]["field"] == "config.max_new_tokens"
+        assert answer.json()["error"]["next_step"] == "Allow answers of at most 32 tokens."
+        made = client.post("/api/steering/sessions", json={"config": config | {"max_new_tokens": 32}}).json()
+        state = wait_ready(client, made["id"], 60)
+        assert len(state["offer"]["options"]) == 4
+        client.delete(f"/api/steering/sessions/{made['id']}")
 
 
 def test_a_failed_load_leaves_no_engine_and_a_session_says_why(server: Server) -> None:

@@ -29,7 +29,11 @@ from .loaded import LoadedModel, fingerprints, read_model
 from .reading import Group, answer_logprobs
 from .side_files import copy_side_files, require_same_use, use_of, write_config
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.bfloat16}
+DTYPES = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "U8", "I8"), torch.bfloat16),
+}  # fmt: skip
+"""What a stored tensor is merged in; packed weights are written in 16 bits."""
 PROBE_CONTEXT = 4096
 PROBE_TOKENS = 32
 """Tokens of each answer on which the merged model is compared with base and adapter."""
@@ -170,7 +174,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def stored_dtype(base: Path) -> torch.dtype:
-    """The precision that most of a model's values are stored in."""
+    """The precision that most of a model's values are stored in; 16 bits for those that are unpacked from fewer."""
     kinds: dict[str, int] = {}
     try:
         for file in weight_files(base):
