@@ -152,6 +152,7 @@ def test_a_layout_is_read_whole(tmp_path: Path, name: str, content: Any, prompts
         ("split.json", {"columns": ["a", "a"], "data": [["x", "y"]]}, "two columns are named “a”"),
         ("cells.json", {"columns": ["a", "prompt"], "data": [["x"]]}, "row 1 does not have 2 cells"),
         ("both.jsonl", {" Prompt": "a", "PROMPT": "b"}, "Several columns could hold the prompts: “Prompt”, “"),
+        ("nothing.json", {}, "No column holds text. It has no columns."),
         ("numbers.jsonl", {"a": 1, "b": None}, "No column holds text"),
         ("latin.csv", "prompt,n\na,1\ncaf\u00e9,2\n".encode("latin-1"), "0xE9 in line 3, column 4; it may be Latin-1"),
         ("unmarked.txt", "Why?\nHow?".encode("utf-16-le"), "UTF-16 without the mark"),

@@ -54,6 +54,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
     rows = [json.dumps({"question": f"Question {number}?", "answer": "x"}) for number in range(60)]
     (data / "train.jsonl").write_text("\n".join(rows))
     (data / "test.jsonl").write_text(rows[0])
+    (root / "datasets" / "org" / "scripted").mkdir()
+    (root / "datasets" / "org" / "scripted" / "scripted.py").write_text("raise SystemExit(1)")
     hub = FakeHub(root)
     hub.gated.add("org/gated")
     yield hub
@@ -298,6 +300,7 @@ def test_pictures_in_a_dataset_on_the_hub_do_not_stand_in_the_way(client: httpx.
         ({"id": "org/qa", "subset": "big"}, "config.dataset.subset", "The subsets are “default”."),
         ({"id": "org/qa", "column": "nope"}, "config.dataset.column", "“question”, “answer”"),
         ({"id": "org/none"}, "config.dataset.id", "no dataset “org/none”"),
+        ({"id": "org/scripted"}, "config.dataset.id", "is made by a script of its own, which is not run"),
     ],
 )
 def test_a_wrong_name_in_a_dataset_lists_what_there_is(

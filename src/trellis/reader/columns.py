@@ -72,19 +72,20 @@ def no_text(column: str) -> Reason:
 def column_of(wanted: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """The column to take, from a name or from the first rows. Raises Invalid, which lists what there is."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    listed = ", ".join(f"“{shorten(name)}”" for name in columns[:40]) or "none"
+    quoted = ", ".join(f"“{shorten(name)}”" for name in columns[:40])
+    listed = f"The columns are {quoted}." if quoted else "It has no columns."
     if wanted:
         if wanted not in columns:
             wanted = next((name for name in columns if name.strip() == wanted), wanted)
         if wanted not in columns and not any(_at(row, wanted) is not None for row in rows):
             raise Invalid(
-                f"There is no column “{shorten(wanted)}”. The columns are {listed}.",
+                f"There is no column “{shorten(wanted)}”. {listed}",
                 field="dataset.column", next_step="Name one of them, or leave it empty.",
             )  # fmt: skip
         if not any(_is_text(prompt_in(row, wanted)) for row in rows):
             raise Invalid(
                 f"The column “{shorten(wanted)}” holds no text in its first rows. "
-                f"{_objects(wanted, rows) or f'The columns are {listed}.'}",
+                f"{_objects(wanted, rows) or listed}",
                 field="dataset.column", next_step="Name a column with text or with chat messages.",
             )  # fmt: skip
         return wanted
@@ -109,7 +110,7 @@ def column_of(wanted: str, rows: Sequence[Mapping[str, Any]]) -> str:
     else:
         why = "No column has one of the usual names." if texts else "No column holds text."
     raise Invalid(
-        f"{why} The columns are {listed}.",
+        f"{why} {listed}",
         field="dataset.column", next_step="Name the column that holds the prompts.",
     )  # fmt: skip
 

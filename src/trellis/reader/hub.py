@@ -143,6 +143,13 @@ def _asked(name: str, work: Callable[[], R]) -> R:
             f"The dataset “{shorten(name)}” cannot be read: {shorten(error, 200)}", code="unreadable",
             field="dataset.id", next_step="Choose one with JSON, CSV, Parquet or text files.",
         ) from None  # fmt: skip
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        raise Invalid(
+            f"The dataset “{shorten(name)}” is made by a script of its own, which is not run.", code="unreadable",
+            field="dataset.id", next_step="Choose one with JSON, CSV, Parquet or text files.",
+        ) from None  # fmt: skip
     except Exception as error:
         # The HTTP library under the hub's own has changed its name before, so its errors are known by their module.
         told = isinstance(error, (HfHubHTTPError, OfflineModeIsEnabled, OSError))
