@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 from hypothesis import example, given, settings
@@ -251,11 +252,16 @@ def test_a_piece_that_is_too_long_is_shown_as_it_was_written() -> None:
     assert html.startswith('<p class="plain">*a* &lt;b&gt;')
 
 
-def test_cutting_takes_time_in_proportion_to_the_text() -> None:
-    """A million characters of what is hardest to cut, in tens of thousands of pieces, in seconds."""
-    for line in ("- a\nb\n", "> a\n2. b\n\n", "```\n", "  - x\n\n", "\\[\n"):
-        blocks = Blocks()
-        for _ in range(200_000 // len(line)):
+@pytest.mark.parametrize(
+    "line", ["- a\nb\n", "> a\n2. b\n\n", "```\n", "  - x\n\n", "\\[\n", "</think>\n", "[^1]: x\n"]
+)
+def test_cutting_takes_time_in_proportion_to_the_text(line: str) -> None:
+    def seconds(lines: int) -> float:
+        blocks, started = Blocks(), time.process_time()
+        for _ in range(lines):
             blocks.feed(line)
         blocks.rest()
-        assert blocks.end == 200_000 // len(line) * len(line)
+        assert blocks.end == lines * len(line)
+        return time.process_time() - started
+
+    assert seconds(40_000) < 10 * seconds(5_000) + 0.5, "eight times the text; with the square of it, 64 times"

@@ -487,6 +487,46 @@ def test_the_first_message_takes_files_and_one_that_cannot_be_used_is_refused_al
     expect(page.locator("[data-chips] .chip")).to_have_count(0)
 
 
+def test_a_file_that_is_far_too_large_or_gone_is_told_as_that(open_page: Open, server: Server, tmp_path: Path) -> None:
+    page = open_page()
+    page.goto(f"{server.url}/chat")
+    (tmp_path / "large.txt").write_bytes(b"x" * 13_000_000)
+    page.locator("#add-file").set_input_files([tmp_path / "large.txt"])
+    expect(page.locator(".toast.error")).to_contain_text("It has 13.0 MB; 12.0 MB are the most.")
+    page.locator("[data-say]").evaluate("""node => {
+        const gone = new File(['x'], 'folder');
+        gone.slice = () => ({ arrayBuffer: () => Promise.reject(new DOMException('', 'NotFoundError')) });
+        const event = new Event('paste');
+        event.clipboardData = { files: [gone] };
+        node.dispatchEvent(event);
+    }""")
+    expect(page.locator(".toast.error")).to_contain_text("it is a folder")
+    expect(page.locator("[data-chips] .chip")).to_have_count(0)
+
+
+def test_a_local_server_is_permitted_on_the_page(open_page: Open, server: Server, tmp_path: Path) -> None:
+    """The studio of this test stands for the local server: it speaks the OpenAI API too."""
+    other = Server(tmp_path / "other")
+    try:
+        page = open_page(viewport={"width": 375, "height": 800})
+        page.goto(f"{other.url}/connections")
+        page.get_by_label("Name", exact=True).fill("local")
+        page.get_by_label("Address").fill(server.url)
+        page.get_by_role("button", name="Add this server").click()
+        expect(page.get_by_role("alert")).to_contain_text("this computer or its own network")
+        expect(page.get_by_role("button", name="Allow and add this server")).to_be_in_viewport()
+        expect(page.get_by_label("Address")).to_have_value(server.url)
+        page.get_by_role("button", name="Allow and add this server").click()
+        expect(page.locator("li", has_text="local")).to_contain_text(f"{server.url}/v1")
+        page.goto(f"{other.url}/chat?model=remote:local/demo")
+        say(page, "Hello.")
+        page.wait_for_url("**/chat/r*")
+        whole(page, 1)
+        expect(page.locator(".message.assistant .who")).to_have_text("demo at local")
+    finally:
+        other.stop()
+
+
 def test_prompts_work_in_the_first_message_too(open_page: Open, server: Server) -> None:
     httpx.put(f"{server.url}/api/rooms/prompts", json={"name": "greet", "text": "Greet me."})
     page = open_page()
