@@ -313,6 +313,23 @@ def test_options_of_sampling_reach_the_server(there: Elsewhere, here: httpx.Clie
         "temperature": 0.25, "top_p": 0.5, "min_p": 0.125, "max_tokens": 77,
     }  # fmt: skip
     assert isinstance(body["seed"], int)
+    assert not {"top_k", "repetition_penalty", "min_tokens"} & set(body), "what changes nothing is not asked for"
+
+
+def test_options_of_v1_reach_the_server(there: Elsewhere, here: httpx.Client) -> None:
+    there.answers(GOOD)
+    add(here, there)
+    options = {
+        "top_k": 3,
+        "repetition_penalty": 1.25,
+        "min_tokens": 2,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    said = {"model": "remote:odd/m", "messages": [{"role": "user", "content": "Hello"}], **options}
+    answer = here.post("/v1/chat/completions", json=said)
+    assert answer.status_code == 200, answer.text
+    (body,) = there.bodies()
+    assert {name: body[name] for name in options} == options
 
 
 def test_what_a_model_calls_otherwise_or_can_do_without_is_adapted_once(there: Elsewhere, here: httpx.Client) -> None:

@@ -286,6 +286,8 @@ def _body(model: str, request: Chat) -> dict[str, Any]:
         )  # fmt: skip
     sampling = {name: value for name, value in request.sampling.model_dump().items() if value is not None}
     sampling["max_tokens"] = sampling.pop("max_new_tokens")
+    of_chats = {name: getattr(request, name) for name in ("top_k", "repetition_penalty", "min_tokens")}
+    sampling |= {name: value for name, value in of_chats.items() if value != NEUTRAL[name]}
     body: dict[str, Any] = {"model": model, "stream": True, "stream_options": {"include_usage": True}} | sampling
     body["seed"] = request.seed % 2**31
     if request.stop:
