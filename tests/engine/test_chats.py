@@ -191,6 +191,7 @@ def test_a_long_message_is_read_between_the_words_of_others(room: Room, monkeypa
 
 def test_a_full_batch_lets_wait_and_says_the_place(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chats, "MOST", 2)
+    monkeypatch.setattr(chats, "TAKING_SECONDS", 60.0)  # all of them come in one step, on a slow machine too
     told = room.run(*(asks(WORDS[0]) for _ in range(5)), owners="aaaab")
     queued = {number: [event.place for event in told[number] if isinstance(event, Queued)] for number in told}
     assert queued == {1: [], 5: [], 2: [1], 3: [2, 1], 4: [3, 2, 1]}, "who has nothing in the batch comes before"
