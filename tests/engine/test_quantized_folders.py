@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from tests.engine.test_architectures import grown, learn, merge_of, offer, run
 from tests.engine.test_loading import load
 from tests.quantized import change_config, make_bitsandbytes, make_fp8
+from trellis.engine.dequantizing import dequantize
 from trellis.engine.merging import stored_dtype
 from trellis.errors import LoadFailed
 
@@ -131,3 +132,13 @@ def test_a_merged_model_of_packed_weights_is_written_in_16_bits(kind: torch.dtyp
     tensors = {"a.weight": torch.ones(64, 64).to(kind), "b.weight": torch.ones(4, 4)}
     save_file(tensors, tmp_path / "model.safetensors")
     assert stored_dtype(tmp_path) == torch.bfloat16
+
+
+def test_fused_experts_in_fp8_are_unpacked_by_their_own_scales() -> None:
+    weights, scales = torch.randn(3, 32, 48).to(torch.float8_e4m3fn), torch.rand(3, 2, 3) + 0.5
+    stored = {"experts.down_proj": weights, "experts.down_proj_scale_inv": scales, "norm.weight": torch.ones(4)}
+    found = dequantize(dict(stored), "fp8", {"weight_block_size": [16, 16]}, torch.float32)
+    assert set(found) == {"experts.down_proj", "norm.weight"}
+    for expert, row, column in ((0, 0, 0), (1, 20, 47), (2, 31, 17)):
+        expected = weights.float()[expert, row, column] * scales[expert, row // 16, column // 16]
+        assert found["experts.down_proj"][expert, row, column] == expected

@@ -157,8 +157,8 @@ class LoadedModel:
 
     def require_known(self, tokens: Sequence[int], field: str) -> None:
         """Raises Invalid for a text with a token that the model has no row for, such as one for padding."""
-        rows = self.model.get_input_embeddings().weight.shape[0]
-        if tokens and max(tokens) >= rows:
+        embedding = getattr(self.model.get_input_embeddings(), "weight", None)
+        if embedding is not None and tokens and max(tokens) >= embedding.shape[0]:
             unknown = self.tokenizer.convert_ids_to_tokens(max(tokens))
             raise Invalid(
                 f"The text has the token “{unknown}”, which this model has no row for.",
