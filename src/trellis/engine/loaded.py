@@ -239,7 +239,7 @@ def read_model(
     if precision in ("32-bit", "16-bit"):
         yield from _move(model, device)
     yield Progress(stage="warming_up", fraction=WARMING, message="Warming up")
-    _warm_up(model, device)
+    _warm_up(model, device, precision)
     lean, lanes = Lean.of(model), 1
     if device == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL:
         lanes = min(LANES, torch.get_num_threads()) if lean else 1
@@ -263,7 +263,7 @@ def read_model(
     return LoadedModel(model, tokenizer, slots, lean, _ends(path, config, tokenizer), about)
 
 
-def _warm_up(model: Any, device: str) -> None:
+def _warm_up(model: Any, device: str, precision: Precision) -> None:
     """Read a few tokens. Raises LoadFailed where the model cannot."""
     try:
         with torch.inference_mode():
@@ -271,6 +271,14 @@ def _warm_up(model: Any, device: str) -> None:
     except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
         if "memory" in str(error).lower():
             raise
+        if precision in ("8-bit", "4-bit"):
+            raise LoadFailed(
+                f"The model cannot read a text in {precision}, as it is where a model uses the weights of some layers "
+                f"directly: {_first_line(error)}",
+                code="unsupported_architecture",
+                field="precision",
+                next_step="Choose 16-bit or 32-bit.",
+            ) from None
         raise LoadFailed(
             f"The model was loaded and cannot read a text: {_first_line(error)}",
             code="unsupported_architecture",
@@ -494,6 +502,8 @@ def _build(
     try:
         if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
             kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            if kind.config_class is config.sub_configs.get("text_config"):  # the language model of one that sees, too
+                config = config.get_text_config()
         elif request.remote_code:
             kind, options = AutoModelForCausalLM, options | {"trust_remote_code": True}
         else:
