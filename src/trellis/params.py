@@ -107,7 +107,7 @@ class Adapter(Options):
     )  # fmt: skip
     target_modules: str = option(
         "all-linear", "Target modules",
-        "Which layers get an adapter: “all-linear”, or names with commas, such as “q_proj, v_proj”.",
+        "Which layers get an adapter: “all-linear”, or names with commas, such as “q_proj, v_proj” or “experts”.",
         group="Adapter", advanced=True, later=True, min_length=1, max_length=500,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from tests.tiny import EXPERTS, STATEFUL, make_model
 from trellis.engine.adapters import Slot, Weights
 from trellis.engine.lines import lines_of
 from trellis.engine.text import TextEngine
-from trellis.errors import Invalid
+from trellis.errors import Invalid, LoadFailed
 from trellis.messages import Learned, Merged, Offer, Offered, Prompt
 from trellis.params import Adapter, Sampling
 
@@ -198,3 +198,42 @@ def test_experts_can_be_left_alone_or_named_alone(room: Grown) -> None:
     torch.testing.assert_close(
         room.logits(slot.model, room.prompt), room.logits(room.plain, room.prompt), rtol=1e-4, atol=1e-4
     )
+
+
+def test_a_model_that_reads_its_weights_directly_is_refused_in_few_bits(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "mamba")
+    with pytest.raises(LoadFailed, match="in 4-bit") as raised:
+        grown(folder, tmp_path / "weights", precision="4-bit")
+    assert raised.value.next_step == "Choose 16-bit or 32-bit."
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("mixtral", "4-bit"), ("falcon_h1", "8-bit"), ("mamba", "16-bit")])
+def test_fewer_bits_learn_too(kind: str, precision: str, tmp_path: Path) -> None:
+    engine, root, _ = grown(make_model(tmp_path / "model", kind), tmp_path / "weights", precision=precision)
+    offered = offer(engine, root)
+    assert offered.options == offer(engine, root).options
+    _, learned = learn(engine, root, offered)
+    assert learned.metrics.share_after > learned.metrics.share_before
+    assert 0 < learned.metrics.drift < 1
+
+
+def test_the_language_model_of_one_that_sees_is_loaded_with_its_own_configuration(tmp_path: Path) -> None:
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    folder = make_model(tmp_path / "model", "qwen3_5_text")
+    text = AutoModelForCausalLM.from_pretrained(folder).config.to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 32, "depth": 1, "num_heads": 2, "patch_size": 8,
+              "out_hidden_size": 32}  # fmt: skip
+    config = Qwen3_5Config(text_config=text, vision_config=vision, image_token_id=5, video_token_id=5)
+    torch.manual_seed(0)
+    Qwen3_5ForConditionalGeneration(config).save_pretrained(folder)
+    engine, root, loaded = grown(folder, tmp_path / "weights")
+    assert loaded.architecture == "Qwen3_5ForCausalLM"
+    slot, weights = engine.weights(root)
+    slot.install(weights.flat)
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.arange(6, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(slot.model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+    _, learned = learn(engine, root, offer(engine, root))
+    assert learned.metrics.share_after > learned.metrics.share_before

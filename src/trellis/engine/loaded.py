@@ -304,7 +304,7 @@ def read_model(
     if precision in ("32-bit", "16-bit"):
         yield from _move(model, device)
     yield Progress(stage="warming_up", fraction=WARMING, message="Warming up")
-    rows = _rows_of_logits(model, config, device)
+    rows = _rows_of_logits(model, config, device, precision)
     lean, lanes = Lean.of(model), 1
     if device == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL:
         lanes = min(LANES, torch.get_num_threads()) if lean else 1
@@ -610,6 +610,8 @@ def _build(
     try:
         if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
             kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            if kind.config_class is config.sub_configs.get("text_config"):  # the language model of one that sees, too
+                config = config.get_text_config()
         elif request.remote_code:
             kind = _own_class(path, config)
         else:
@@ -629,7 +631,7 @@ def _build(
     return model.eval()
 
 
-def _rows_of_logits(model: Any, config: Any, device: str) -> int:
+def _rows_of_logits(model: Any, config: Any, device: str, precision: Precision) -> int:
     """Read a few tokens once, and return how many tokens the model can answer with. Raises LoadFailed for a model that
     can be put together and cannot be run here."""
     ids = torch.zeros((1, 8), dtype=torch.long, device=device)
@@ -637,7 +639,16 @@ def _rows_of_logits(model: Any, config: Any, device: str) -> int:
         with torch.inference_mode():
             return int(model(input_ids=ids, use_cache=False).logits.shape[-1])
     except WHAT_LIBRARIES_RAISE as error:
-        raise _cannot_be_used(config, error, "run") from None
+        found = _cannot_be_used(config, error, "run")
+        if precision in ("8-bit", "4-bit") and getattr(found, "code", "") == "unsupported_architecture":
+            found = LoadFailed(
+                f"The model cannot read a text in {precision}, as it is where a model uses the weights of some layers "
+                f"directly: {_first_line(error)}",
+                code="unsupported_architecture",
+                field="precision",
+                next_step="Choose 16-bit or 32-bit.",
+            )
+        raise found from None
 
 
 WHAT_LIBRARIES_RAISE = (
