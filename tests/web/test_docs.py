@@ -37,3 +37,12 @@ def test_the_map_of_the_house_names_what_is_there() -> None:
                 assert file.name in text, file
     for name in re.findall(r"`((?:web|studio|store|workers|engine)/[a-z_/]+\.py)", text):
         assert (source / name).is_file(), name
+
+
+def test_every_test_that_the_cases_name_is_there() -> None:
+    named = re.findall(r"`((?:\w+/)*test_\w+\.py)(?:::(\w+))?`", (ROOT / "docs" / "cases.md").read_text())
+    assert len(named) > 100
+    for file, test in named:
+        path = ROOT / "tests" / file
+        assert path.is_file(), file
+        assert not test or f"def {test}(" in path.read_text(), f"{file}::{test}"
