@@ -96,6 +96,17 @@ def _problem_of(path: Path, marks: Marks, precision: Precision, remote_code: boo
     return next(problems(inspect_folder(path), precision, remote_code), None)
 
 
+def problem_by_names(folder: Path) -> Problem | None:
+    """What the names of a folder's files say against it; quick enough for a list of all models. A folder that cannot be
+    looked into is left to the load."""
+    try:
+        names = frozenset(file.name for file in folder.iterdir())
+    except OSError:
+        return None
+    weights = tuple(folder / name for name in sorted(names) if name.endswith(".safetensors"))
+    return next(_absent_files(ModelFiles(folder, names=names, weights=weights)), None)
+
+
 def require_loadable(path: Path, precision: Precision = "auto", remote_code: bool = False) -> ModelFiles:
     """The description of a folder that can be loaded, as far as its files say. Raises LoadFailed."""
     files = inspect_folder(path)

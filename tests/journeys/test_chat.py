@@ -567,6 +567,12 @@ def test_looking_at_the_steps_of_a_session_chooses_none(open_page: Open, server:
     select.select_option(value)
     page.get_by_role("button", name="Step …").first.click()
     expect(select).to_have_value(value or "")
+    page.route("**/versions", lambda route: (page.wait_for_timeout(300), route.continue_()))
+    page.get_by_role("button", name="Step …").first.click()
+    other = select.locator("optgroup[data-steps] option").nth(2).get_attribute("value")
+    with page.expect_response("**/versions"):
+        select.select_option(other)  # while the list is still on its way
+    expect(select).to_have_value(other or "")
 
 
 def test_teach_takes_the_session_that_answered_or_says_why_it_cannot(open_page: Open, server: Server) -> None:

@@ -317,16 +317,16 @@ def test_only_what_is_here_is_served_and_listed(tmp_path: Path) -> None:
                 assert missing.value.code == "model_not_found"
             with pytest.raises(openai.BadRequestError, match="GGUF") as refused:
                 api.chat.completions.create(model="gguf", messages=MESSAGES)
-            assert refused.value.code == "not_loadable"
+            assert refused.value.code == "unsupported_format"
             reasons = {model["id"]: model["problem"] for model in client.get("/api/models").json()}
             assert set(reasons) == {"demo", here.name, "adapter", "gguf", "pickle", "torn", "loose.gguf"}
             assert all(reasons[name] is None for name in ("demo", here.name))
-            assert "an adapter alone" in reasons["adapter"]["message"]
+            assert "holds an adapter" in reasons["adapter"]["message"]
             assert "GGUF" in reasons["loose.gguf"]["message"]
-            assert "can carry code" in reasons["pickle"]["message"]
+            assert "can run code" in reasons["pickle"]["message"]
             page = client.get("/models", headers={"accept": "text/html"}).text
             assert page.count("data-cannot-load=") == 4
-            assert "is an adapter alone" in page
+            assert "holds an adapter" in page
             assert client.post("/api/models/load", json={"model": "adapter"}).status_code == 422
             assert client.delete("/api/models/loose.gguf").status_code == 204
             assert list(models.glob("*loose*")) + list(models.glob(".deleted*")) == []

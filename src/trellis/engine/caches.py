@@ -150,7 +150,7 @@ def keeps_last_logits(model: Any) -> bool:
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
-def last_logits(model: Any, ids: Tensor, keep: int, keeps_logits: bool, **options: Any) -> Tensor:
+def last_logits(model: Any, ids: Tensor, keep: int, keeps_logits: bool = True, **options: Any) -> Tensor:
     """The last `keep` logits (R, keep, V) of whole texts (R, T). Some models take the argument and make all of them."""
     more = {"logits_to_keep": keep} if keeps_logits else {}
     logits: Tensor = model(input_ids=ids, **options, **more).logits[:, -keep:]

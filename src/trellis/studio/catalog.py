@@ -21,7 +21,7 @@ from typing import Any
 from ..errors import Conflict, LoadFailed, NotFound, shorten
 from ..memory import Shape, shape_of
 from ..model_files import Problem
-from ..model_problems import problem_of
+from ..model_problems import problem_by_names, problem_of
 from ..params import Precision
 from ..tensors import UNREADABLE, shapes_in
 
@@ -199,41 +199,21 @@ def _is_model(place: Path) -> bool:
 
 
 def _problem(place: Path) -> LoadFailed | None:
-    """Why a model cannot be loaded, as far as the names of its files say."""
+    """Why a model cannot be loaded, as far as its name and the names of its files say."""
 
-    def why(message: str, next_step: str, code: str = "not_loadable") -> LoadFailed:
-        return LoadFailed(f"“{shorten(place.name)}” {message}", code=code, next_step=next_step)
+    def why(message: str, next_step: str) -> LoadFailed:
+        return LoadFailed(f"“{shorten(place.name)}” {message}", code="unsupported_format", next_step=next_step)
 
-    folder_wanted = "Choose a folder with a Hugging Face config.json and safetensors files."
     if place.name != place.name.strip() or place.name.startswith(RESERVED):
         return why("has a name that cannot be used for a model.", "Rename it, for example to letters and hyphens.")
+    folder_wanted = "Choose a folder with a Hugging Face config.json and safetensors files."
     if place.is_file():
         kind = "a GGUF file" if place.suffix == ".gguf" else "a single file"
         return why(f"is {kind}; a model is loaded from a folder with its config and tokenizer.", folder_wanted)
-    try:
-        names = {file.name for file in place.iterdir()}
-    except OSError:
-        return None  # loading it says what is wrong
-    weights = any(name.endswith(".safetensors") and name != "adapter_model.safetensors" for name in names)
-    if "config.json" in names and weights:
-        return None
-    if "adapter_config.json" in names and not weights:
-        return why(
-            "is an adapter alone, without the base model that it belongs to.",
-            "Put the base model into a folder here. An adapter of Trellis is continued by resuming its session; one of "
-            "another tool must be merged into its base first.",
-        )
-    if "model_index.json" in names:
+    if (place / "model_index.json").is_file():
         return why("is a diffusion pipeline for pictures, not a language model.", folder_wanted)
-    if not weights and any(name.endswith(".gguf") for name in names):
-        return why("holds GGUF files alone, which cannot be learned on.", "Get the same model as safetensors.")
-    if not weights and any(name.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")) for name in names):
-        return why(
-            "holds weights in a format that can carry code, and no safetensors.",
-            "Get the same model as safetensors, or convert it with transformers' save_pretrained.",
-        )
-    missing = "*.safetensors" if not weights else "config.json"
-    return why(f"has no {missing}.", folder_wanted, "not_found")
+    found = problem_by_names(place)
+    return found.error() if found else None
 
 
 def _read_entry(name: str, source: str, look: Path, load: Path) -> ModelEntry:

@@ -29,7 +29,7 @@ STATUS: tuple[tuple[type[TrellisError], int], ...] = (
 BY_CODE = {
     "too_many_tries": 429, "too_many_requests": 429, "wrong_password": 401, "too_large": 413,
     "out_of_memory": 409, "disk_full": 507, "not_found": 404, "permission_denied": 403, "timeout": 504, "network": 502,
-    "corrupt_file": 422, "not_loadable": 422, "unsupported_architecture": 422, "unsupported_quantization": 422,
+    "corrupt_file": 422, "unsupported_architecture": 422, "unsupported_quantization": 422,
     "unsupported_tokenizer": 422, "unsupported_format": 422, "remote_code_refused": 422, "not_installed": 422,
 }  # fmt: skip
 

@@ -226,12 +226,12 @@ export function bindSteps(form) {
     shown(select);
     select.addEventListener("change", () => shown(select));
     $("[data-step-of]", select.parentElement)?.addEventListener("click", async () => {
-      const chosen = select.selectedOptions[0];
       const session = select.value.replace(/^session:/, "").split("@")[0];
       const versions = await ask("GET", `/api/rooms/speakers/${encodeURIComponent(session)}/versions`).catch((error) => {
         toast(error.told.message, { more: error.told.next_step, error: true });
         return [];
       });
+      const chosen = select.selectedOptions[0]; // as it is now: another may have been chosen meanwhile
       for (const old of $$("optgroup[data-steps]", select)) { // the one that is chosen stays, whatever is listed
         if (old.contains(chosen)) select.prepend(chosen);
         old.remove();
