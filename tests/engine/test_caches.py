@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import make_model
@@ -117,3 +118,26 @@ def test_a_model_that_looks_ahead_is_refused(kind: str, tmp_path: Path) -> None:
         for _ in read_model(tmp_path, Load(path=str(tmp_path))):
             pass
     assert raised.value.code == "unsupported_architecture"
+
+
+@pytest.mark.parametrize("precision", ["16-bit", "8-bit"])
+def test_a_model_that_forgets_is_told_from_one_that_rounds(precision: Any, tmp_path: Path) -> None:
+    pieces = {}
+    for kind in ("llama", "rwkv"):
+        folder = make_model(tmp_path / kind, kind)
+        if kind == "llama":  # large values in a few places, as real models have, which 8 bits keep apart
+            tensors = load_file(folder / "model.safetensors")
+            for name in tensors:
+                if name.endswith("layernorm.weight"):
+                    tensors[name][::8] = 40.0
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        steps = read_model(folder, Load(path=str(folder), precision=precision, engine="transformers-eager"))
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                found = end.value.slots.caching
+                break
+        assert found.causal
+        pieces[kind] = found.pieces
+    assert pieces == {"llama": "any", "rwkv": "none"}
