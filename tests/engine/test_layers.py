@@ -167,3 +167,33 @@ def test_adapters_name_their_layers_as_other_programs_do_where_the_names_are_cle
     assert {name for name in named if name.endswith("q_proj")} == {
         f"model.layers.{number}.self_attn.q_proj" for number in range(2)
     }
+
+
+def test_what_several_modules_share_is_still_shared_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots = Slots(loaded(tmp_path, "llama"))
+    model = slots.get(Adapter(lora_rank=4)).model
+    with monkeypatch.context() as patched:
+        _stumble(patched, 3)
+        with pytest.raises(RuntimeError, match="stumbled"):
+            slots.get(Adapter(lora_rank=8))
+    slots.get(Adapter(lora_rank=2))
+    assert model.get_base_model().peft_config is model.base_model.peft_config
+    assert len(model.peft_config) == 2
+
+
+def test_settings_that_cannot_be_are_refused_before_the_model_is_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots = Slots(loaded(tmp_path, "llama"))
+    monkeypatch.setattr(adapters, "undone_on_failure", lambda root: pytest.fail("the model was touched"))
+    with pytest.raises(Invalid, match="no linear layer"):
+        slots.get(Adapter(target_modules="no_such_proj"))
+
+
+def test_rows_without_a_token_are_known_to_adapters_from_before(tmp_path: Path) -> None:
+    slots = Slots(loaded(tmp_path, "llama"))
+    slot = slots.get(Adapter())
+    slots.missing = torch.tensor([7])
+    assert slot.missing is slots.missing

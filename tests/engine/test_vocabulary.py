@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -118,6 +120,29 @@ def test_rows_that_no_token_belongs_to_are_found() -> None:
     assert words.missing(size + 3) == [size, size + 1, size + 2]
     with_hole = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 3}, unk_token="a")))
     assert vocabulary_of(with_hole).missing(5) == [1, 2, 4]
+
+
+def test_tokens_of_one_name_are_no_missing_rows() -> None:
+    class Slow:  # as tokenizers that are code list the bytes that are no characters by themselves
+        vocab_size = 4
+
+        def __len__(self) -> int:
+            return 5
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0, "\ufffd": 3, "<added>": 4}
+
+    slow = Slow()
+    assert vocabulary_of(slow).missing(6) == [5]
+
+
+def test_a_tokenizer_that_nobody_uses_is_let_go() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    vocabulary_of(tokenizer)
+    watched = weakref.ref(tokenizer)
+    del tokenizer
+    gc.collect()
+    assert watched() is None
 
 
 @pytest.mark.parametrize("kind", SPELLINGS)

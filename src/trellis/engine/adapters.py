@@ -96,8 +96,9 @@ class Slots:
         """The slot for these settings, injected on first use. Where that fails, the model stays as it was."""
         with self._turn:
             if settings not in self._slots:
+                targets = self._targets(settings)  # what cannot be is refused before anything is touched
                 with undone_on_failure(self._model or self._base):
-                    self._slots[settings] = self._inject(settings)
+                    self._slots[settings] = self._inject(settings, *targets)
             return self._slots[settings]
 
     @property
@@ -117,9 +118,8 @@ class Slots:
                     self._caching = caching_of(self._base)
             return self._caching
 
-    def _inject(self, settings: Adapter) -> Slot:
+    def _inject(self, settings: Adapter, modules: list[str], parameters: list[str], left_out: tuple[str, ...]) -> Slot:
         name = recipe_id("a", settings.model_dump(mode="json"))
-        modules, parameters, left_out = self._targets(settings)
         config = LoraConfig(
             r=settings.lora_rank,
             lora_alpha=settings.lora_alpha,
@@ -137,7 +137,6 @@ class Slots:
             model.add_adapter(name, config)
         model.eval()
         slot = Slot(self, model, name, settings, self._lean, self._turn, self._crew, left_out)
-        slot.missing = self.missing
         self._model = model
         return slot
 
@@ -227,7 +226,6 @@ class Slot:
         self.left_out = left_out
         """What “all-linear” stands for and cannot get an adapter, each with the reason."""
         self.config = model.peft_config[name]
-        self.missing: Tensor | None = None
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         model.set_adapter(name)
         parameters = [(path, p) for path, p in model.named_parameters() if p.requires_grad]
@@ -257,6 +255,11 @@ class Slot:
     def caching(self) -> Caching:
         """How the model goes on with a text."""
         return self._slots.caching
+
+    @property
+    def missing(self) -> Tensor | None:
+        """Rows of the vocabulary that no token belongs to; the same for all slots, whenever they were made."""
+        return self._slots.missing
 
     @property
     def adapted(self) -> Adapted | None:

@@ -160,23 +160,43 @@ def probe_ids(model: Any, length: int) -> Tensor:
 
 @contextmanager
 def undone_on_failure(root: nn.Module) -> Iterator[None]:
-    """Where the block raises, put all modules back as they were: their children, parameters, hooks and attributes."""
-    kept = [(module, {name: _kept(value) for name, value in vars(module).items()}) for module in root.modules()]
+    """Where the block raises, put all modules back as they were: their children, parameters, hooks and attributes.
+
+    Nothing that stays is missing for a moment, since other threads look at the model meanwhile; and what is changed in
+    place is put back in place, since several modules may share it, as PEFT's do their settings.
+    """
+    kept = [(vars(module), dict(vars(module))) for module in root.modules()]
+    held = {id(value): value for _, attributes in kept for value in attributes.values() if _is_container(value)}
+    contents = [(value, copy.copy(value)) for value in held.values()]
     trained = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
     try:
         yield
     except BaseException:
-        for module, attributes in kept:
-            vars(module).clear()
-            vars(module).update(attributes)
+        for now, before in [*kept, *contents]:
+            _put_back(now, before)
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
         raise
 
 
-def _kept(value: Any) -> Any:
-    """An attribute of a module as it is now: containers are copied, since they are changed in place."""
-    return copy.copy(value) if isinstance(value, (dict, list, set)) else value
+def _is_container(value: Any) -> bool:
+    return isinstance(value, (dict, list, set))
+
+
+def _put_back(now: Any, before: Any) -> None:
+    """Give a container the contents that it had, in their order."""
+    if isinstance(now, list):
+        now[:] = before
+    elif isinstance(now, set):
+        now &= before
+        now |= before
+    elif list(now) != list(before) or any(now[key] is not value for key, value in before.items()):
+        now.update(before)
+        for key in [key for key in now if key not in before]:
+            del now[key]
+        if list(now) != list(before):  # the order of modules is that of their layers
+            now.clear()
+            now.update(before)
 
 
 def adapted_modules(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:

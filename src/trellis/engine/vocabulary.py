@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, proxy
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 """How SentencePiece vocabularies with byte fallback write a single byte."""
@@ -50,7 +50,7 @@ class Vocabulary:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self.spelling = _spelling_of(backend) if backend is not None else None
         self._backend = backend
-        self._tokenizer = tokenizer
+        self._tokenizer = proxy(tokenizer)  # it is known by this one, and would never be let go
         self._bytes: dict[int, bytes] = {}
         self._special = set(getattr(tokenizer, "all_special_ids", ()))
         added = getattr(tokenizer, "added_tokens_decoder", None) or {}
@@ -77,6 +77,8 @@ class Vocabulary:
         known: Collection[int] = range(len(self._tokenizer))
         with suppress(NotImplementedError, AttributeError):
             known = set(self._tokenizer.get_vocab().values())
+            if self._backend is None:  # one that is code may give several tokens the same name here
+                known |= set(range(self._tokenizer.vocab_size))
         return [row for row in range(rows) if row not in known]
 
     def fewest_tokens(self, text: str) -> int:
