@@ -265,3 +265,16 @@ def test_cutting_takes_time_in_proportion_to_the_text(line: str) -> None:
         return time.process_time() - started
 
     assert seconds(40_000) < 10 * seconds(5_000) + 0.5, "eight times the text; with the square of it, 64 times"
+
+
+@pytest.mark.parametrize("definition", ["[a]: /{long}", "[a]: /u '{long}'"])
+def test_a_short_text_does_not_become_endless_by_references(definition: str) -> None:
+    text = definition.format(long="u" * 15_000) + "\n\n" + "\n\n".join("[a] " * 4000 for _ in range(12))
+    html = text_to_html(text)
+    assert len(html) < 2_000_000
+    assert html.count(">a</a>") > 20
+    assert html.endswith("[a] [a]</p>\n")
+
+
+def test_many_short_references_are_all_links() -> None:
+    assert text_to_html("[a]: /u\n\n" + "\n\n".join("[a] " * 4000 for _ in range(10))).count("</a>") == 40_000

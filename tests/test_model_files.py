@@ -3,8 +3,11 @@ words, before any weight is read."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from trellis.engine.fake import FakeEngine
 from trellis.errors import LoadFailed
 from trellis.model_files import canonical_config, read_vocabulary
 from trellis.model_problems import known_types, problem_of, too_few_positions
+from trellis.studio.catalog import Catalog
 
 pytestmark = pytest.mark.engine
 
@@ -279,3 +283,57 @@ def test_what_was_looked_at_once_is_looked_at_again_when_it_changes(folder: Path
         assert problem_of(folder) is not None
         weights.write_bytes(whole)
         assert problem_of(folder) is None
+
+
+def header(text: bytes) -> Change:
+    return write("model.safetensors", struct.pack("<Q", len(text)) + text + bytes(64))
+
+
+def pipe(name: str) -> Change:
+    def change(folder: Path) -> None:
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+
+    return change
+
+
+def sparse(folder: Path) -> None:
+    (folder / "tokenizer.json").write_bytes(b'{"model": {}')
+    os.truncate(folder / "tokenizer.json", 1_000_000_000)
+
+
+HOSTILE: dict[str, Change] = {
+    "an offset without end": header(b'{"a": {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 1e999]}}'),
+    "a type that is a number": header(b'{"a": {"dtype": 5, "shape": [4, 4], "data_offsets": [0, 64]}}'),
+    "a shape that is text": header(b'{"a": {"dtype": "F32", "shape": "", "data_offsets": [0, 64]}}'),
+    "a token without end": write("tokenizer.json", b'{"added_tokens": [{"id": 1e999, "content": "a"}], "vocab": {}}'),
+    "a tokenizer of a gigabyte": sparse,
+    "a link to itself": lambda folder: (folder / "x").symlink_to("x"),
+    "a link into a file": lambda folder: (folder / "x").symlink_to("config.json/x"),
+    "a name that is no text": write("model.safetensors.index.json", {"weight_map": {"a": "\ud800"}}),
+    **{
+        f"{name} is a pipe": pipe(name)
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+                     "model.safetensors", "model.safetensors.index.json")
+    },
+    "the only file is a pipe": lambda folder: (remove("*.*")(folder), pipe("adapter_config.json")(folder)),
+}  # fmt: skip
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("what", HOSTILE)
+async def test_hostile_files_neither_break_nor_hold_up_the_studio(what: str, tmp_path: Path, folder: Path) -> None:
+    HOSTILE[what](folder)
+    catalog = Catalog([folder.parent], tmp_path / "hub")
+    async with asyncio.timeout(5):
+        for _ in range(8):  # more than there are threads for files
+            (entry,) = [each for each in await catalog.all() if each.id == "model"]
+            found = await catalog.problem(entry)
+            (found.sentences() if found else "").encode()
+
+
+@pytest.mark.anyio
+async def test_a_folder_whose_name_is_no_text_is_not_listed(tmp_path: Path, tiny_llama: Path) -> None:
+    for name in (b"odd \xff", b"plain"):
+        shutil.copytree(tiny_llama, tmp_path / os.fsdecode(name))
+    assert await Catalog([tmp_path], tmp_path / "hub").names() == ["demo", "plain"]

@@ -54,6 +54,9 @@ LONGEST = 20_000
 MOST_OPENERS, MOST_BARS = 200, 2000
 """Openings of formulas, and bars of tables, that are looked at in one block: both are quadratic work."""
 
+MOST_REFERRED = 500_000
+"""Characters of addresses that the references of one text bring into it: a short text could grow without bounds."""
+
 _SPANS = HtmlFormatter(nowrap=True)
 _WASTE = re.compile(r"(?:[ \t]*\n){6}|[ \t]{120}")
 """Long runs of nothing, which hold many lexers up and show nothing."""
@@ -196,6 +199,18 @@ def _parser_for(text: str) -> MarkdownIt:
     return _PARSERS[openers <= MOST_OPENERS, max(text.count("|"), wide * lines) <= MOST_BARS]
 
 
+class _References(dict[str, Any]):
+    """What references stand for. Links to a long address that is used again and again are text from some point on."""
+
+    _written = 0
+
+    def get(self, label: str, default: Any = None) -> Any:
+        found = super().get(label, default)
+        if found:
+            self._written += len(found["href"]) + len(found["title"])
+        return found if self._written <= MOST_REFERRED else default
+
+
 def to_html(text: str) -> str:
     """One piece. No images (a picture's address can carry data out), no raw HTML, links that tell nobody where they
     were."""
@@ -212,6 +227,8 @@ def _html_of(pieces: Sequence[str]) -> str:
             state.tokens.append(Token("too_long", "", 0, content=state.src))
         else:
             block(state)
+    if "references" in env:
+        env["references"] = _References(env["references"])
     for state in states:
         for rule in state.md.core.ruler.getRules(""):
             if rule not in (normalize, block):

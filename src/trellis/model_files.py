@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import mmap
 import re
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ INDEX = "model.safetensors.index.json"
 CONFIG_LIMIT = 16_000_000
 INDEX_LIMIT = 64_000_000
 HEADER_LIMIT = 32_000_000
+TOKENIZER_LIMIT = 256_000_000
 """Bytes of a file that are parsed at most; the largest that are published have a tenth of it."""
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
@@ -143,9 +145,13 @@ def marks_of(path: Path) -> Marks:
     marks = []
     try:
         for file in sorted(path.iterdir()):
-            with suppress(FileNotFoundError):
-                stat = file.stat()
-                marks.append((file.name, stat.st_size, stat.st_ctime_ns, file.is_file()))
+            try:
+                about = file.stat()
+            except PermissionError:
+                raise
+            except OSError:  # it went away, or is a link that leads nowhere or in a circle
+                continue
+            marks.append((file.name, about.st_size, about.st_ctime_ns, stat.S_ISREG(about.st_mode)))
     except PermissionError:
         raise LoadFailed(f"The folder “{path}” may not be read.", code="permission_denied", next_step=GRANT) from None
     return tuple(marks)
@@ -204,7 +210,10 @@ def _header_of_whole_file(file: Path) -> dict[str, dict[str, Any]]:
     if file.stat().st_size < 8 + length + max(ends, default=0):
         raise ValueError("it ends before its last tensor")
     for about in header.values():
-        if not all(isinstance(side, int) and 0 <= side < 2**40 for side in about["shape"]):
+        if not isinstance(about["dtype"], str):
+            raise ValueError("a type is not one")
+        shape = about["shape"]
+        if not isinstance(shape, list) or not all(isinstance(side, int) and 0 <= side < 2**40 for side in shape):
             raise ValueError("a shape is not one")
     return header
 
@@ -248,6 +257,9 @@ def damaged_file(file: Path, error: BaseException) -> Problem:
 
 
 def read_json(file: Path, limit: int) -> Any:
+    """Raises one of UNREADABLE, also for a pipe or a device, which might never end."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise ValueError("it is not a file")
     with file.open("rb") as stream:
         text = stream.read(limit + 1)
     if len(text) > limit:
@@ -275,6 +287,8 @@ _ADDED = re.compile(rb'"added_tokens"\s*+:\s*+(?=\[)')
 def read_vocabulary(file: Path) -> Vocabulary:
     """The ids in a tokenizer.json, read from place to place: the file may have tens of megabytes, and parsing it whole
     would hold the interpreter for half a second. Raises one of UNREADABLE."""
+    if file.stat().st_size > TOKENIZER_LIMIT:  # a search holds the interpreter from its beginning to its end
+        raise ValueError("it is larger than any model's")
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
         begin = _VOCAB.search(text)
         if begin is None:

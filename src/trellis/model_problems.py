@@ -166,7 +166,7 @@ def _absent_files(files: ModelFiles) -> Iterator[Problem]:
     if absent:
         more = f", and {len(absent) - 1} more of its files are missing" if len(absent) > 2 else ""
         yield Problem(
-            f"The folder “{files.path}” has no {absent[0]}{more}.",
+            f"The folder “{files.path}” has no {shorten(absent[0])}{more}.",
             "Choose a folder with a Hugging Face config and safetensors files, or copy the missing files again.",
             "not_found",
         )
@@ -465,8 +465,10 @@ def _written_by_template(files: ModelFiles) -> str:
     for name in ("bos_token", "eos_token"):
         token = about.get(name)
         parts.append(str(token.get("content", "")) if isinstance(token, dict) else str(token or ""))
-    with suppress(OSError, UnicodeDecodeError), (files.path / "chat_template.jinja").open(encoding="utf-8") as stream:
-        parts.append(stream.read(1_000_000))
+    template = files.path / "chat_template.jinja"
+    if template.name in files.names:
+        with suppress(OSError, UnicodeDecodeError), template.open(encoding="utf-8") as stream:
+            parts.append(stream.read(1_000_000))
     return "\n".join(parts)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 HEADER_LIMIT = 100 * 1024 * 1024
 
-UNREADABLE = (OSError, ValueError, AttributeError, TypeError, KeyError, IndexError, RecursionError, struct.error)
+UNREADABLE = (OSError, ValueError, AttributeError, TypeError, KeyError, IndexError, RecursionError, OverflowError,
+              struct.error)  # fmt: skip
 """What reading a file that anyone may have written can raise."""
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from trellis.params import Dataset
 from trellis.reader.__main__ import prepare, preview
 from trellis.reader.columns import asked_in, column_of, prompt_in
 from trellis.reader.files import records, source_of
+from trellis.reader.opening import LocalFile
 
 QUESTIONS = ["Why?", "What is rain?", "Ärger, 東京 and 🌱?"]
 
@@ -217,3 +221,33 @@ def test_rows_are_counted_without_reading_them(tmp_path: Path) -> None:
     assert source_of(write(tmp_path, "parquet"), "").count() == (3, True)
     assert source_of(write(tmp_path, "txt"), "").count() == (3, True)
     assert source_of(write(tmp_path, "csv"), "").count()[0] == 3
+
+
+def test_a_small_file_does_not_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trellis.reader.__main__.MOST_PREPARED", 1_000_000)
+    file = tmp_path / "bomb.jsonl.gz"
+    file.write_bytes(gzip.compress((json.dumps({"prompt": "a" * 90_000}) + "\n").encode() * 1000))
+    assert file.stat().st_size < 200_000
+    with pytest.raises(Invalid, match="which is the most"):
+        prepare(Dataset(source="file", id=file.name), file, tmp_path)
+    assert (tmp_path / "prompts.jsonl").stat().st_size < 1_200_000
+    assert prepare(Dataset(source="file", id=file.name, rows=5), file, tmp_path)["total"] == 5
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_a_table_of_very_many_columns_is_read_at_once(kind: str, tmp_path: Path) -> None:
+    names = ["prompt", *map(str, range(200_000))]
+    file = tmp_path / f"wide.{kind}"
+    rows = [names, ["Why?"] * len(names)]
+    file.write_text(json.dumps(rows) if kind == "json" else "\n".join(",".join(row) for row in rows))
+    started = time.process_time()
+    (record,) = records(LocalFile(file, file.name))
+    assert record.row["prompt"] == "Why?"
+    assert time.process_time() - started < 10
+
+
+def test_names_of_files_that_are_no_text_are_told_as_text(tmp_path: Path) -> None:
+    for name in (b"a\xff.jsonl", b"b\xff.dat"):
+        (tmp_path / os.fsdecode(name)).write_text('{"prompt": "Why?"}\n')
+    source = source_of(tmp_path, "")
+    assert ([file.name for file in source.files], source.unread) == (["a?.jsonl"], ["b?.dat"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -182,3 +184,26 @@ async def test_no_bytes_break_the_reader(noise: bytes, size: int) -> None:
         except NotACompletion:
             continue
         text.encode()
+
+
+HELD_UP = {
+    "letter by letter": (b"data: " + b"x" * 900_000, 1),
+    "one object, letter by letter": (b'{"choices": "' + b"x" * 2_000_000, 1),
+    "space, letter by letter": (b" " * 2_000_000, 1),
+    "an event of many lines": (b"data: [\n" + b"data: 1,\n" * 300_000, 10_000),
+}
+
+
+@pytest.mark.parametrize("what", HELD_UP)
+async def test_an_answer_in_small_pieces_takes_no_longer_than_it_is_long(what: str) -> None:
+    body, size = HELD_UP[what]
+    started = time.process_time()
+    with suppress(NotACompletion):
+        async for _ in Stream(in_pieces(body, size)):
+            pass
+    assert time.process_time() - started < 8
+
+
+async def test_an_event_has_an_end() -> None:
+    with pytest.raises(NotACompletion):
+        await read(b"data: [\n" + b"data: 1,\n" * 3_000_000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from pathlib import Path
 
@@ -254,3 +255,10 @@ async def test_damaged_offsets_are_read_again(tmp_path: Path, fake_spawn: Spawn,
         await studio_discards
         again.wake()
         await until(lambda: again.prompts is not None)
+
+
+async def test_a_file_whose_name_is_no_text_is_not_listed(studio: Studio) -> None:
+    studio.datasets.folder.mkdir(parents=True, exist_ok=True)
+    for name in (b"odd\xff.jsonl", b"plain.jsonl"):
+        (studio.datasets.folder / os.fsdecode(name)).write_text('{"prompt": "Why?"}\n')
+    assert [entry["name"] for entry in await studio.datasets.files()] == ["plain.jsonl"]

@@ -243,3 +243,30 @@ def test_whatever_a_file_holds_is_read_or_refused(data: Any) -> None:
         else:
             assert plans
             assert all(reason.endswith(".") for reason in left_out)
+
+
+CHATGPT = {"author": {"role": "user"}, "content": {"parts": ["Hello."]}}
+NO_NAMES: dict[str, Any] = {
+    "ours": {"format": "trellis-room-1", "messages": [{"id": "a", "parent": {}, "role": "user", "text": "Hello."}]},
+    "open-webui": {"chat": {"history": {"messages": {"a": {"id": "a", "parentId": [], **ASKED}}, "currentId": {}}}},
+    "ChatGPT": {"mapping": {"a": {"parent": {}, "message": CHATGPT}}, "current_node": []},
+    "Claude": {"chat_messages": [{"uuid": "a", "parent_message_uuid": {}, "sender": "human", "text": "Hello."}]},
+}
+
+
+@pytest.mark.parametrize("program", NO_NAMES)
+def test_a_parent_that_is_no_name_is_none(program: str) -> None:
+    assert branch(planned(NO_NAMES[program])) == [("user", "Hello.")]
+
+
+def test_an_id_that_is_no_name_is_told() -> None:
+    with pytest.raises(Invalid, match="has none"):
+        plans_of(json.dumps({"chat_messages": [{"uuid": {"a": 1}, "sender": "human", "text": "Hello."}]}).encode())
+
+
+def test_what_was_left_out_is_told_in_text_that_can_be_sent() -> None:
+    """Half of a surrogate pair stands in JSON as an escape, and in no answer of ours."""
+    parts = [{"type": "\ud800"}, "Hello."]
+    plan = planned({"messages": [{"role": "user", "content": parts}, {"role": "\ud800", "content": "Hm."}]})
+    "".join(plan.notes).encode()
+    assert "part of the kind “?”" in plan.notes[0]

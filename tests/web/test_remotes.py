@@ -177,6 +177,8 @@ STREAMS = [
     (b'data: {"choices": [{"delta": {"content": "<script>alert(1)</script>"}}], "usage": {"prompt_tokens": "x"}}\n\n'
      b"data: [DONE]\n\n", "done"),
     (b"x" * 3_000_000, "failed"), (b"data: " + b"[" * 20_000 + b"\n\n", "failed"),
+    (b'data: {"choices": [{"delta": {"content": ' + b'[{"text": ' * 350 + b'"A"' + b"}]" * 350 + b"}}]}\n\n", "failed"),
+    (b'data: {"error": {"message": "half of \\ud800"}}\n\n', "failed"),
 ]  # fmt: skip
 
 
@@ -197,11 +199,20 @@ def test_whatever_a_server_says_is_borne(there: Elsewhere, here: httpx.Client, a
 
 
 def test_a_secret_that_a_server_says_back_is_not_shown(there: Elsewhere, here: httpx.Client) -> None:
-    there.answers(b"your key the-secret is bad", 500)
     add(here, there, key="the-secret")
-    found = told(here, "remote:odd/m")
-    assert found["state"] == "failed"
-    assert "the-secret" not in json.dumps(found)
+    for said in (b"your key the-secret is bad", b'{"error": {"message": "your key the-\\u0073ecret is bad"}}'):
+        there.answers(said, 500)
+        found = told(here, "remote:odd/m")
+        assert found["state"] == "failed"
+        assert "is bad" in json.dumps(found)
+        assert "the-secret" not in json.dumps(found)
+
+
+def test_names_of_models_that_cannot_be_shown_are_left_out(there: Elsewhere, here: httpx.Client) -> None:
+    there.answers(b'{"data": [{"id": "half \\ud800"}, {"id": "a\\u0000b"}, {"id": "turned \\u202e"}, {"id": "good"}]}')
+    added = here.post("/api/remotes", json={"name": "odd", "url": f"http://{there.address}/v1"})
+    assert added.status_code == 201, added.text
+    assert added.json()["models"] == ["good"]
 
 
 def test_pictures_go_to_who_sees(there: Elsewhere, here: httpx.Client) -> None:
@@ -444,7 +455,8 @@ def test_a_person_at_this_computer_permits_a_local_server_once(tmp_path: Path, t
 
 FORWARDED = [
     {"x-forwarded-for": "203.0.113.9"}, {"forwarded": "for=203.0.113.9"}, {"x-real-ip": "203.0.113.9"},
-    {"via": "1.1 proxy"}, {"cf-connecting-ip": "203.0.113.9"}, {"x-forwarded-proto": "https"},
+    {"via": "1.1 proxy"}, {"x-forwarded-port": "443"}, {"x-cluster-client-ip": "203.0.113.9"},
+    {"tailscale-user-login": "a@example"}, {"cf-connecting-ip": "203.0.113.9"}, {"x-forwarded-proto": "https"},
     {"host": "studio.example"}, {"origin": "https://evil.example"}, {"sec-fetch-site": "cross-site"},
 ]  # fmt: skip
 

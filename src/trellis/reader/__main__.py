@@ -24,8 +24,8 @@ LOOKED_AT, LOOKED_AT_ON_HUB = 20_000, 1000
 SHOWN = 2000
 """Characters of a prompt in a preview."""
 MEMORY_LIMIT = 4_000_000_000
-MOST_WRITTEN = 1_000_000_000
-"""Bytes of rows that are written, so that a small compressed file cannot fill the disk."""
+MOST_WRITTEN, MOST_PREPARED = 1_000_000_000, 10_000_000_000
+"""Bytes of rows, and of prompts, that are written, so that a small compressed file cannot fill the disk."""
 TELL_SECONDS = 0.2
 
 
@@ -102,6 +102,12 @@ def prepare(dataset: Dataset, path: Path | None, into: Path) -> dict[str, Any]:
                 out.write(line)
                 offsets.append(at)
                 at += len(line)
+                if at > MOST_PREPARED:
+                    raise Invalid(
+                        f"There are more than {MOST_PREPARED // 10**9} GB of prompts in it, which is the most that can "
+                        "be read.",
+                        field="dataset.rows", next_step="Take only its first rows, or split it.",
+                    )  # fmt: skip
             if (now := time.monotonic()) - spoken > TELL_SECONDS:
                 spoken = now
                 wanted = min(total or 0, dataset.rows or total or 0)

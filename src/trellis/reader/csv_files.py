@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,7 +65,7 @@ def _is_excels(cells: list[str], dialect: dict[str, Any]) -> bool:
 
 def _names(file: DataFile, cells: list[str], line: int) -> list[str]:
     names = [cell.strip() or f"column {number}" for number, cell in enumerate(cells, 1)]
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
         raise broken(
             file, f"line {line} names the column “{shorten(twice)}” twice", "Give each column a name of its own."
         )

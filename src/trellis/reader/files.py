@@ -7,6 +7,7 @@ It does not know which column is wanted, or what a dataset on the hub is.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -119,10 +120,11 @@ def _in_folder(folder: Path) -> tuple[list[LocalFile], list[str]]:
             continue
         if not path.resolve().is_relative_to(folder.resolve()):
             continue
+        shown = name.as_posix().encode("utf-8", "replace").decode()
         if kind_of(path.name) and not DOCUMENTS.match(path.name):
-            found.append(LocalFile(path, name.as_posix()))
+            found.append(LocalFile(path, shown))
         else:
-            unread.append(name.as_posix())
+            unread.append(shown)
     return found, unread
 
 
@@ -174,7 +176,7 @@ def _read_parquet(file: DataFile) -> Iterator[Record]:
     size, read = file.size, 0
     with _parquet(file) as table:
         names = table.schema_arrow.names
-        if twice := next((name for name in names if names.count(name) > 1), None):
+        if twice := next((name for name, count in Counter(names).items() if count > 1), None):
             raise broken(file, f"two columns are named “{shorten(twice)}”", "Give each column a name of its own.")
         total = max(table.metadata.num_rows, 1)
         for batch in table.iter_batches(batch_size=256):

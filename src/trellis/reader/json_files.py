@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -184,7 +185,7 @@ def _is_header(names: list[Any]) -> bool:
 
 def _table(names: list[Any], rows: list[Any]) -> list[Row]:
     named = [str(name) for name in names]
-    if twice := sorted({name for name in named if named.count(name) > 1}):
+    if twice := sorted(name for name, count in Counter(named).items() if count > 1):
         raise Ambiguous(f"two columns are named “{shorten(twice[0])}”")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, list) or len(row) != len(named):

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import Conflict, LoadFailed, NotFound, shorten
 from ..memory import Shape, shape_of
-from ..model_files import Problem
+from ..model_files import CONFIG_LIMIT, Problem, read_json
 from ..model_problems import problem_by_names, problem_of
 from ..params import Precision
 from ..tensors import UNREADABLE, shapes_in
@@ -29,8 +29,9 @@ DEMO = "demo"
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 HEADER_LIMIT = 16 * 1024 * 1024
 """Bytes of a header that is read to list a model; the largest known ones have a tenth of it."""
-LISTED_NAME = re.compile(r"(?!\.)[^\x00-\x1f\x7f/\\]{1,200}")
-"""What a folder may be called to be listed; only an upload makes one with a plainer name."""
+LISTED_NAME = re.compile(r"(?!\.)[^\x00-\x1f\x7f/\\\ud800-\udfff]{1,200}")
+"""What a folder may be called to be listed: text, which bytes that are not UTF-8 are not; only an upload makes one with
+a plainer name."""
 UNREADABLE_CONFIG = "unreadable"
 """The architecture of a model whose configuration cannot be read."""
 RESERVED = ("session:", "remote:")
@@ -238,9 +239,9 @@ def _look_at(folder: Path, marks: tuple[tuple[str, int, int], ...]) -> tuple[str
     architecture, shape = UNREADABLE_CONFIG, Shape()
     config: dict[str, Any] = {}
     with suppress(*UNREADABLE):
-        config = json.loads((folder / "config.json").read_text())
+        config = read_json(folder / "config.json", CONFIG_LIMIT)
         architecture = str((config.get("architectures") or [config.get("model_type", "unknown")])[0])[:100]
-    with suppress(*UNREADABLE, OverflowError):
+    with suppress(*UNREADABLE):
         tensors: dict[str, list[int]] = {}
         for name, _, _ in marks:
             if name.endswith(".safetensors"):

@@ -29,7 +29,7 @@ class Unreadable(Exception):
 
 @dataclass
 class Said:
-    """One message as a file has it: `content` may be text, or a list of parts."""
+    """One message as a file has it: `content` may be text, or a list of parts. A `parent` that is no text is none."""
 
     id: Any
     parent: Any
@@ -43,6 +43,9 @@ class Said:
     finish: Any = None
     files: list[str] = field(default_factory=list)
     """Names of files that went with it."""
+
+    def __post_init__(self) -> None:
+        self.parent = self.parent if isinstance(self.parent, str) else None
 
 
 @dataclass
@@ -178,10 +181,10 @@ def _from_messages(data: dict[str, Any]) -> Conversation:
 
 def _from_claude(data: dict[str, Any]) -> Conversation:
     said: list[Said] = []
-    ids = {each.get("uuid") for each in _dicts(data["chat_messages"])}
+    ids = {uuid for each in _dicts(data["chat_messages"]) if isinstance(uuid := each.get("uuid"), str)}
     for place, each in enumerate(_messages(data["chat_messages"])):
         above = each.get("parent_message_uuid")
-        parent = above if above in ids else said[-1].id if said and above is None else None
+        parent = above if isinstance(above, str) and above in ids else said[-1].id if said and above is None else None
         files = _names_of(each.get("attachments")) + _names_of(each.get("files"))
         said.append(Said(each.get("uuid") or str(place), parent, each.get("sender"), _first_of(each, "content", "text"),
                          created=time_of(each.get("created_at")), files=files))  # fmt: skip

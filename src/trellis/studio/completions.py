@@ -44,22 +44,27 @@ class Stream:
     def __init__(self, pieces: AsyncIterator[bytes]) -> None:
         self._pieces = pieces
         self._data: list[bytes] = []
+        self._size = 0
         self._name = b""
         self.ended = False
 
     async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
         """Raises NotACompletion for what cannot be read, or is too long."""
-        rest, total, started = b"", 0, False
+        rest, total, started = bytearray(), 0, False
         async for piece in self._pieces:
             total += len(piece)
             rest += piece
-            if not started and rest.strip(b" \t\r\n\xef\xbb\xbf"):
-                started = True
-                if rest.strip(b" \t\r\n\xef\xbb\xbf").startswith(b"{"):  # it does not stream, whatever its header says
+            if not started:
+                rest = rest.lstrip(b" \t\r\n\xef\xbb\xbf")
+                started = bool(rest)
+                if rest.startswith(b"{"):  # it does not stream, whatever its header says
                     yield await self._object(rest)
                     return
-                rest = rest.removeprefix(b"\xef\xbb\xbf")
-            *lines, rest = rest.split(b"\n")
+                piece = bytes(rest)
+            lines: list[bytes] = []
+            if b"\n" in piece:  # a line may come letter by letter
+                *lines, last = bytes(rest).split(b"\n")
+                rest = bytearray(last)
             if len(rest) > LINE or total > 20 * WHOLE:
                 raise NotACompletion
             for line in lines:
@@ -67,12 +72,11 @@ class Stream:
                     yield found
                 if self.ended:
                     return
-        for line in (rest.rstrip(b"\r"), b""):  # the last event may lack its line break
+        for line in (bytes(rest).rstrip(b"\r"), b""):  # the last event may lack its line break
             for found in self._take(line):
                 yield found
 
-    async def _object(self, first: bytes) -> dict[str, Any]:
-        body = first
+    async def _object(self, body: bytearray) -> dict[str, Any]:
         async for piece in self._pieces:
             body += piece
             if len(body) > WHOLE:
@@ -94,14 +98,17 @@ class Stream:
                 yield from self._flush()
                 self.ended = True
             elif value.strip():
-                if self._data and _parsed(b"\n".join(self._data)) is not None:  # no empty line between two events
+                if len(self._data) == 1 and _parsed(self._data[0]) is not None:  # no empty line between two events
                     yield from self._flush()
                 self._data.append(value)
+                self._size += len(value)
+                if self._size > WHOLE:
+                    raise NotACompletion
         # Comments (an empty name) and other fields say nothing.
 
     def _flush(self) -> Iterator[dict[str, Any]]:
         data, name = b"\n".join(self._data), self._name
-        self._data, self._name = [], b""
+        self._data, self._size, self._name = [], 0, b""
         if data:
             found = _object(data)
             yield {"error": found} if name == b"error" and "error" not in found else found

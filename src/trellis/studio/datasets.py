@@ -236,6 +236,7 @@ def inside(root: Path, name: str) -> Path | None:
     if not name or "\x00" in name or len(name) > 400:
         return None
     try:
+        name.encode()
         place = (root / name).resolve()
         if place.is_relative_to(root.resolve()) and place != root.resolve() and place.exists():
             return place

@@ -119,7 +119,8 @@ class Remotes:
             body = await _read(response)
         try:
             data = json.loads(body)["data"]
-            names = [each["id"] for each in data if isinstance(each["id"], str) and 0 < len(each["id"]) <= 200]
+            ids = [each["id"] for each in data]
+            names = [each for each in ids if isinstance(each, str) and 0 < len(each) <= 200 and each.isprintable()]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise _strange(url) from None
         if not names:
@@ -156,7 +157,7 @@ class Remotes:
             ) as response:  # fmt: skip
                 if response.status_code not in (200, 201):
                     said = (await _read(response, 4000)).decode("utf-8", "replace")
-                    raise _refusal(place, response.status_code, said.replace(secret, "…") if secret else said)
+                    raise _refusal(place, response.status_code, said, secret)
                 yield response
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise TrellisError(
@@ -222,7 +223,7 @@ class Remote(Speaker):
                     if answer.length > LONGEST:  # whatever was asked for
                         answer.finish = "length"
                         break
-            except NotACompletion:
+            except (NotACompletion, RecursionError):
                 raise _strange(self._row["name"]) from None
         if not answer.finish and not tokens and not answer.wants_tool:
             raise _strange(self._row["name"])
@@ -348,15 +349,15 @@ def _count(value: Any) -> int:
 
 
 async def _read(response: httpx.Response, most: int = WHOLE) -> bytes:
-    body = b""
+    body = bytearray()
     async for piece in response.aiter_bytes():
         body += piece
         if len(body) > most:
-            return body[:most]
-    return body
+            return bytes(body[:most])
+    return bytes(body)
 
 
-def _refusal(place: Place, status: int, said: str) -> TrellisError:
+def _refusal(place: Place, status: int, said: str, secret: str) -> TrellisError:
     if 300 <= status < 400:
         return TrellisError(
             f"The server “{shorten(place.name)}” points to another address, which is not followed.", code="redirected",
@@ -369,9 +370,10 @@ def _refusal(place: Place, status: int, said: str) -> TrellisError:
         )  # fmt: skip
     try:
         data = json.loads(said)
-        words = error_of(data) if isinstance(data, dict) else None
+        words = _without(secret, error_of(data) or "") if isinstance(data, dict) else ""
     except (ValueError, RecursionError):
-        words = None
+        words = ""
+    said = _without(secret, said)
     next_step = "Try again, or look into that server's log."
     if status == 404:
         next_step = "Check the address (most servers have the API under /v1), and the name of the model."
@@ -383,10 +385,13 @@ def _refusal(place: Place, status: int, said: str) -> TrellisError:
     )  # fmt: skip
 
 
+def _without(secret: str, text: str) -> str:
+    return text.replace(secret, "…") if secret else text
+
+
 def _said_no(name: str, error: str, secret: str) -> TrellisError:
-    text = error.replace(secret, "…") if secret else error
     return TrellisError(
-        f"The server “{shorten(name)}” could not answer: {shorten(text, 200)}", code="remote_error",
+        f"The server “{shorten(name)}” could not answer: {shorten(_without(secret, error), 200)}", code="remote_error",
         next_step="Try again, or look into that server's log.",
     )  # fmt: skip
 

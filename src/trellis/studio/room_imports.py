@@ -153,7 +153,7 @@ def _read(place: int, said: Said, foreign: bool, losses: Counter[str]) -> tuple[
     text = _text(content.text, f"message {place + 1}")
     if role in ("user", "assistant"):
         for kind in content.left_out:
-            losses[kind if kind == "picture" else f"part of the kind “{kind}”"] += 1
+            losses[kind if kind == "picture" else f"part of the kind “{shorten(kind)}”"] += 1
         if foreign and said.files:
             losses["file"] += len(said.files)
             text = "\n\n".join([*(f"[{shorten(name)}]" for name in said.files), *([text] if text else [])])
