@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import Environment, TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
 from ..errors import Invalid, shorten
@@ -362,12 +362,22 @@ def probe(tokenizer: Any, source: str) -> ChatTemplate:
 
     Raises TemplateFailed where what a user says does not come out again.
     """
+    _require_no_powers(source)
     template = _for_one_turn(tokenizer, source)
     template = _for_several_turns(template)
     template = _for_system(template)
     template = _for_odd_orders(template)
     template = _for_answers(template)
     return replace(template, switch=_switch(template), opens_thought=in_thought(template.render([ASKED])))
+
+
+def _require_no_powers(source: str) -> None:
+    """Raises TemplateFailed for a template that raises numbers to powers: one such step may take hours, in which
+    nothing can stop it, and a conversation needs none."""
+    with suppress(TemplateSyntaxError):  # which rendering tells better
+        tokens = Environment(autoescape=True).lex(source)  # nothing is rendered
+        if any(kind == "operator" and value == "**" for _, kind, value in tokens):
+            raise TemplateFailed("it raises numbers to powers, which may never end.")
 
 
 def _for_one_turn(tokenizer: Any, source: str) -> ChatTemplate:
