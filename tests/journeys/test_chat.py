@@ -426,7 +426,7 @@ def test_what_is_being_written_survives_a_reload(open_page: Open, server: Server
     whole(page, 1)
     (tmp_path / "notes.md").write_text("What I noted.")
     page.locator("#add-file").set_input_files([tmp_path / "notes.md"])
-    expect(page.locator("[data-chips] .chip")).to_contain_text("notes.md")
+    expect(page.locator("[data-chips] .chip span")).to_have_text("notes.md")  # it has arrived
     box.fill("The second one")
     page.reload()
     expect(box).to_have_value("The second one")
