@@ -72,7 +72,7 @@ class Server:
             with contextlib.suppress(httpx.TransportError):
                 httpx.get(f"{self.url}/healthz")
                 break
-            if time.perf_counter() - started > 60:
+            if time.perf_counter() - started > 20:
                 self.process.kill()
                 raise AssertionError(f"the server does not answer: {self.output}")
             time.sleep(0.01)

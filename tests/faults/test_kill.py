@@ -92,19 +92,25 @@ def processes_end(pids: list[int], seconds: float = 10) -> None:
         time.sleep(0.02)
 
 
+def equals(line: dict[str, Any]) -> list[int]:
+    """The options that were chosen because one of them was: all that are word for word the same, and no other."""
+    shown = list(zip(line["options"], line["finish"], strict=True))
+    chosen: list[int] = line["choice"]
+    assert sorted(chosen) == [index for index, each in enumerate(shown) if each == shown[chosen[0]]], line
+    return chosen
+
+
 def check(client: httpx.Client, server: Server, session: str, acknowledged: list[dict[str, Any]], kind: str) -> None:
     """No acknowledged choice is missing or doubled, and every node has weights that load."""
     wait_ready(client, session, 60)
     tree = client.get(f"{API}/{session}/tree").json()
     edges = [(node["parent"], json.dumps(node["choice"])) for node in tree["nodes"]]
-    with_equals = [
-        (node["parent"], each) for node in tree["nodes"] if isinstance(node["choice"], list) for each in node["choice"]
-    ]  # choosing one of several equal options means all of them
     raw = [json.loads(line) for line in client.get(f"{API}/{session}/choices").text.splitlines()]
     assert len(raw) == len(tree["nodes"]) - 1
     assert len(set(edges)) == len(edges), "a choice was learned from twice"
+    meant = {(line["parent"], each) for line in raw if isinstance(line["choice"], list) for each in equals(line)}
     for said in acknowledged:
-        kept = (said["node"], json.dumps(said["choice"])) in edges or (said["node"], said["choice"]) in with_equals
+        kept = (said["node"], json.dumps(said["choice"])) in edges or (said["node"], said["choice"]) in meant
         assert kept, f"an acknowledged choice is missing: {said}"
     for folder in (server.save_dir / "weights").iterdir():
         if not folder.name.startswith("."):

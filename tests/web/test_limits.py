@@ -130,8 +130,9 @@ def test_every_preset_is_a_valid_configuration(client: httpx.Client) -> None:
     assert {each["id"] for each in presets} >= {"small", "medium", "large", "base", "thinking"}
     for each in presets:
         errors = client.post("/api/steering/check", json={"config": each["config"]}).json()["errors"]
-        of_presets = [error for error in errors if "look back" not in error["message"]]  # the demo is a small model
-        assert of_presets == [], each["id"]
+        # The demo, which is asked about here, looks back on fewer tokens than a model that thinks needs for an answer.
+        expected = ["config.max_new_tokens"] if each["id"] == "thinking" else []
+        assert [error["field"] for error in errors] == expected, each["id"]
 
 
 def test_a_node_is_named_and_the_name_taken_away(client: httpx.Client) -> None:
