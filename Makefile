@@ -67,7 +67,7 @@ bench: $(DEV) ## Measure: drawing, the loop's speed, how soon a model takes up a
 	$(BIN)/python bench/scale.py
 
 demo-model: $(STAMP) ## Train the demo model from nothing (about 12 minutes on two cores)
-	$(BIN)/python -m trellis.demo.make
+	$(BIN)/python -m trellis.demo.text.make
 
 screenshots: browser ## Take every page in light, dark and phone into docs/images
 	$(BIN)/python -m tests.screenshots

@@ -17,7 +17,7 @@ import transformers
 
 import trellis.demo
 from trellis.blobs import Blobs
-from trellis.engine.text import TextEngine
+from trellis.engine.handlers import TextEngine
 from trellis.messages import Answered, Chat, Heard, Load, Plant, Turn
 from trellis.params import Adapter, Device, Sampling
 

@@ -238,7 +238,7 @@ def main() -> None:
         import torch
 
         import baseline
-        from trellis.demo.prompts import load_prompts
+        from trellis.demo.text.prompts import load_prompts
 
         device = "cuda" if arguments.device != "cpu" and torch.cuda.is_available() else "cpu"
         model = Path(arguments.model or DEMO)

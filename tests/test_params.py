@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from trellis.errors import Invalid, shorten
 from trellis.messages import CHOICE
 from trellis.params import Adapter, Learning, Sampling, SessionConfig
-from trellis.texts import storable
+from trellis.text_rules import storable
 
 
 def test_every_option_explains_itself() -> None:

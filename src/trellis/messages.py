@@ -429,7 +429,7 @@ class Metrics(Message):
     fluency: float | None = None
     """Log-probability per token that the base model gives to the options that were shown, in nats."""
     variety: float | None = None
-    """How different the options that were shown are, 0 to 1 (engine/vitals.py)."""
+    """How different the options that were shown are, 0 to 1 (engine/text/quality_metrics.py)."""
     agreed: int | None = None
     """With how many of the branch's last `agreed_of` choices the new weights agree; told after the click."""
     agreed_of: int | None = None
