@@ -31,7 +31,7 @@ from trellis.engine.text.fast_forward import Lean
 from trellis.engine.text.group_forward import forward_of
 from trellis.params import Adapter, Sampling
 
-DEMO = Path(__file__).resolve().parent.parent / "src" / "trellis" / "demo" / "model"
+DEMO = Path(__file__).resolve().parent.parent / "src" / "trellis" / "demo" / "text" / "model"
 PROMPT = list(range(5, 35))
 GROUP = 4
 

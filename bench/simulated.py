@@ -27,7 +27,7 @@ from trellis.messages import Choice, Learn, Lesson, Load, Offer, Offered, Option
 from trellis.params import Adapter, Learning, Sampling, SessionConfig, default_learning_rate
 from trellis.studio.steering.tree import Node, replayed
 
-DEMO = Path(second_model.__file__).resolve().parent.parent / "src" / "trellis" / "demo" / "model"
+DEMO = Path(second_model.__file__).resolve().parent.parent / "src" / "trellis" / "demo" / "text" / "model"
 WHOLE = (0, 10, 20, 40, 100, 200)
 """After so many clicks fluency and variety are measured too."""
 

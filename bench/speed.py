@@ -26,7 +26,7 @@ import httpx
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the server that tests start is the one that is measured
-DEMO = ROOT / "src" / "trellis" / "demo" / "model"
+DEMO = ROOT / "src" / "trellis" / "demo" / "text" / "model"
 
 WATCH = """
 () => {

@@ -27,7 +27,7 @@ from trellis.web.app import create_app
 
 pytestmark = pytest.mark.anyio
 
-DEMO = Path(__file__).parents[2] / "src" / "trellis" / "demo" / "model"
+DEMO = Path(__file__).parents[3] / "src" / "trellis" / "demo" / "text" / "model"
 QWEN = "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>{% endif %}"
 
 

@@ -133,7 +133,7 @@ def answered(request: Request, session: Session, trial: dict[str, Any]) -> Respo
 
 
 def shown(request: Request, session: Session, trial: dict[str, Any]) -> HTMLResponse:
-    template = "blind_test/_round.html" if "hx-request" in request.headers else "blind/trial.html"
+    template = "blind_test/_round.html" if "hx-request" in request.headers else "blind_test/trial.html"
     return render_of(request).page(
         template,
         place="steer",
