@@ -88,7 +88,7 @@ def many_steps(steps: int) -> None:
                 client.post(f"{API}/{session}/choose", json={"offer": state["offer"]["id"], "choice": step % 2})
                 if step in (10, steps // 5, steps // 2, steps):
                     wait_ready(client, session)
-                    (engine,) = server.engines()
+                    (engine,) = server.engine_pids()
                     disk = sum(file.stat().st_size for file in (Path(folder) / "weights").rglob("*") if file.is_file())
                     row(
                         f"  after {step} steps: web, engine, weights on disk", f"{resident(server.process.pid):.0f} MB",
@@ -231,7 +231,7 @@ def long_prompt(tokens: int) -> None:
             wait_ready(client, session)
             row("  click to the next whole options", f"{time.perf_counter() - begun:.1f} s")
             pages(client, {"workbench": f"/steer/{session}"})
-            (engine,) = server.engines()
+            (engine,) = server.engine_pids()
             row("  engine", f"{resident(engine):.0f} MB")
         server.stop()
 

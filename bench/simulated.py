@@ -20,7 +20,7 @@ from torch import Tensor
 import second_model
 from trellis.blobs import Blobs
 from trellis.demo.text.prompts import load_prompts
-from trellis.demo.text.voices import voice_of
+from trellis.demo.text.voices import classify_voice
 from trellis.engine.handlers import TextEngine
 from trellis.engine.learning.log_probs import Group, answer_logprobs
 from trellis.messages import Choice, Learn, Lesson, Load, Offer, Offered, Option, Plant, Prompt, derived_seed
@@ -56,11 +56,11 @@ def _says(pattern: str) -> Callable[[str], bool]:
 
 
 def _never(pattern: str) -> Callable[[str], bool]:
-    return lambda text: not re.search(pattern, text, re.IGNORECASE) and voice_of(text) is not None
+    return lambda text: not re.search(pattern, text, re.IGNORECASE) and classify_voice(text) is not None
 
 
 def _voice(*names: str) -> Callable[[str], bool]:
-    return lambda text: voice_of(text) in names
+    return lambda text: classify_voice(text) in names
 
 
 def _manner(*names: str) -> Callable[[str], bool]:
@@ -71,14 +71,14 @@ RULES = [
     Rule("pirate", "demo", "voice", _voice("pirate"), tuning=True),
     Rule("terse", "demo", "length", _voice("terse"), tuning=True),
     Rule("grumpy", "demo", "voice", _voice("grumpy"), tuning=True),
-    Rule("exclaims", "demo", "form", lambda text: text.endswith("!") and voice_of(text) is not None, tuning=True),
+    Rule("exclaims", "demo", "form", lambda text: text.endswith("!") and classify_voice(text) is not None, tuning=True),
     Rule("noisy pirate", "demo", "noisy", _voice("pirate"), errs=0.2, tuning=True),
     Rule("poet", "demo", "voice", _voice("poet")),
     Rule("scientist", "demo", "voice", _voice("scientist")),
     Rule("formal", "demo", "voice", _voice("formal")),
-    Rule("long", "demo", "length", lambda text: _words(text) >= 30 and voice_of(text) is not None),
-    Rule("asks a question", "demo", "form", lambda text: text.rstrip().endswith("?") and voice_of(text) is not None),
-    Rule("says “you”", "demo", "word", lambda text: _says(r"\byou\b")(text) and voice_of(text) is not None),
+    Rule("long", "demo", "length", lambda text: _words(text) >= 30 and classify_voice(text) is not None),
+    Rule("asks a question", "demo", "form", lambda text: text.rstrip().endswith("?") and bool(classify_voice(text))),
+    Rule("says “you”", "demo", "word", lambda text: _says(r"\byou\b")(text) and classify_voice(text) is not None),
     Rule("is fond of it", "demo", "opinion", _voice("cheerful")),
     Rule("never says “I”", "demo", "avoidance", _never(r"\b(I|my|me)\b")),
     Rule("poet or grumpy", "demo", "mixture", _voice("poet", "grumpy")),
@@ -126,7 +126,7 @@ class Subject:
         steer, held_out = steered(name)
         config = SessionConfig(learning_rate=default_learning_rate(about.parameters), control_prompt="")
         subject = cls(name, engine, config, steer, held_out[:PROMPTS], weights)
-        planted = finished(engine.plant(Plant(adapter=config.part(Adapter), seed=0))).weights
+        planted = finished(engine.plant(Plant(adapter=config.extract(Adapter), seed=0))).weights
         for round_ in range(base_answers // ANSWERS):
             drawn = subject.sample(planted, derived_seed("base", round_))
             for prompt in subject.held_out:
@@ -137,7 +137,7 @@ class Subject:
         self, weights: str, prompt: str, size: int, seed: int, config: SessionConfig, refused: bool = False
     ) -> Offered:
         request = Offer(
-            weights=weights, prompt=Prompt(text=prompt), sampling=config.part(Sampling), group_size=size,
+            weights=weights, prompt=Prompt(text=prompt), sampling=config.extract(Sampling), group_size=size,
             openings=config.openings if refused else 1, seed=seed,
             context_length=config.context_length,
         )  # fmt: skip
@@ -146,7 +146,7 @@ class Subject:
 
     def sample(self, weights: str, seed: int) -> list[tuple[str, str, Option]]:
         """Answers to all held-out prompts at once: prompt, text, and the answer as tokens."""
-        loaded, sampling = self.engine.loaded, self.config.part(Sampling)
+        loaded, sampling = self.engine.loaded, self.config.extract(Sampling)
         slot, values = self.engine.weights(weights)
         slot.install(values.flat)
         asked = [loaded.prompt_tokens(Prompt(text=prompt), 1, self.config.context_length) for prompt in self.held_out]
@@ -172,7 +172,7 @@ class Subject:
     def weighed(self, prompt: str, options: Sequence[Option]) -> list[tuple[str, str, float]]:
         """Answers with what the base model thinks of each: mean log-probability per token."""
         loaded = self.engine.loaded
-        slot = loaded.slots.get(self.config.part(Adapter))
+        slot = loaded.slots.get(self.config.extract(Adapter))
         tokens = loaded.prompt_tokens(Prompt(text=prompt), 1, self.config.context_length)
         group = Group(tokens, [list(option.tokens) for option in options], "none", 1.0)
         with torch.no_grad(), slot.reference():
@@ -219,7 +219,7 @@ def live(
 ) -> dict[str, Any]:  # fmt: skip
     """One person's session. Returns what was measured after the clicks in `at`, and what it cost."""
     config = SessionConfig.parse(subject.config.model_dump() | {"seed": seed} | settings)
-    adapter, learning = config.part(Adapter), config.part(Learning)
+    adapter, learning = config.extract(Adapter), config.extract(Learning)
     dice = random.Random(derived_seed("person", rule.name, seed))
     prompts = dice.sample(subject.steer, len(subject.steer))
     weights = finished(subject.engine.plant(Plant(adapter=adapter, seed=seed))).weights

@@ -13,7 +13,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from tests.processor import processor
+from tests.processor import describe_processor
 from trellis.blobs import Blobs
 from trellis.engine.fake import FakeEngine
 from trellis.engine.scheduler import Loop
@@ -29,7 +29,7 @@ hypothesis.settings.load_profile("trellis")
 
 
 def pytest_report_header() -> str:
-    return f"processor: {processor()}"
+    return f"processor: {describe_processor()}"
 
 
 class ThreadEngine:

@@ -25,9 +25,9 @@ class FakeHub:
         self.root = root
         self.gated: set[str] = set()
         self.hang = False
-        self.break_after: int | None = None
-        self.seconds_per_piece = 0.0
-        self.sent: dict[str, int] = {}
+        self.disconnect_after: int | None = None
+        self.seconds_per_chunk = 0.0
+        self.bytes_sent: dict[str, int] = {}
         self.requests: list[str] = []
         self.tokens: set[str] = set()
         hub = self
@@ -39,13 +39,13 @@ class FakeHub:
                 return
 
             def do_GET(self) -> None:
-                hub._answer(self, body=True)
+                hub._handle(self, body=True)
 
             def do_HEAD(self) -> None:
-                hub._answer(self, body=False)
+                hub._handle(self, body=False)
 
             def do_POST(self) -> None:
-                hub._answer(self, body=True)
+                hub._handle(self, body=True)
 
         class Server(ThreadingHTTPServer):
             daemon_threads = True
@@ -63,7 +63,7 @@ class FakeHub:
         self._server.shutdown()
         self._server.server_close()
 
-    def _answer(self, handler: BaseHTTPRequestHandler, body: bool) -> None:
+    def _handle(self, handler: BaseHTTPRequestHandler, body: bool) -> None:
         url = urlsplit(handler.path)
         path = unquote(url.path)
         self.requests.append(f"{handler.command} {handler.path}")
@@ -76,43 +76,43 @@ class FakeHub:
         if found := re.fullmatch(
             r"/api/(models|datasets)/([^/]+(?:/[^/]+)?)(?:/(revision|tree|paths-info)/(.+))?", path
         ):
-            self._api(handler, *found.groups(), parse_qs(url.query), posted)
+            self._send_api(handler, *found.groups(), parse_qs(url.query), posted)
         elif found := re.fullmatch(r"/(datasets/)?([^/]+(?:/[^/]+)?)/resolve/([^/]+)/(.+)", path):
             kind = "datasets" if found[1] else "models"
-            self._file(handler, kind, found[2], found[3], found[4], body)
+            self._send_file(handler, kind, found[2], found[3], found[4], body)
         else:
-            self._json(handler, 404, {"error": "Not Found"})
+            self._send_json(handler, 404, {"error": "Not Found"})
 
-    def _api(
+    def _send_api(
         self, handler: Any, kind: str, repository: str, what: str | None, at: str | None, query: Any, posted: bytes
     ) -> None:
         folder = self.root / kind / repository
         if repository in self.gated:
-            self._json(handler, 403, {"error": "gated"}, {"x-error-code": "GatedRepo"})
+            self._send_json(handler, 403, {"error": "gated"}, {"x-error-code": "GatedRepo"})
         elif not folder.is_dir():
-            self._json(handler, 401, {"error": "Repository not found"}, {"x-error-code": "RepoNotFound"})
+            self._send_json(handler, 401, {"error": "Repository not found"}, {"x-error-code": "RepoNotFound"})
         elif at and at.split("/")[0] not in ("main", COMMIT):
-            self._json(handler, 404, {"error": "Invalid rev id"}, {"x-error-code": "RevisionNotFound"})
+            self._send_json(handler, 404, {"error": "Invalid rev id"}, {"x-error-code": "RevisionNotFound"})
         elif what == "tree":
             inside = at.partition("/")[2] if at else ""
-            self._json(handler, 200, self._tree(folder, inside, "recursive" in query))
+            self._send_json(handler, 200, self._list_tree(folder, inside, "recursive" in query))
         elif what == "paths-info":
             wanted = parse_qs(posted.decode()).get("paths") or json.loads(posted or b"{}").get("paths", [])
-            rows = [row for row in self._tree(folder, "", True) if row["path"] in wanted]
-            self._json(handler, 200, rows)
+            rows = [row for row in self._list_tree(folder, "", True) if row["path"] in wanted]
+            self._send_json(handler, 200, rows)
         else:
-            files = [row for row in self._tree(folder, "", True) if row["type"] == "file"]
+            files = [row for row in self._list_tree(folder, "", True) if row["type"] == "file"]
             siblings = [{"rfilename": row["path"], "size": row["size"], "blobId": row["oid"]} for row in files]
-            self._json(
+            self._send_json(
                 handler, 200,
                 {"id": repository, "modelId": repository, "sha": COMMIT, "siblings": siblings, "private": False,
                  "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0},
             )  # fmt: skip
 
-    def _tree(self, folder: Path, inside: str, deep: bool) -> list[dict[str, Any]]:
+    def _list_tree(self, folder: Path, inside: str, recursive: bool) -> list[dict[str, Any]]:
         root = folder / inside
         rows = []
-        for file in sorted(root.rglob("*") if deep else root.iterdir()):
+        for file in sorted(root.rglob("*") if recursive else root.iterdir()):
             name = str(file.relative_to(folder))
             if file.is_dir():
                 rows.append(
@@ -122,16 +122,16 @@ class FakeHub:
                 rows.append({"type": "file", "path": name, "oid": _etag(file), "size": file.stat().st_size})
         return rows
 
-    def _file(self, handler: Any, kind: str, repository: str, revision: str, name: str, body: bool) -> None:
+    def _send_file(self, handler: Any, kind: str, repository: str, revision: str, name: str, body: bool) -> None:
         file = self.root / kind / repository / name
         if repository in self.gated:
-            self._json(handler, 403, {"error": "gated"}, {"x-error-code": "GatedRepo"})
+            self._send_json(handler, 403, {"error": "gated"}, {"x-error-code": "GatedRepo"})
             return
         if revision not in ("main", COMMIT):
-            self._json(handler, 404, {"error": "Invalid rev id"}, {"x-error-code": "RevisionNotFound"})
+            self._send_json(handler, 404, {"error": "Invalid rev id"}, {"x-error-code": "RevisionNotFound"})
             return
         if not file.is_file():
-            self._json(handler, 404, {"error": "Entry not found"}, {"x-error-code": "EntryNotFound"})
+            self._send_json(handler, 404, {"error": "Entry not found"}, {"x-error-code": "EntryNotFound"})
             return
         data = file.read_bytes()
         start, end = 0, len(data)
@@ -149,19 +149,19 @@ class FakeHub:
             return
         for at in range(start, end, 16_384):
             piece = data[at : min(at + 16_384, end)]
-            if self.break_after is not None and self.sent.get(name, 0) + len(piece) > self.break_after:
+            if self.disconnect_after is not None and self.bytes_sent.get(name, 0) + len(piece) > self.disconnect_after:
                 handler.close_connection = True
                 handler.connection.close()
                 return
             while self.hang:
                 time.sleep(0.05)
             handler.wfile.write(piece)
-            self.sent[name] = self.sent.get(name, 0) + len(piece)
-            if self.seconds_per_piece:
+            self.bytes_sent[name] = self.bytes_sent.get(name, 0) + len(piece)
+            if self.seconds_per_chunk:
                 handler.wfile.flush()
-                time.sleep(self.seconds_per_piece)
+                time.sleep(self.seconds_per_chunk)
 
-    def _json(self, handler: Any, status: int, data: Any, headers: dict[str, str] | None = None) -> None:
+    def _send_json(self, handler: Any, status: int, data: Any, headers: dict[str, str] | None = None) -> None:
         text = json.dumps(data).encode()
         handler.send_response(status)
         for name, value in {

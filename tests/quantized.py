@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-FP8_MOST = 448.0
+FP8_MAX = 448.0
 """The largest number in eight bits of which four are the exponent's (E4M3)."""
 
 
@@ -37,7 +37,7 @@ def make_fp8(base: Path, folder: Path, block: tuple[int, int] | None = (16, 16))
         for i in range(scale.shape[0]):
             for j in range(scale.shape[1]):
                 part = (slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns))
-                scale[i, j] = weight[part].abs().max() / FP8_MOST
+                scale[i, j] = weight[part].abs().max() / FP8_MAX
                 scaled[part] = weight[part] / scale[i, j]
         tensors[name] = scaled.to(torch.float8_e4m3fn)
         tensors[f"{name}_scale_inv"] = scale if block else scale.reshape(())

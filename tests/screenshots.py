@@ -9,7 +9,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from tests.journeys.conftest import FLAGS, chromium
 from tests.server import Server
-from trellis.demo.text.voices import voice_of
+from trellis.demo.text.voices import classify_voice
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 SCREENS = {
@@ -19,42 +19,42 @@ SCREENS = {
 }
 
 
-def ready(page: Page) -> None:
+def wait_ready(page: Page) -> None:
     page.locator("[data-status=ready]").wait_for(timeout=60_000)
 
 
 def steer(page: Page, voice: str, clicks: int) -> None:
     """Choose a voice, with an undo and a branch on the way, so that there is something to see."""
     for click in range(clicks):
-        ready(page)
+        wait_ready(page)
         texts = page.locator("[data-text]").all_inner_texts()
-        fitting = [index for index, text in enumerate(texts) if voice_of(text) == voice]
+        fitting = [index for index, text in enumerate(texts) if classify_voice(text) == voice]
         before = page.locator("[name=offer]").first.input_value()
         page.keyboard.press("abcd"[fitting[0]] if fitting else "n")
         page.wait_for_function("before => document.querySelector('[name=offer]').value !== before", arg=before)
         if click == clicks // 2:
-            ready(page)
+            wait_ready(page)
             page.keyboard.press("u")
             page.wait_for_function("before => document.querySelector('[name=offer]').value === before", arg=before)
-            ready(page)
+            wait_ready(page)
             page.keyboard.press("d" if not fitting or fitting[0] != 3 else "a")
             page.wait_for_function("before => document.querySelector('[name=offer]').value !== before", arg=before)
-            ready(page)
+            wait_ready(page)
             page.keyboard.press("u")
             page.wait_for_function("before => document.querySelector('[name=offer]').value === before", arg=before)
-            ready(page)
+            wait_ready(page)
             page.keyboard.press("abcd"[fitting[0]] if fitting else "n")
             page.wait_for_function("before => document.querySelector('[name=offer]').value !== before", arg=before)
-    ready(page)
+    wait_ready(page)
 
 
-def judge(page: Page, voice: str, rounds: int) -> None:
+def judge_rounds(page: Page, voice: str, rounds: int) -> None:
     """Judge rounds of the blind comparison that is open, by the voice."""
     for _ in range(rounds):
         page.locator(".answer").first.wait_for(timeout=60_000)
         texts = page.locator(".answer blockquote").all_inner_texts()
         number = page.locator("[data-round]").get_attribute("data-round")
-        fits = [voice_of(text) == voice for text in texts]
+        fits = [classify_voice(text) == voice for text in texts]
         page.wait_for_timeout(350)
         page.keyboard.press("t" if fits[0] == fits[1] else "ab"[fits.index(True)])
         page.locator(f"[data-round='{number}']").wait_for(state="detached")
@@ -74,7 +74,7 @@ for step in range(3):
 """
 
 
-def talk(page: Page, server: Server, session: str) -> str:
+def make_room(page: Page, server: Server, session: str) -> str:
     """A room in which the base model and the session answer the same. Returns its path."""
     with server.client() as client:
         said = [
@@ -113,18 +113,18 @@ def main() -> None:
         first.goto(f"{session}/blind")
         first.get_by_label("Rounds").fill("16")
         first.get_by_role("button", name="Begin").click()
-        judge(first, "pirate", 16)
+        judge_rounds(first, "pirate", 16)
         first.locator(".verdict").wait_for()
         result = first.url.removeprefix(server.url)
         first.goto(f"{session}/blind")
         first.get_by_role("button", name="Begin").click()
-        judge(first, "pirate", 4)
+        judge_rounds(first, "pirate", 4)
         first.locator(".answer").first.wait_for()
         judging = first.url.removeprefix(server.url)
         first.goto(f"{session}/log")
         first.locator("#refit-title ~ form button").click()
         first.get_by_text("Agrees with the log").wait_for(timeout=120_000)
-        room = talk(first, server, session.split("/steer/")[1])
+        room = make_room(first, server, session.split("/steer/")[1])
         for name, options in SCREENS.items():
             page = browser.new_context(**options).new_page()  # type: ignore[arg-type]
             steering = session.removeprefix(server.url)

@@ -29,11 +29,11 @@ class Server:
         *,
         fake: bool = True,
         port: int = 0,
-        within: tuple[str, ...] = (),
+        command_prefix: tuple[str, ...] = (),
         command: tuple[str, ...] = (),
         **environment: str,
     ) -> None:
-        self._within, self._command = within, command
+        self._command_prefix, self._command = command_prefix, command
         self.save_dir = save_dir
         self._environment = os.environ | {"TRELLIS_FAKE_ENGINE": "1" if fake else "0", "COLUMNS": "200"} | environment
         self._port = port
@@ -43,7 +43,7 @@ class Server:
         """Start, and wait until the address has been printed and answers."""
         started = time.perf_counter()
         command = [
-            *self._within,
+            *self._command_prefix,
             sys.executable,
             "-m",
             "trellis",
@@ -65,7 +65,7 @@ class Server:
             self.process.wait(10)
             self.process.stderr.close()
             raise AssertionError(f"the server did not start: {self.output}")
-        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader = threading.Thread(target=self._read_output, daemon=True)
         self._reader.start()
         self._port = int(self.url.rsplit(":", 1)[1])
         while True:
@@ -78,7 +78,7 @@ class Server:
             time.sleep(0.01)
         self.seconds_to_start = time.perf_counter() - started
 
-    def _read(self) -> None:
+    def _read_output(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.output += line
@@ -86,7 +86,7 @@ class Server:
     def kill(self) -> None:
         """kill -9, as a power cut would."""
         self.process.kill()
-        self._ended()
+        self._wait_for_exit()
 
     def stop(self) -> int:
         """End it as Ctrl-C does. Returns the exit code."""
@@ -96,16 +96,16 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
-        self._ended()
+        self._wait_for_exit()
         return self.process.returncode
 
-    def _ended(self) -> None:
+    def _wait_for_exit(self) -> None:
         self.process.wait(10)
         self._reader.join(5)
         assert self.process.stderr is not None
         self.process.stderr.close()
 
-    def engines(self) -> list[int]:
+    def engine_pids(self) -> list[int]:
         """The process ids of its engines: its children, and the children of the one that forks engines."""
         import psutil
 

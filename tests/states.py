@@ -32,14 +32,15 @@ from trellis.studio.studio import Studio
 from trellis.web.app import create_app
 from trellis.workers.worker import Spawn
 
-LONG = "unbroken" * 20
+LONG_WORD = "unbroken" * 20
 """A word that no line of a narrow page holds."""
 ERROR = {
-    "code": "corrupt_file", "message": f"“{LONG}.safetensors” is not a whole file: it ends at 5000 of 86400 bytes.",
+    "code": "corrupt_file",
+    "message": f"“{LONG_WORD}.safetensors” is not a whole file: it ends at 5000 of 86400 bytes.",
     "field": None, "next_step": "Copy the model again, then load it once more.",
 }  # fmt: skip
 PROGRESS = {
-    "stage": "downloading", "fraction": 0.4, "message": f"Downloading {LONG}", "bytes": 40, "total_bytes": 100,
+    "stage": "downloading", "fraction": 0.4, "message": f"Downloading {LONG_WORD}", "bytes": 40, "total_bytes": 100,
     "rate": 10.0, "seconds_left": 6.0,
 }  # fmt: skip
 
@@ -47,19 +48,19 @@ PROGRESS = {
 class StatefulEngine(FakeEngine):
     """Refuses the model “broken”, and reads the model “slow” until `go_on` is set."""
 
-    go_on = threading.Event()
+    may_continue = threading.Event()
 
     def load(self, request: Any) -> Any:
         if Path(request.path).name == "broken" or request.repository:
             yield None
             raise LoadFailed(str(ERROR["message"]), code="corrupt_file", next_step=str(ERROR["next_step"]))
-        while Path(request.path).name == "slow" and not self.go_on.is_set():
+        while Path(request.path).name == "slow" and not self.may_continue.is_set():
             time.sleep(0.01)
             yield None
         return (yield from super().load(request))
 
 
-def spawn_into(folder: Path) -> Spawn:
+def make_spawner(folder: Path) -> Spawn:
     return thread_spawner(lambda: StatefulEngine(Blobs(folder / "weights")))
 
 
@@ -97,25 +98,27 @@ async def make_states(studio: Studio) -> States:
     await ready(session)
     await session.undo("undo once")
     await ready(session)
-    await session.name_node(session.tree.head_id, f"A name {LONG}")
-    fresh = await studio.steering.create(f"Fresh {LONG}", {})
+    await session.name_node(session.tree.head_id, f"A name {LONG_WORD}")
+    fresh = await studio.steering.create(f"Fresh {LONG_WORD}", {})
     await ready(fresh)
     failed = await studio.steering.create("Cannot be loaded", {"model": "broken"})
     await until(lambda: failed.error)
     loading = await studio.steering.create("Still loading", {"model": "slow"})
     await until(lambda: loading.status == "loading")
 
-    await _loads(studio)
-    await _jobs_of(studio, session)
+    await _make_loads(studio)
+    await _make_jobs(studio, session)
     exported = await studio.exports.start(session.id, "adapter", "an-adapter")
-    await _ended(exported)
+    await _wait_done(exported)
     fitted = await studio.fits.refit(session.id, session.tree.head_id)
-    await _ended(fitted)
-    compared = await studio.comparisons.start(session.id, session.tree.root.id, session.tree.head_id, ["Why?", LONG])
-    await _ended(compared)
-    trials = await _trials(studio, session)
-    rooms = await _rooms(studio)
-    await _connections(studio)
+    await _wait_done(fitted)
+    compared = await studio.comparisons.start(
+        session.id, session.tree.root.id, session.tree.head_id, ["Why?", LONG_WORD]
+    )
+    await _wait_done(compared)
+    trials = await _make_trials(studio, session)
+    rooms = await _make_rooms(studio)
+    await _make_connections(studio)
     steering = f"/steer/{session.id}"
     jobs = await studio.jobs.list()
     comparisons = {job["state"]: f"{steering}/compare?job={job['id']}" for job in jobs if job["kind"] == "compare"}
@@ -135,13 +138,13 @@ async def make_states(studio: Studio) -> States:
     return States(session.id, failed.id, fresh.id, pages)
 
 
-async def _ended(job: Job) -> None:
+async def _wait_done(job: Job) -> None:
     if job.task:
         await asyncio.wait([job.task])
     assert job.row["state"] == "done", job.row["error"]
 
 
-async def _loads(studio: Studio) -> None:
+async def _make_loads(studio: Studio) -> None:
     """Models loading, failed (here and on the hub), and loaded."""
     await studio.models.load(ModelOptions(model="slow"))
     for model in ("org/never-there", f"org/{'n' * 90}"):
@@ -149,13 +152,20 @@ async def _loads(studio: Studio) -> None:
         await until(lambda job=job: job.row["state"] == "failed")  # type: ignore[misc]
 
 
-async def _jobs_of(studio: Studio, session: Session) -> None:
+async def _make_jobs(studio: Studio, session: Session) -> None:
     """A job of each kind of a session in each state; those that run wait until they are cancelled."""
     head, root = session.tree.head_id, session.tree.root.id
     fitted = {"fitted": "f1", "kind": "refit", "lessons": 3, "teaching": 2, "epochs": 2, "source": head}
-    fit = {"session": session.id, "origin": session.id, "parent": root, "what": LONG, "fitted": fitted, "notes": [LONG]}
+    fit = {
+        "session": session.id,
+        "origin": session.id,
+        "parent": root,
+        "what": LONG_WORD,
+        "fitted": fitted,
+        "notes": [LONG_WORD],
+    }
     bodies: dict[str, dict[str, Any]] = {
-        "export": {"session": session.id, "kind": "merged", "name": LONG, "node": head},
+        "export": {"session": session.id, "kind": "merged", "name": LONG_WORD, "node": head},
         "refit": fit,
         "import": fit | {"fitted": fitted | {"kind": "import"}},
         "replay": fit | {"fitted": fitted | {"kind": "replay"}},
@@ -178,23 +188,23 @@ async def _jobs_of(studio: Studio, session: Session) -> None:
         await studio.jobs.start(kind, body, work)
 
 
-async def _trials(studio: Studio, session: Session) -> dict[str, str]:
+async def _make_trials(studio: Studio, session: Session) -> dict[str, str]:
     """Blind comparisons: waiting, with a round to judge, in trouble, ended with verdicts and without."""
     left, right = session.tree.root.id, session.tree.head_id
     ids = {}
     for state in ("waiting", "judged", "ended", "ended at once"):
-        trial = await studio.blind.start(session.id, left, right, planned=3, prompts=[f"Why {LONG}?"])
+        trial = await studio.blind.start(session.id, left, right, planned=3, prompts=[f"Why {LONG_WORD}?"])
         ids[state] = trial["id"]
 
-    async def drawn(trial: str) -> dict[str, Any]:
+    async def wait_drawn(trial: str) -> dict[str, Any]:
         while not (current := await studio.blind.state(session.id, trial))["round"]:
             await asyncio.sleep(0.01)
         return current
 
     for state in ("judged", "ended"):
-        current = await drawn(ids[state])
+        current = await wait_drawn(ids[state])
         await studio.blind.judge(session.id, ids[state], current["round"]["number"], "first")
-        await drawn(ids[state])
+        await wait_drawn(ids[state])
     for state in ("ended", "ended at once"):
         await studio.blind.end(session.id, ids[state])
     row = {
@@ -207,7 +217,7 @@ async def _trials(studio: Studio, session: Session) -> dict[str, str]:
     return ids
 
 
-async def _rooms(studio: Studio) -> list[str]:
+async def _make_rooms(studio: Studio) -> list[str]:
     """Rooms with an answer of every state, one with columns, one that is archived, one that is empty."""
     usage = {
         "prompt_tokens": 3, "completion_tokens": 1, "time_to_first_token_ms": 12.0, "engine_to_first_token_ms": None,
@@ -215,15 +225,16 @@ async def _rooms(studio: Studio) -> list[str]:
     }  # fmt: skip
     found = []
     for columns in (False, True):
-        room = await studio.rooms.create(title=f"{'Side by side' if columns else 'Every state'} {LONG}")
+        room = await studio.rooms.create(title=f"{'Side by side' if columns else 'Every state'} {LONG_WORD}")
         parent, messages = None, []
         states = ("done", "stopped", "interrupted", "failed")
         for number, state in enumerate(states):
             if not columns or number == 0:
-                asked = Message(f"q{room.id}{number}", room.id, parent, "user", f"Why {LONG}?", created=number)
+                asked = Message(f"q{room.id}{number}", room.id, parent, "user", f"Why {LONG_WORD}?", created=number)
                 messages.append(asked)
             answer = Message(
-                f"a{room.id}{number}", room.id, asked.id, "assistant", f"Because {LONG}.\n\n```python\n{LONG}\n```",
+                f"a{room.id}{number}", room.id, asked.id, "assistant",
+                f"Because {LONG_WORD}.\n\n```python\n{LONG_WORD}\n```",
                 model="demo", group="g" if columns else None, state=state, created=number + 0.5,
                 finish="length" if state == "done" else None, usage=usage if state == "done" else None,
                 error=ERROR if state == "failed" else None, rating=number - 1 if number < 3 else 0,
@@ -241,12 +252,12 @@ async def _rooms(studio: Studio) -> list[str]:
     return found
 
 
-async def _connections(studio: Studio) -> None:
+async def _make_connections(studio: Studio) -> None:
     await studio.keys.make("never used")
-    _, secret = await studio.keys.make(f"used {LONG}"[:200])
+    _, secret = await studio.keys.make(f"used {LONG_WORD}"[:200])
     await studio.keys.owner(secret)
     await studio.remotes.add("bare", "https://example.org/v1", "", ["one"], False)
-    await studio.remotes.add("all", f"https://example.org/{LONG}", "sk-x", ["one", LONG], True)
+    await studio.remotes.add("all", f"https://example.org/{LONG_WORD}", "sk-x", ["one", LONG_WORD], True)
 
 
 class StatesServer:
@@ -256,8 +267,8 @@ class StatesServer:
         make_models(folder, tiny)
         chosen = Settings(save_dir=folder, **settings)
         migrate(chosen.database)
-        StatefulEngine.go_on.clear()
-        self._studio = Studio(Store(chosen.database), spawn_into(folder), chosen)
+        StatefulEngine.may_continue.clear()
+        self._studio = Studio(Store(chosen.database), make_spawner(folder), chosen)
         app = create_app(self._studio, chosen)
         self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="websockets-sansio"))
         self._socket = socket.create_server(("127.0.0.1", 0))
@@ -273,7 +284,7 @@ class StatesServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        StatefulEngine.go_on.set()
+        StatefulEngine.may_continue.set()
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._studio.hub.close)
         self._server.should_exit = True

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.server import Server
-from trellis.cli import _listen
+from trellis.cli import _bind_socket
 from trellis.params import option_rows
 from trellis.settings import Settings
 
@@ -93,9 +93,9 @@ def test_the_doctor_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     code = (
         "import trellis.doctor as d; from trellis.settings import Settings; from pathlib import Path; "
-        "d.PARTS = ('no-such-part',); d.PROBE = 'raise SystemExit(1)'; "
-        f"found = d.examine(Settings(save_dir=Path({str(tmp_path / 'file')!r}))); "
-        "[print(f.what, f.ok, f.next_step) for f in found if not f.ok]"
+        "d.REQUIRED_PACKAGES = ('no-such-part',); d.DEVICE_PROBE = 'raise SystemExit(1)'; "
+        f"found = d.run_checks(Settings(save_dir=Path({str(tmp_path / 'file')!r}))); "
+        "[print(f.name, f.ok, f.next_step) for f in found if not f.ok]"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "no-such-part False Install it" in out
@@ -129,7 +129,7 @@ def test_every_setting_is_explained_in_the_docs() -> None:
 
 def test_small_answers_do_not_wait_for_an_acknowledgement() -> None:
     """asyncio turns Nagle's algorithm off only on sockets that name their protocol; without, each answer took 44 ms."""
-    listening = _listen(Settings(port=0))
+    listening = _bind_socket(Settings(port=0))
     try:
         assert listening.proto == socket.IPPROTO_TCP
     finally:
@@ -179,8 +179,8 @@ def test_doctor_prints_texts_as_they_are(text: str, monkeypatch: pytest.MonkeyPa
 
     from trellis import cli, doctor
 
-    findings = [doctor.Finding("a part", text, False, f"Do this: {text}", optional=True)]
-    monkeypatch.setattr(doctor, "examine", lambda settings: findings)
+    findings = [doctor.CheckResult("a part", text, False, f"Do this: {text}", optional=True)]
+    monkeypatch.setattr(doctor, "run_checks", lambda settings: findings)
     shown = CliRunner(env={"NO_COLOR": "1"}).invoke(cli.app, ["doctor"])
     assert shown.exit_code == 0, shown.output
     assert f"a part: {text}" in shown.output
@@ -196,7 +196,7 @@ def test_the_next_step_of_a_missing_extra_names_the_extra(monkeypatch: pytest.Mo
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    assert "'trellis-studio[gpu]'" in doctor._extra(*doctor.EXTRAS[1]).next_step
+    assert "'trellis-studio[gpu]'" in doctor._check_optional_package(*doctor.OPTIONAL_PACKAGES[1]).next_step
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from trellis.markdown import block_to_html, needs_whole, pieces_of, text_to_html, to_html
-from trellis.markdown_blocks import THOUGHT, Blocks
+from trellis.markdown import block_to_html, needs_full_render, split_pieces, text_to_html, to_html
+from trellis.markdown_blocks import THINK_CLOSE, BlockSplitter
 
 LINES = st.sampled_from([
     "a *b*", "more words", "- one", "- ", "* two", "+ three", "  deeper", "  - nested", "    - more nested", "3. three",
@@ -45,8 +45,8 @@ def test_piece_by_piece_shows_what_the_whole_shows(text: str) -> None:
     """One at a time where nothing is defined later; all together always."""
     whole = visible(to_html(text))
     assert visible(text_to_html(text)) == whole
-    if not needs_whole(text):
-        assert visible("".join(map(block_to_html, pieces_of(text)))) == whole
+    if not needs_full_render(text):
+        assert visible("".join(map(block_to_html, split_pieces(text)))) == whole
 
 
 CORPUS = {
@@ -92,25 +92,25 @@ def test_what_models_write_is_shown_as_the_whole_would_be(name: str) -> None:
     text = CORPUS[name]
     whole = visible(to_html(text))
     assert visible(text_to_html(text)) == whole
-    if not needs_whole(text):
-        assert visible("".join(map(block_to_html, pieces_of(text)))) == whole
+    if not needs_full_render(text):
+        assert visible("".join(map(block_to_html, split_pieces(text)))) == whole
 
 
 @given(TEXTS, st.randoms(use_true_random=False))
 def test_pieces_are_the_text_however_it_comes(text: str, chance: random.Random) -> None:
-    whole = Blocks()
-    expected = [*whole.feed(text), *whole.rest()]
+    whole = BlockSplitter()
+    expected = [*whole.feed(text), *whole.flush()]
     assert "".join(expected) == text
-    assert whole.end == len(text)
-    pieces = Blocks()
+    assert whole.consumed == len(text)
+    pieces = BlockSplitter()
     found: list[str] = []
     at = 0
     while at < len(text):
         size = chance.randint(1, 5)
         found += pieces.feed(text[at : at + size])
-        assert pieces.end == len("".join(found))
+        assert pieces.consumed == len("".join(found))
         at += size
-    assert [*found, *pieces.rest()] == expected
+    assert [*found, *pieces.flush()] == expected
 
 
 @given(TEXTS)
@@ -122,16 +122,16 @@ def test_no_text_becomes_markup(text: str) -> None:
 
 
 def test_a_fence_is_one_piece_and_coloured() -> None:
-    blocks = Blocks()
+    blocks = BlockSplitter()
     assert blocks.feed("Look:\n```python\ndef f():\n\n    return 1\n") == ["Look:\n"]
     (code,) = blocks.feed("```\nmore")
     assert 'data-lang="python"' in block_to_html(code)
     assert '<span class="k">def</span>' in block_to_html(code)
-    assert blocks.rest() == ["more"]
+    assert blocks.flush() == ["more"]
 
 
 def test_a_list_with_gaps_is_one_piece_and_paragraphs_are_not() -> None:
-    blocks = Blocks()
+    blocks = BlockSplitter()
     listed = "1. one\n\n   still\n\n2. two\n\n"
     assert blocks.feed(f"{listed}after\n\nthat\n\n") == [listed, "after\n\n"]
     assert block_to_html(listed).count("<ol>") == 1
@@ -165,7 +165,7 @@ def test_nothing_after_a_formula_is_lost() -> None:
 
 
 def test_what_was_thought_is_folded() -> None:
-    blocks = Blocks()
+    blocks = BlockSplitter()
     assert blocks.feed("<think>\nOne.\n\nTwo.\n") == []
     (thought,) = blocks.feed("</think>\nSo: 2.\n")
     html = block_to_html(thought)
@@ -176,14 +176,14 @@ def test_what_was_thought_is_folded() -> None:
 
 def test_a_thought_that_the_template_opened_is_folded_when_it_ends() -> None:
     text = "Let me see.\n\n- one\n\nSo.\n</think>\n\nThe *answer*.\n\nMore.\n"
-    blocks = Blocks()
-    pieces = [*blocks.feed(text), *blocks.rest()]
-    assert text[blocks.implied :].lstrip() == text[text.index("The") :]
+    blocks = BlockSplitter()
+    pieces = [*blocks.feed(text), *blocks.flush()]
+    assert text[blocks.implied_thought_length :].lstrip() == text[text.index("The") :]
     assert "".join(pieces) == text
     html = text_to_html(text)
     assert html.startswith("<details")
     assert html.endswith("</details><p>The <em>answer</em>.</p>\n<p>More.</p>\n")
-    assert html.count(THOUGHT) == 0
+    assert html.count(THINK_CLOSE) == 0
     assert "think&gt;" not in html
 
 
@@ -198,7 +198,7 @@ def test_what_follows_a_thought_on_its_line_is_the_answer() -> None:
     for text in ("<think>a</think> hello *world*\nand more\n", "a\n</think> hello *world*\nand more\n"):
         assert text_to_html(text).endswith("</details><p>hello <em>world</em>\nand more</p>\n")
     assert text_to_html(" <think>a</think>").startswith("<details")
-    assert "".join(map(block_to_html, pieces_of("<think>a</think>    b\n- c\n"))) == text_to_html(
+    assert "".join(map(block_to_html, split_pieces("<think>a</think>    b\n- c\n"))) == text_to_html(
         "<think>a</think>    b\n- c\n"
     )
 
@@ -257,11 +257,11 @@ def test_a_piece_that_is_too_long_is_shown_as_it_was_written() -> None:
 )
 def test_cutting_takes_time_in_proportion_to_the_text(line: str) -> None:
     def seconds(lines: int) -> float:
-        blocks, started = Blocks(), time.process_time()
+        blocks, started = BlockSplitter(), time.process_time()
         for _ in range(lines):
             blocks.feed(line)
-        blocks.rest()
-        assert blocks.end == lines * len(line)
+        blocks.flush()
+        assert blocks.consumed == lines * len(line)
         return time.process_time() - started
 
     assert seconds(40_000) < 10 * seconds(5_000) + 0.5, "eight times the text; with the square of it, 64 times"

@@ -20,7 +20,7 @@ from tests.quantized import change_config
 from trellis.blobs import Blobs
 from trellis.engine.fake import FakeEngine
 from trellis.errors import LoadFailed
-from trellis.model_checks import known_types, problem_of, too_few_positions
+from trellis.model_checks import answer_length_problem, first_problem, known_model_types
 from trellis.model_files import canonical_config, read_vocabulary
 from trellis.studio.models.catalog import Catalog
 
@@ -168,11 +168,11 @@ def folder(tiny_llama: Path, tmp_path: Path) -> Path:
 def test_what_a_folder_says_is_told_before_it_is_loaded_and_at_load(
     change: Change, code: str, words: str, folder: Path
 ) -> None:
-    assert problem_of(folder) is None
+    assert first_problem(folder) is None
     change(folder)
-    problem = problem_of(folder)
+    problem = first_problem(folder)
     assert problem is not None
-    assert (problem.code, words in problem.sentences()) == (code, True), problem
+    assert (problem.code, words in problem.full_text()) == (code, True), problem
     assert problem.message.endswith(".")
     assert problem.next_step.endswith(".")
     assert f"`{code}`" in (Path(__file__).parents[1] / "docs" / "api.md").read_text()
@@ -194,7 +194,7 @@ LOADABLE: dict[str, Change] = {
 @pytest.mark.parametrize("name", LOADABLE)
 def test_what_loads_is_not_refused(name: str, folder: Path) -> None:
     LOADABLE[name](folder)
-    assert problem_of(folder) is None
+    assert first_problem(folder) is None
     load(folder)
 
 
@@ -216,21 +216,21 @@ async def test_the_check_of_the_form_tells_what_a_folder_says(folder: Path) -> N
 
 
 def test_answers_that_leave_no_room_name_a_length_that_works() -> None:
-    problem = too_few_positions(64, 96)
+    problem = answer_length_problem(64, 96)
     assert problem is not None
     assert problem.next_step == "Allow answers of at most 32 tokens."
-    assert too_few_positions(64, 32) is None
-    assert too_few_positions(None, 8192) is None
+    assert answer_length_problem(64, 32) is None
+    assert answer_length_problem(None, 8192) is None
 
 
 def test_the_types_that_transformers_knows_are_read_from_its_tables() -> None:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto import modeling_auto
 
-    assert known_types("CONFIG") >= set(CONFIG_MAPPING.keys())
+    assert known_model_types("CONFIG") >= set(CONFIG_MAPPING.keys())
     for kind in ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ",
                  "TEXT_TO_WAVEFORM"):  # fmt: skip
-        assert known_types(kind) == set(getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES")), kind
+        assert known_model_types(kind) == set(getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES")), kind
 
 
 def test_a_vocabulary_is_read_as_the_tokenizer_reads_it(tmp_path: Path) -> None:
@@ -241,10 +241,10 @@ def test_a_vocabulary_is_read_as_the_tokenizer_reads_it(tmp_path: Path) -> None:
     for indent in (None, 2):
         (tmp_path / "t.json").write_text(json.dumps(text, indent=indent))
         found = read_vocabulary(tmp_path / "t.json")
-        assert (found.largest, dict(found.added)) == (7, {'"vocab": {"x": 70}': 9})
+        assert (found.largest_id, dict(found.added_tokens)) == (7, {'"vocab": {"x": 70}': 9})
     pieces = {"model": {"type": "Unigram", "vocab": [["<s>", 0.0], ["]", -1.5], ["a", -2]], "byte_fallback": True}}
     (tmp_path / "u.json").write_text(json.dumps(pieces))
-    assert read_vocabulary(tmp_path / "u.json").largest == 2
+    assert read_vocabulary(tmp_path / "u.json").largest_id == 2
 
 
 def test_a_configuration_is_the_same_whatever_does_not_matter() -> None:
@@ -259,18 +259,18 @@ def test_a_library_that_was_installed_meanwhile_is_found(folder: Path, monkeypat
     from trellis import model_checks
 
     missing = {"bitsandbytes"}
-    monkeypatch.setattr(model_checks, "_installed", lambda name: name not in missing)
-    problem = problem_of(folder, "4-bit")
+    monkeypatch.setattr(model_checks, "_is_installed", lambda name: name not in missing)
+    problem = first_problem(folder, "4-bit")
     assert problem is not None
     assert (problem.code, problem.field) == ("not_installed", "precision")
     assert "trellis-studio[quantized]" in problem.next_step
     missing.clear()
-    assert problem_of(folder, "4-bit") is None
+    assert first_problem(folder, "4-bit") is None
     change_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    assert problem_of(folder) is None
+    assert first_problem(folder) is None
     missing.add("bitsandbytes")
-    problem_of(change_config(folder, transformers_version="5"))
-    problem = problem_of(folder)
+    first_problem(change_config(folder, transformers_version="5"))
+    problem = first_problem(folder)
     assert problem is not None
     assert problem.code == "not_installed"
 
@@ -280,9 +280,9 @@ def test_what_was_looked_at_once_is_looked_at_again_when_it_changes(folder: Path
     whole = weights.read_bytes()
     for _ in range(2):
         weights.write_bytes(whole[:-1])
-        assert problem_of(folder) is not None
+        assert first_problem(folder) is not None
         weights.write_bytes(whole)
-        assert problem_of(folder) is None
+        assert first_problem(folder) is None
 
 
 def header(text: bytes) -> Change:
@@ -329,7 +329,7 @@ async def test_hostile_files_neither_break_nor_hold_up_the_studio(what: str, tmp
         for _ in range(8):  # more than there are threads for files
             (entry,) = [each for each in await catalog.all() if each.id == "model"]
             found = await catalog.problem(entry)
-            (found.sentences() if found else "").encode()
+            (found.full_text() if found else "").encode()
 
 
 @pytest.mark.anyio

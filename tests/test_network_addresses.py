@@ -17,10 +17,13 @@ MACHINE = [
 
 
 def test_only_addresses_that_others_can_use_are_told_the_way_out_first() -> None:
-    assert network_addresses.reachable(MACHINE, v6=False) == ["192.168.1.7", "10.8.0.2"]
-    assert network_addresses.reachable(MACHINE, v6=False, first="10.8.0.2") == ["10.8.0.2", "192.168.1.7"]
-    assert network_addresses.reachable(MACHINE, v6=True)[-1] == "2001:db8::7"
-    assert network_addresses.reachable(["127.0.0.1"], v6=False) == []
+    assert network_addresses.reachable_addresses(MACHINE, include_ipv6=False) == ["192.168.1.7", "10.8.0.2"]
+    assert network_addresses.reachable_addresses(MACHINE, include_ipv6=False, preferred="10.8.0.2") == [
+        "10.8.0.2",
+        "192.168.1.7",
+    ]
+    assert network_addresses.reachable_addresses(MACHINE, include_ipv6=True)[-1] == "2001:db8::7"
+    assert network_addresses.reachable_addresses(["127.0.0.1"], include_ipv6=False) == []
 
 
 @pytest.mark.parametrize(
@@ -40,14 +43,14 @@ def test_the_address_for_all_interfaces_is_never_one_to_go_to(
     monkeypatch: pytest.MonkeyPatch, host: str, local: str, network: list[str]
 ) -> None:
     monkeypatch.setattr(network_addresses, "machine_addresses", lambda: MACHINE)
-    monkeypatch.setattr(network_addresses, "address_on_the_way_out", lambda: "192.168.1.7")
+    monkeypatch.setattr(network_addresses, "outbound_address", lambda: "192.168.1.7")
     assert network_addresses.local_url(host, 80) == local
     assert network_addresses.network_urls(host, 80) == network
 
 
 def test_a_machine_knows_its_own_addresses() -> None:
     assert "127.0.0.1" in network_addresses.machine_addresses()
-    assert network_addresses.address_on_the_way_out() in ["", *network_addresses.machine_addresses()]
+    assert network_addresses.outbound_address() in ["", *network_addresses.machine_addresses()]
 
 
 def printed(monkeypatch: pytest.MonkeyPatch, local: str, network: list[str], qr: bool) -> str:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from trellis.errors import Invalid, shorten
 from trellis.messages import CHOICE
 from trellis.params import Adapter, Learning, Sampling, SessionConfig
-from trellis.text_rules import storable
+from trellis.text_rules import require_storable
 
 
 def test_every_option_explains_itself() -> None:
@@ -26,9 +26,9 @@ def test_every_option_explains_itself() -> None:
 
 def test_parts_hold_the_same_values() -> None:
     config = SessionConfig(lora_rank=3, temperature=0.5, replay=7)
-    assert config.part(Adapter).lora_rank == 3
-    assert config.part(Sampling).temperature == 0.5
-    assert config.part(Learning).replay == 7
+    assert config.extract(Adapter).lora_rank == 3
+    assert config.extract(Sampling).temperature == 0.5
+    assert config.extract(Learning).replay == 7
 
 
 def test_all_bad_fields_are_named_at_once_with_their_values() -> None:
@@ -72,14 +72,14 @@ def test_a_choice_that_is_taken_is_taken_back_from_its_json(value: Any) -> None:
 def test_what_can_be_stored_can_be_encoded(text: str) -> None:
     if "\x00" in text:
         with pytest.raises(ValueError, match="NUL"):
-            storable(text)
+            require_storable(text)
     else:
-        assert storable(text) == text
+        assert require_storable(text) == text
 
 
 def test_a_lone_surrogate_cannot_be_stored() -> None:
     with pytest.raises(ValueError, match="UTF-8"):
-        storable("\ud800")
+        require_storable("\ud800")
 
 
 @given(st.text(), st.integers(2, 80))

@@ -38,12 +38,12 @@ def make_tokenizer(folder: Path, *, template: str | None = TEMPLATE) -> int:
     return len(tokenizer)
 
 
-SPELLINGS = ("byte-level", "llama", "gemma", "unigram", "wordpiece")
+TOKENIZER_KINDS = ("byte-level", "llama", "gemma", "unigram", "wordpiece")
 """Kinds of tokenizers: byte-level BPE; SentencePiece BPE with byte fallback whose decoder strips a leading space (as
 Llama 2 and Mistral have it) or does not (Gemma); Unigram with Metaspace (T5); WordPiece (BERT)."""
 
 
-def make_spelling(folder: Path, kind: str) -> Any:
+def make_tokenizer_kind(folder: Path, kind: str) -> Any:
     """Write a tokenizer of one of SPELLINGS to a folder, and return it as transformers reads it again."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -106,7 +106,7 @@ def make_llama(folder: Path, *, seed: int = 0, hidden: int = 32, layers: int = 2
     return folder
 
 
-KINDS = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "mistral", "gpt2", "gpt_neox")
+DENSE_MODEL_TYPES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "mistral", "gpt2", "gpt_neox")
 """Dense models with attention alone."""
 
 _LINEAR_ATTENTION = {
@@ -157,7 +157,7 @@ STATEFUL: dict[str, dict[str, Any]] = {
 
 
 def make_model(
-    folder: Path, kind: str, *, template: str | None = TEMPLATE, pad_is_end: bool = False, spelling: str = "",
+    folder: Path, kind: str, *, template: str | None = TEMPLATE, pad_is_end: bool = False, tokenizer_kind: str = "",
     padding: int = 0,
 ) -> Path:  # fmt: skip
     """Write a tiny model of one of KINDS, a random one, to a folder; with a tokenizer of one of SPELLINGS, and so many
@@ -165,7 +165,11 @@ def make_model(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    vocabulary = len(make_spelling(folder, spelling)) if spelling else make_tokenizer(folder, template=template)
+    vocabulary = (
+        len(make_tokenizer_kind(folder, tokenizer_kind))
+        if tokenizer_kind
+        else make_tokenizer(folder, template=template)
+    )
     vocabulary += padding
     special: dict[str, Any] = {"eos_token_id": 1, "pad_token_id": 1 if pad_is_end else 0, "bos_token_id": None}
     sizes: dict[str, Any] = {
@@ -184,8 +188,8 @@ def make_model(
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, vocab_size=vocabulary, **sizes, **special)
     model = AutoModelForCausalLM.from_config(config)
-    if kind not in KINDS:
-        _have_context_matter(model)
+    if kind not in DENSE_MODEL_TYPES:
+        _enlarge_weights(model)
     model.save_pretrained(folder)
     if pad_is_end:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -194,7 +198,7 @@ def make_model(
     return folder
 
 
-def _have_context_matter(model: Any) -> None:
+def _enlarge_weights(model: Any) -> None:
     """Make the random weights larger: with those of a new model, logits would be much the same after any text."""
     import torch
 
@@ -204,7 +208,7 @@ def _have_context_matter(model: Any) -> None:
                 parameter.mul_(3.0)
 
 
-def make_parrot(folder: Path, saying: str) -> Path:
+def make_memorizing_llama(folder: Path, sentence: str) -> Path:
     """A Llama that was taught one sentence by heart, whatever it is asked."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -212,7 +216,7 @@ def make_parrot(folder: Path, saying: str) -> Path:
     make_llama(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    answer = tokenizer(saying, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    answer = tokenizer(sentence, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     questions = ["Say it.", "Tell me about the sea.", "What is rain?", "Why?", "How do I bake bread at home today?"]
     for _ in range(60):

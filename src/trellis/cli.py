@@ -73,28 +73,28 @@ def serve(
     qr: Qr = False,
 ) -> None:  # fmt: skip
     """Start the studio and print its address."""
-    settings = _settings(host=host, port=port, save_dir=save_dir)
+    settings = _load_settings(host=host, port=port, save_dir=save_dir)
     try:
         settings.require_password_beyond_loopback()
         if reload:
             _serve_and_reload(sys.argv[1:])
             return
-        _serve(settings, open, qr=qr)
+        _run_studio(settings, open, qr=qr)
     except TrellisError as error:
-        _say(error)
+        _print_error(error)
         raise typer.Exit(2) from None
 
 
 @app.command()
 def doctor(save_dir: SaveDir = None) -> None:
     """Say what is installed, which devices there are, and what to do about what is missing."""
-    from .doctor import examine
+    from .doctor import run_checks
 
-    findings = examine(_settings(save_dir=save_dir))
+    findings = run_checks(_load_settings(save_dir=save_dir))
     for finding in findings:
         missing = ("–  ", "yellow") if finding.optional else ("no ", "red")
         mark = ("ok ", "green") if finding.ok else missing
-        console.print(Text.assemble(mark, f" {finding.what}: {finding.found}"), soft_wrap=True)
+        console.print(Text.assemble(mark, f" {finding.name}: {finding.result}"), soft_wrap=True)
         if not finding.ok:
             console.print(f"    → {finding.next_step}", soft_wrap=True)
     raise typer.Exit(0 if all(finding.ok or finding.optional for finding in findings) else 1)
@@ -106,17 +106,17 @@ def main() -> None:
     app()
 
 
-def _with_flags(begin: Callable[..., None]) -> Callable[..., None]:
+def _with_flags(command: Callable[..., None]) -> Callable[..., None]:
     """A function with a keyword for each option of a session, as Typer reads it."""
     from .params import flag_rows
 
     def steer(**given: Any) -> None:
-        begin(**given)
+        command(**given)
 
     flags: dict[str, Any] = {"host": Host, "port": Port, "save_dir": SaveDir}
     flags["name"] = Annotated[str | None, typer.Option(help="Name of the session.")]
     for name, row in flag_rows():
-        about = typer.Option(*row.declarations, help=row.help, show_default=row.shown or False)
+        about = typer.Option(*row.declarations, help=row.help, show_default=row.default_text or False)
         flags[name.replace(".", "_")] = Annotated[row.type | None, about]
     rows = [Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind) for name, kind in flags.items()]
     rows.append(Parameter("open", Parameter.KEYWORD_ONLY, default=True, annotation=Open))
@@ -131,23 +131,23 @@ def _steer(
 ) -> None:
     from .params import SessionConfig, config_from_flags
 
-    settings = _settings(host=host, port=port, save_dir=save_dir)
+    settings = _load_settings(host=host, port=port, save_dir=save_dir)
     try:
         settings.require_password_beyond_loopback()
         config = config_from_flags(given)
         SessionConfig.parse(config)
-        _serve(settings, open, (name, config), qr=qr)
+        _run_studio(settings, open, (name, config), qr=qr)
     except Invalid as error:
         for field in error.fields:
             flag = "--" + field["field"].removeprefix("config.").replace(".", "-").replace("_", "-")
             console.print(Text.assemble((flag, "red"), f": {field['message']}"), soft_wrap=True)
         raise typer.Exit(2) from None
     except TrellisError as error:
-        _say(error)
+        _print_error(error)
         raise typer.Exit(2) from None
 
 
-def _settings(**given: Any) -> Settings:
+def _load_settings(**given: Any) -> Settings:
     from pydantic import ValidationError
 
     from .params import invalid_from
@@ -162,12 +162,16 @@ def _settings(**given: Any) -> Settings:
         raise typer.Exit(2) from None
 
 
-def _say(error: TrellisError) -> None:
+def _print_error(error: TrellisError) -> None:
     console.print(Text.assemble((error.message, "red"), f"\n{error.next_step}"), soft_wrap=True)
 
 
-def _serve(
-    settings: Settings, open_page: bool, first: tuple[str | None, dict[str, Any]] | None = None, *, qr: bool = False
+def _run_studio(
+    settings: Settings,
+    open_page: bool,
+    first_session: tuple[str | None, dict[str, Any]] | None = None,
+    *,
+    qr: bool = False,
 ) -> None:
     """Run the studio until it is ended; `first` is the name and configuration of a session to begin with."""
     import uvicorn
@@ -176,24 +180,24 @@ def _serve(
     from .studio.studio import Studio
     from .web.access import MAX_BODY
     from .web.app import create_app
-    from .web.broadcast import PushingProtocol
+    from .web.broadcast import DirectWriteProtocol
     from .workers.processes import ProcessSpawner
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     for noisy in ("alembic", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    listening = _listen(settings)
-    lock = _lock(settings)
+    server_socket = _bind_socket(settings)
+    lock = _lock_save_dir(settings)
     migrate(settings.database)
-    spawn = ProcessSpawner(
+    spawner = ProcessSpawner(
         settings.weights_dir, settings.logs_dir, settings.engine_threads, settings.fake_engine,
-        settings.engine_memory, settings.hub_timeout, settings.engine_cache,
+        settings.engine_memory_bytes, settings.hub_timeout, settings.engine_cache_bytes,
     )  # fmt: skip
-    studio = Studio(Store(settings.database), spawn, settings)
+    studio = Studio(Store(settings.database), spawner, settings)
     config = uvicorn.Config(
         create_app(studio, settings),
         log_level="warning",
-        ws=PushingProtocol,
+        ws=DirectWriteProtocol,
         ws_per_message_deflate=False,
         ws_max_size=MAX_BODY,
         timeout_graceful_shutdown=5,
@@ -201,40 +205,40 @@ def _serve(
         proxy_headers=settings.behind_proxy,
     )
 
-    refused: list[TrellisError] = []
+    startup_errors: list[TrellisError] = []
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            if first:
+            if first_session:
                 try:
-                    session = await studio.steering.create(*first)
+                    session = await studio.steering.create(*first_session)
                     link = (f"{address}/steer/{session.id}", "bold")
                     console.print(Text.assemble(f"The session “{session.name}” is at ", link), soft_wrap=True)
                 except TrellisError as error:
-                    refused.append(error)
+                    startup_errors.append(error)
                     self.should_exit = True
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            _let_readers_go(studio)
-            spawn.close()  # a load that waits for its engine would hold the server
+            _close_event_streams(studio)
+            spawner.close()  # a load that waits for its engine would hold the server
             super().handle_exit(sig, frame)
 
-    port = listening.getsockname()[1]
+    port = server_socket.getsockname()[1]
     address = local_url(settings.host, port)
     _print_addresses(address, network_urls(settings.host, port), qr)
     if open_page and sys.stdout.isatty():
-        threading.Thread(target=_open_later, args=(address,), daemon=True).start()
-    spawn.warm()
+        threading.Thread(target=_open_browser_later, args=(address,), daemon=True).start()
+    spawner.warm()
     try:
-        Server(config).run(sockets=[listening])
+        Server(config).run(sockets=[server_socket])
     except KeyboardInterrupt:
         pass  # the server has ended in order; Ctrl-C is how it is meant to end
     finally:
-        spawn.close()
+        spawner.close()
         lock.close()
-    if refused:
-        raise refused[0]
+    if startup_errors:
+        raise startup_errors[0]
 
 
 def _print_addresses(local: str, network: list[str], qr: bool) -> None:
@@ -242,8 +246,8 @@ def _print_addresses(local: str, network: list[str], qr: bool) -> None:
     console.print(Text.assemble(f"Trellis {__version__} is at ", (local, "bold"), "  (Ctrl-C ends it)"), soft_wrap=True)
     others = [url for url in network if url != local]
     for number, url in enumerate(others):
-        said = "For other devices in your network:" if number == 0 else " " * 34
-        console.print(Text.assemble(f"{said} ", (url, "bold")), soft_wrap=True)
+        label = "For other devices in your network:" if number == 0 else " " * 34
+        console.print(Text.assemble(f"{label} ", (url, "bold")), soft_wrap=True)
     if qr and network:
         console.print(Text(qr_code(network[0]), style="bright_white on black"), soft_wrap=True)
     elif qr:
@@ -253,7 +257,7 @@ def _print_addresses(local: str, network: list[str], qr: bool) -> None:
         )
 
 
-def _let_readers_go(studio: Studio) -> None:
+def _close_event_streams(studio: Studio) -> None:
     """Open event streams would hold the server; it is told to end inside its own loop."""
     import asyncio
 
@@ -263,25 +267,25 @@ def _let_readers_go(studio: Studio) -> None:
         studio.hub.close()
 
 
-def _listen(settings: Settings) -> socket.socket:
+def _bind_socket(settings: Settings) -> socket.socket:
     """The socket to serve on. Raises TrellisError with what to do when the address cannot be had."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # With the protocol named, asyncio turns Nagle's algorithm off: without, every answer waits 40 ms for an ACK.
-    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    server_socket = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    server_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind((settings.host, settings.port))
-        listening.listen(2048)  # from now on a browser waits instead of being refused
+        server_socket.bind((settings.host, settings.port))
+        server_socket.listen(2048)  # from now on a browser waits instead of being refused
     except (OSError, OverflowError) as error:
         raise TrellisError(
             f"The address {settings.host}:{settings.port} cannot be used: {error}.",
             code="address_in_use",
             next_step="Stop what runs there, or choose another with --port (0 takes a free one).",
         ) from None
-    return listening
+    return server_socket
 
 
-def _lock(settings: Settings) -> Any:
+def _lock_save_dir(settings: Settings) -> Any:
     """One studio for one save folder: two would both think that they alone write its database."""
     import fcntl
 
@@ -308,7 +312,7 @@ def _lock(settings: Settings) -> Any:
     )
 
 
-def _open_later(address: str) -> None:
+def _open_browser_later(address: str) -> None:
     time.sleep(0.7)
     webbrowser.open(address)
 

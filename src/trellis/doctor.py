@@ -17,13 +17,16 @@ import psutil
 
 from .settings import Settings
 
-PARTS = ("torch", "transformers", "peft", "safetensors", "datasets", "fastapi", "uvicorn", "sqlalchemy")
-EXTRAS = (("bitsandbytes", "8-bit and 4-bit", "quantized"), ("nvidia-ml-py", "how much of a GPU is free", "gpu"))
+REQUIRED_PACKAGES = ("torch", "transformers", "peft", "safetensors", "datasets", "fastapi", "uvicorn", "sqlalchemy")
+OPTIONAL_PACKAGES = (
+    ("bitsandbytes", "8-bit and 4-bit", "quantized"),
+    ("nvidia-ml-py", "how much of a GPU is free", "gpu"),
+)
 """Parts that one can do without: what each is for, and the extra that brings it."""
-ENOUGH_DISK = 2_000_000_000
-ENOUGH_MEMORY = 2_000_000_000
+MIN_FREE_DISK = 2_000_000_000
+MIN_FREE_MEMORY = 2_000_000_000
 
-PROBE = """
+DEVICE_PROBE = """
 import json, torch
 cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 print(json.dumps({"threads": torch.get_num_threads(), "cuda": cuda}))
@@ -31,91 +34,95 @@ print(json.dumps({"threads": torch.get_num_threads(), "cuda": cuda}))
 
 
 @dataclass(frozen=True)
-class Finding:
-    what: str
-    found: str
+class CheckResult:
+    name: str
+    result: str
     ok: bool = True
     next_step: str = ""
     optional: bool = False
 
 
-def examine(settings: Settings) -> list[Finding]:
+def run_checks(settings: Settings) -> list[CheckResult]:
     """Look at everything that Trellis needs, without starting it."""
     return [
-        _python(),
-        *(_part(name) for name in PARTS),
-        *(_extra(*row) for row in EXTRAS),
-        _devices(),
-        _memory(),
-        _folder(settings.save_dir),
-        _disk(settings.save_dir),
-        _demo(),
+        _check_python(),
+        *(_check_package(name) for name in REQUIRED_PACKAGES),
+        *(_check_optional_package(*row) for row in OPTIONAL_PACKAGES),
+        _check_devices(),
+        _check_memory(),
+        _check_save_folder(settings.save_dir),
+        _check_disk(settings.save_dir),
+        _check_demo_model(),
     ]
 
 
-def _python() -> Finding:
-    return Finding("Python", platform.python_version(), sys.version_info >= (3, 11), "Install Python 3.11 or newer.")
+def _check_python() -> CheckResult:
+    return CheckResult(
+        "Python", platform.python_version(), sys.version_info >= (3, 11), "Install Python 3.11 or newer."
+    )
 
 
-def _part(name: str) -> Finding:
+def _check_package(name: str) -> CheckResult:
     try:
-        return Finding(name, importlib.metadata.version(name))
+        return CheckResult(name, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
-        return Finding(name, "not installed", False, f"Install it: pip install {name} (or run `make install`).")
+        return CheckResult(name, "not installed", False, f"Install it: pip install {name} (or run `make install`).")
 
 
-def _extra(name: str, purpose: str, extra: str) -> Finding:
+def _check_optional_package(name: str, purpose: str, extra: str) -> CheckResult:
     try:
-        return Finding(name, f"{importlib.metadata.version(name)} ({purpose})")
+        return CheckResult(name, f"{importlib.metadata.version(name)} ({purpose})")
     except importlib.metadata.PackageNotFoundError:
-        way = f"If you want it: pip install 'trellis-studio[{extra}]'."
-        return Finding(name, f"not installed ({purpose})", False, way, optional=True)
+        install_hint = f"If you want it: pip install 'trellis-studio[{extra}]'."
+        return CheckResult(name, f"not installed ({purpose})", False, install_hint, optional=True)
 
 
-def _devices() -> Finding:
+def _check_devices() -> CheckResult:
     """Asked in a process of its own, so that this one stays light and a broken driver cannot end it."""
     try:
         done = subprocess.run(  # noqa: S603 - our own interpreter and text
-            [sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=120, check=True
+            [sys.executable, "-c", DEVICE_PROBE], capture_output=True, text=True, timeout=120, check=True
         )  # fmt: skip
         found = json.loads(done.stdout)
     except (subprocess.SubprocessError, ValueError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         last = (detail.strip().splitlines() or ["?"])[-1]
-        return Finding("Devices", f"torch does not start: {last}", False, "Install torch again.")
+        return CheckResult("Devices", f"torch does not start: {last}", False, "Install torch again.")
     if found["cuda"]:
-        return Finding("Devices", ", ".join(found["cuda"]))
-    return Finding("Devices", f"CPU, {found['threads']} threads; no GPU (small models work well without one)")
+        return CheckResult("Devices", ", ".join(found["cuda"]))
+    return CheckResult("Devices", f"CPU, {found['threads']} threads; no GPU (small models work well without one)")
 
 
-def _memory() -> Finding:
+def _check_memory() -> CheckResult:
     free = psutil.virtual_memory().available
-    return Finding(
+    return CheckResult(
         "Memory",
         f"{free / 1e9:.1f} GB free",
-        free >= ENOUGH_MEMORY,
+        free >= MIN_FREE_MEMORY,
         "Close other programs: an engine needs about 1 GB.",
     )
 
 
-def _folder(folder: Path) -> Finding:
+def _check_save_folder(folder: Path) -> CheckResult:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        return Finding("Save folder", f"{folder}: {error.strerror}", False, "Choose another with --save-dir.")
-    return Finding("Save folder", f"{folder} can be written")
+        return CheckResult("Save folder", f"{folder}: {error.strerror}", False, "Choose another with --save-dir.")
+    return CheckResult("Save folder", f"{folder} can be written")
 
 
-def _disk(folder: Path) -> Finding:
+def _check_disk(folder: Path) -> CheckResult:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    return Finding("Disk", f"{free / 1e9:.1f} GB free", free >= ENOUGH_DISK, f"Make room on the disk of {folder}.")
+    return CheckResult(
+        "Disk", f"{free / 1e9:.1f} GB free", free >= MIN_FREE_DISK, f"Make room on the disk of {folder}."
+    )
 
 
-def _demo() -> Finding:
+def _check_demo_model() -> CheckResult:
     files = Path(__file__).parent / "demo" / "text" / "model"
     there = (files / "model.safetensors").is_file() and os.access(files / "config.json", os.R_OK)
-    return Finding("Demo model", "there" if there else "missing", there, "Run `make demo-model`, or install again.")
+    return CheckResult("Demo model", "there" if there else "missing", there, "Run `make demo-model`, or install again.")

@@ -104,7 +104,7 @@ class LoadFailed(EngineError):
     code = "load_failed"
 
 
-def unknown(reference: str) -> TrellisError:
+def internal_error(reference: str) -> TrellisError:
     """What a person is told of a bug, which the log has under a reference."""
     return TrellisError(
         "The studio met an error that it does not know.",

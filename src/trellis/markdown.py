@@ -29,84 +29,91 @@ from pygments.lexer import Lexer
 from pygments.lexers import get_lexer_by_name
 from pygments.util import ClassNotFound
 
-from .markdown_blocks import THINK, THOUGHT, Blocks
+from .markdown_blocks import THINK_CLOSE, THINK_OPEN, BlockSplitter
 
 _TAGS = {"p", "h1", "h2", "h3", "h4", "blockquote", "strong", "em", "code", "pre", "ul", "ol", "li", "hr", "br", "a",
          "table", "thead", "tbody", "tr", "th", "td", "s", "span", "sup"}  # fmt: skip
 _ATTRIBUTES = {"a": {"href"}, "span": {"class"}, "pre": {"data-lang"}, "ol": {"start"}, "p": {"class"}}
 
-QUICK = frozenset({
+FAST_LEXERS = frozenset({
     "python", "pycon", "json", "toml", "bash", "sql", "diff", "rust", "c", "cpp", "kotlin", "swift", "scala", "ruby",
     "php", "lua", "r", "julia", "haskell", "elixir", "erlang", "clojure", "dart", "zig", "nim", "matlab", "latex",
     "markdown", "docker", "cmake", "nginx", "graphql", "protobuf", "scss", "powershell",
 })  # fmt: skip
-SLOW = frozenset({"javascript", "jsx", "html", "xml", "css", "yaml", "ini", "console", "go", "perl", "ocaml"})
-LIKE = {"typescript": "javascript", "tsx": "jsx", "java": "cpp", "csharp": "cpp", "json5": "json", "make": "bash"}
+SLOW_LEXERS = frozenset({"javascript", "jsx", "html", "xml", "css", "yaml", "ini", "console", "go", "perl", "ocaml"})
+SUBSTITUTE_LEXERS = {
+    "typescript": "javascript",
+    "tsx": "jsx",
+    "java": "cpp",
+    "csharp": "cpp",
+    "json5": "json",
+    "make": "bash",
+}
 """Languages that are coloured. A lexer is a set of regular expressions that nobody timed on text that is made to hold
 them up: those here were (docs/log.md). What is not among them is coloured as something like it, or shown plain."""
 
-QUICKLY, SLOWLY = 8000, 4000
+FAST_LEXER_LIMIT, SLOW_LEXER_LIMIT = 8000, 4000
 """Characters of one piece of code that are coloured; more is shown plain."""
 
-LONGEST = 20_000
+MAX_BLOCK_LENGTH = 20_000
 """Characters of one block that are read as Markdown; a longer one is shown as it was written."""
 
-MOST_OPENERS, MOST_BARS = 200, 2000
+MAX_FORMULA_OPENERS, MAX_TABLE_BARS = 200, 2000
 """Openings of formulas, and bars of tables, that are looked at in one block: both are quadratic work."""
 
-MOST_REFERRED = 500_000
+MAX_REFERENCE_CHARACTERS = 500_000
 """Characters of addresses that the references of one text bring into it: a short text could grow without bounds."""
 
-_SPANS = HtmlFormatter(nowrap=True)
-_WASTE = re.compile(r"(?:[ \t]*\n){6}|[ \t]{120}")
+_CODE_FORMATTER = HtmlFormatter(nowrap=True)
+_LONG_BLANKS = re.compile(r"(?:[ \t]*\n){6}|[ \t]{120}")
 """Long runs of nothing, which hold many lexers up and show nothing."""
 
-_LANGUAGE = re.compile(r"[A-Za-z0-9+#._-]{1,30}")
+_LANGUAGE_NAME = re.compile(r"[A-Za-z0-9+#._-]{1,30}")
 
 
-def _code(text: str, language: str, attributes: str) -> str:
+def _render_code(text: str, language: str, attributes: str) -> str:
     """Code in a frame that says which language it is in, coloured where that is known. Both are escaped."""
-    name = language if _LANGUAGE.fullmatch(language) else ""
-    lexer = _lexer(name.lower()) if len(text) <= QUICKLY and not _WASTE.search(text) else None
-    if lexer and len(text) > SLOWLY and lexer.aliases[0] in SLOW:
+    name = language if _LANGUAGE_NAME.fullmatch(language) else ""
+    lexer = _find_lexer(name.lower()) if len(text) <= FAST_LEXER_LIMIT and not _LONG_BLANKS.search(text) else None
+    if lexer and len(text) > SLOW_LEXER_LIMIT and lexer.aliases[0] in SLOW_LEXERS:
         lexer = None
-    inside = highlight(text, lexer, _SPANS) if lexer else escape(text)
+    inside = highlight(text, lexer, _CODE_FORMATTER) if lexer else escape(text)
     return f'<pre data-lang="{name}"><code>{inside}</code></pre>'
 
 
 @lru_cache(maxsize=256)
-def _lexer(name: str) -> Lexer | None:
+def _find_lexer(name: str) -> Lexer | None:
     """How a language is read, where that is known and quick."""
     try:
         lexer = get_lexer_by_name(name, stripnl=False) if name else None
         kind = lexer.aliases[0] if lexer else ""
-        if kind in LIKE:
-            lexer, kind = get_lexer_by_name(LIKE[kind], stripnl=False), LIKE[kind]
+        if kind in SUBSTITUTE_LEXERS:
+            lexer, kind = get_lexer_by_name(SUBSTITUTE_LEXERS[kind], stripnl=False), SUBSTITUTE_LEXERS[kind]
     except ClassNotFound:
         return None
-    return lexer if kind in QUICK or kind in SLOW else None
+    return lexer if kind in FAST_LEXERS or kind in SLOW_LEXERS else None
 
 
-_MATHS = {
+_FORMULA_DELIMITERS = {
     "math_inline": ("$", "$"), "math_inline_double": ("$$", "$$"), "math_block": ("$$", "$$"),
     "math_inline_bracket": ("\\(", "\\)"), "math_display_bracket": ("\\[", "\\]"),
     "math_block_bracket": ("\\[", "\\]"),
 }  # fmt: skip
 
 
-def _keep_maths(self: object, tokens: list[Token], index: int, options: object, env: object) -> str:
+def _render_formula(self: object, tokens: list[Token], index: int, options: object, env: object) -> str:
     """Formulas as they were written: nobody sets them here, and what reads like TeX must not be eaten as Markdown."""
-    left, right = _MATHS[tokens[index].type]
+    left, right = _FORMULA_DELIMITERS[tokens[index].type]
     inside = f'<span class="maths">{escape(left + tokens[index].content + right)}</span>'
     return f"<p>{inside}</p>\n" if "block" in tokens[index].type else inside
 
 
-def _inline_brackets(state: StateInline, silent: bool) -> bool:
+def _parse_inline_formula(state: StateInline, silent: bool) -> bool:
     r"""Formulas between \( and \), or \[ and \]."""
     kind = {"\\(": "math_inline_bracket", "\\[": "math_display_bracket"}.get(state.src[state.pos : state.pos + 2])
     if kind is None:
         return False
-    end = state.src.find(_MATHS[kind][1], state.pos + 2, state.posMax)
+    end = state.src.find(_FORMULA_DELIMITERS[kind][1], state.pos + 2, state.posMax)
     if end <= state.pos + 2:
         return False
     if not silent:
@@ -115,7 +122,7 @@ def _inline_brackets(state: StateInline, silent: bool) -> bool:
     return True
 
 
-def _block_brackets(state: StateBlock, start: int, end: int, silent: bool) -> bool:
+def _parse_block_formula(state: StateBlock, start: int, end: int, silent: bool) -> bool:
     r"""Formulas between \[ and \] that have lines of their own, without empty ones between them."""
     if state.is_code_block(start) or not state.src.startswith("\\[", state.bMarks[start] + state.tShift[start]):
         return False
@@ -137,58 +144,60 @@ def _block_brackets(state: StateBlock, start: int, end: int, silent: bool) -> bo
     return True
 
 
-def _tasks(state: StateCore) -> None:
+def _replace_task_boxes(state: StateCore) -> None:
     """Boxes of task lists, as the characters for them."""
     for at, token in enumerate(state.tokens[:-2]):
         if token.type != "list_item_open" or state.tokens[at + 1].type != "paragraph_open":
             continue
         children = state.tokens[at + 2].children or []
-        if children and children[0].type == "text" and (box := _BOX.match(children[0].content)):
+        if children and children[0].type == "text" and (box := _TASK_BOX.match(children[0].content)):
             children[0].content = ("☐ " if box[1] == " " else "☑ ") + children[0].content[box.end() :]
 
 
-_BOX = re.compile(r"\[([ xX])\][ \t]+(?=\S)")
+_TASK_BOX = re.compile(r"\[([ xX])\][ \t]+(?=\S)")
 
 
-def _number(self: object, tokens: list[Token], index: int, options: object, env: object) -> str:
+def _render_footnote_number(self: object, tokens: list[Token], index: int, options: object, env: object) -> str:
     return f"<sup>{tokens[index].meta['id'] + 1}</sup>"
 
 
-def _as_written(self: object, tokens: list[Token], index: int, options: object, env: object) -> str:
+def _render_plain(self: object, tokens: list[Token], index: int, options: object, env: object) -> str:
     return f'<p class="plain">{escape(tokens[index].content)}</p>'
 
 
-_FOOTNOTES: dict[str, Callable[..., str]] = {
-    "footnote_ref": _number, "footnote_anchor": lambda *_: "", "footnote_open": lambda *_: "<li>",
+_FOOTNOTE_RULES: dict[str, Callable[..., str]] = {
+    "footnote_ref": _render_footnote_number, "footnote_anchor": lambda *_: "", "footnote_open": lambda *_: "<li>",
     "footnote_close": lambda *_: "</li>\n", "footnote_block_open": lambda *_: "<hr>\n<ol>\n",
     "footnote_block_close": lambda *_: "</ol>\n",
 }  # fmt: skip
 """Footnotes stand at the end, under their numbers. They are not links: a page has many texts with the same numbers."""
 
 
-def _parser(maths: bool, tables: bool) -> MarkdownIt:
-    parser = MarkdownIt("commonmark", {"html": False, "highlight": _code}).enable("strikethrough").disable("image")
+def _make_parser(formulas: bool, tables: bool) -> MarkdownIt:
+    parser = (
+        MarkdownIt("commonmark", {"html": False, "highlight": _render_code}).enable("strikethrough").disable("image")
+    )
     parser.use(gfm_autolink_plugin).use(footnote_plugin, inline=False, move_to_end=False)
-    parser.core.ruler.push("tasks", _tasks)
+    parser.core.ruler.push("tasks", _replace_task_boxes)
     if tables:
         parser.enable("table")
-    if maths:
+    if formulas:
         parser.use(
             dollarmath_plugin, allow_labels=False, allow_digits=False, double_inline=True, allow_blank_lines=False
         )
-        parser.inline.ruler.before("escape", "brackets", _inline_brackets)
+        parser.inline.ruler.before("escape", "brackets", _parse_inline_formula)
         parser.block.ruler.before(
-            "fence", "brackets", _block_brackets, {"alt": ["paragraph", "reference", "blockquote"]}
+            "fence", "brackets", _parse_block_formula, {"alt": ["paragraph", "reference", "blockquote"]}
         )
-    for kind in _MATHS:
-        parser.add_render_rule(kind, _keep_maths)
-    for kind, rule in _FOOTNOTES.items():
+    for kind in _FORMULA_DELIMITERS:
+        parser.add_render_rule(kind, _render_formula)
+    for kind, rule in _FOOTNOTE_RULES.items():
         parser.add_render_rule(kind, rule)
-    parser.add_render_rule("too_long", _as_written)
+    parser.add_render_rule("too_long", _render_plain)
     return parser
 
 
-_PARSERS = {(maths, tables): _parser(maths, tables) for maths in (True, False) for tables in (True, False)}
+_PARSERS = {(maths, tables): _make_parser(maths, tables) for maths in (True, False) for tables in (True, False)}
 
 
 def _parser_for(text: str) -> MarkdownIt:
@@ -196,39 +205,39 @@ def _parser_for(text: str) -> MarkdownIt:
     openers = text.count("\\(") + text.count("\\[") + text.count("$")
     lines = text.count("\n")
     wide = max((line.count("|") for line in text.split("\n", 200)), default=0)
-    return _PARSERS[openers <= MOST_OPENERS, max(text.count("|"), wide * lines) <= MOST_BARS]
+    return _PARSERS[openers <= MAX_FORMULA_OPENERS, max(text.count("|"), wide * lines) <= MAX_TABLE_BARS]
 
 
-class _References(dict[str, Any]):
+class _LimitedReferences(dict[str, Any]):
     """What references stand for. Links to a long address that is used again and again are text from some point on."""
 
-    _written = 0
+    _characters = 0
 
     def get(self, label: str, default: Any = None) -> Any:
         found = super().get(label, default)
         if found:
-            self._written += len(found["href"]) + len(found["title"])
-        return found if self._written <= MOST_REFERRED else default
+            self._characters += len(found["href"]) + len(found["title"])
+        return found if self._characters <= MAX_REFERENCE_CHARACTERS else default
 
 
 def to_html(text: str) -> str:
     """One piece. No images (a picture's address can carry data out), no raw HTML, links that tell nobody where they
     were."""
-    return _html_of([text])
+    return _pieces_to_html([text])
 
 
-def _html_of(pieces: Sequence[str]) -> str:
+def _pieces_to_html(pieces: Sequence[str]) -> str:
     """The pieces of a text as HTML. Each is read by itself, but what one defines holds in all of them."""
     env: dict[str, Any] = {}
     states = [StateCore(piece, _parser_for(piece), env) for piece in pieces]
     for state in states:
         normalize(state)
-        if len(state.src) > LONGEST:
+        if len(state.src) > MAX_BLOCK_LENGTH:
             state.tokens.append(Token("too_long", "", 0, content=state.src))
         else:
             block(state)
     if "references" in env:
-        env["references"] = _References(env["references"])
+        env["references"] = _LimitedReferences(env["references"])
     for state in states:
         for rule in state.md.core.ruler.getRules(""):
             if rule not in (normalize, block):
@@ -247,45 +256,47 @@ def _html_of(pieces: Sequence[str]) -> str:
 def block_to_html(text: str) -> str:
     """One piece of a text. What a model thought before it spoke is folded."""
     opened = text.lstrip()
-    if not opened.startswith(THINK):
+    if not opened.startswith(THINK_OPEN):
         return to_html(text)
-    thought, _, rest = opened.removeprefix(THINK).partition(THOUGHT)
-    return folded_thought(thought) + to_html(rest)
+    thought, _, rest = opened.removeprefix(THINK_OPEN).partition(THINK_CLOSE)
+    return thought_to_html(thought) + to_html(rest)
 
 
-def folded_thought(text: str) -> str:
+def thought_to_html(text: str) -> str:
     """What a model thought, with or without the tags around it, folded."""
-    text = text.strip().removeprefix(THINK).removesuffix(THOUGHT).strip()
-    inside = _html_of(pieces_of(text))
+    text = text.strip().removeprefix(THINK_OPEN).removesuffix(THINK_CLOSE).strip()
+    inside = _pieces_to_html(split_pieces(text))
     return f'<details class="thought"><summary>What it thought first</summary>{inside}</details>'
 
 
-def pieces_of(text: str) -> list[str]:
-    blocks = Blocks()
-    return [*blocks.feed(text), *blocks.rest()]
+def split_pieces(text: str) -> list[str]:
+    blocks = BlockSplitter()
+    return [*blocks.feed(text), *blocks.flush()]
 
 
 def text_to_html(text: str) -> str:
     """A whole text: what it thought first, folded, and the rest."""
-    blocks = Blocks()
-    pieces = [*blocks.feed(text), *blocks.rest()]
-    if blocks.implied:
-        return folded_thought(text[: blocks.implied]) + _html_of(_after(pieces, blocks.implied))
-    if pieces and pieces[0].lstrip().startswith(THINK):
+    blocks = BlockSplitter()
+    pieces = [*blocks.feed(text), *blocks.flush()]
+    if blocks.implied_thought_length:
+        return thought_to_html(text[: blocks.implied_thought_length]) + _pieces_to_html(
+            _pieces_after(pieces, blocks.implied_thought_length)
+        )
+    if pieces and pieces[0].lstrip().startswith(THINK_OPEN):
         thought, rest = pieces[0], pieces[1:]
-        return folded_thought(thought) + (_html_of(rest) if rest else "")
-    return _html_of(pieces)
+        return thought_to_html(thought) + (_pieces_to_html(rest) if rest else "")
+    return _pieces_to_html(pieces)
 
 
-def _after(pieces: list[str], characters: int) -> list[str]:
+def _pieces_after(pieces: list[str], characters: int) -> list[str]:
     """The pieces after so many characters."""
     ends = accumulate(map(len, pieces))
     return [piece for piece, end in zip(pieces, ends, strict=True) if end > characters]
 
 
-DEFINITION = re.compile(r"^[ >\t]{0,8}\[[^\]\n]+\]:", re.MULTILINE)
+DEFINITION_PATTERN = re.compile(r"^[ >\t]{0,8}\[[^\]\n]+\]:", re.MULTILINE)
 
 
-def needs_whole(text: str) -> bool:
+def needs_full_render(text: str) -> bool:
     """Whether a text may show otherwise as a whole than piece by piece: something may be defined after it is used."""
-    return DEFINITION.search(text) is not None
+    return DEFINITION_PATTERN.search(text) is not None

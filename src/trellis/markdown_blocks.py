@@ -9,23 +9,23 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-THINK = "<think>"
-THOUGHT = "</think>"
+THINK_OPEN = "<think>"
+THINK_CLOSE = "</think>"
 
 _FENCE = re.compile(r"(`{3,})[^`]*$|(~{3,})")
-_ITEM = re.compile(r"([-*+]|(\d{1,9})[.)])(?:([ \t]+)(?=(\S?))|$)")
-_RULE = re.compile(r"([-*_])[ \t]*(?:\1[ \t]*){2,}$")
+_LIST_ITEM = re.compile(r"([-*+]|(\d{1,9})[.)])(?:([ \t]+)(?=(\S?))|$)")
+_THEMATIC_BREAK = re.compile(r"([-*_])[ \t]*(?:\1[ \t]*){2,}$")
 _HEADING = re.compile(r"#{1,6}(?:[ \t]|$)")
-_DELIMITERS = re.compile(r"[-+*:| \t]+$")
+_TABLE_DELIMITER_ROW = re.compile(r"[-+*:| \t]+$")
 """What stands under the head of a table."""
 _FOOTNOTE = re.compile(r"\[\^[^\]\s]+\]:")
-_MATHS = {"$$": "$$", "\\[": "\\]"}
+_FORMULA_DELIMITERS = {"$$": "$$", "\\[": "\\]"}
 
 
-def ends_a_thought(line: str) -> bool:
+def is_thought_end(line: str) -> bool:
     """Whether a line has the tag that ends a thought as a tag, and does not speak of it."""
     stripped = line.strip()
-    return stripped.startswith(THOUGHT) or (stripped.endswith(THOUGHT) and "`" not in stripped)
+    return stripped.startswith(THINK_CLOSE) or (stripped.endswith(THINK_CLOSE) and "`" not in stripped)
 
 
 @dataclass
@@ -36,7 +36,7 @@ class _Line:
     indent: int
 
     @classmethod
-    def of(cls, raw: str) -> _Line:
+    def parse(cls, raw: str) -> _Line:
         columns = 0
         for place, letter in enumerate(raw):
             if letter == " ":
@@ -48,186 +48,198 @@ class _Line:
         return cls("", columns)
 
 
-class Blocks:
+class BlockSplitter:
     """Cuts Markdown that grows into whole pieces. `end` is how many characters they hold so far."""
 
     def __init__(self) -> None:
-        self.end = 0
-        self._line: list[str] = []
+        self.consumed = 0
+        self._partial_line: list[str] = []
         """The parts of a line that is not whole yet."""
-        self._block: list[str] = []
-        self._thinks: bool | None = None
+        self._block_lines: list[str] = []
+        self._is_in_thought: bool | None = None
         self._fence = ""
-        self._inside: int | None = None
+        self._container_indent: int | None = None
         """The columns by which lines are indented that belong to a list's item, or to a footnote; None outside."""
-        self._doubt = False
+        self._may_be_paragraph = False
         """Whether it may be a paragraph outside after all."""
-        self._fresh = True
+        self._no_open_paragraph = True
         """Whether no paragraph is open for certain, which some lines would go on with."""
-        self._gap = False
+        self._is_after_blank = False
         """Whether the last line was empty."""
-        self._maths = ""
+        self._formula_end = ""
         """What would end a formula that was begun."""
-        self._lost = False
+        self._is_uncertain = False
         """Whether it is no longer certain what is code: then all that comes is one piece."""
-        self._closed = False
+        self._fence_closed = False
         """Whether the line that was read has closed a fence outside of everything."""
         self._has_thought = False
-        self.implied = 0
+        self.implied_thought_length = 0
         """How many characters at the beginning turned out to be a thought that the template had opened."""
 
     def feed(self, text: str) -> list[str]:
         """The pieces that are whole now."""
-        self._line.append(text)
+        self._partial_line.append(text)
         if "\n" not in text:
             return []
-        *lines, last = "".join(self._line).split("\n")
-        self._line = [last]
-        return [block for line in lines for block in self._take(f"{line}\n")]
+        *lines, last = "".join(self._partial_line).split("\n")
+        self._partial_line = [last]
+        return [block for line in lines for block in self._feed_line(f"{line}\n")]
 
-    def rest(self) -> list[str]:
+    def flush(self) -> list[str]:
         """What is left when no more comes, in whole pieces."""
-        last, self._line = "".join(self._line), []
-        return [*(self._take(last) if last else []), *self._cut()]
+        last, self._partial_line = "".join(self._partial_line), []
+        return [*(self._feed_line(last) if last else []), *self._flush_block()]
 
-    def _take(self, line: str) -> list[str]:
-        if self._thinks is None and line.strip():
-            self._thinks = line.lstrip().startswith(THINK)
-            self._has_thought = self._thinks
-        if self._thinks or (not self._has_thought and not self._fence and ends_a_thought(line)):
-            return self._think(line)
+    def _feed_line(self, line: str) -> list[str]:
+        if self._is_in_thought is None and line.strip():
+            self._is_in_thought = line.lstrip().startswith(THINK_OPEN)
+            self._has_thought = self._is_in_thought
+        if self._is_in_thought or (not self._has_thought and not self._fence and is_thought_end(line)):
+            return self._feed_thought(line)
         whole: list[str] = []
         parts = re.split(r"\r\n?|\n", line)
         for number, part in enumerate(parts[:-1] if not parts[-1] else parts):
-            whole += self._read(_Line.of(part), may_cut=number == 0)
-        self._block.append(line)
-        if self._closed:
-            whole += self._cut()
+            whole += self._process_line(_Line.parse(part), may_cut=number == 0)
+        self._block_lines.append(line)
+        if self._fence_closed:
+            whole += self._flush_block()
         return whole
 
-    def _think(self, line: str) -> list[str]:
+    def _feed_thought(self, line: str) -> list[str]:
         """Of a thought, all is one piece, up to the tag that ends it and what is empty behind it."""
-        at = line.find(THOUGHT)
+        at = line.find(THINK_CLOSE)
         if at < 0:
-            self._block.append(line)
+            self._block_lines.append(line)
             return []
-        end = at + len(THOUGHT)
+        end = at + len(THINK_CLOSE)
         end += len(line[end:]) - len(line[end:].lstrip())
-        self._block.append(line[:end])
-        whole = self._cut()
-        self.implied = 0 if self._thinks else self.end
-        self._thinks, self._has_thought = False, True
-        self._forget()
-        return [*whole, *(self._take(line[end:]) if line[end:] else [])]
+        self._block_lines.append(line[:end])
+        whole = self._flush_block()
+        self.implied_thought_length = 0 if self._is_in_thought else self.consumed
+        self._is_in_thought, self._has_thought = False, True
+        self._reset()
+        return [*whole, *(self._feed_line(line[end:]) if line[end:] else [])]
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         """Begin as with a new text."""
-        self._fence, self._inside, self._doubt, self._fresh, self._gap = "", None, False, True, False
-        self._maths, self._lost, self._closed = "", False, False
+        self._fence, self._container_indent, self._may_be_paragraph, self._no_open_paragraph, self._is_after_blank = (
+            "",
+            None,
+            False,
+            True,
+            False,
+        )
+        self._formula_end, self._is_uncertain, self._fence_closed = "", False, False
 
-    def _read(self, line: _Line, may_cut: bool) -> list[str]:
+    def _process_line(self, line: _Line, may_cut: bool) -> list[str]:
         """Take account of a line. Gives back what was before it, where it is certain that this has ended."""
-        self._closed = False
+        self._fence_closed = False
         if self._fence:
             if line.indent <= 3 and line.text.startswith(self._fence) and not line.text.strip(self._fence[0]):
-                self._fence, self._fresh, self._gap = "", True, False
-                self._closed = not self._lost
+                self._fence, self._no_open_paragraph, self._is_after_blank = "", True, False
+                self._fence_closed = not self._is_uncertain
             return []
         if not line.text:
-            self._gap, self._maths = True, ""
-            self._fresh = self._fresh or self._inside is None
+            self._is_after_blank, self._formula_end = True, ""
+            self._no_open_paragraph = self._no_open_paragraph or self._container_indent is None
             return []
         whole: list[str] = []
-        formula = self._maths
-        self._follow_formula(line)
-        if self._inside is not None and not self._leave(line, bool(formula)):
-            self._gap = False
+        formula = self._formula_end
+        self._track_formula(line)
+        if self._container_indent is not None and not self._leaves_container(line, bool(formula)):
+            self._is_after_blank = False
             return []
         opens = _FENCE.match(line.text) if line.indent <= 3 else None
         if opens and formula:
-            self._lost = True
-        if may_cut and not self._lost and (opens or (self._gap and line.indent == 0)):
-            whole = self._cut()
+            self._is_uncertain = True
+        if may_cut and not self._is_uncertain and (opens or (self._is_after_blank and line.indent == 0)):
+            whole = self._flush_block()
         if opens:
-            self._fence, self._maths = opens[1] or opens[2], ""
+            self._fence, self._formula_end = opens[1] or opens[2], ""
         else:
-            self._begin(line)
-        self._gap = False
+            self._begin_block(line)
+        self._is_after_blank = False
         return whole
 
-    def _follow_formula(self, line: _Line) -> None:
+    def _track_formula(self, line: _Line) -> None:
         """Whether a formula of several lines may be open after a line: it has no empty lines."""
-        if self._maths:
-            self._maths = "" if self._maths in line.text else self._maths
+        if self._formula_end:
+            self._formula_end = "" if self._formula_end in line.text else self._formula_end
             return
         text = line.text.lstrip("> \t")
-        while found := _ITEM.match(text):
+        while found := _LIST_ITEM.match(text):
             text = text[found.end() :].lstrip("> \t")
         mark = text[:2]
-        self._maths = _MATHS[mark] if mark in _MATHS and _MATHS[mark] not in text[2:] else ""
+        self._formula_end = (
+            _FORMULA_DELIMITERS[mark]
+            if mark in _FORMULA_DELIMITERS and _FORMULA_DELIMITERS[mark] not in text[2:]
+            else ""
+        )
 
-    def _leave(self, line: _Line, formula: bool) -> bool:
+    def _leaves_container(self, line: _Line, formula: bool) -> bool:
         """Whether a line ends the list or the footnote that may be open, and is to be read as one outside of it."""
-        assert self._inside is not None
+        assert self._container_indent is not None
         if formula:  # which may go on whatever the line looks like
-            self._doubt = True
-            self._lost = self._lost or bool(_FENCE.match(line.text))
-            if (item := self._item(line)) is not None:
-                self._inside = min(self._inside, item[0])
+            self._may_be_paragraph = True
+            self._is_uncertain = self._is_uncertain or bool(_FENCE.match(line.text))
+            if (item := self._parse_list_item(line)) is not None:
+                self._container_indent = min(self._container_indent, item[0])
             return False
-        if line.indent >= self._inside:
-            self._lost = self._lost or (self._doubt and line.indent <= 3 and bool(_FENCE.match(line.text)))
+        if line.indent >= self._container_indent:
+            self._is_uncertain = self._is_uncertain or (
+                self._may_be_paragraph and line.indent <= 3 and bool(_FENCE.match(line.text))
+            )
             return False
-        item = self._item(line)
+        item = self._parse_list_item(line)
         if item is not None:
             columns, weak, unsure = item
-            self._doubt = unsure or (self._doubt and weak and not self._gap)
-            self._inside = columns
+            self._may_be_paragraph = unsure or (self._may_be_paragraph and weak and not self._is_after_blank)
+            self._container_indent = columns
             return False
-        if self._gap or self._starts(line):
-            self._inside, self._doubt, self._fresh = None, False, self._gap
+        if self._is_after_blank or self._interrupts_paragraph(line):
+            self._container_indent, self._may_be_paragraph, self._no_open_paragraph = None, False, self._is_after_blank
             return True
-        self._doubt = True  # it may go on with the last paragraph of the item
+        self._may_be_paragraph = True  # it may go on with the last paragraph of the item
         return False
 
-    def _begin(self, line: _Line) -> None:
+    def _begin_block(self, line: _Line) -> None:
         """Read a line outside of all containers, which is no fence."""
-        item = self._item(line)
+        item = self._parse_list_item(line)
         if item is not None:
-            self._inside, weak, unsure = item
-            self._doubt = unsure or (weak and not self._fresh) or bool(self._maths)
+            self._container_indent, weak, unsure = item
+            self._may_be_paragraph = unsure or (weak and not self._no_open_paragraph) or bool(self._formula_end)
         elif line.indent <= 3 and _FOOTNOTE.match(line.text):
-            self._inside, self._doubt = 4, True
-        elif line.indent <= 3 and (_HEADING.match(line.text) or _RULE.match(line.text)):
-            self._fresh = True
+            self._container_indent, self._may_be_paragraph = 4, True
+        elif line.indent <= 3 and (_HEADING.match(line.text) or _THEMATIC_BREAK.match(line.text)):
+            self._no_open_paragraph = True
         else:
-            self._fresh = False
+            self._no_open_paragraph = False
 
     @staticmethod
-    def _item(line: _Line) -> tuple[int, bool, bool] | None:
+    def _parse_list_item(line: _Line) -> tuple[int, bool, bool] | None:
         """The columns by which the content of a list's item is indented, whether it cannot end a paragraph, and whether
         it may be something else or be over at once; None for a line that begins no item."""
-        found = _ITEM.match(line.text)
-        if found is None or line.indent > 3 or _RULE.match(line.text):
+        found = _LIST_ITEM.match(line.text)
+        if found is None or line.indent > 3 or _THEMATIC_BREAK.match(line.text):
             return None
         marker = line.indent + len(found[1])
-        gap = _Line.of(" " * marker + (found[3] or "") + "x").indent - marker
+        gap = _Line.parse(" " * marker + (found[3] or "") + "x").indent - marker
         weak = not found[4] or (found[2] is not None and int(found[2]) != 1)
         return (
             marker + (gap if found[4] and 1 <= gap <= 4 else 1),
             weak,
-            not found[4] or bool(_DELIMITERS.match(line.text)),
+            not found[4] or bool(_TABLE_DELIMITER_ROW.match(line.text)),
         )
 
     @staticmethod
-    def _starts(line: _Line) -> bool:
+    def _interrupts_paragraph(line: _Line) -> bool:
         """Whether a line begins something that ends any paragraph."""
         if line.indent > 3:
             return False
-        starts = (_FENCE, _HEADING, _RULE)
+        starts = (_FENCE, _HEADING, _THEMATIC_BREAK)
         return line.text.startswith(">") or any(each.match(line.text) for each in starts)
 
-    def _cut(self) -> list[str]:
-        block, self._block = "".join(self._block), []
-        self.end += len(block)
+    def _flush_block(self) -> list[str]:
+        block, self._block_lines = "".join(self._block_lines), []
+        self.consumed += len(block)
         return [block] if block else []

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .params import OPENING_POSITIONS, Precision, SessionConfig
+from .params import OPENING_TOKEN_BUDGET, Precision, SessionConfig
 
 LIBRARIES = 510_000_000
 """Bytes that an engine's libraries take before any model is there (measured, docs/log.md)."""
@@ -105,7 +105,7 @@ def estimate(shape: Shape, config: SessionConfig, precision: Precision) -> Estim
     tokens = config.group_size * min(config.context_length, shape.positions or config.context_length)
     # Answers: keys and values for each token, and one row of logits for each option; for a moment, of each opening.
     begun = config.group_size * config.openings
-    held = max(tokens, min(tokens * config.openings, OPENING_POSITIONS))
+    held = max(tokens, min(tokens * config.openings, OPENING_TOKEN_BUDGET))
     answers = held * shape.layers * shape.key_values * wide + begun * shape.vocabulary * 4
     # Learning: what the backward pass keeps of each layer (about 17 vectors of the hidden size for a token, after
     # Korthikanti et al., arXiv 2205.05198, without attention scores) and three copies of the answers' logits.

@@ -16,15 +16,15 @@ from pathlib import Path
 from .errors import LoadFailed, shorten
 from .model_files import (
     CONFIG_LIMIT,
-    INDEX,
+    WEIGHT_INDEX,
     Config,
-    Marks,
+    FolderSignature,
     ModelFiles,
     Problem,
     Vocabulary,
-    damaged_file,
+    damaged_file_problem,
+    folder_signature,
     inspect_folder,
-    marks_of,
     read_json,
 )
 from .params import Precision
@@ -37,28 +37,28 @@ TOKENIZER_FILES = (
 
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
-QUANTIZED_NAMES = ("qweight", "qzeros", "weight_packed", "weight_blocks", "_blocks")
+PACKED_TENSOR_SUFFIXES = ("qweight", "qzeros", "weight_packed", "weight_blocks", "_blocks")
 """Last parts of the names of tensors that hold packed weights, in folders whose config.json does not say so."""
 
 BLOCK_FP8 = "fp8"
 BITSANDBYTES = "bitsandbytes"
 
-_UNQUANTIZED = "Use the model it was made from, in 32 or 16 bits; Trellis can load that in 4-bit."
+_USE_UNQUANTIZED = "Use the model it was made from, in 32 or 16 bits; Trellis can load that in 4-bit."
 
 _SIZE_KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "n_embd", "n_layer", "n_head")
 
 
-def problems(files: ModelFiles, precision: Precision = "auto", remote_code: bool = False) -> Iterator[Problem]:
+def find_problems(files: ModelFiles, precision: Precision = "auto", remote_code: bool = False) -> Iterator[Problem]:
     """What keeps a folder from being loaded with these options, what decides most first."""
-    yield from _absent_files(files)
-    yield from files.damage
+    yield from _missing_files(files)
+    yield from files.read_problems
     if not files.config:
         return
     yield from _unsupported_architecture(files, remote_code)
     yield from _unsupported_quantization(files)
-    yield from _wrong_sizes(files)
+    yield from _inconsistent_sizes(files)
     yield from _unsupported_tokenizer(files, remote_code)
-    if precision in ("8-bit", "4-bit") and not _installed("bitsandbytes"):
+    if precision in ("8-bit", "4-bit") and not _is_installed("bitsandbytes"):
         yield Problem(
             f"{precision} needs bitsandbytes, which is not installed.",
             "Install it with `pip install 'trellis-studio[quantized]'`, or choose 16-bit.",
@@ -66,37 +66,39 @@ def problems(files: ModelFiles, precision: Precision = "auto", remote_code: bool
         )  # fmt: skip
 
 
-def problems_before_weights(files: ModelFiles, remote_code: bool = False) -> Iterator[Problem]:
+def find_problems_before_weights(files: ModelFiles, remote_code: bool = False) -> Iterator[Problem]:
     """The same, of a folder whose weights are still to come."""
-    if "adapter_config.json" in files.names and "config.json" not in files.names:
-        yield from _absent_files(files)
-    yield from files.damage
+    if "adapter_config.json" in files.file_names and "config.json" not in files.file_names:
+        yield from _missing_files(files)
+    yield from files.read_problems
     if files.config:
         yield from _unsupported_architecture(files, remote_code)
         yield from _unsupported_quantization(files)
-        yield from _wrong_sizes(files)
+        yield from _inconsistent_sizes(files)
         yield from _unsupported_tokenizer(files, remote_code)
 
 
-def problem_of(path: Path, precision: Precision = "auto", remote_code: bool = False) -> Problem | None:
+def first_problem(path: Path, precision: Precision = "auto", remote_code: bool = False) -> Problem | None:
     """The first problem of a folder, or None. Reads files, those that have not changed once: not for the event loop."""
     try:
-        found = _problem_of(path, marks_of(path), precision, remote_code)
+        found = _cached_first_problem(path, folder_signature(path), precision, remote_code)
         if found and found.code == "not_installed":  # it may have been installed meanwhile
             importlib.invalidate_caches()
-            found = next(problems(inspect_folder(path), precision, remote_code), None)
+            found = next(find_problems(inspect_folder(path), precision, remote_code), None)
     except LoadFailed as error:
         return Problem(error.message, error.next_step, error.code)
     return found
 
 
 @lru_cache(maxsize=1024)
-def _problem_of(path: Path, marks: Marks, precision: Precision, remote_code: bool) -> Problem | None:
+def _cached_first_problem(
+    path: Path, signature: FolderSignature, precision: Precision, remote_code: bool
+) -> Problem | None:
     """Kept instead of what was read, which may take megabytes."""
-    return next(problems(inspect_folder(path), precision, remote_code), None)
+    return next(find_problems(inspect_folder(path), precision, remote_code), None)
 
 
-def problem_by_names(folder: Path) -> Problem | None:
+def problem_from_file_names(folder: Path) -> Problem | None:
     """What the names of a folder's files say against it; quick enough for a list of all models. A folder that cannot be
     looked into is left to the load."""
     try:
@@ -104,33 +106,33 @@ def problem_by_names(folder: Path) -> Problem | None:
     except OSError:
         return None
     weights = tuple(folder / name for name in sorted(names) if name.endswith(".safetensors"))
-    return next(_absent_files(ModelFiles(folder, names=names, weights=weights)), None)
+    return next(_missing_files(ModelFiles(folder, file_names=names, weight_paths=weights)), None)
 
 
 def require_loadable(path: Path, precision: Precision = "auto", remote_code: bool = False) -> ModelFiles:
     """The description of a folder that can be loaded, as far as its files say. Raises LoadFailed."""
     files = inspect_folder(path)
-    for problem in problems(files, precision, remote_code):
-        raise problem.error()
+    for problem in find_problems(files, precision, remote_code):
+        raise problem.to_error()
     return files
 
 
-def too_few_positions(positions: int | None, max_new_tokens: int) -> Problem | None:
+def answer_length_problem(max_positions: int | None, max_new_tokens: int) -> Problem | None:
     """Why answers of this length leave no room for a prompt in a model that can look back on so many tokens."""
-    if positions is None or max_new_tokens < positions:
+    if max_positions is None or max_new_tokens < max_positions:
         return None
-    fitting = max(1, positions // 2)
+    fitting = max(1, max_positions // 2)
     return Problem(
-        f"This model can look back on {positions} tokens, and answers of up to {max_new_tokens} leave no room for a "
-        "prompt.",
+        f"This model can look back on {max_positions} tokens, and answers of up to {max_new_tokens} leave no room for "
+        "a prompt.",
         f"Allow answers of at most {fitting} tokens.",
         "invalid", "max_new_tokens",
     )  # fmt: skip
 
 
-def _absent_files(files: ModelFiles) -> Iterator[Problem]:
-    names, folder = files.names, files.path.name
-    own_weights = [file for file in files.weights if not file.name.startswith("adapter_")]
+def _missing_files(files: ModelFiles) -> Iterator[Problem]:
+    names, folder = files.file_names, files.path.name
+    own_weights = [file for file in files.weight_paths if not file.name.startswith("adapter_")]
     if "adapter_config.json" in names and not own_weights:
         base = ""
         with suppress(*UNREADABLE):
@@ -142,7 +144,7 @@ def _absent_files(files: ModelFiles) -> Iterator[Problem]:
             "unsupported_format",
         )
         return
-    if not own_weights and not any(name.endswith(".index.json") and name == INDEX for name in names):
+    if not own_weights and not any(name.endswith(".index.json") and name == WEIGHT_INDEX for name in names):
         if any(name.endswith(".gguf") for name in names):
             yield Problem(
                 f"The folder “{folder}” holds a GGUF file, which can be run and not learned on.",
@@ -158,15 +160,15 @@ def _absent_files(files: ModelFiles) -> Iterator[Problem]:
                 "unsupported_format",
             )
             return
-    absent = [file.name for file in files.weights if file.name not in names]
-    if not files.weights and not any(problem.code == "corrupt_file" for problem in files.damage):
-        absent = ["*.safetensors"]
+    missing = [file.name for file in files.weight_paths if file.name not in names]
+    if not files.weight_paths and not any(problem.code == "corrupt_file" for problem in files.read_problems):
+        missing = ["*.safetensors"]
     if "config.json" not in names:
-        absent.append("config.json")
-    if absent:
-        more = f", and {len(absent) - 1} more of its files are missing" if len(absent) > 2 else ""
+        missing.append("config.json")
+    if missing:
+        more = f", and {len(missing) - 1} more of its files are missing" if len(missing) > 2 else ""
         yield Problem(
-            f"The folder “{files.path}” has no {shorten(absent[0])}{more}.",
+            f"The folder “{files.path}” has no {shorten(missing[0])}{more}.",
             "Choose a folder with a Hugging Face config and safetensors files, or copy the missing files again.",
             "not_found",
         )
@@ -176,7 +178,7 @@ def _absent_files(files: ModelFiles) -> Iterator[Problem]:
 
 
 @cache
-def known_types(kind: str) -> frozenset[str]:
+def known_model_types(task: str) -> frozenset[str]:
     """The model types that the installed transformers has under a heading of its tables, such as “CAUSAL_LM”; all of
     them under “CONFIG”. They are read from its source, since importing it takes seconds. Empty when it is not there.
     """
@@ -184,8 +186,8 @@ def known_types(kind: str) -> frozenset[str]:
     if found is None or not found.submodule_search_locations:
         return frozenset()
     auto = Path(found.submodule_search_locations[0]) / "models" / "auto"
-    files = ["auto_mappings.py", "configuration_auto.py"] if kind == "CONFIG" else ["modeling_auto.py"]
-    table = "CONFIG_MAPPING_NAMES" if kind == "CONFIG" else f"MODEL_FOR_{kind}_MAPPING_NAMES"
+    files = ["auto_mappings.py", "configuration_auto.py"] if task == "CONFIG" else ["modeling_auto.py"]
+    table = "CONFIG_MAPPING_NAMES" if task == "CONFIG" else f"MODEL_FOR_{task}_MAPPING_NAMES"
     types: set[str] = set()
     for name in files:
         with suppress(OSError, UnicodeDecodeError):
@@ -195,20 +197,20 @@ def known_types(kind: str) -> frozenset[str]:
     return frozenset(types)
 
 
-KINDS = (
+NON_CAUSAL_HEADS = (
     ("ForSequenceClassification", "classifies text"), ("ForTokenClassification", "labels the words of a text"),
     ("ForQuestionAnswering", "finds answers in a text"), ("ForMultipleChoice", "chooses between given answers"),
     ("RewardModel", "scores answers"), ("ForMaskedLM", "fills in masks"),
 )  # fmt: skip
 """What a model does whose architecture's name ends like this, and which therefore does not continue a text."""
 
-UNSUPPORTED = "unsupported_architecture"
-CHOOSE = "Choose a causal language model, such as Llama, Qwen, Gemma or Mistral."
+UNSUPPORTED_ARCHITECTURE = "unsupported_architecture"
+CHOOSE_CAUSAL_MODEL = "Choose a causal language model, such as Llama, Qwen, Gemma or Mistral."
 
 
 def _unsupported_architecture(files: ModelFiles, remote_code: bool) -> Iterator[Problem]:
     kind, architecture, config = files.model_type, files.architecture, files.config
-    known = known_types("CONFIG")
+    known = known_model_types("CONFIG")
     if known and kind not in known:
         brings_code = isinstance(config.get("auto_map"), dict)
         if brings_code and not remote_code:
@@ -231,47 +233,51 @@ def _unsupported_architecture(files: ModelFiles, remote_code: bool) -> Iterator[
                 "unsupported_architecture",
             )
         return
-    if what := _other_than_causal(files):
-        yield Problem(f"{what}; Trellis steers causal language models.", CHOOSE, UNSUPPORTED)
-    elif {"modules.json", "config_sentence_transformers.json"} & files.names:
+    if what := _describe_non_causal(files):
+        yield Problem(f"{what}; Trellis steers causal language models.", CHOOSE_CAUSAL_MODEL, UNSUPPORTED_ARCHITECTURE)
+    elif {"modules.json", "config_sentence_transformers.json"} & files.file_names:
         yield Problem(
             f"This is an embedding model ({shorten(architecture or kind)}), which turns text into vectors; Trellis "
             "steers causal language models.",
-            CHOOSE,
+            CHOOSE_CAUSAL_MODEL,
             "unsupported_architecture",
         )
-    elif _headless(files):
+    elif _lacks_output_layer(files):
         yield Problem(
             f"The folder holds {shorten(architecture or kind)} without an output layer, so that it cannot say words.",
-            CHOOSE,
+            CHOOSE_CAUSAL_MODEL,
             "unsupported_architecture",
         )
 
 
-def _other_than_causal(files: ModelFiles) -> str:
+def _describe_non_causal(files: ModelFiles) -> str:
     """What a model is that does not continue a text, as the beginning of a sentence; else nothing."""
     kind, architecture, config = files.model_type, files.architecture, files.config
     name = shorten(architecture or kind)
-    if kind in known_types("SPEECH_SEQ_2_SEQ") or kind in known_types("TEXT_TO_WAVEFORM") or kind == "trocr":
+    if (
+        kind in known_model_types("SPEECH_SEQ_2_SEQ")
+        or kind in known_model_types("TEXT_TO_WAVEFORM")
+        or kind == "trocr"
+    ):
         return f"This model ({name}) works on sound or pictures"
-    if config.get("is_encoder_decoder") is True or kind in known_types("SEQ_TO_SEQ_CAUSAL_LM"):
+    if config.get("is_encoder_decoder") is True or kind in known_model_types("SEQ_TO_SEQ_CAUSAL_LM"):
         if config.get("is_encoder_decoder") is not False:
             return f"This is an encoder-decoder ({name}), which rewrites a text as another"
-    elif kind in known_types("MASKED_LM") and config.get("is_decoder") is not True:
+    elif kind in known_model_types("MASKED_LM") and config.get("is_decoder") is not True:
         what = "a BERT encoder" if kind == "bert" else f"an encoder ({name})"
         return f"This is {what}, which fills in masks"
-    for ending, does in KINDS:
+    for ending, does in NON_CAUSAL_HEADS:
         if architecture.endswith(ending):
             return f"This model ({name}) {does}"
-    causal = known_types("CAUSAL_LM")
-    if causal and kind not in causal and kind in known_types("CONFIG"):
-        if kind in known_types("IMAGE_TEXT_TO_TEXT"):
+    causal = known_model_types("CAUSAL_LM")
+    if causal and kind not in causal and kind in known_model_types("CONFIG"):
+        if kind in known_model_types("IMAGE_TEXT_TO_TEXT"):
             return f"This model ({name}) reads pictures together with text, and Trellis cannot load its text part alone"
         return f"This model ({name}) is not a causal language model"
     return ""
 
 
-def _headless(files: ModelFiles) -> bool:
+def _lacks_output_layer(files: ModelFiles) -> bool:
     """Whether the folder of a bare model (LlamaModel) has no output layer, and does not share the embedding for it."""
     tied = files.text_config.get("tie_word_embeddings", files.config.get("tie_word_embeddings"))
     has_head = any("lm_head" in name or "embed_out" in name or name == "output.weight" for name in files.tensors)
@@ -281,30 +287,30 @@ def _headless(files: ModelFiles) -> bool:
 # ── Numbers of fewer bits ──────────────────────────────────────────────────────────────────────────────
 
 
-def quantization_of(files: ModelFiles) -> str:
+def quantization_method(files: ModelFiles) -> str:
     """How the weights of a folder are quantised (“awq”, “fp8”, …); empty for one that is not."""
     if (found := files.quantization) is not None:
         method = found.get("quant_method")
         if not method and ("load_in_4bit" in found or "load_in_8bit" in found):
             method = BITSANDBYTES
         return str(method or "unknown").lower()
-    if any(name.rsplit(".", 1)[-1].endswith(QUANTIZED_NAMES) for name in files.tensors):
-        return "gptq" if "quantize_config.json" in files.names else "unknown"
+    if any(name.rsplit(".", 1)[-1].endswith(PACKED_TENSOR_SUFFIXES) for name in files.tensors):
+        return "gptq" if "quantize_config.json" in files.file_names else "unknown"
     return ""
 
 
 def _unsupported_quantization(files: ModelFiles) -> Iterator[Problem]:
-    method = quantization_of(files)
+    method = quantization_method(files)
     if method == BLOCK_FP8:
-        if odd := _fp8_that_is_not_understood(files):
+        if odd := _unsupported_fp8_tensor(files):
             yield Problem(
                 f"The weights are in FP8, and “{shorten(odd)}” has scales of a kind that Trellis does not know.",
-                _UNQUANTIZED, "unsupported_quantization",
+                _USE_UNQUANTIZED, "unsupported_quantization",
             )  # fmt: skip
-    elif method == BITSANDBYTES and not _installed("bitsandbytes"):
+    elif method == BITSANDBYTES and not _is_installed("bitsandbytes"):
         yield Problem(
             "The weights were quantised with bitsandbytes, which is not installed.",
-            f"Install it with `pip install 'trellis-studio[quantized]'`. Or: {_UNQUANTIZED}",
+            f"Install it with `pip install 'trellis-studio[quantized]'`. Or: {_USE_UNQUANTIZED}",
             "not_installed",
         )
     elif method not in ("", BITSANDBYTES):
@@ -312,7 +318,7 @@ def _unsupported_quantization(files: ModelFiles) -> Iterator[Problem]:
         packed = "in a way that config.json does not name" if method == "unknown" else f"with {shorten(name)}"
         yield Problem(
             f"The weights are quantised {packed}, in which Trellis cannot learn.",
-            _UNQUANTIZED,
+            _USE_UNQUANTIZED,
             "unsupported_quantization",
         )
     elif not method:
@@ -324,27 +330,27 @@ def _unsupported_quantization(files: ModelFiles) -> Iterator[Problem]:
                 yield Problem(
                     f"The tensor “{shorten(name)}” holds packed numbers ({about['dtype']}), and config.json does not "
                     "say how they are to be read.",
-                    _UNQUANTIZED,
+                    _USE_UNQUANTIZED,
                     "unsupported_quantization",
                 )
                 return
 
 
-def _fp8_that_is_not_understood(files: ModelFiles) -> str:
+def _unsupported_fp8_tensor(files: ModelFiles) -> str:
     """The first FP8 tensor that has no scale, or one that does not fit its blocks; empty when all can be read."""
     for name, about in files.tensors.items():
         if about.get("dtype") in ("F8_E4M3", "F8_E5M2"):
             scale = files.tensors.get(f"{name}_scale_inv")
             if scale is None or scale.get("dtype") not in ("F32", "BF16", "F16"):
                 return name
-            if not blocks_fit(about["shape"], scale["shape"], block_of(files.quantization)):
+            if not scales_match(about["shape"], scale["shape"], scale_block_shape(files.quantization)):
                 return name
         elif about.get("dtype") in ("U8", "I8") or str(about.get("dtype")).startswith("F4"):
             return name
     return ""
 
 
-def block_of(quantization: Config | None) -> tuple[int, int] | None:
+def scale_block_shape(quantization: Config | None) -> tuple[int, int] | None:
     """The rows and columns of a weight that share a scale; None where a whole tensor does."""
     found = (quantization or {}).get("weight_block_size")
     if (
@@ -356,7 +362,7 @@ def block_of(quantization: Config | None) -> tuple[int, int] | None:
     return None
 
 
-def blocks_fit(weight: list[int], scale: list[int], block: tuple[int, int] | None) -> bool:
+def scales_match(weight: list[int], scale: list[int], block: tuple[int, int] | None) -> bool:
     """Whether scales of this shape belong to a weight of this shape."""
     if all(side == 1 for side in scale):
         return True
@@ -369,7 +375,7 @@ def blocks_fit(weight: list[int], scale: list[int], block: tuple[int, int] | Non
 # ── Sizes ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _wrong_sizes(files: ModelFiles) -> Iterator[Problem]:
+def _inconsistent_sizes(files: ModelFiles) -> Iterator[Problem]:
     config = files.text_config
     for name in _SIZE_KEYS:
         value = config.get(name, 1)
@@ -400,11 +406,11 @@ def _wrong_sizes(files: ModelFiles) -> Iterator[Problem]:
     if found is None or "word_embed_proj_dim" in config or "embedding_size" in config:
         return
     name, (rows, hidden) = found
-    for key, is_there in (("vocab_size", rows), ("hidden_size", hidden), ("n_embd", hidden)):
-        said = config.get(key)
-        if isinstance(said, int) and said != is_there:
+    for key, actual in (("vocab_size", rows), ("hidden_size", hidden), ("n_embd", hidden)):
+        configured = config.get(key)
+        if isinstance(configured, int) and configured != actual:
             yield Problem(
-                f"The file “config.json” says {said} for {key}, and the tensor “{shorten(name)}” has {is_there}.",
+                f"The file “config.json” says {configured} for {key}, and the tensor “{shorten(name)}” has {actual}.",
                 "Copy or download config.json and the weights again, from the same model.",
                 "corrupt_file",
             )
@@ -414,22 +420,22 @@ def _wrong_sizes(files: ModelFiles) -> Iterator[Problem]:
 # ── Tokenizer
 
 
-def token_without_row(vocabulary: Vocabulary, rows: int, needed: str) -> tuple[str, int] | None:
+def token_beyond_embedding(vocabulary: Vocabulary, rows: int, used_text: str) -> tuple[str, int] | None:
     """A token that is sure to be used and that the embedding has no row for. An added token counts where it is in
     `needed`: the template and the names of the ends. A padding token that nothing writes does no harm."""
-    added = {text: number for text, number in vocabulary.added.items() if number >= rows}
-    if vocabulary.largest >= rows and vocabulary.largest not in added.values():
-        return "", vocabulary.largest
-    return next(((text, number) for text, number in added.items() if text in needed), None)
+    added = {text: number for text, number in vocabulary.added_tokens.items() if number >= rows}
+    if vocabulary.largest_id >= rows and vocabulary.largest_id not in added.values():
+        return "", vocabulary.largest_id
+    return next(((text, number) for text, number in added.items() if text in used_text), None)
 
 
 def _unsupported_tokenizer(files: ModelFiles, remote_code: bool) -> Iterator[Problem]:
-    names, about = files.names, files.tokenizer_config
+    names, about = files.file_names, files.tokenizer_config
     own = about.get("auto_map")
     if isinstance(own, dict) and "AutoTokenizer" in own and remote_code:
         return
-    there = [name for name in names if name in TOKENIZER_FILES or name.endswith(".tiktoken")]
-    if not there:
+    tokenizer_files = [name for name in names if name in TOKENIZER_FILES or name.endswith(".tiktoken")]
+    if not tokenizer_files:
         yield Problem(
             f"The folder “{files.path.name}” has no tokenizer, such as tokenizer.json.",
             "Copy or download the tokenizer's files of this model into it.",
@@ -437,18 +443,18 @@ def _unsupported_tokenizer(files: ModelFiles, remote_code: bool) -> Iterator[Pro
         )
         return
     if "tokenizer.json" not in names:
-        yield from _missing_libraries(there)
+        yield from _missing_libraries(tokenizer_files)
         return
-    vocabulary, rows = files.vocabulary, files.rows
+    vocabulary, rows = files.vocabulary, files.embedding_rows
     if vocabulary is None:
-        yield damaged_file(files.path / "tokenizer.json", ValueError())
+        yield damaged_file_problem(files.path / "tokenizer.json", ValueError())
         return
-    if rows is not None and (beyond := token_without_row(vocabulary, rows, _written_by_template(files))):
-        yield tokenizer_too_large(beyond, rows)
+    if rows is not None and (beyond := token_beyond_embedding(vocabulary, rows, _template_text(files))):
+        yield tokenizer_too_large_problem(beyond, rows)
 
 
-def tokenizer_too_large(beyond: tuple[str, int], rows: int) -> Problem:
-    text, number = beyond
+def tokenizer_too_large_problem(token_and_id: tuple[str, int], rows: int) -> Problem:
+    text, number = token_and_id
     token = f"“{shorten(text)}”" if text else "a token"
     return Problem(
         f"The tokenizer has {token} with number {number}, and the model's embedding has rows for {rows} tokens.",
@@ -458,7 +464,7 @@ def tokenizer_too_large(beyond: tuple[str, int], rows: int) -> Problem:
     )
 
 
-def _written_by_template(files: ModelFiles) -> str:
+def _template_text(files: ModelFiles) -> str:
     """All text in which a token stands that is sure to be used: the templates, and the tokens that begin and end."""
     about = files.tokenizer_config
     parts = [json.dumps(about.get("chat_template") or "", ensure_ascii=False)]
@@ -466,25 +472,25 @@ def _written_by_template(files: ModelFiles) -> str:
         token = about.get(name)
         parts.append(str(token.get("content", "")) if isinstance(token, dict) else str(token or ""))
     template = files.path / "chat_template.jinja"
-    if template.name in files.names:
+    if template.name in files.file_names:
         with suppress(OSError, UnicodeDecodeError), template.open(encoding="utf-8") as stream:
             parts.append(stream.read(1_000_000))
     return "\n".join(parts)
 
 
-def _missing_libraries(there: list[str]) -> Iterator[Problem]:
+def _missing_libraries(tokenizer_files: list[str]) -> Iterator[Problem]:
     """What must be installed to read a tokenizer that has no tokenizer.json."""
     needed: tuple[str, ...] = ()
-    if any(name in SENTENCEPIECE_FILES for name in there):
+    if any(name in SENTENCEPIECE_FILES for name in tokenizer_files):
         needed = ("sentencepiece", "google.protobuf")
-    elif any(name.endswith(".tiktoken") or name == "tiktoken.model" for name in there):
+    elif any(name.endswith(".tiktoken") or name == "tiktoken.model" for name in tokenizer_files):
         needed = ("tiktoken",)
-    elif there == ["tekken.json"]:
+    elif tokenizer_files == ["tekken.json"]:
         needed = ("mistral_common",)
-    missing = [_PACKAGES.get(name, name) for name in needed if not _installed(name)]
+    missing = [_PACKAGE_NAMES.get(name, name) for name in needed if not _is_installed(name)]
     if missing:
         yield Problem(
-            f"The tokenizer is in “{sorted(there)[0]}”, and reading it needs {' and '.join(missing)}, which "
+            f"The tokenizer is in “{sorted(tokenizer_files)[0]}”, and reading it needs {' and '.join(missing)}, which "
             f"{'are' if len(missing) > 1 else 'is'} not installed.",
             f"Install {'them' if len(missing) > 1 else 'it'} with `pip install {' '.join(missing)}`, or use a version "
             "of the model with a tokenizer.json.",
@@ -492,10 +498,10 @@ def _missing_libraries(there: list[str]) -> Iterator[Problem]:
         )
 
 
-_PACKAGES = {"google.protobuf": "protobuf", "mistral_common": "mistral-common"}
+_PACKAGE_NAMES = {"google.protobuf": "protobuf", "mistral_common": "mistral-common"}
 
 
-def _installed(name: str) -> bool:
+def _is_installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:  # the package that a module would be in is not there

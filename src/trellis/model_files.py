@@ -19,7 +19,7 @@ from typing import Any
 from .errors import LoadFailed, shorten
 from .safetensors_files import UNREADABLE, header_of
 
-INDEX = "model.safetensors.index.json"
+WEIGHT_INDEX = "model.safetensors.index.json"
 
 CONFIG_LIMIT = 16_000_000
 INDEX_LIMIT = 64_000_000
@@ -27,7 +27,13 @@ HEADER_LIMIT = 32_000_000
 TOKENIZER_LIMIT = 256_000_000
 """Bytes of a file that are parsed at most; the largest that are published have a tenth of it."""
 
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
+EMBEDDING_SUFFIXES = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+)
 """How the tensor with a row for each token is called, by its last parts."""
 
 Config = Mapping[str, Any]
@@ -42,12 +48,12 @@ class Problem:
     code: str
     field: str = "model"
 
-    def error(self) -> LoadFailed:
+    def to_error(self) -> LoadFailed:
         """The problem as an error. Only an option that can be chosen otherwise is named as its field."""
         own = self.field if self.field != "model" else None
         return LoadFailed(self.message, code=self.code, next_step=self.next_step, field=own)
 
-    def sentences(self) -> str:
+    def full_text(self) -> str:
         return f"{self.message} {self.next_step}"
 
 
@@ -59,10 +65,10 @@ class ModelFiles:
     path: Path
     config: Config = field(default_factory=dict)
     tokenizer_config: Config = field(default_factory=dict)
-    names: frozenset[str] = frozenset()
-    weights: tuple[Path, ...] = ()
+    file_names: frozenset[str] = frozenset()
+    weight_paths: tuple[Path, ...] = ()
     tensors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    damage: tuple[Problem, ...] = ()
+    read_problems: tuple[Problem, ...] = ()
 
     @property
     def model_type(self) -> str:
@@ -84,12 +90,17 @@ class ModelFiles:
         for name, about in self.tensors.items():
             shape = about.get("shape", [])
             of_text = not any(other in name for other in ("vision", "visual", "audio"))
-            if name.endswith(EMBEDDINGS) and of_text and len(shape) == 2 and about.get("dtype") in _FLOATS:
+            if (
+                name.endswith(EMBEDDING_SUFFIXES)
+                and of_text
+                and len(shape) == 2
+                and about.get("dtype") in _FLOAT_DTYPES
+            ):
                 return name, shape
         return None
 
     @property
-    def rows(self) -> int | None:
+    def embedding_rows(self) -> int | None:
         """For how many tokens the model has a row in its embedding."""
         if found := self.embedding:
             return found[1][0]
@@ -97,7 +108,7 @@ class ModelFiles:
         return size if isinstance(size, int) and not isinstance(size, bool) else None
 
     @property
-    def positions(self) -> int | None:
+    def max_positions(self) -> int | None:
         """How many tokens the model can look back on, where its configuration says so."""
         for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
             found = self.text_config.get(name)
@@ -119,12 +130,12 @@ class ModelFiles:
         return None
 
 
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 def weight_files(path: Path) -> list[Path]:
     """The files that hold a model: those that its index names, or its one file, or all there are. Raises UNREADABLE."""
-    index = path / INDEX
+    index = path / WEIGHT_INDEX
     if index.is_file():
         named = read_json(index, INDEX_LIMIT)["weight_map"].values()
         return [path / name for name in sorted(set(named)) if "/" not in name]
@@ -132,11 +143,11 @@ def weight_files(path: Path) -> list[Path]:
     return [single] if single.is_file() else sorted(path.glob("*.safetensors"))
 
 
-Marks = tuple[tuple[str, int, int, bool], ...]
+FolderSignature = tuple[tuple[str, int, int, bool], ...]
 """Of each entry of a folder its name, size, time of change, and whether it is a file."""
 
 
-def marks_of(path: Path) -> Marks:
+def folder_signature(path: Path) -> FolderSignature:
     """What changes when a file of a folder does. Raises LoadFailed for one that is not there or may not be read."""
     if not path.is_dir():
         raise LoadFailed(
@@ -153,18 +164,20 @@ def marks_of(path: Path) -> Marks:
                 continue
             marks.append((file.name, about.st_size, about.st_ctime_ns, stat.S_ISREG(about.st_mode)))
     except PermissionError:
-        raise LoadFailed(f"The folder “{path}” may not be read.", code="permission_denied", next_step=GRANT) from None
+        raise LoadFailed(
+            f"The folder “{path}” may not be read.", code="permission_denied", next_step=GRANT_READ_ACCESS
+        ) from None
     return tuple(marks)
 
 
-GRANT = "Give the studio's user the right to read it."
+GRANT_READ_ACCESS = "Give the studio's user the right to read it."
 
 
 def inspect_folder(path: Path) -> ModelFiles:
     """Read what describes a model folder. Raises LoadFailed for one that is not there or may not be read."""
-    marks = marks_of(path)
-    names = frozenset(name for name, _, _, is_file in marks if is_file)
-    damage: list[Problem] = []
+    signature = folder_signature(path)
+    names = frozenset(name for name, _, _, is_file in signature if is_file)
+    read_problems: list[Problem] = []
 
     def read(name: str, limit: int) -> dict[str, Any]:
         if name not in names:
@@ -175,7 +188,7 @@ def inspect_folder(path: Path) -> ModelFiles:
                 raise ValueError("it holds no JSON object")
             return found
         except UNREADABLE as error:
-            damage.append(damaged_file(path / name, error))
+            read_problems.append(damaged_file_problem(path / name, error))
             return {}
 
     config = read("config.json", CONFIG_LIMIT)
@@ -184,24 +197,24 @@ def inspect_folder(path: Path) -> ModelFiles:
     try:
         weights = weight_files(path)
     except UNREADABLE as error:
-        damage.append(damaged_file(path / INDEX, error))
+        read_problems.append(damaged_file_problem(path / WEIGHT_INDEX, error))
     tensors: dict[str, Mapping[str, Any]] = {}
     for file in weights:
         if file.name not in names:
             continue
         try:
-            tensors |= _header_of_whole_file(file)
+            tensors |= _read_complete_header(file)
         except UNREADABLE as error:
-            damage.append(damaged_file(file, error))
-    if not damage and INDEX in names and all(file.name in names for file in weights):
-        damage += _not_where_the_index_says(path, tensors)
-    return ModelFiles(path, config, tokenizer_config, names, tuple(weights), tensors, tuple(damage))
+            read_problems.append(damaged_file_problem(file, error))
+    if not read_problems and WEIGHT_INDEX in names and all(file.name in names for file in weights):
+        read_problems += _tensors_missing_from_files(path, tensors)
+    return ModelFiles(path, config, tokenizer_config, names, tuple(weights), tensors, tuple(read_problems))
 
 
 # ── Files ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _header_of_whole_file(file: Path) -> dict[str, dict[str, Any]]:
+def _read_complete_header(file: Path) -> dict[str, dict[str, Any]]:
     """The header of a safetensors file that is as long as its header says. Raises one of UNREADABLE."""
     header = header_of(file, HEADER_LIMIT)
     ends = [int(about["data_offsets"][1]) for about in header.values()]
@@ -218,13 +231,13 @@ def _header_of_whole_file(file: Path) -> dict[str, dict[str, Any]]:
     return header
 
 
-def _not_where_the_index_says(path: Path, tensors: Mapping[str, Any]) -> list[Problem]:
+def _tensors_missing_from_files(path: Path, tensors: Mapping[str, Any]) -> list[Problem]:
     with suppress(*UNREADABLE):
-        named = read_json(path / INDEX, INDEX_LIMIT)["weight_map"]
+        named = read_json(path / WEIGHT_INDEX, INDEX_LIMIT)["weight_map"]
         if missing := sorted(name for name in named if name not in tensors):
             return [
                 Problem(
-                    f"The tensor “{shorten(missing[0])}”, which “{INDEX}” lists, is in none of its files.",
+                    f"The tensor “{shorten(missing[0])}”, which “{WEIGHT_INDEX}” lists, is in none of its files.",
                     "Copy or download the model again.",
                     "corrupt_file",
                 )
@@ -232,9 +245,9 @@ def _not_where_the_index_says(path: Path, tensors: Mapping[str, Any]) -> list[Pr
     return []
 
 
-def damaged_file(file: Path, error: BaseException) -> Problem:
+def damaged_file_problem(file: Path, error: BaseException) -> Problem:
     if isinstance(error, PermissionError):
-        return Problem(f"The file “{file}” may not be read.", GRANT, "permission_denied")
+        return Problem(f"The file “{file}” may not be read.", GRANT_READ_ACCESS, "permission_denied")
     with suppress(OSError), file.open("rb") as stream:
         if stream.read(24).startswith(b"version https://git-lfs"):
             return Problem(
@@ -242,8 +255,8 @@ def damaged_file(file: Path, error: BaseException) -> Problem:
                 "Run `git lfs pull` in the folder, or download the model again.",
                 "corrupt_file",
             )
-    if file.name == INDEX:
-        return Problem(f"The file “{INDEX}” cannot be read.", "Copy or download it again.", "corrupt_file")
+    if file.name == WEIGHT_INDEX:
+        return Problem(f"The file “{WEIGHT_INDEX}” cannot be read.", "Copy or download it again.", "corrupt_file")
     if file.suffix == ".safetensors":
         reason = str(error) if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError) else ""
         detail = f": {reason}." if reason and "codec" not in reason else "."
@@ -274,14 +287,14 @@ def read_json(file: Path, limit: int) -> Any:
 class Vocabulary:
     """The ids of a tokenizer: the largest of its vocabulary, and those of its added tokens by their text."""
 
-    largest: int
-    added: Mapping[str, int]
+    largest_id: int
+    added_tokens: Mapping[str, int]
 
 
-_VOCAB = re.compile(rb'"vocab"\s*+:\s*+([{\[])\s*+')
-_PAIR = re.compile(rb'"(?:[^"\\]++|\\.)*+"\s*+:\s*+(\d++)\s*+,?\s*+')
-_PIECE = re.compile(rb'\[\s*+"(?:[^"\\]++|\\.)*+"\s*+,[^\]]*+\]\s*+,?\s*+')
-_ADDED = re.compile(rb'"added_tokens"\s*+:\s*+(?=\[)')
+_VOCAB_START = re.compile(rb'"vocab"\s*+:\s*+([{\[])\s*+')
+_BPE_ENTRY = re.compile(rb'"(?:[^"\\]++|\\.)*+"\s*+:\s*+(\d++)\s*+,?\s*+')
+_UNIGRAM_ENTRY = re.compile(rb'\[\s*+"(?:[^"\\]++|\\.)*+"\s*+,[^\]]*+\]\s*+,?\s*+')
+_ADDED_TOKENS_START = re.compile(rb'"added_tokens"\s*+:\s*+(?=\[)')
 
 
 def read_vocabulary(file: Path) -> Vocabulary:
@@ -290,16 +303,16 @@ def read_vocabulary(file: Path) -> Vocabulary:
     if file.stat().st_size > TOKENIZER_LIMIT:  # a search holds the interpreter from its beginning to its end
         raise ValueError("it is larger than any model's")
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        begin = _VOCAB.search(text)
+        begin = _VOCAB_START.search(text)
         if begin is None:
             raise ValueError("it has no vocabulary")
         place, largest, count = begin.end(), -1, -1
-        pattern = _PAIR if begin[1] == b"{" else _PIECE
+        pattern = _BPE_ENTRY if begin[1] == b"{" else _UNIGRAM_ENTRY
         while match := pattern.match(text, place):
             place, count = match.end(), count + 1
-            largest = max(largest, int(match[1]) if pattern is _PAIR else count)
+            largest = max(largest, int(match[1]) if pattern is _BPE_ENTRY else count)
         added: dict[str, int] = {}
-        if listed := _ADDED.search(text, 0, begin.start()):
+        if listed := _ADDED_TOKENS_START.search(text, 0, begin.start()):
             found, _ = json.JSONDecoder().raw_decode(text[listed.end() : begin.start()].decode())
             added = {str(token["content"]): int(token["id"]) for token in found}
     return Vocabulary(largest, added)
@@ -307,7 +320,7 @@ def read_vocabulary(file: Path) -> Vocabulary:
 
 # ── What makes two configurations the same model ───────────────────────────────────────────────────────
 
-INERT = frozenset({
+IGNORED_CONFIG_KEYS = frozenset({
     "transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "_commit_hash", "architectures",
     "_attn_implementation_autoset", "_attn_implementation", "_flash_attn_2_enabled", "unsloth_version",
     "unsloth_fixed", "trl_version", "peft_version", "output_attentions", "output_hidden_states", "return_dict",
@@ -322,10 +335,10 @@ def canonical_config(text: bytes) -> bytes:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return text
-    return json.dumps(_without_inert(found), sort_keys=True, separators=(",", ":")).encode()
+    return json.dumps(_drop_ignored_keys(found), sort_keys=True, separators=(",", ":")).encode()
 
 
-def _without_inert(value: Any) -> Any:
+def _drop_ignored_keys(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_inert(inner) for key, inner in value.items() if key not in INERT}
-    return [_without_inert(each) for each in value] if isinstance(value, list) else value
+        return {key: _drop_ignored_keys(inner) for key, inner in value.items() if key not in IGNORED_CONFIG_KEYS}
+    return [_drop_ignored_keys(each) for each in value] if isinstance(value, list) else value

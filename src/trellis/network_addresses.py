@@ -9,10 +9,10 @@ from collections.abc import Iterable
 
 import psutil
 
-ANYWHERE = {"0.0.0.0", "::"}  # noqa: S104 - compared with, not listened on
+WILDCARD_HOSTS = {"0.0.0.0", "::"}  # noqa: S104 - compared with, not listened on
 
 
-def url_of(host: str, port: int) -> str:
+def http_url(host: str, port: int) -> str:
     """The URL of a host; an IPv6 address gets its brackets."""
     host = host.strip("[]")
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -20,23 +20,23 @@ def url_of(host: str, port: int) -> str:
 
 def local_url(host: str, port: int) -> str:
     """The URL for a browser on this computer. An address that stands for all of them is none to go to."""
-    return url_of({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host.strip("[]"), host), port)  # noqa: S104
+    return http_url({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host.strip("[]"), host), port)  # noqa: S104
 
 
 def network_urls(host: str, port: int) -> list[str]:
     """The URLs for other devices in the network, the one on the way out first; empty where only this computer may."""
     plain = host.strip("[]")
-    if plain in ANYWHERE:
-        found = reachable(machine_addresses(), v6=plain == "::", first=address_on_the_way_out())
-        return [url_of(address, port) for address in found]
+    if plain in WILDCARD_HOSTS:
+        found = reachable_addresses(machine_addresses(), include_ipv6=plain == "::", preferred=outbound_address())
+        return [http_url(address, port) for address in found]
     try:
-        alone = ipaddress.ip_address(plain).is_loopback
+        is_loopback = ipaddress.ip_address(plain).is_loopback
     except ValueError:
-        alone = plain == "localhost"
-    return [] if alone else [url_of(plain, port)]
+        is_loopback = plain == "localhost"
+    return [] if is_loopback else [http_url(plain, port)]
 
 
-def reachable(addresses: Iterable[str], *, v6: bool, first: str = "") -> list[str]:
+def reachable_addresses(addresses: Iterable[str], *, include_ipv6: bool, preferred: str = "") -> list[str]:
     """Of a machine's addresses those that others in its network can use: no loopback, no link-local ones."""
     found = []
     for address in dict.fromkeys(addresses):
@@ -44,9 +44,11 @@ def reachable(addresses: Iterable[str], *, v6: bool, first: str = "") -> list[st
             parsed = ipaddress.ip_address(address)
         except ValueError:
             continue  # an address of hardware, or one that needs a zone, which no URL carries
-        if not (parsed.is_loopback or parsed.is_link_local or parsed.is_unspecified) and (v6 or parsed.version == 4):
+        if not (parsed.is_loopback or parsed.is_link_local or parsed.is_unspecified) and (
+            include_ipv6 or parsed.version == 4
+        ):
             found.append(address)
-    return sorted(found, key=lambda address: (address != first, ":" in address))
+    return sorted(found, key=lambda address: (address != preferred, ":" in address))
 
 
 def machine_addresses() -> list[str]:
@@ -55,7 +57,7 @@ def machine_addresses() -> list[str]:
     return [each.address for name, found in psutil.net_if_addrs().items() if name in up for each in found]
 
 
-def address_on_the_way_out() -> str:
+def outbound_address() -> str:
     """The address from which this machine would speak to the internet; empty where it has none. Nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic.fields import FieldInfo
 
 from .errors import Invalid, shorten
-from .text_rules import PROMPT_LIMIT, storable
+from .text_rules import PROMPT_LIMIT, require_storable
 
 Precision = Literal["auto", "32-bit", "16-bit", "8-bit", "4-bit"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -26,7 +26,7 @@ MethodName = Literal["choice", "dpo", "dpo-norm", "ipo", "simpo", "kto", "apo-ze
 THINKING_SWITCHES = ("enable_thinking", "thinking", "reasoning")
 """What chat templates call the variable that turns thinking on and off."""
 
-OPENING_POSITIONS = 20_000
+OPENING_TOKEN_BUDGET = 20_000
 """Positions of prompt that the openings of one offer may take up together; with a longer prompt fewer are begun."""
 
 
@@ -113,7 +113,7 @@ class Adapter(Options):
 
     @field_validator("target_modules")
     @classmethod
-    def _names_of_layers(cls, value: str) -> str:
+    def _normalize_target_modules(cls, value: str) -> str:
         names = [name.strip() for name in value.split(",")]
         if not all(re.fullmatch(r"[A-Za-z0-9_.-]+", name) for name in names):
             raise ValueError("must be “all-linear” or names of layers with commas between them")
@@ -246,11 +246,11 @@ class Dataset(Options):
 
     @field_validator("id", "subset", "split", "column")
     @classmethod
-    def _text_can_be_stored(cls, value: str) -> str:
-        return storable(value).strip()
+    def _strip_and_check_text(cls, value: str) -> str:
+        return require_storable(value).strip()
 
 
-Part = TypeVar("Part", bound=Options)
+OptionsT = TypeVar("OptionsT", bound=Options)
 
 
 class SessionConfig(ModelOptions, Adapter, Sampling, Learning):
@@ -321,10 +321,10 @@ class SessionConfig(ModelOptions, Adapter, Sampling, Learning):
 
     @field_validator("system_prompt", "control_prompt", "prompt_prefix", "prompt_suffix")
     @classmethod
-    def _text_can_be_stored(cls, value: str) -> str:
-        return storable(value)
+    def _check_text(cls, value: str) -> str:
+        return require_storable(value)
 
-    def part(self, kind: type[Part]) -> Part:
+    def extract(self, kind: type[OptionsT]) -> OptionsT:
         """The options of one part: `config.part(Sampling)`."""
         return kind.model_validate({name: getattr(self, name) for name in kind.model_fields})
 
@@ -335,13 +335,13 @@ class SessionConfig(ModelOptions, Adapter, Sampling, Learning):
             config = cls.model_validate(values)
         except ValidationError as error:
             raise invalid_from(error, prefix="config") from None
-        together = list(config._what_does_not_go_together())
-        if together:
-            raise invalid_entries([{"field": f"config.{name}", "message": message} for name, message in together])
+        conflicts = list(config._find_conflicts())
+        if conflicts:
+            raise invalid_from_entries([{"field": f"config.{name}", "message": message} for name, message in conflicts])
         return config
 
     @classmethod
-    def as_far_as_valid(cls, values: Mapping[str, Any]) -> Self:
+    def from_valid_fields(cls, values: Mapping[str, Any]) -> Self:
         """A configuration from what is valid among some values, with defaults for the rest."""
         kept: dict[str, Any] = {}
         for name, value in values.items():
@@ -352,7 +352,7 @@ class SessionConfig(ModelOptions, Adapter, Sampling, Learning):
             kept[name] = value
         return cls.model_validate(kept)
 
-    def _what_does_not_go_together(self) -> Iterator[tuple[str, str]]:
+    def _find_conflicts(self) -> Iterator[tuple[str, str]]:
         if self.max_new_tokens >= self.context_length:
             yield (
                 "max_new_tokens",
@@ -371,7 +371,7 @@ class SessionConfig(ModelOptions, Adapter, Sampling, Learning):
             yield "remote_code", "needs a model on the hub and a revision that is a whole commit (40 hex digits)."
 
 
-Text = Annotated[str, Field(min_length=1, max_length=PROMPT_LIMIT), AfterValidator(storable)]
+StorableText = Annotated[str, Field(min_length=1, max_length=PROMPT_LIMIT), AfterValidator(require_storable)]
 """A prompt or a written answer as it may be sent."""
 
 
@@ -386,57 +386,59 @@ def default_learning_rate(parameters: int) -> float:
 
 def invalid_from(error: ValidationError, prefix: str = "") -> Invalid:
     """Pydantic's findings as the one error shape, each field named with the value that it was given."""
-    return invalid_fields((dict(finding) for finding in error.errors()), prefix)
+    return invalid_from_details((dict(finding) for finding in error.errors()), prefix)
 
 
-MOST_FINDINGS = 20
+MAX_REPORTED_ERRORS = 20
 """So many things that are wrong are said at once: a body may be made to have a hundred thousand of them."""
 
 
-def invalid_fields(findings: Iterable[Mapping[str, Any]], prefix: str = "") -> Invalid:
+def invalid_from_details(details: Iterable[Mapping[str, Any]], prefix: str = "") -> Invalid:
     """Findings as one error. What several branches of a union say of one field is one sentence."""
-    said: dict[str, list[str]] = {}
-    given: dict[str, str] = {}
-    for finding in islice(findings, MOST_FINDINGS):
-        path = ".".join(part for part in (prefix, *_path_of(finding)) if part)
-        sentence = _sentence(finding, prefix)
-        if sentence not in said.setdefault(path, []):
-            said[path].append(sentence)
-        given.setdefault(path, _given(finding.get("input")))
-    return invalid_entries([{"field": path, "message": _one_of(said[path], given[path])} for path in said])
+    sentences: dict[str, list[str]] = {}
+    values: dict[str, str] = {}
+    for detail in islice(details, MAX_REPORTED_ERRORS):
+        path = ".".join(part for part in (prefix, *_field_path(detail)) if part)
+        sentence = _error_sentence(detail, prefix)
+        if sentence not in sentences.setdefault(path, []):
+            sentences[path].append(sentence)
+        values.setdefault(path, _quote_value(detail.get("input")))
+    return invalid_from_entries(
+        [{"field": path, "message": _join_sentences(sentences[path], values[path])} for path in sentences]
+    )
 
 
-UNION_STEP = re.compile(
+UNION_LOC_PATTERN = re.compile(
     r"[A-Z]\w*|.*[\[(].*|str|int|float|bool|bytes|none|any|tuple|list|dict|set|constrained-\w+|json|tagged-union|"
     r"is-instance|chain|nullable|function-\w+"
 )
 """A step of Pydantic's way to a value that names a branch of a union, or a validator, and no field."""
 
 
-def _path_of(finding: Mapping[str, Any]) -> list[str]:
+def _field_path(detail: Mapping[str, Any]) -> list[str]:
     """The way to a value in what was sent."""
-    steps = list(finding["loc"])
+    steps = list(detail["loc"])
     last = len(steps) - 1
-    sent_by_name = finding["type"] == "extra_forbidden"  # whatever it is called, it is a name that was sent
+    sent_by_name = detail["type"] == "extra_forbidden"  # whatever it is called, it is a name that was sent
     return [
         shorten(step)
         for place, step in enumerate(steps)
-        if not (isinstance(step, str) and UNION_STEP.fullmatch(step)) or (sent_by_name and place == last)
+        if not (isinstance(step, str) and UNION_LOC_PATTERN.fullmatch(step)) or (sent_by_name and place == last)
     ]
 
 
-def _one_of(sentences: list[str], given: str) -> str:
+def _join_sentences(sentences: list[str], value: str) -> str:
     """One sentence of several about the same field: “must be text or a list, got “5”.”"""
     if len(sentences) == 1:
         return sentences[0]
-    ending = f", got {given}."
+    ending = f", got {value}."
     kinds = [each.removeprefix("must be ").removesuffix(ending) for each in sentences if each.startswith("must be ")]
     if not kinds:
         return sentences[0]
     return f"must be {', '.join(kinds[:-1])}{' or ' if kinds[:-1] else ''}{kinds[-1]}{ending}"
 
 
-def invalid_entries(fields: list[dict[str, str]]) -> Invalid:
+def invalid_from_entries(fields: list[dict[str, str]]) -> Invalid:
     """One error for findings of `{field, message}`."""
     first = fields[0]
     message = f"{first['field'] or 'The request'}: {first['message']}"
@@ -445,12 +447,12 @@ def invalid_entries(fields: list[dict[str, str]]) -> Invalid:
     return Invalid(message, next_step="Correct the named fields and send again.", field=first["field"], fields=fields)
 
 
-BOUNDS = {
+BOUND_MESSAGES = {
     "greater_than_equal": ("ge", "{} or more"), "less_than_equal": ("le", "{} or less"),
     "greater_than": ("gt", "more than {}"), "less_than": ("lt", "less than {}"), "multiple_of": ("multiple_of",
     "a multiple of {}"),
 }  # fmt: skip
-KINDS = {
+TYPE_MESSAGES = {
     "int_parsing": "a whole number", "int_type": "a whole number", "int_from_float": "a whole number",
     "int_parsing_size": "a whole number of a usual size", "float_parsing": "a number", "float_type": "a number",
     "finite_number": "a finite number", "bool_parsing": "on or off", "bool_type": "on or off",
@@ -459,7 +461,7 @@ KINDS = {
     "dict_type": "an object", "model_type": "an object", "model_attributes_type": "an object",
     "mapping_type": "an object", "dataclass_type": "an object", "none_required": "empty",
 }  # fmt: skip
-LENGTHS = {
+LENGTH_MESSAGES = {
     "string_too_long": ("max_length", "must have at most {} characters."),
     "string_too_short": ("min_length", "must have at least {} characters."),
     "too_long": ("max_length", "must have at most {} entries."),
@@ -468,27 +470,27 @@ LENGTHS = {
 """What Pydantic says for programs, as a form says it to a person."""
 
 
-def _sentence(finding: Mapping[str, Any], prefix: str = "") -> str:
-    kind, value = finding["type"], finding.get("input")
-    limits = finding.get("ctx") or {}
-    got = f", got {_given(value)}."
+def _error_sentence(detail: Mapping[str, Any], prefix: str = "") -> str:
+    kind, value = detail["type"], detail.get("input")
+    limits = detail.get("ctx") or {}
+    got = f", got {_quote_value(value)}."
     if (kind == "string_too_short" and limits.get("min_length") == 1) or (
         kind == "string_pattern_mismatch" and not str(value).strip()
     ):
         return "is empty."
-    if kind in BOUNDS:
-        name, words = BOUNDS[kind]
+    if kind in BOUND_MESSAGES:
+        name, words = BOUND_MESSAGES[kind]
         return f"must be {words.format(limits[name])}{got}"
-    if kind in KINDS:
-        return f"must be {KINDS[kind]}{got}"
-    if kind in LENGTHS:
-        name, words = LENGTHS[kind]
+    if kind in TYPE_MESSAGES:
+        return f"must be {TYPE_MESSAGES[kind]}{got}"
+    if kind in LENGTH_MESSAGES:
+        name, words = LENGTH_MESSAGES[kind]
         return words.format(limits[name])
     if kind in ("literal_error", "enum"):
-        return f"must be {_quoted(limits['expected'])}{got}"
+        return f"must be {_requote(limits['expected'])}{got}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        tags = f" {_quoted(limits['expected_tags'])}" if "expected_tags" in limits else " one of the kinds"
-        return f"must have{tags} as its {_quoted(limits.get('discriminator', 'type'))}."
+        tags = f" {_requote(limits['expected_tags'])}" if "expected_tags" in limits else " one of the kinds"
+        return f"must have{tags} as its {_requote(limits.get('discriminator', 'type'))}."
     if kind == "missing":
         return "is missing."
     if kind == "extra_forbidden":
@@ -497,17 +499,17 @@ def _sentence(finding: Mapping[str, Any], prefix: str = "") -> str:
     if kind == "string_pattern_mismatch":
         return f"has characters or a form that it cannot have{got}"
     if kind in ("value_error", "assertion_error"):  # what our own validators say
-        message = str(finding["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ").rstrip(".")
+        message = str(detail["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ").rstrip(".")
         return f"{message}{got}"
     return f"cannot be used{got}"
 
 
-def _quoted(expected: object) -> str:
+def _requote(expected: object) -> str:
     """Pydantic's list of what may be, in our quotes."""
     return re.sub(r"'([^']*)'", r"“\1”", str(expected))
 
 
-def _given(value: object) -> str:
+def _quote_value(value: object) -> str:
     """A value as it is quoted: text and numbers as they are, others by what they are in JSON."""
     if value is None:
         return "nothing"
@@ -531,7 +533,7 @@ class Flag:
     declarations: tuple[str, ...]
     help: str
     type: Any
-    shown: str
+    default_text: str
 
 
 def option_rows() -> Iterator[tuple[str, FieldInfo]]:

@@ -78,24 +78,24 @@ class Settings(BaseSettings):
     @property
     def models_folders(self) -> list[Path]:
         """Folders that hold models; uploads go into the first."""
-        return [self.save_dir / "models", *_paths(self.model_dirs)]
+        return [self.save_dir / "models", *_split_paths(self.model_dirs)]
 
     @property
     def prompts_folders(self) -> list[Path]:
         """Folders that files of prompts are read from; uploads go into the first."""
-        return [self.save_dir / "prompts", *_paths(self.data_dirs)]
+        return [self.save_dir / "prompts", *_split_paths(self.data_dirs)]
 
     @property
-    def own_servers(self) -> frozenset[str]:
+    def allowed_private_servers(self) -> frozenset[str]:
         """Servers that may have private addresses, as `host:port`, lower case."""
         return frozenset(each.strip().lower() for each in self.local_servers.split(",") if each.strip())
 
     @property
-    def engine_memory(self) -> int:
+    def engine_memory_bytes(self) -> int:
         return int(self.engine_memory_gb * 1e9)
 
     @property
-    def engine_cache(self) -> int:
+    def engine_cache_bytes(self) -> int:
         return int(self.engine_cache_gb * 1e9)
 
     @property
@@ -119,7 +119,7 @@ class Settings(BaseSettings):
             )
 
 
-def _paths(text: str) -> list[Path]:
+def _split_paths(text: str) -> list[Path]:
     return [Path(part).expanduser() for part in text.split(os.pathsep) if part.strip()]
 
 

@@ -8,7 +8,7 @@ PROMPT_LIMIT = 100_000
 """Characters in one prompt or one written answer; more is refused before it reaches a tokenizer."""
 
 
-def storable(text: str) -> str:
+def require_storable(text: str) -> str:
     """Text as it can be stored and encoded. Raises ValueError for NUL and lone surrogates."""
     if "\x00" in text:
         raise ValueError("must not hold the character NUL")
@@ -19,13 +19,13 @@ def storable(text: str) -> str:
     return text
 
 
-def folded(text: str) -> str:
+def fold_text(text: str) -> str:
     """Text as it is searched: without case, and with each letter composed, however it was typed."""
     if text.isascii():
         return text.lower()
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", text).casefold())
 
 
-def spellings(word: str) -> list[str]:
+def search_spellings(word: str) -> list[str]:
     """A word as it may stand in stored text: folded, or as it was stored before letters were composed."""
-    return list(dict.fromkeys([folded(word), word.casefold(), unicodedata.normalize("NFD", folded(word))]))
+    return list(dict.fromkeys([fold_text(word), word.casefold(), unicodedata.normalize("NFD", fold_text(word))]))

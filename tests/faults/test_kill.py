@@ -123,7 +123,7 @@ def check(client: httpx.Client, server: Server, session: str, acknowledged: list
 
 def hit(server: Server, what: str) -> None:
     """Kill, and see that nothing is left running that should not be."""
-    engines = server.engines()
+    engines = server.engine_pids()
     if what in ("engine", "both"):
         for pid in engines:
             with contextlib.suppress(ProcessLookupError):

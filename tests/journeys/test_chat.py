@@ -14,7 +14,7 @@ from playwright.sync_api import Page, expect
 
 from tests.journeys.conftest import Open
 from tests.server import Server, new_session, wait_ready
-from tests.tiny import make_parrot
+from tests.tiny import make_memorizing_llama
 
 pytestmark = pytest.mark.browser
 
@@ -732,7 +732,7 @@ def test_a_key_is_shown_once(open_page: Open, server: Server) -> None:
 @pytest.mark.slow
 def test_a_real_model_is_talked_to_and_what_it_says_is_text(open_page: Open, save_dir: Path) -> None:
     attack = "<img src=x onerror=alert(1)>"
-    make_parrot(save_dir / "models" / "parrot", attack)
+    make_memorizing_llama(save_dir / "models" / "parrot", attack)
     server = Server(save_dir, fake=False)
     try:
         page = open_page()

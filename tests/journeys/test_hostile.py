@@ -9,14 +9,14 @@ from playwright.sync_api import expect
 
 from tests.journeys.conftest import Open
 from tests.server import Server, new_session, wait_ready
-from tests.tiny import make_parrot
+from tests.tiny import make_memorizing_llama
 
 pytestmark = [pytest.mark.browser, pytest.mark.engine, pytest.mark.slow]
 ATTACK = "<img src=x onerror=alert(1)>"
 
 
 def test_what_a_model_says_is_text_everywhere(open_page: Open, save_dir: Path) -> None:
-    make_parrot(save_dir / "models" / "parrot", ATTACK)
+    make_memorizing_llama(save_dir / "models" / "parrot", ATTACK)
     server = Server(save_dir, fake=False)
     try:
         with server.client() as client:

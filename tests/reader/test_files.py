@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from trellis.errors import Invalid
 from trellis.params import Dataset
 from trellis.reader.__main__ import prepare, preview
-from trellis.reader.columns import asked_in, column_of, prompt_in
+from trellis.reader.columns import extract_from_value, extract_prompt, find_prompt_column
 from trellis.reader.decoding import LocalFile
-from trellis.reader.files import records, source_of
+from trellis.reader.files import open_local_source, read_records
 
 QUESTIONS = ["Why?", "What is rain?", "Ärger, 東京 and 🌱?"]
 
@@ -82,30 +82,30 @@ def test_each_format_gives_its_prompts(tmp_path: Path, kind: str) -> None:
     ],
 )
 def test_a_prompt_is_found_in_the_usual_shapes(value: Any, asked: str) -> None:
-    assert asked_in(value).text == asked
+    assert extract_from_value(value).text == asked
 
 
 def test_an_instruction_has_what_it_is_about_beside_it() -> None:
     row = {"instruction": "Translate.", "input": "Hund", "output": "dog"}
-    assert prompt_in(row, "instruction").text == "Translate.\n\nHund"
+    assert extract_prompt(row, "instruction").text == "Translate.\n\nHund"
 
 
 def test_the_surest_name_wins() -> None:
-    assert column_of("", [{"text": "a", "Prompt": "b"}]) == "Prompt"
-    assert column_of("", [{"text": "a", "prompt": ""}]) == "text"
-    assert column_of("", [{"zebra": "a", "n": 1}]) == "zebra"
+    assert find_prompt_column("", [{"text": "a", "Prompt": "b"}]) == "Prompt"
+    assert find_prompt_column("", [{"text": "a", "prompt": ""}]) == "text"
+    assert find_prompt_column("", [{"zebra": "a", "n": 1}]) == "zebra"
 
 
 @pytest.mark.parametrize("wanted", ["nope", "n", "n.nope"])
 def test_a_wrong_column_lists_what_there_is(wanted: str) -> None:
     with pytest.raises(Invalid, match="“text”, “n”") as raised:
-        column_of(wanted, [{"text": "a", "n": True}])
+        find_prompt_column(wanted, [{"text": "a", "n": True}])
     assert raised.value.field == "dataset.column"
 
 
 def test_columns_without_a_usual_name_are_listed() -> None:
     with pytest.raises(Invalid, match="“zebra”, “yak”"):
-        column_of("", [{"zebra": "a", "yak": "b"}])
+        find_prompt_column("", [{"zebra": "a", "yak": "b"}])
 
 
 def folder_of(root: Path, *names: str) -> Path:
@@ -127,14 +127,14 @@ def folder_of(root: Path, *names: str) -> Path:
 def test_a_folder_has_the_splits_that_its_names_tell(
     tmp_path: Path, names: list[str], wanted: str, split: str, files: int
 ) -> None:
-    source = source_of(folder_of(tmp_path, *names), wanted)
+    source = open_local_source(folder_of(tmp_path, *names), wanted)
     assert (source.split, len(source.files)) == (split, files)
 
 
 def test_a_wrong_split_lists_what_there_is(tmp_path: Path) -> None:
     folder_of(tmp_path, "train.txt", "test.txt")
     with pytest.raises(Invalid, match=r"no split “dev”\. The splits are “test”, “train”") as raised:
-        source_of(tmp_path, "dev")
+        open_local_source(tmp_path, "dev")
     assert raised.value.field == "dataset.split"
 
 
@@ -166,14 +166,14 @@ def test_a_line_without_an_end_is_not_read_whole(tmp_path: Path, monkeypatch: py
     file = tmp_path / "a.txt"
     file.write_bytes(b"a" * 5000)
     with pytest.raises(Invalid, match="line 1 is longer"):
-        list(records(source_of(file, "").files[0]))
+        list(read_records(open_local_source(file, "").files[0]))
 
 
 def test_a_link_that_leads_out_of_a_folder_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "secret.txt").write_text("secret")
     inside = folder_of(tmp_path / "in", "a.txt")
     (inside / "b.txt").symlink_to(tmp_path / "secret.txt")
-    assert [file.name for file in source_of(inside, "").files] == ["a.txt"]
+    assert [file.name for file in open_local_source(inside, "").files] == ["a.txt"]
 
 
 def test_what_cannot_be_a_prompt_is_skipped_and_counted(tmp_path: Path) -> None:
@@ -218,13 +218,13 @@ def test_any_text_comes_back_as_it_was(tmp_path_factory: pytest.TempPathFactory,
 
 
 def test_rows_are_counted_without_reading_them(tmp_path: Path) -> None:
-    assert source_of(write(tmp_path, "parquet"), "").count() == (3, True)
-    assert source_of(write(tmp_path, "txt"), "").count() == (3, True)
-    assert source_of(write(tmp_path, "csv"), "").count()[0] == 3
+    assert open_local_source(write(tmp_path, "parquet"), "").count_rows() == (3, True)
+    assert open_local_source(write(tmp_path, "txt"), "").count_rows() == (3, True)
+    assert open_local_source(write(tmp_path, "csv"), "").count_rows()[0] == 3
 
 
 def test_a_small_file_does_not_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trellis.reader.__main__.MOST_PREPARED", 1_000_000)
+    monkeypatch.setattr("trellis.reader.__main__.MAX_PROMPT_BYTES", 1_000_000)
     file = tmp_path / "bomb.jsonl.gz"
     file.write_bytes(gzip.compress((json.dumps({"prompt": "a" * 90_000}) + "\n").encode() * 1000))
     assert file.stat().st_size < 200_000
@@ -241,7 +241,7 @@ def test_a_table_of_very_many_columns_is_read_at_once(kind: str, tmp_path: Path)
     rows = [names, ["Why?"] * len(names)]
     file.write_text(json.dumps(rows) if kind == "json" else "\n".join(",".join(row) for row in rows))
     started = time.process_time()
-    (record,) = records(LocalFile(file, file.name))
+    (record,) = read_records(LocalFile(file, file.name))
     assert record.row["prompt"] == "Why?"
     assert time.process_time() - started < 10
 
@@ -249,5 +249,5 @@ def test_a_table_of_very_many_columns_is_read_at_once(kind: str, tmp_path: Path)
 def test_names_of_files_that_are_no_text_are_told_as_text(tmp_path: Path) -> None:
     for name in (b"a\xff.jsonl", b"b\xff.dat"):
         (tmp_path / os.fsdecode(name)).write_text('{"prompt": "Why?"}\n')
-    source = source_of(tmp_path, "")
-    assert ([file.name for file in source.files], source.unread) == (["a?.jsonl"], ["b?.dat"])
+    source = open_local_source(tmp_path, "")
+    assert ([file.name for file in source.files], source.ignored_files) == (["a?.jsonl"], ["b?.dat"])

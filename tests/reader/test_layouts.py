@@ -251,7 +251,7 @@ def test_an_empty_column_with_a_usual_name_does_not_make_another_one_the_prompts
 
 
 def test_a_preview_of_a_large_file_tells_of_its_first_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trellis.reader.__main__.LOOKED_AT", 10)
+    monkeypatch.setattr("trellis.reader.__main__.MAX_SAMPLED_ROWS", 10)
     file = tmp_path / "a.jsonl"
     file.write_text("\n".join(json.dumps({"prompt": "" if number == 3 else "a"}) for number in range(50)))
     found = preview(Dataset(source="file", id="a.jsonl"), file, 3)
@@ -262,7 +262,7 @@ def test_a_preview_of_a_large_file_tells_of_its_first_rows(tmp_path: Path, monke
 
 
 def test_a_document_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trellis.reader.json_files.WHOLE_LIMIT", 100)
+    monkeypatch.setattr("trellis.reader.json_files.MAX_DOCUMENT_CHARACTERS", 100)
     with pytest.raises(Invalid, match="a document of more than") as raised:
         read(tmp_path, "a.json", json.dumps([{"prompt": "a"}] * 20, indent=1))
     assert raised.value.next_step == "Save it as JSON lines (.jsonl)."

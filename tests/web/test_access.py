@@ -14,7 +14,7 @@ import pytest
 from tests.server import Server, new_session, read_events
 from trellis.errors import Refused
 from trellis.settings import Settings, is_loopback
-from trellis.web.pages.login import _own_path
+from trellis.web.pages.login import _safe_redirect_path
 
 PASSWORD = "correct horse battery staple"
 
@@ -213,7 +213,7 @@ def test_guessing_is_slowed_down(tmp_path: Path) -> None:
     "next", ["https://evil.example", "//evil.example", "/\\evil.example", "javascript:x", "/a\r\nb", ""]
 )
 def test_a_login_leads_to_our_own_pages_only(next: str) -> None:
-    assert _own_path(next) == "/"
+    assert _safe_redirect_path(next) == "/"
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::", "example.org"])

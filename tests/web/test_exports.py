@@ -162,7 +162,7 @@ def test_a_zip_holds_all_of_it(client: httpx.Client, session: str) -> None:
 
 def test_a_merge_can_be_cancelled_and_leaves_nothing(client: httpx.Client, server: Server) -> None:
     state = new_session(client, model="larger", control_prompt="", max_new_tokens=4, context_length=256)
-    before = set(server.engines())
+    before = set(server.engine_pids())
     job = client.post(f"{API}/{state['id']}/exports", json={"kind": "merged", "name": "given-up"}).json()
     deadline = time.monotonic() + 60
     while client.get(f"/api/jobs/{job['id']}").json()["progress"]["stage"] not in ("merging", "writing", "checking"):
@@ -170,7 +170,7 @@ def test_a_merge_can_be_cancelled_and_leaves_nothing(client: httpx.Client, serve
         time.sleep(0.01)
     assert client.post(f"/api/jobs/{job['id']}/cancel").status_code in (202, 409)
     assert ended(client, job)["state"] == "cancelled"
-    assert set(server.engines()) <= before
+    assert set(server.engine_pids()) <= before
     assert [file.name for file in (server.save_dir / "exports").iterdir() if "given-up" in file.name] == []
     assert [file.name for file in (server.save_dir / "exports").iterdir() if file.name.startswith(".")] == []
 

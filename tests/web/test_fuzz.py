@@ -335,7 +335,7 @@ def test_a_session_goes_on_after_any_id_or_tells_its_whole_state(client: httpx.C
 
 
 def signalled(server: Server, sign: signal.Signals) -> None:
-    for pid in server.engines():
+    for pid in server.engine_pids():
         os.kill(pid, sign)
 
 

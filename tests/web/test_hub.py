@@ -125,7 +125,7 @@ def test_what_a_tokenizer_or_a_merged_model_needs_beside_the_weights_is_fetched(
 def test_what_was_fetched_is_not_fetched_again_and_needs_no_hub(client: httpx.Client, hub: FakeHub) -> None:
     load(client, model="org/tiny")
     client.post("/api/models/org/tiny/unload")
-    sent = dict(hub.sent)
+    sent = dict(hub.bytes_sent)
     hub.hang = True
     try:
         job, seen = load(client, model="org/tiny")
@@ -136,46 +136,46 @@ def test_what_was_fetched_is_not_fetched_again_and_needs_no_hub(client: httpx.Cl
     client.post("/api/models/org/tiny/unload")
     pinned, _ = load(client, model="org/tiny", revision=COMMIT)
     assert pinned["state"] == "done", pinned["error"]
-    assert hub.sent == sent
+    assert hub.bytes_sent == sent
 
 
 def test_a_download_that_breaks_off_goes_on_where_it_was(client: httpx.Client, hub: FakeHub) -> None:
     from trellis.engine.hub_download import PIECE
 
     size = (hub.root / "models" / "org" / "broken" / "model.safetensors").stat().st_size
-    hub.sent.pop("model.safetensors", None)
-    hub.break_after = size // 2
+    hub.bytes_sent.pop("model.safetensors", None)
+    hub.disconnect_after = size // 2
     try:
         job, _ = load(client, model="org/broken")
     finally:
-        hub.break_after = None
+        hub.disconnect_after = None
     assert size > 4 * PIECE
     assert job["state"] == "failed"
     assert job["error"]["code"] in ("network", "timeout")
     assert "what has arrived is kept" in job["error"]["next_step"]
     job, _ = load(client, model="org/broken")
     assert job["state"] == "done", job["error"]
-    assert size <= hub.sent["model.safetensors"] < size + PIECE, "bytes that had arrived were fetched again"
+    assert size <= hub.bytes_sent["model.safetensors"] < size + PIECE, "bytes that had arrived were fetched again"
 
 
 def test_a_download_can_be_cancelled_and_gives_its_memory_back(
     client: httpx.Client, hub: FakeHub, server: Server
 ) -> None:
-    hub.seconds_per_piece = 0.3
+    hub.seconds_per_chunk = 0.3
     try:
         job = client.post("/api/models/load", json={"model": "org/slow"}).json()["id"]
         deadline = time.monotonic() + 30
         while client.get(f"/api/jobs/{job}").json()["progress"]["stage"] != "downloading":
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        engines = len(server.engines())
+        engines = len(server.engine_pids())
         ended = client.post(f"/api/jobs/{job}/cancel").json()
     finally:
-        hub.seconds_per_piece = 0.0
+        hub.seconds_per_chunk = 0.0
     assert ended["state"] == "cancelled"
     assert ended["result"]["memory_before"] > 100_000_000
     assert ended["result"]["memory_after"] == 0
-    assert len(server.engines()) == engines - 1
+    assert len(server.engine_pids()) == engines - 1
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     change_config(models / "bert", model_type="bert", architectures=["BertForMaskedLM"])
     change_config(models / "awq", quantization_config={"quant_method": "awq", "bits": 4})
     change_config(models / "short", max_position_embeddings=64)
-    server = Server(save, fake=False, within=within(), TRELLIS_RATE_LIMIT="0")
+    server = Server(save, fake=False, command_prefix=within(), TRELLIS_RATE_LIMIT="0")
     yield server
     (models / "closed" / "model.safetensors").chmod(0o644)
     assert server.stop() == 0
@@ -157,7 +157,7 @@ def test_a_load_that_cannot_fit_is_refused_with_the_figures(large: Path, tmp_pat
             check = client.post("/api/steering/check", json={"config": {"model": "large", "lora_rank": 64}}).json()
             assert not check["memory"]["fits"]
             assert check["memory"]["needed"]["total"] > check["memory"]["free"]
-            assert server.engines() == []
+            assert server.engine_pids() == []
     finally:
         server.stop()
 

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from tests.server import Server
 from trellis.messages import CHOICE
-from trellis.params import SessionConfig, invalid_fields, invalid_from
+from trellis.params import SessionConfig, invalid_from, invalid_from_details
 from trellis.web import chat_socket as socket_commands
 
 INTERNAL = re.compile(
@@ -126,7 +126,7 @@ def test_what_branches_of_a_union_say_is_one_sentence() -> None:
         {"type": "list_type", "loc": ("stop", "list[constrained-str]"), "msg": "x", "input": 5},
         {"type": "extra_forbidden", "loc": ("str",), "msg": "x", "input": 5},
     ]
-    assert invalid_fields(findings).fields == [
+    assert invalid_from_details(findings).fields == [
         {"field": "stop", "message": "must be text or a list, got “5”."},
         {"field": "str", "message": "is not a field of this request."},
     ]

@@ -11,8 +11,8 @@ import pytest
 
 from tests.server import Server, new_session, wait_ready
 from trellis.params import Dataset, SessionConfig
-from trellis.web.pages.steering.options_form import config_of
-from trellis.web.render import ago, percent, size, times
+from trellis.web.pages.steering.options_form import config_from_values
+from trellis.web.render import format_age, format_bytes, format_percent, format_ratio
 
 HTML = {"Accept": "text/html,application/xhtml+xml"}
 ATTACK = "<img src=x onerror=alert(1)>"
@@ -176,10 +176,15 @@ def test_models_can_be_loaded_and_unloaded_by_plain_forms(quiet_client: httpx.Cl
 
 
 def test_words_for_numbers() -> None:
-    assert (percent(None), percent(0.256), percent(0.01234, 2)) == ("–", "26 %", "1.23 %")
-    assert (times(0.2, 0.61), times(0, 1), times(0.01, 0.5)) == ("3.0", "–", "50")
-    assert (size(None), size(999), size(1_500_000), size(450_000_000)) == ("–", "999 bytes", "1.5 MB", "450 MB")
-    assert ago("2020-01-01T00:00:00Z").endswith("days ago")
+    assert (format_percent(None), format_percent(0.256), format_percent(0.01234, 2)) == ("–", "26 %", "1.23 %")
+    assert (format_ratio(0.2, 0.61), format_ratio(0, 1), format_ratio(0.01, 0.5)) == ("3.0", "–", "50")
+    assert (format_bytes(None), format_bytes(999), format_bytes(1_500_000), format_bytes(450_000_000)) == (
+        "–",
+        "999 bytes",
+        "1.5 MB",
+        "450 MB",
+    )
+    assert format_age("2020-01-01T00:00:00Z").endswith("days ago")
 
 
 def test_a_form_that_is_refused_comes_back_as_it_was_sent_with_the_fields_named(client: httpx.Client) -> None:
@@ -224,7 +229,7 @@ def test_what_a_form_shows_is_checked_as_it_was_sent() -> None:
         "dataset.id": "a.jsonl",
         "lora_rank": None,
     }
-    assert config_of(values) == {
+    assert config_from_values(values) == {
         "remote_code": False, "chat_template": True, "temperature": "0.5", "dataset": {"id": "a.jsonl"},
     }  # fmt: skip
 

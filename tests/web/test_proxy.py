@@ -150,7 +150,7 @@ def until(events: Iterator[Event], name: str) -> list[Event]:
 @contextlib.contextmanager
 def frozen(server: Server) -> Iterator[None]:
     """Meanwhile no engine of a server does anything."""
-    engines = server.engines()
+    engines = server.engine_pids()
     assert engines
     for pid in engines:
         os.kill(pid, signal.SIGSTOP)

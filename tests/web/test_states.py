@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.conftest import open_studio
-from tests.states import StatefulEngine, States, make_models, make_states, spawn_into
+from tests.states import StatefulEngine, States, make_models, make_spawner, make_states
 from trellis.settings import Settings
 from trellis.studio.studio import Studio
 from trellis.web.app import create_app
@@ -22,10 +22,10 @@ HTML = {"Accept": "text/html,application/xhtml+xml"}
 @pytest.fixture
 async def studio(tmp_path: Path, tiny_llama: Path) -> AsyncIterator[Studio]:
     make_models(tmp_path, tiny_llama)
-    StatefulEngine.go_on.clear()
-    async with open_studio(tmp_path, spawn_into(tmp_path)) as studio:
+    StatefulEngine.may_continue.clear()
+    async with open_studio(tmp_path, make_spawner(tmp_path)) as studio:
         yield studio
-        StatefulEngine.go_on.set()
+        StatefulEngine.may_continue.set()
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from ..errors import LoadFailed, TrellisError
 from ..messages import Progress
-from ..model_checks import problems_before_weights
+from ..model_checks import find_problems_before_weights
 from ..model_files import inspect_folder
 
 WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
@@ -138,8 +138,8 @@ def _fetch(
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         _fetch_missing(repository, commit, {name: files[name] for name in files.keys() - large}, folder, hashing)
-        for problem in problems_before_weights(inspect_folder(folder), with_code):
-            raise problem.error()
+        for problem in find_problems_before_weights(inspect_folder(folder), with_code):
+            raise problem.to_error()
         _fetch_missing(repository, commit, large, folder, hashing)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictInt, TypeAdapter
 
-from ..params import Adapter, Learning, Sampling, Text
+from ..params import Adapter, Learning, Sampling, StorableText
 from .message import Message, later, recipe_id, recipe_of
 from .template_kwargs import TemplateKwargs
 
@@ -43,7 +43,7 @@ class Ranking(Message):
 class Written(Message):
     """An answer that the person wrote or repaired."""
 
-    written: Text
+    written: StorableText
 
 
 Choice = (

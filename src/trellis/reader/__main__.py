@@ -16,17 +16,17 @@ from typing import Any
 from ..errors import Invalid, TrellisError, shorten
 from ..params import Dataset
 from . import files, hub
-from .prompts import Prompts
-from .skipped import Tally, number
+from .prompts import PromptReader
+from .skipped import SkipReport, format_number
 
-LOOKED_AT, LOOKED_AT_ON_HUB = 20_000, 1000
+MAX_SAMPLED_ROWS, MAX_SAMPLED_HUB_ROWS = 20_000, 1000
 """Rows that are looked at, to find the column and to say in a preview what would be left out."""
-SHOWN = 2000
+PREVIEW_CHARACTERS = 2000
 """Characters of a prompt in a preview."""
 MEMORY_LIMIT = 4_000_000_000
-MOST_WRITTEN, MOST_PREPARED = 1_000_000_000, 10_000_000_000
+MAX_ROW_BYTES, MAX_PROMPT_BYTES = 1_000_000_000, 10_000_000_000
 """Bytes of rows, and of prompts, that are written, so that a small compressed file cannot fill the disk."""
-TELL_SECONDS = 0.2
+PROGRESS_SECONDS = 0.2
 
 
 def main() -> None:
@@ -38,39 +38,42 @@ def main() -> None:
     path = Path(request["path"]) if request["path"] else None
     try:
         if request["do"] == "preview":
-            say("preview", preview(dataset, path, request["count"]))
+            emit("preview", preview(dataset, path, request["count"]))
         elif request["do"] == "rows":
             assert path
-            say("rows", write_rows(path, Path(request["into"]), request["most"]))
+            emit("rows", write_rows(path, Path(request["into"]), request["most"]))
         else:
-            say("prepared", prepare(dataset, path, Path(request["into"])))
+            emit("prepared", prepare(dataset, path, Path(request["into"])))
     except TrellisError as error:
-        say("failed", error.as_json())
+        emit("failed", error.as_json())
     except MemoryError:
-        say("failed", _failure("The file is too large to be read.", "out_of_memory", "Save it as JSON lines."))
+        emit("failed", _error_json("The file is too large to be read.", "out_of_memory", "Save it as JSON lines."))
     except RecursionError:
-        say("failed", _failure("It is nested too deeply to be read.", "corrupt_file", "Choose another file."))
+        emit("failed", _error_json("It is nested too deeply to be read.", "corrupt_file", "Choose another file."))
     except OSError as error:
-        say("failed", _failure(f"It could not be read or written: {error.strerror}.", "disk_write", "Check the disk."))
+        emit(
+            "failed",
+            _error_json(f"It could not be read or written: {error.strerror}.", "disk_write", "Check the disk."),
+        )
 
 
-def preview(dataset: Dataset, path: Path | None, wanted: int) -> dict[str, Any]:
+def preview(dataset: Dataset, path: Path | None, count: int) -> dict[str, Any]:
     """The first prompts, what there is to choose from, and what would be left out. Raises Invalid."""
-    source = _open(dataset, path)
-    looked_at = LOOKED_AT if path else LOOKED_AT_ON_HUB
-    prompts = Prompts(source.parts(), dataset.column, looked_at)
-    most = min(looked_at, dataset.rows or looked_at)
+    source = _open_source(dataset, path)
+    max_sampled = MAX_SAMPLED_ROWS if path else MAX_SAMPLED_HUB_ROWS
+    prompts = PromptReader(source.read_files(), dataset.column, max_sampled)
+    most = min(max_sampled, dataset.rows or max_sampled)
     samples: list[str] = []
     found = 0
     for text in prompts.read(most):
         if text is not None:
             found += 1
-            if len(samples) < wanted:
-                samples.append(text if len(text) <= SHOWN else f"{text[:SHOWN]}…")
-    whole = prompts.whole or most == dataset.rows
-    if not found and whole:
-        raise _empty(prompts.tally)
-    total, exact = (found, True) if whole else source.count()
+            if len(samples) < count:
+                samples.append(text if len(text) <= PREVIEW_CHARACTERS else f"{text[:PREVIEW_CHARACTERS]}…")
+    is_complete = prompts.is_complete or most == dataset.rows
+    if not found and is_complete:
+        raise _no_prompts_error(prompts.skip_report)
+    total, exact = (found, True) if is_complete else source.count_rows()
     if dataset.rows and total is not None:
         total = min(total, dataset.rows)
     return {
@@ -83,75 +86,76 @@ def preview(dataset: Dataset, path: Path | None, wanted: int) -> dict[str, Any]:
         "subsets": source.subsets,
         "total": total,
         "exact": exact,
-        **_left_out(source, prompts.tally, whole),
+        **_skipped_summary(source, prompts.skip_report, is_complete),
     }
 
 
-def prepare(dataset: Dataset, path: Path | None, into: Path) -> dict[str, Any]:
+def prepare(dataset: Dataset, path: Path | None, output_dir: Path) -> dict[str, Any]:
     """Write `prompts.jsonl` (a JSON string each line) and `offsets.u64` (where each line begins). Raises Invalid."""
-    source = _open(dataset, path)
-    prompts = Prompts(source.parts(), dataset.column, LOOKED_AT if path else LOOKED_AT_ON_HUB)
-    size, total = source.bytes, None if source.bytes else source.count()[0]
+    source = _open_source(dataset, path)
+    prompts = PromptReader(source.read_files(), dataset.column, MAX_SAMPLED_ROWS if path else MAX_SAMPLED_HUB_ROWS)
+    size, total = source.total_bytes, None if source.total_bytes else source.count_rows()[0]
     offsets = array("Q")
     at = 0
-    spoken = time.monotonic()
-    with (into / "prompts.jsonl").open("wb") as out:
+    last_progress = time.monotonic()
+    with (output_dir / "prompts.jsonl").open("wb") as out:
         for text in prompts.read(dataset.rows):
             if text is not None:
                 line = json.dumps(text, ensure_ascii=False).encode() + b"\n"
                 out.write(line)
                 offsets.append(at)
                 at += len(line)
-                if at > MOST_PREPARED:
+                if at > MAX_PROMPT_BYTES:
                     raise Invalid(
-                        f"There are more than {MOST_PREPARED // 10**9} GB of prompts in it, which is the most that can "
-                        "be read.",
+                        f"There are more than {MAX_PROMPT_BYTES // 10**9} GB of prompts in it, which is the most that "
+                        "can be read.",
                         field="dataset.rows", next_step="Take only its first rows, or split it.",
                     )  # fmt: skip
-            if (now := time.monotonic()) - spoken > TELL_SECONDS:
-                spoken = now
+            if (now := time.monotonic()) - last_progress > PROGRESS_SECONDS:
+                last_progress = now
                 wanted = min(total or 0, dataset.rows or total or 0)
-                read, seen = source.before + prompts.done, prompts.tally.rows
+                read, seen = source.bytes_finished + prompts.bytes_read, prompts.skip_report.rows
                 fraction = read / size if size and not dataset.rows else seen / wanted if wanted else 0.0
-                say(
+                emit(
                     "progress",
                     {"rows": len(offsets), "fraction": min(fraction, 1.0), "bytes": read, "total_bytes": size},
                 )
     if not offsets:
-        raise _empty(prompts.tally)
+        raise _no_prompts_error(prompts.skip_report)
     if sys.byteorder == "big":
         offsets.byteswap()
-    (into / "offsets.u64").write_bytes(offsets.tobytes())
+    (output_dir / "offsets.u64").write_bytes(offsets.tobytes())
     about = {
-        "total": len(offsets), "column": prompts.column, "split": source.split, **_left_out(source, prompts.tally, True)
+        "total": len(offsets), "column": prompts.column, "split": source.split,
+        **_skipped_summary(source, prompts.skip_report, True)
     }  # fmt: skip
-    (into / "about.json").write_text(json.dumps(about | {"dataset": dataset.model_dump(mode="json")}))
+    (output_dir / "about.json").write_text(json.dumps(about | {"dataset": dataset.model_dump(mode="json")}))
     return about
 
 
-def write_rows(path: Path, into: Path, most: int) -> dict[str, Any]:
+def write_rows(path: Path, output_dir: Path, limit: int) -> dict[str, Any]:
     """Write `rows.jsonl`: each row of a file as `[place, row]`, `most` at the most. Raises Invalid."""
-    source = files.source_of(path, "")
-    spoken = time.monotonic()
+    source = files.open_local_source(path, "")
+    last_progress = time.monotonic()
     count = 0
-    with (into / "rows.jsonl").open("wb") as out:
-        for _, records in source.parts():
+    with (output_dir / "rows.jsonl").open("wb") as out:
+        for _, records in source.read_files():
             for record in records:
                 count += 1
-                if count > most or out.tell() > MOST_WRITTEN:
-                    what = f"{number(most)} rows" if count > most else f"{MOST_WRITTEN // 10**9} GB"
+                if count > limit or out.tell() > MAX_ROW_BYTES:
+                    what = f"{format_number(limit)} rows" if count > limit else f"{MAX_ROW_BYTES // 10**9} GB"
                     raise Invalid(
                         f"There are more than {what} in it, which is the most that can be read.",
                         field="dataset.id", next_step="Split the file.",
                     )  # fmt: skip
-                out.write(json.dumps([record.place, record.row], default=_as_text).encode() + b"\n")
-                if (now := time.monotonic()) - spoken > TELL_SECONDS:
-                    spoken = now
-                    say("progress", {"rows": count})
+                out.write(json.dumps([record.location, record.row], default=_to_json_value).encode() + b"\n")
+                if (now := time.monotonic()) - last_progress > PROGRESS_SECONDS:
+                    last_progress = now
+                    emit("progress", {"rows": count})
     return {"rows": count}
 
 
-def _as_text(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
     """A value of a Parquet file that JSON does not know."""
     if isinstance(value, bytes):
         try:
@@ -161,32 +165,32 @@ def _as_text(value: Any) -> Any:
     return str(value)
 
 
-def _open(dataset: Dataset, path: Path | None) -> files.Source:
-    return files.source_of(path, dataset.split) if path else hub.source_of(dataset)
+def _open_source(dataset: Dataset, path: Path | None) -> files.Source:
+    return files.open_local_source(path, dataset.split) if path else hub.open_hub_source(dataset)
 
 
-def _left_out(source: files.Source, tally: Tally, whole: bool) -> dict[str, Any]:
+def _skipped_summary(source: files.Source, skip_report: SkipReport, is_complete: bool) -> dict[str, Any]:
     """What was left out, in numbers and in sentences."""
-    notes = tally.sentences(whole)
-    if unread := source.unread:
+    notes = skip_report.sentences(is_complete)
+    if unread := source.ignored_files:
         more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
         files_are = "file in the folder is" if len(unread) == 1 else "files in the folder are"
         notes.append(f"{len(unread)} {files_are} not read: {', '.join(map(shorten, unread[:5]))}{more}.")
-    return {**tally.as_json(), "notes": notes}
+    return {**skip_report.as_json(), "notes": notes}
 
 
-def _empty(tally: Tally) -> Invalid:
+def _no_prompts_error(skip_report: SkipReport) -> Invalid:
     return Invalid(
-        " ".join(["There are no prompts in it.", *tally.sentences()]), code="empty",
+        " ".join(["There are no prompts in it.", *skip_report.sentences()]), code="empty",
         field="dataset.id", next_step="Choose a file, split or column with text in it.",
     )  # fmt: skip
 
 
-def _failure(message: str, code: str, next_step: str) -> dict[str, Any]:
+def _error_json(message: str, code: str, next_step: str) -> dict[str, Any]:
     return TrellisError(message, code=code, next_step=next_step, field="dataset.id").as_json()
 
 
-def say(event: str, data: dict[str, Any]) -> None:
+def emit(event: str, data: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps({"event": event, "data": data}) + "\n")
     sys.stdout.flush()
 

@@ -14,26 +14,26 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import shorten
-from .columns import USUAL
-from .decoding import LINE_LIMIT, DataFile, Opened, broken, lines_of
+from .columns import USUAL_COLUMNS
+from .decoding import LINE_LIMIT, DataFile, OpenedFile, corrupt_file_error, read_lines
 from .json_files import Record, Row
 
 DELIMITERS = (",", ";", "\t", "|")
-ALONE = "\x00"
+SINGLE_COLUMN = "\x00"
 """The delimiter of a table of one column, in which a comma is part of the text."""
-LOOKED_AT = 100
+SAMPLED_ROWS = 100
 """Rows from which the delimiter is told."""
-LONGEST_NAME, MOST_WORDS = 60, 5
+MAX_NAME_LENGTH, MAX_NAME_WORDS = 60, 5
 """A header of one column that is longer than this is its first row."""
 
 
-def read_csv(file: DataFile, tabs: bool = False) -> Iterator[Record]:
+def read_csv(file: DataFile, expect_tabs: bool = False) -> Iterator[Record]:
     """The rows of a table; `tabs` says that its name promises tabs. Raises Invalid, with the line."""
     csv.field_size_limit(LINE_LIMIT)
-    with Opened(file) as opened:
-        numbered = lines_of(file, opened)
-        head = list(itertools.islice(numbered, LOOKED_AT * 5))
-        dialect = _dialect([line for _, line in head], tabs)
+    with OpenedFile(file) as opened:
+        numbered = read_lines(file, opened)
+        head = list(itertools.islice(numbered, SAMPLED_ROWS * 5))
+        dialect = _detect_dialect([line for _, line in head], expect_tabs)
         lines = (line for _, line in itertools.chain(head, numbered))
         reader = csv.reader(lines, **dialect)
         names: list[str] = []
@@ -42,39 +42,39 @@ def read_csv(file: DataFile, tabs: bool = False) -> Iterator[Record]:
             try:
                 cells = next(reader, None)
             except csv.Error as error:
-                raise broken(file, f"line {line}: {_why(error)}") from None
+                raise corrupt_file_error(file, f"line {line}: {_describe_error(error)}") from None
             if cells is None:
                 return
-            if not cells or (line == 1 and _is_excels(cells, dialect)):
+            if not cells or (line == 1 and _is_excel_separator_line(cells, dialect)):
                 continue
-            if dialect["delimiter"] == ALONE:
-                cells = [ALONE.join(cells)]
+            if dialect["delimiter"] == SINGLE_COLUMN:
+                cells = [SINGLE_COLUMN.join(cells)]
             if names:
-                yield Record(_row(file, names, cells, line), f"line {line}", opened.done)
+                yield Record(_make_row(file, names, cells, line), f"line {line}", opened.bytes_read)
                 continue
-            names = _names(file, cells, line)
+            names = _parse_header(file, cells, line)
             if len(names) == 1 and _is_prose(names[0]):
-                yield Record({"text": names[0]}, f"line {line}", opened.done)
+                yield Record({"text": names[0]}, f"line {line}", opened.bytes_read)
                 names = ["text"]
 
 
-def _is_excels(cells: list[str], dialect: dict[str, Any]) -> bool:
+def _is_excel_separator_line(cells: list[str], dialect: dict[str, Any]) -> bool:
     """Whether these are Excel's first line, `sep=;`."""
     return dialect["delimiter"].join(cells).strip().lower() in (f"sep={dialect['delimiter']}", "sep=")
 
 
-def _names(file: DataFile, cells: list[str], line: int) -> list[str]:
+def _parse_header(file: DataFile, cells: list[str], line: int) -> list[str]:
     names = [cell.strip() or f"column {number}" for number, cell in enumerate(cells, 1)]
-    if twice := next((name for name, count in Counter(names).items() if count > 1), None):
-        raise broken(
-            file, f"line {line} names the column “{shorten(twice)}” twice", "Give each column a name of its own."
+    if duplicate := next((name for name, count in Counter(names).items() if count > 1), None):
+        raise corrupt_file_error(
+            file, f"line {line} names the column “{shorten(duplicate)}” twice", "Give each column a name of its own."
         )
     return names
 
 
-def _row(file: DataFile, names: list[str], cells: list[str], line: int) -> Row:
+def _make_row(file: DataFile, names: list[str], cells: list[str], line: int) -> Row:
     if any(cell.strip() for cell in cells[len(names) :]):
-        raise broken(
+        raise corrupt_file_error(
             file,
             f"line {line} has {len(cells)} cells, and the header has {len(names)}",
             "Put quotes around a cell that holds the character between the cells.",
@@ -84,12 +84,12 @@ def _row(file: DataFile, names: list[str], cells: list[str], line: int) -> Row:
 
 def _is_prose(name: str) -> bool:
     """Whether the name of the only column is a text itself, in a table without a header."""
-    if name.lower() in USUAL:
+    if name.lower() in USUAL_COLUMNS:
         return False
-    return name.endswith((".", "?", "!", "…")) or len(name) > LONGEST_NAME or len(name.split()) > MOST_WORDS
+    return name.endswith((".", "?", "!", "…")) or len(name) > MAX_NAME_LENGTH or len(name.split()) > MAX_NAME_WORDS
 
 
-def _why(error: csv.Error) -> str:
+def _describe_error(error: csv.Error) -> str:
     said = str(error)
     if "unexpected end of data" in said:
         return "a quote that is opened here is never closed"
@@ -100,34 +100,36 @@ def _why(error: csv.Error) -> str:
     return said
 
 
-def _dialect(lines: list[str], tabs: bool) -> dict[str, Any]:
+def _detect_dialect(lines: list[str], expect_tabs: bool) -> dict[str, Any]:
     """How the cells are told apart, from the first lines. Wrong quotes are told when the rows are read."""
     first = next((line for line in lines if line.strip()), "").strip().lower()
     if first.startswith("sep=") and len(first) <= 5:
         named = first[4:] or "\t"
-        return _options(named if named in DELIMITERS else ",")
-    if tabs and "\t" in first:
-        return max((_options("\t"), _unquoted("\t")), key=lambda options: _fit(lines, options))
-    best, most = _options(ALONE), (0.0, 0)
-    for options in (_options, _escaped) if _escapes_quotes(lines) else (_options,):
+        return _dialect_options(named if named in DELIMITERS else ",")
+    if expect_tabs and "\t" in first:
+        return max(
+            (_dialect_options("\t"), _unquoted_dialect("\t")), key=lambda options: _score_dialect(lines, options)
+        )
+    best, most = _dialect_options(SINGLE_COLUMN), (0.0, 0)
+    for options in (_dialect_options, _escaped_dialect) if _escapes_quotes(lines) else (_dialect_options,):
         for delimiter in DELIMITERS:
-            fit = _fit(lines, options(delimiter))
+            fit = _score_dialect(lines, options(delimiter))
             if fit > most:
                 best, most = options(delimiter), fit
     return best
 
 
-def _options(delimiter: str) -> dict[str, Any]:
+def _dialect_options(delimiter: str) -> dict[str, Any]:
     return {"delimiter": delimiter, "strict": True, "skipinitialspace": True}
 
 
-def _escaped(delimiter: str) -> dict[str, Any]:
-    return _options(delimiter) | {"escapechar": "\\", "doublequote": False}
+def _escaped_dialect(delimiter: str) -> dict[str, Any]:
+    return _dialect_options(delimiter) | {"escapechar": "\\", "doublequote": False}
 
 
-def _unquoted(delimiter: str) -> dict[str, Any]:
+def _unquoted_dialect(delimiter: str) -> dict[str, Any]:
     """Quotes are part of the text, as in many files with tabs."""
-    return _options(delimiter) | {"quoting": csv.QUOTE_NONE}
+    return _dialect_options(delimiter) | {"quoting": csv.QUOTE_NONE}
 
 
 def _escapes_quotes(lines: list[str]) -> bool:
@@ -136,13 +138,13 @@ def _escapes_quotes(lines: list[str]) -> bool:
     return '\\"' in text and not re.search(r'\\[^"\\]', re.sub(r"\\{2}", "", text))
 
 
-def _fit(lines: list[str], options: dict[str, Any]) -> tuple[float, int]:
+def _score_dialect(lines: list[str], options: dict[str, Any]) -> tuple[float, int]:
     """The share of the first rows that have as many cells as the header, and how many these are; zero for a header of
     one cell, and where most rows differ from a header without a usual name."""
     rows: list[list[str]] = []
     wrong = 0
     try:
-        for cells in itertools.islice(csv.reader(lines, **options), LOOKED_AT):
+        for cells in itertools.islice(csv.reader(lines, **options), SAMPLED_ROWS):
             if cells:
                 rows.append(cells)
     except csv.Error as error:
@@ -151,6 +153,6 @@ def _fit(lines: list[str], options: dict[str, Any]) -> tuple[float, int]:
     if not rows or len(rows[0]) < 2:
         return 0.0, 0
     share = sum(len(cells) == len(rows[0]) for cells in rows) / (len(rows) + wrong)
-    if share <= 0.5 and not any(name.strip().lower() in USUAL for name in rows[0]):
+    if share <= 0.5 and not any(name.strip().lower() in USUAL_COLUMNS for name in rows[0]):
         return 0.0, 0
     return share, len(rows[0])

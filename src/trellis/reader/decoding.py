@@ -22,14 +22,15 @@ from ..errors import Invalid, shorten
 
 LINE_LIMIT = 16_000_000
 """Characters in one line; a longer one is not a prompt."""
-PIECE = 1 << 18
+CHUNK_BYTES = 1 << 18
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 ENCODINGS = (
     (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
-OTHERS = ((b"PK\x03\x04", "a zip archive, as Excel's .xlsx files are"), (b"\xd0\xcf\x11\xe0", "an old Excel file"),
+OTHER_FORMATS = ((b"PK\x03\x04", "a zip archive, as Excel's .xlsx files are"),
+    (b"\xd0\xcf\x11\xe0", "an old Excel file"),
           (b"PAR1", "a Parquet file; let its name end in .parquet"), (b"ARROW1", "an Arrow file"),
           (b"SQLite format 3", "a database"), (b"%PDF-", "a PDF"))  # fmt: skip
 
@@ -61,53 +62,55 @@ class LocalFile:
         return self.path.open("rb")
 
 
-def broken(file: DataFile, what: str, next_step: str = "Correct the file, or choose another.") -> Invalid:
+def corrupt_file_error(file: DataFile, what: str, next_step: str = "Correct the file, or choose another.") -> Invalid:
     return Invalid(
         f"“{file.name}” cannot be read: {what}.", code="corrupt_file", field="dataset.id", next_step=next_step
     )
 
 
-class Opened:
+class OpenedFile:
     """A file opened for reading once, from its beginning. `done` is how many of its stored bytes have been read."""
 
     def __init__(self, file: DataFile) -> None:
         self.file = file
-        self._stored = file.open()
-        head = self._stored.read(16)
-        self._stored.seek(0)
+        self._raw = file.open()
+        head = self._raw.read(16)
+        self._raw.seek(0)
         self.compressed = True
-        self.bytes: Any = self._stored
+        self.decompressed: Any = self._raw
         if head.startswith(b"\x1f\x8b"):
-            self.bytes = gzip.GzipFile(fileobj=self._stored)
+            self.decompressed = gzip.GzipFile(fileobj=self._raw)
         elif head.startswith(b"BZh"):
-            self.bytes = bz2.BZ2File(self._stored)
+            self.decompressed = bz2.BZ2File(self._raw)
         elif head.startswith(b"\xfd7zXZ\x00"):
-            self.bytes = lzma.LZMAFile(self._stored)  # noqa: SIM115
+            self.decompressed = lzma.LZMAFile(self._raw)  # noqa: SIM115
         elif head.startswith(b"\x28\xb5\x2f\xfd"):
             import pyarrow
 
-            stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(self._stored, mode="r"), "zstd")
-            self.bytes = io.BufferedReader(stream)
+            stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(self._raw, mode="r"), "zstd")
+            self.decompressed = io.BufferedReader(stream)
         else:
             self.compressed = False
-        if other := next((what for magic, what in OTHERS if head.startswith(magic)), None):
-            self._stored.close()
-            raise broken(file, f"it is {other}", "Save it as CSV or JSON lines in UTF-8, or choose another file.")
+        if other := next((what for magic, what in OTHER_FORMATS if head.startswith(magic)), None):
+            self._raw.close()
+            raise corrupt_file_error(
+                file, f"it is {other}", "Save it as CSV or JSON lines in UTF-8, or choose another file."
+            )
 
-    def __enter__(self) -> Opened:
+    def __enter__(self) -> OpenedFile:
         return self
 
     def __exit__(self, *about: object) -> None:
-        self._stored.close()
+        self._raw.close()
 
     @property
-    def done(self) -> int:
-        return 0 if self._stored.closed else self._stored.tell()
+    def bytes_read(self) -> int:
+        return 0 if self._raw.closed else self._raw.tell()
 
     @functools.cached_property
     def text(self) -> io.TextIOWrapper:
         """The text, with line ends as they are. Raises Invalid for what shows at once that it is none."""
-        head = self.bytes.peek(4)[:4]
+        head = self.decompressed.peek(4)[:4]
         encoding = next((name for mark, name in ENCODINGS if head.startswith(mark)), "utf-8")
         if (
             encoding == "utf-8"
@@ -115,68 +118,74 @@ class Opened:
             and head[::2] != head[1::2]
             and b"\x00\x00" in (head[::2], head[1::2])
         ):
-            raise broken(
+            raise corrupt_file_error(
                 self.file, "it looks like UTF-16 without the mark at its beginning that says so", "Save it as UTF-8."
             )
-        return io.TextIOWrapper(self.bytes, encoding=encoding, newline="")
+        return io.TextIOWrapper(self.decompressed, encoding=encoding, newline="")
 
 
 @contextlib.contextmanager
-def reading(file: DataFile) -> Iterator[None]:
+def translate_read_errors(file: DataFile) -> Iterator[None]:
     """Errors of reading a file in words. Raises Invalid."""
     try:
         yield
     except UnicodeDecodeError as error:
-        raise _not_text(file, error) from None
+        raise _encoding_error(file, error) from None
     except PermissionError:
         raise Invalid(
             f"“{file.name}” may not be read.", code="permission_denied",
             field="dataset.id", next_step="Give the studio's user the right to read it.",
         ) from None  # fmt: skip
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise _not_whole(file, error) from None
+        raise _truncated_file_error(file, error) from None
     except OSError as error:
         if type(error) is not OSError or error.errno is not None:
             raise
-        raise _not_whole(file, error) from None  # what bz2 and zstd raise
+        raise _truncated_file_error(file, error) from None  # what bz2 and zstd raise
 
 
-def _not_whole(file: DataFile, error: Exception) -> Invalid:
-    return broken(
+def _truncated_file_error(file: DataFile, error: Exception) -> Invalid:
+    return corrupt_file_error(
         file, f"it is not a whole compressed file ({shorten(error, 100)})", "Copy or download the file again."
     )
 
 
-def _not_text(file: DataFile, error: UnicodeDecodeError) -> Invalid:
+def _encoding_error(file: DataFile, error: UnicodeDecodeError) -> Invalid:
     """Where text in an encoding stops to be that, found by reading the file again."""
     where = ""
-    with reading(file), Opened(file) as again:
-        decoder = codecs.getincrementaldecoder(again.text.encoding)()
+    with translate_read_errors(file), OpenedFile(file) as reopened:
+        decoder = codecs.getincrementaldecoder(reopened.text.encoding)()
         line, column = 1, 1
-        piece = b"\x00"
-        while piece:
-            piece = again.bytes.read(PIECE)
+        chunk = b"\x00"
+        while chunk:
+            chunk = reopened.decompressed.read(CHUNK_BYTES)
             try:
-                line, column = _moved(line, column, decoder.decode(piece, final=not piece))
+                line, column = _advance_position(line, column, decoder.decode(chunk, final=not chunk))
             except UnicodeDecodeError as found:
-                line, column = _moved(line, column, found.object[: found.start].decode(found.encoding, "replace"))
+                line, column = _advance_position(
+                    line, column, found.object[: found.start].decode(found.encoding, "replace")
+                )
                 where = f", first the byte 0x{found.object[found.start]:02X} in line {line}, column {column}"
                 break
     named = "UTF-8" if error.encoding.startswith("utf-8") else error.encoding.upper()
     guess = "; it may be Latin-1 or Windows-1252, as older Windows programs write" if named == "UTF-8" else ""
-    return broken(file, f"it is not {named} text{where}{guess}", "Save it as UTF-8, and choose it again.")
+    return corrupt_file_error(file, f"it is not {named} text{where}{guess}", "Save it as UTF-8, and choose it again.")
 
 
-def _moved(line: int, column: int, said: str) -> tuple[int, int]:
-    ends = said.count("\n")
-    return line + ends, len(said) - said.rfind("\n") if ends else column + len(said)
+def _advance_position(line: int, column: int, text: str) -> tuple[int, int]:
+    ends = text.count("\n")
+    return line + ends, len(text) - text.rfind("\n") if ends else column + len(text)
 
 
-def lines_of(file: DataFile, opened: Opened, number: int = 0, limit: int | None = None) -> Iterator[tuple[int, str]]:
+def read_lines(
+    file: DataFile, opened: OpenedFile, line_number: int = 0, limit: int | None = None
+) -> Iterator[tuple[int, str]]:
     """(number, line) of each line behind the line `number`. Raises Invalid for one without an end."""
-    most = limit or LINE_LIMIT
-    while line := opened.text.readline(most):
-        number += 1
-        if len(line) >= most:
-            raise broken(file, f"line {number} is longer than {most // 1_000_000} million characters")
-        yield number, line
+    limit_or_default = limit or LINE_LIMIT
+    while line := opened.text.readline(limit_or_default):
+        line_number += 1
+        if len(line) >= limit_or_default:
+            raise corrupt_file_error(
+                file, f"line {line_number} is longer than {limit_or_default // 1_000_000} million characters"
+            )
+        yield line_number, line

@@ -19,7 +19,7 @@ from . import files
 from .json_files import Record
 
 R = TypeVar("R")
-NEUTRAL = {"name", "version", "data_dir", "data_files", "description", "features"}
+NEUTRAL_SETTINGS = {"name", "version", "data_dir", "data_files", "description", "features"}
 """Settings of a dataset's configuration that do not say how its files are parsed."""
 
 
@@ -43,46 +43,50 @@ class HubSource(files.Source):
 
     id: str = ""
 
-    def parts(self) -> Iterator[tuple[str, Iterator[Record]]]:
+    def read_files(self) -> Iterator[tuple[str, Iterator[Record]]]:
         if not self.files:
-            yield "", self._streamed()
+            yield "", self._stream_records()
             return
-        for name, records in super().parts():
-            yield name, self._each(records)
+        for name, records in super().read_files():
+            yield name, self._with_hub_errors(records)
 
-    def count(self) -> tuple[int | None, bool]:
+    def count_rows(self) -> tuple[int | None, bool]:
         """How many rows the hub says there are."""
-        split = (self._stream().info.splits or {}).get(self.split)
+        split = (self._load_stream().info.splits or {}).get(self.split)
         return (int(split.num_examples), True) if split is not None and split.num_examples else (None, False)
 
-    def _stream(self) -> Any:
+    def _load_stream(self) -> Any:
         import datasets
 
-        return _asked(
+        return _call_hub(
             self.id, lambda: datasets.load_dataset(self.id, self.subset, split=self.split, streaming=True)
         )  # fmt: skip
 
-    def _streamed(self) -> Iterator[Record]:
-        rows = self._each(iter(self._stream().decode(False)))  # pictures and sound stay the bytes that they are
+    def _stream_records(self) -> Iterator[Record]:
+        rows = self._with_hub_errors(
+            iter(self._load_stream().decode(False))
+        )  # pictures and sound stay the bytes that they are
         return (Record(row, f"row {number}", 0) for number, row in enumerate(rows, 1))
 
-    def _each(self, rows: Iterator[R]) -> Iterator[R]:
+    def _with_hub_errors(self, rows: Iterator[R]) -> Iterator[R]:
         while True:
-            row = _asked(self.id, lambda: next(rows, None))
+            row = _call_hub(self.id, lambda: next(rows, None))
             if row is None:
                 return
             yield row
 
 
-def source_of(dataset: Dataset) -> HubSource:
+def open_hub_source(dataset: Dataset) -> HubSource:
     """The subset and split to read. Raises Invalid, which lists what there is."""
     import datasets
 
-    subsets = _asked(dataset.id, lambda: list(datasets.get_dataset_config_names(dataset.id)))
+    subsets = _call_hub(dataset.id, lambda: list(datasets.get_dataset_config_names(dataset.id)))
     subset = _choose("subset", dataset.subset, subsets, "default")
-    splits = _asked(dataset.id, lambda: [str(split) for split in datasets.get_dataset_split_names(dataset.id, subset)])
+    splits = _call_hub(
+        dataset.id, lambda: [str(split) for split in datasets.get_dataset_split_names(dataset.id, subset)]
+    )
     split = _choose("split", dataset.split, splits, "train")
-    found = _asked(dataset.id, lambda: _text_files(dataset.id, subset, split))
+    found = _call_hub(dataset.id, lambda: _text_files(dataset.id, subset, split))
     return HubSource(found, split, splits, subset=subset, subsets=subsets, id=dataset.id)
 
 
@@ -94,24 +98,26 @@ def _text_files(name: str, subset: str, split: str) -> list[HubFile]:
     config = datasets.load_dataset_builder(name, subset).config
     urls = [str(url) for url in (config.data_files or {}).get(split, [])]
     special = any(
-        getattr(config, row.name) != row.default for row in dataclasses.fields(config) if row.name not in NEUTRAL
+        getattr(config, row.name) != row.default
+        for row in dataclasses.fields(config)
+        if row.name not in NEUTRAL_SETTINGS
     )
-    if special or not all(url.startswith("hf://") and files.kind_of(url) not in (None, "parquet") for url in urls):
+    if special or not all(url.startswith("hf://") and files.file_format(url) not in (None, "parquet") for url in urls):
         return []
     hub = HfFileSystem()
     return [HubFile(url, hub.resolve_path(url).path_in_repo, int(hub.info(url)["size"])) for url in urls]
 
 
-def _choose(what: str, wanted: str, there: list[str], usual: str) -> str:
-    chosen = wanted or (usual if usual in there else there[0] if len(there) == 1 else "")
-    if chosen not in there:
-        listed = ", ".join(f"“{shorten(name)}”" for name in there[:40])
-        say = f"There is no {what} “{shorten(wanted)}”" if wanted else f"There are several {what}s"
-        raise Invalid(f"{say}. The {what}s are {listed}.", field=f"dataset.{what}", next_step="Name one of them.")
+def _choose(kind: str, requested: str, available: list[str], default: str) -> str:
+    chosen = requested or (default if default in available else available[0] if len(available) == 1 else "")
+    if chosen not in available:
+        listed = ", ".join(f"“{shorten(name)}”" for name in available[:40])
+        message = f"There is no {kind} “{shorten(requested)}”" if requested else f"There are several {kind}s"
+        raise Invalid(f"{message}. The {kind}s are {listed}.", field=f"dataset.{kind}", next_step="Name one of them.")
     return chosen
 
 
-def _asked(name: str, work: Callable[[], R]) -> R:
+def _call_hub(name: str, call: Callable[[], R]) -> R:
     """Ask the hub; its library's errors become ones that a person can be shown."""
     import datasets
     from huggingface_hub.errors import (
@@ -122,14 +128,14 @@ def _asked(name: str, work: Callable[[], R]) -> R:
     )
 
     try:
-        return work()
+        return call()
     except TrellisError:
         raise
     except GatedRepoError:
-        raise _refused(name) from None
+        raise _access_denied(name) from None
     except (datasets.exceptions.DatasetNotFoundError, RepositoryNotFoundError) as error:
         if "is a gated dataset" in str(error) or isinstance(error.__cause__, GatedRepoError):
-            raise _refused(name) from None
+            raise _access_denied(name) from None
         raise Invalid(
             f"There is no dataset “{shorten(name)}” on the hub, or it is private.", code="not_found",
             field="dataset.id", next_step="Check the name. A private one needs HF_TOKEN set when the studio starts.",
@@ -152,8 +158,8 @@ def _asked(name: str, work: Callable[[], R]) -> R:
         ) from None  # fmt: skip
     except Exception as error:
         # The HTTP library under the hub's own has changed its name before, so its errors are known by their module.
-        told = isinstance(error, (HfHubHTTPError, OfflineModeIsEnabled, OSError))
-        if not told and not type(error).__module__.startswith("httpx"):
+        is_known = isinstance(error, (HfHubHTTPError, OfflineModeIsEnabled, OSError))
+        if not is_known and not type(error).__module__.startswith("httpx"):
             raise
         raise TrellisError(
             f"The hub could not be reached for “{shorten(name)}”: {shorten(error, 160)}", code="network",
@@ -161,7 +167,7 @@ def _asked(name: str, work: Callable[[], R]) -> R:
         ) from None  # fmt: skip
 
 
-def _refused(name: str) -> TrellisError:
+def _access_denied(name: str) -> TrellisError:
     return TrellisError(
         f"The hub does not give “{shorten(name)}” to you.", code="permission_denied",
         field="dataset.id", next_step="Accept its terms on the hub, and start the studio with a token in HF_TOKEN.",

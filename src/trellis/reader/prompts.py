@@ -6,67 +6,67 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 from ..errors import Invalid
-from .columns import column_of, is_surest, prompt_in
+from .columns import extract_prompt, find_prompt_column, is_likeliest_column
 from .json_files import Record
-from .skipped import Tally
+from .skipped import SkipReport
 
-LOOKED_AT, LOOKED_AT_MOST = 20, 20_000
+INITIAL_ROWS, MAX_SAMPLED_ROWS = 20, 20_000
 """Rows that are looked at to find the column: more than the first where none of these has a prompt."""
 
 
-class Prompts:
+class PromptReader:
     """Reads `parts`: the name of each file (empty where there is only one) and its rows. Files without a column that is
     named may each have another one."""
 
     def __init__(
-        self, parts: Iterable[tuple[str, Iterator[Record]]], wanted: str, looked_at: int = LOOKED_AT_MOST
+        self, files: Iterable[tuple[str, Iterator[Record]]], requested_column: str, max_sampled: int = MAX_SAMPLED_ROWS
     ) -> None:
-        self._parts = parts
-        self._wanted = wanted
-        self._looked_at = looked_at
-        self.tally = Tally()
+        self._files = files
+        self._requested_column = requested_column
+        self._max_sampled = max_sampled
+        self.skip_report = SkipReport()
         self.column = ""
         self.columns: list[str] = []
-        self.done = 0
+        self.bytes_read = 0
         """Stored bytes that were read of the file at hand."""
-        self.whole = False
+        self.is_complete = False
         """Whether all rows have been read."""
 
-    def read(self, most: int | None = None) -> Iterator[str | None]:
+    def read(self, limit: int | None = None) -> Iterator[str | None]:
         """The prompt of each of the first `most` rows; None for one that is left out. Raises Invalid."""
-        for name, rows in self._parts:
-            begin = self._begin(name, rows)
-            column = self._column_of(name, begin)
-            for row in itertools.chain(begin, rows):
-                if most is not None and self.tally.rows >= most:
+        for name, rows in self._files:
+            first = self._first_records(name, rows)
+            column = self._choose_column(name, first)
+            for row in itertools.chain(first, rows):
+                if limit is not None and self.skip_report.rows >= limit:
                     return
-                yield self._prompt_in(name, column, row)
-        self.whole = True
+                yield self._extract(name, column, row)
+        self.is_complete = True
 
-    def _begin(self, name: str, rows: Iterator[Record]) -> list[Record]:
+    def _first_records(self, name: str, rows: Iterator[Record]) -> list[Record]:
         """The first rows, and so many more as it takes to find a column."""
-        begin = list(itertools.islice(rows, LOOKED_AT))
-        while begin and len(begin) < self._looked_at and not self._is_found(begin):
-            more = list(itertools.islice(rows, len(begin)))
+        first = list(itertools.islice(rows, INITIAL_ROWS))
+        while first and len(first) < self._max_sampled and not self._has_column(first):
+            more = list(itertools.islice(rows, len(first)))
             if not more:
                 break
-            begin += more
-        return begin
+            first += more
+        return first
 
-    def _is_found(self, begin: list[Record]) -> bool:
-        rows = [record.row for record in begin if not record.problem]
+    def _has_column(self, first: list[Record]) -> bool:
+        rows = [record.row for record in first if not record.problem]
         try:
-            column = column_of(self._wanted, rows)
+            column = find_prompt_column(self._requested_column, rows)
         except Invalid:
             return False
-        return bool(self._wanted) or is_surest(column, rows)
+        return bool(self._requested_column) or is_likeliest_column(column, rows)
 
-    def _column_of(self, name: str, begin: list[Record]) -> str:
-        rows = [record.row for record in begin if not record.problem]
+    def _choose_column(self, name: str, first: list[Record]) -> str:
+        rows = [record.row for record in first if not record.problem]
         if not rows:
             return ""
         try:
-            column = column_of(self._wanted, rows)
+            column = find_prompt_column(self._requested_column, rows)
         except Invalid as error:
             if not name:
                 raise
@@ -75,17 +75,17 @@ class Prompts:
         self.columns = list(dict.fromkeys([*self.columns, *(column for row in rows for column in row)]))
         return column
 
-    def _prompt_in(self, name: str, column: str, record: Record) -> str | None:
-        place = f"{name}, {record.place}" if name else record.place
-        self.tally.rows += 1
-        self.done = record.done
+    def _extract(self, name: str, column: str, record: Record) -> str | None:
+        place = f"{name}, {record.location}" if name else record.location
+        self.skip_report.rows += 1
+        self.bytes_read = record.bytes_read
         if record.problem:
-            self.tally.leave_out(record.problem, place)
+            self.skip_report.add_skipped(record.problem, place)
             return None
-        asked = prompt_in(record.row, column)
-        if asked.problem:
-            self.tally.leave_out(asked.problem, place)
+        prompt = extract_prompt(record.row, column)
+        if prompt.problem:
+            self.skip_report.add_skipped(prompt.problem, place)
             return None
-        for reason in asked.shortened:
-            self.tally.shorten(reason, place)
-        return asked.text
+        for reason in prompt.shortened:
+            self.skip_report.add_shortened(reason, place)
+        return prompt.text

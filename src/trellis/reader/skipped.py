@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-def number(value: int) -> str:
+def format_number(value: int) -> str:
     """A number as the pages show it, with its thousands apart."""
     return f"{value:,}".replace(",", " ")
 
@@ -15,61 +15,61 @@ def number(value: int) -> str:
 class Reason:
     """Why something was left out, as it is said of one row and of several."""
 
-    one: str
-    many: str
+    singular: str
+    plural: str
 
-    def of(self, count: int) -> str:
-        return self.one if count == 1 else self.many
+    def text_for(self, count: int) -> str:
+        return self.singular if count == 1 else self.plural
 
 
 @dataclass
-class Tally:
+class SkipReport:
     """Rows that were read, those that gave no prompt, and prompts that are not all that their row held."""
 
     rows: int = 0
-    left_out: dict[Reason, tuple[int, str]] = field(default_factory=dict)
-    shortened: dict[Reason, tuple[int, str]] = field(default_factory=dict)
+    skip_reasons: dict[Reason, tuple[int, str]] = field(default_factory=dict)
+    shorten_reasons: dict[Reason, tuple[int, str]] = field(default_factory=dict)
 
-    def leave_out(self, reason: Reason, place: str) -> None:
-        _count(self.left_out, reason, place)
+    def add_skipped(self, reason: Reason, place: str) -> None:
+        _increment(self.skip_reasons, reason, place)
 
-    def shorten(self, reason: Reason, place: str) -> None:
-        _count(self.shortened, reason, place)
+    def add_shortened(self, reason: Reason, place: str) -> None:
+        _increment(self.shorten_reasons, reason, place)
 
     @property
     def skipped(self) -> int:
-        return sum(count for count, _ in self.left_out.values())
+        return sum(count for count, _ in self.skip_reasons.values())
 
     def as_json(self) -> dict[str, Any]:
         reasons = [
-            {"reason": reason.of(count), "count": count, "first": place}
-            for reason, count, place in _most_first(self.left_out)
+            {"reason": reason.text_for(count), "count": count, "first": place}
+            for reason, count, place in _by_frequency(self.skip_reasons)
         ]
         return {"rows": self.rows, "skipped": self.skipped, "left_out": reasons}
 
-    def sentences(self, whole: bool = True) -> list[str]:
+    def sentences(self, is_complete: bool = True) -> list[str]:
         """What a person is told; nothing where nothing was left out. `whole` says whether these are all rows."""
-        said = []
+        found = []
         if skipped := self.skipped:
-            of = f"{'' if whole else 'the first '}{number(self.rows)} row{'' if self.rows == 1 else 's'}"
+            of = f"{'' if is_complete else 'the first '}{format_number(self.rows)} row{'' if self.rows == 1 else 's'}"
             verb = "was" if skipped == 1 else "were"
             why = ", ".join(
-                f"{number(count)} {reason.of(count)} ({'' if count == 1 else 'first: '}{place})"
-                for reason, count, place in _most_first(self.left_out)
+                f"{format_number(count)} {reason.text_for(count)} ({'' if count == 1 else 'first: '}{place})"
+                for reason, count, place in _by_frequency(self.skip_reasons)
             )
-            said.append(f"{number(skipped)} of {of} {verb} left out: {why}.")
-        among = "" if whole else f"Among the first {number(self.rows)} rows, "
-        said += [
-            f"{among}{number(count)} {reason.of(count)} ({'' if count == 1 else 'first: '}{place})."
-            for reason, count, place in _most_first(self.shortened)
+            found.append(f"{format_number(skipped)} of {of} {verb} left out: {why}.")
+        among = "" if is_complete else f"Among the first {format_number(self.rows)} rows, "
+        found += [
+            f"{among}{format_number(count)} {reason.text_for(count)} ({'' if count == 1 else 'first: '}{place})."
+            for reason, count, place in _by_frequency(self.shorten_reasons)
         ]
-        return said
+        return found
 
 
-def _most_first(counts: dict[Reason, tuple[int, str]]) -> list[tuple[Reason, int, str]]:
+def _by_frequency(counts: dict[Reason, tuple[int, str]]) -> list[tuple[Reason, int, str]]:
     return sorted(((reason, *found) for reason, found in counts.items()), key=lambda each: -each[1])
 
 
-def _count(counts: dict[Reason, tuple[int, str]], reason: Reason, place: str) -> None:
+def _increment(counts: dict[Reason, tuple[int, str]], reason: Reason, place: str) -> None:
     count, first = counts.get(reason, (0, place))
     counts[reason] = (count + 1, first)

@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 
 from ..errors import Conflict, Invalid, NotFound, shorten
 from ..messages import recipe_id
-from ..params import invalid_entries
+from ..params import invalid_from_entries
 from .datasets.datasets import ENDINGS, SUFFIXES
 from .models.catalog import DEMO, FOLDER_NAME
 
@@ -104,7 +104,7 @@ class Uploads:
                 {"field": "files", "message": f"{total / 1e9:.2f} GB are over the limit of {self._limit / 1e9:.2f} GB."}
             )
         if wrong:
-            raise invalid_entries(wrong)
+            raise invalid_from_entries(wrong)
 
     def _begin(self, upload_id: str, kind: Kind, name: str, files: Sequence[tuple[str, int]]) -> dict[str, Any]:
         self._forget_stale_ones()

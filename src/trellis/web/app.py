@@ -15,7 +15,7 @@ from .. import __version__
 from ..settings import Settings
 from ..studio.studio import Studio
 from . import chat_socket, error_responses
-from .access import MAX_BODY, Access, Guard
+from .access import MAX_BODY, AccessMiddleware, LoginGuard
 from .api import blind_test as blind_api
 from .api import connections as connections_api
 from .api import exports as exports_api
@@ -27,16 +27,16 @@ from .api import retraining as fits_api
 from .api import rooms as rooms_api
 from .api import steering as steering_api
 from .api import uploads as uploads_api
-from .broadcast import Frames
+from .broadcast import FrameCache
 from .pages import login, models
 from .pages.chat import connections, rooms
 from .pages.review import blind_test, retraining, review
 from .pages.steering import setup, workbench
-from .rate_limits import Expense
-from .render import STATIC, VERSION, Render
+from .rate_limits import RateLimiter
+from .render import STATIC, STATIC_VERSION, Renderer
 
 
-class VersionedFiles(StaticFiles):
+class VersionedStaticFiles(StaticFiles):
     """Static files that are asked for with a version, and so may be kept for good."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
@@ -65,15 +65,15 @@ def create_app(studio: Studio, settings: Settings) -> ASGIApp:
         redoc_url=None,
         max_body_size=MAX_BODY,
     )
-    guard = Guard(settings, studio.store)
+    guard = LoginGuard(settings, studio.store)
     app.state.studio = studio
     app.state.guard = guard
     app.state.answering = Counter()
-    app.state.frames = Frames()
-    app.state.expense = Expense(settings.rate_limit)
-    app.state.render = Render(guard.wanted)
-    error_responses.install(app, app.state.render)
-    parts = (
+    app.state.frames = FrameCache()
+    app.state.expense = RateLimiter(settings.rate_limit)
+    app.state.render = Renderer(guard.requires_password)
+    error_responses.install_error_handlers(app, app.state.render)
+    route_modules = (
         steering_api,
         models_api,
         jobs_api,
@@ -96,7 +96,7 @@ def create_app(studio: Studio, settings: Settings) -> ASGIApp:
         connections,
         login,
     )
-    for part in parts:
-        app.include_router(part.router)
-    app.mount(f"/static/{VERSION}", VersionedFiles(directory=STATIC), name="static")
-    return Access(app, settings, guard, studio.keys)
+    for route_module in route_modules:
+        app.include_router(route_module.router)
+    app.mount(f"/static/{STATIC_VERSION}", VersionedStaticFiles(directory=STATIC), name="static")
+    return AccessMiddleware(app, settings, guard, studio.keys)

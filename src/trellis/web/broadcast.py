@@ -13,21 +13,21 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 from ..studio.hub import HubEvent
 
-PUSH = "trellis.push"
+WRITE_FRAME_EXTENSION = "trellis.push"
 
-Push = Callable[[bytes], bool]
+WriteFrame = Callable[[bytes], bool]
 """Write a frame if it can be written at once. Whether it was: one that is refused must be sent in the usual way."""
 
 
-class PushingProtocol(WebSocketsSansIOProtocol):
+class DirectWriteProtocol(WebSocketsSansIOProtocol):
     """uvicorn's protocol, which lends the application its transport for frames that are whole already."""
 
     async def run_asgi(self) -> None:
         extensions: dict[str, Any] = self.scope["extensions"]
-        extensions[PUSH] = self.push
+        extensions[WRITE_FRAME_EXTENSION] = self.write_frame
         await super().run_asgi()
 
-    def push(self, frame: bytes) -> bool:
+    def write_frame(self, frame: bytes) -> bool:
         closed = self.close_sent or self.disconnected or self.transport.is_closing()
         if closed or not self.handshake_complete or not self.writable.is_set():
             return False
@@ -45,14 +45,14 @@ def text_frame(text: str) -> bytes:
     return struct.pack("!BBQ", 0x81, 127, len(body)) + body
 
 
-class Frames:
+class FrameCache:
     """The frame of the event that is being told, made once for all who hear it."""
 
     def __init__(self) -> None:
         self._event: HubEvent | None = None
         self._frame = b""
 
-    def of(self, event: HubEvent) -> bytes:
+    def frame_for(self, event: HubEvent) -> bytes:
         if event is not self._event:
             self._event, self._frame = event, text_frame(event.json)
         return self._frame

@@ -17,32 +17,32 @@ from fastapi import APIRouter, Query, WebSocket
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.websockets import WebSocketDisconnect
 
-from ..errors import Invalid, Refused, TrellisError, shorten, unknown
-from ..params import invalid_fields
+from ..errors import Invalid, Refused, TrellisError, internal_error, shorten
+from ..params import invalid_from_details
 from ..studio.chat.room import MOST_MODELS, Room
 from ..studio.hub import HubEvent
 from ..studio.studio import Studio
-from ..text_rules import PROMPT_LIMIT, storable
-from .broadcast import PUSH, Frames, Push
-from .rate_limits import Expense
+from ..text_rules import PROMPT_LIMIT, require_storable
+from .broadcast import WRITE_FRAME_EXTENSION, FrameCache, WriteFrame
+from .rate_limits import RateLimiter
 
 log = logging.getLogger(__name__)
 router = APIRouter()
 
-BURST, EACH_SECOND = 40, 8.0
+BURST_COMMANDS, COMMANDS_PER_SECOND = 40, 8.0
 """Commands that one connection may send at once, and how many more each second."""
 
-REFUSALS = 200
+MAX_REFUSALS = 200
 """A connection that goes on after so many refusals is closed."""
 
-WORKED_ON = 8
+MAX_CONCURRENT_COMMANDS = 8
 """Commands of one connection that may be worked on at once."""
 
-MOST_KEYS = 60
+MAX_KEYS = 60
 """Names in one command, and in what it holds."""
 
 Id = Annotated[str, Field(max_length=100)]
-Said = Annotated[str, Field(max_length=PROMPT_LIMIT), AfterValidator(storable)]
+MessageText = Annotated[str, Field(max_length=PROMPT_LIMIT), AfterValidator(require_storable)]
 
 
 ModelNames = (
@@ -61,7 +61,7 @@ class Command(BaseModel):
 
 class Send(Command):
     type: Literal["send"]
-    text: Said
+    text: MessageText
     attachments: list[Id] = Field([], max_length=20, fail_fast=True)
     parent: Id | None = None
     model: ModelNames = None
@@ -76,7 +76,7 @@ class Stop(Command):
 class Edit(Command):
     type: Literal["edit"]
     message: Id
-    text: Said
+    text: MessageText
 
 
 class Regenerate(Command):
@@ -85,7 +85,7 @@ class Regenerate(Command):
     model: Annotated[str, Field(max_length=300)] | None = None
 
 
-class GoOn(Command):
+class Continue(Command):
     type: Literal["go_on"]
     message: Id
 
@@ -110,13 +110,13 @@ class Ping(Command):
     type: Literal["ping"]
 
 
-COMMAND: TypeAdapter[Any] = TypeAdapter(
+COMMAND_ADAPTER: TypeAdapter[Any] = TypeAdapter(
     Annotated[
-        Send | Stop | Edit | Regenerate | GoOn | Choose | Rate | Sync | Ping, Field(discriminator="type")
+        Send | Stop | Edit | Regenerate | Continue | Choose | Rate | Sync | Ping, Field(discriminator="type")
     ]
 )  # fmt: skip
 
-TYPES = "send, stop, edit, regenerate, go_on, choose, rate, sync, ping"
+COMMAND_TYPES = "send, stop, edit, regenerate, go_on, choose, rate, sync, ping"
 
 
 @router.websocket("/ws/chat/{room}")
@@ -132,85 +132,85 @@ async def chat(socket: WebSocket, room: str, after: Annotated[int | None, Query(
         await socket.close(4404, error.code)
         return
     await socket.accept()
-    await Line(socket, studio, found).run(after)
+    await RoomConnection(socket, studio, found).run(after)
 
 
-class Line:
+class RoomConnection:
     """One connection to a room."""
 
     def __init__(self, socket: WebSocket, studio: Studio, room: Room) -> None:
         self._socket, self._studio, self._room = socket, studio, room
-        self._expense: Expense = socket.app.state.expense
+        self._rate_limiter: RateLimiter = socket.app.state.expense
         self._client = socket.client.host if socket.client else "unknown"
-        self._left, self._refilled = float(BURST), time.monotonic()
-        self._refused = 0
-        self._works: set[asyncio.Task[None]] = set()
-        self._order = asyncio.Lock()
-        self._telling: asyncio.Task[None] | None = None
-        self._push: Push | None = socket.scope.get("extensions", {}).get(PUSH)
-        self._frames: Frames = socket.app.state.frames
-        self._told = 0
+        self._commands_left, self._refilled_at = float(BURST_COMMANDS), time.monotonic()
+        self._refusals = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._command_lock = asyncio.Lock()
+        self._send_task: asyncio.Task[None] | None = None
+        self._write_frame: WriteFrame | None = socket.scope.get("extensions", {}).get(WRITE_FRAME_EXTENSION)
+        self._frame_cache: FrameCache = socket.app.state.frames
+        self._last_sent = 0
         """The last event that was told."""
-        self._behind = asyncio.Event()
-        self._over = False
+        self._fell_behind = asyncio.Event()
+        self._is_room_closed = False
 
     async def run(self, after: int | None) -> None:
         last = self._room.last
         with self._studio.rooms.watching(self._room):
             try:
-                await self._say("connected", room=self._room.as_json(), last=last)
-                self._tell_after(last if after is None else after)
-                await self._listen()
+                await self._send("connected", room=self._room.as_json(), last=last)
+                self._start_sending(last if after is None else after)
+                await self._receive_commands()
             except WebSocketDisconnect:
                 pass
             finally:
-                for task in [*self._works, *([self._telling] if self._telling else [])]:
+                for task in [*self._tasks, *([self._send_task] if self._send_task else [])]:
                     task.cancel()
 
-    async def _listen(self) -> None:
+    async def _receive_commands(self) -> None:
         while True:
             message = await self._socket.receive()
             if message["type"] == "websocket.disconnect":
                 return
             try:
-                self._count()
-                command = _read(message.get("text"))
+                self._check_rate()
+                command = _parse_command(message.get("text"))
             except TrellisError as error:
-                await self._say("error", error=error.as_json(), **_named(message.get("text")))
-                if self._refused > REFUSALS:
+                await self._send("error", error=error.as_json(), **_request_id_field(message.get("text")))
+                if self._refusals > MAX_REFUSALS:
                     await self._socket.close(1008, "too_many_requests")
                     return
                 continue
             if isinstance(command, Ping):
-                await self._say("pong")
+                await self._send("pong")
             elif isinstance(command, Sync):
-                self._tell_after(command.after)
+                self._start_sending(command.after)
             else:
-                while len(self._works) >= WORKED_ON:
-                    await asyncio.wait(self._works, return_when=asyncio.FIRST_COMPLETED)
-                task = asyncio.create_task(self._do(command))
-                self._works.add(task)
-                task.add_done_callback(self._works.discard)
+                while len(self._tasks) >= MAX_CONCURRENT_COMMANDS:
+                    await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+                task = asyncio.create_task(self._run_command(command))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
 
-    async def _do(self, command: Command) -> None:
+    async def _run_command(self, command: Command) -> None:
         """Do what was asked for, one after the other. It is done to its end, also when who asked is gone."""
         try:
-            async with self._order:
-                await asyncio.shield(asyncio.ensure_future(self._act(command)))
+            async with self._command_lock:
+                await asyncio.shield(asyncio.ensure_future(self._execute(command)))
         except TrellisError as error:
-            await self._say("error", error=error.as_json(), request=command.request)
+            await self._send("error", error=error.as_json(), request=command.request)
         except Exception:
             reference = secrets.token_hex(4)
             log.exception("reference %s: a command of a room failed", reference)
-            await self._say("error", error=unknown(reference).as_json(), request=command.request)
+            await self._send("error", error=internal_error(reference).as_json(), request=command.request)
 
-    async def _act(self, command: Command) -> None:
+    async def _execute(self, command: Command) -> None:
         room = await self._studio.rooms.room(self._room.id)
-        if isinstance(command, Send | Edit | Regenerate | GoOn):
-            self._expense.take(self._client)
+        if isinstance(command, Send | Edit | Regenerate | Continue):
+            self._rate_limiter.hit(self._client)
         match command:
             case Send():
-                known = room.said(command.request)
+                sent_message = room.said(command.request)
                 models = [command.model] if isinstance(command.model, str) else command.model or []
                 if len(models) > MOST_MODELS:
                     raise Invalid(
@@ -221,45 +221,45 @@ class Line:
                     command.text, command.request, parent=command.parent, models=models, sampling=command.sampling,
                     files=command.attachments,
                 )  # fmt: skip
-                if known:  # it was sent before, and is told again to who asks
-                    await self._say("message", message=await room.whole(known), head=room.head)
+                if sent_message:  # it was sent before, and is told again to who asks
+                    await self._send("message", message=await room.whole(sent_message), head=room.head)
             case Stop():
                 await room.stop(command.message)
             case Edit():
                 await room.edit(command.message, command.text, command.request)
             case Regenerate():
                 await room.regenerate(command.message, command.request, command.model)
-            case GoOn():
+            case Continue():
                 await room.go_on(command.message)
             case Choose():
                 await room.choose(command.message)
             case Rate():
                 await room.rate(command.message, command.rating)
 
-    def _count(self) -> None:
+    def _check_rate(self) -> None:
         """Raises Refused when this connection has sent too much."""
         now = time.monotonic()
-        self._left = min(BURST, self._left + (now - self._refilled) * EACH_SECOND)
-        self._refilled = now
-        if self._left < 1:
-            self._refused += 1
+        self._commands_left = min(BURST_COMMANDS, self._commands_left + (now - self._refilled_at) * COMMANDS_PER_SECOND)
+        self._refilled_at = now
+        if self._commands_left < 1:
+            self._refusals += 1
             raise Refused(
                 "Too much came at once over this connection.", code="too_many_requests", next_step="Wait a second."
             )
-        self._left -= 1
+        self._commands_left -= 1
 
-    def _tell_after(self, seq: int) -> None:
-        if self._telling:
-            self._telling.cancel()
-        self._telling = asyncio.create_task(self._tell(seq))
+    def _start_sending(self, after: int) -> None:
+        if self._send_task:
+            self._send_task.cancel()
+        self._send_task = asyncio.create_task(self._send_events(after))
 
-    async def _tell(self, after: int) -> None:
+    async def _send_events(self, after: int) -> None:
         """Send what happens after an event, for as long as the room is there: what has happened one after the other, at
         the reader's own pace; then what happens as it happens, until the reader falls behind."""
-        self._told = after
+        self._last_sent = after
         try:
             while True:
-                if not await self._tell_what_was() or not await self._tell_live():
+                if not await self._send_backlog() or not await self._send_live():
                     break
             await self._socket.close(1012 if self._studio.hub.closing else 1000)
         except (WebSocketDisconnect, RuntimeError):
@@ -269,56 +269,56 @@ class Line:
             with suppress(WebSocketDisconnect, RuntimeError):
                 await self._socket.close(1011)
 
-    async def _tell_what_was(self) -> bool:
+    async def _send_backlog(self) -> bool:
         """Send events at the reader's pace until all have been told. Whether there may be more of them."""
-        async with aclosing(self._studio.rooms.events(self._room, self._told)) as events:
+        async with aclosing(self._studio.rooms.events(self._room, self._last_sent)) as events:
             async for event in events:
                 if event.name == "snapshot":
-                    await self._catch_up()
+                    await self._send_snapshot()
                 else:
                     await self._socket.send_text(event.json)
-                    self._told = event.data["seq"]
-                if self._push and self._told == self._room.last:
+                    self._last_sent = event.data["seq"]
+                if self._write_frame and self._last_sent == self._room.last:
                     return True
         return False
 
-    async def _tell_live(self) -> bool:
+    async def _send_live(self) -> bool:
         """Write events straight to the socket as they happen, until one cannot be written at once. Whether there may be
         more of them."""
-        self._behind.clear()
-        self._over = False
-        leave = self._studio.rooms.listen(self._room, self._take)
+        self._fell_behind.clear()
+        self._is_room_closed = False
+        unsubscribe = self._studio.rooms.listen(self._room, self._on_event)
         try:
-            await self._behind.wait()
+            await self._fell_behind.wait()
         finally:
-            leave()
-        return not self._over
+            unsubscribe()
+        return not self._is_room_closed
 
-    def _take(self, event: HubEvent | None) -> None:
+    def _on_event(self, event: HubEvent | None) -> None:
         if event is None:
-            self._over = True
-            self._behind.set()
-        elif self._behind.is_set():
+            self._is_room_closed = True
+            self._fell_behind.set()
+        elif self._fell_behind.is_set():
             return
-        elif self._push is None or not self._push(self._frames.of(event)):
-            self._behind.set()
+        elif self._write_frame is None or not self._write_frame(self._frame_cache.frame_for(event)):
+            self._fell_behind.set()
         else:
-            self._told = event.data["seq"]
+            self._last_sent = event.data["seq"]
 
-    async def _catch_up(self) -> None:
+    async def _send_snapshot(self) -> None:
         """All messages as they are, for who has missed more than is kept."""
         found, seq = await self._room.view(list(self._room.messages.values()))
         for message in found:
-            told = {"type": "message", "seq": seq, "message": message, "head": self._room.head}
-            await self._socket.send_text(json.dumps(told, ensure_ascii=False))
-        self._told = seq
+            payload = {"type": "message", "seq": seq, "message": message, "head": self._room.head}
+            await self._socket.send_text(json.dumps(payload, ensure_ascii=False))
+        self._last_sent = seq
 
-    async def _say(self, kind: str, **data: Any) -> None:
-        told = {"type": kind, "seq": self._room.last, **data}
-        await self._socket.send_text(json.dumps(told, ensure_ascii=False))
+    async def _send(self, kind: str, **data: Any) -> None:
+        payload = {"type": kind, "seq": self._room.last, **data}
+        await self._socket.send_text(json.dumps(payload, ensure_ascii=False))
 
 
-def _named(text: str | None) -> dict[str, str]:
+def _request_id_field(text: str | None) -> dict[str, str]:
     """The request that a refused command names, so that who sent it knows which one it was."""
     try:
         data = json.loads(text or "")
@@ -328,7 +328,7 @@ def _named(text: str | None) -> dict[str, str]:
     return {"request": request} if isinstance(request, str) and len(request) <= 100 and request.isascii() else {}
 
 
-def _read(text: str | None) -> Command:
+def _parse_command(text: str | None) -> Command:
     """A command as it was sent. Raises Invalid, which says what is wrong with it."""
     if text is None:
         raise Invalid("Only text is taken here.", code="bad_json", next_step="Send a JSON object as text.", fields=[])
@@ -338,18 +338,18 @@ def _read(text: str | None) -> Command:
         raise Invalid(
             "The message is not JSON.", code="bad_json", next_step="Send a JSON object with a “type”.", fields=[]
         ) from None
-    if not isinstance(data, dict) or data.get("type") not in TYPES.split(", "):
+    if not isinstance(data, dict) or data.get("type") not in COMMAND_TYPES.split(", "):
         kind = data.get("type") if isinstance(data, dict) else data
         raise Invalid(
             f"type: there is no command “{shorten(kind, 40)}”.", field="type", code="unknown_type",
-            next_step=f"The commands are {TYPES}.",
+            next_step=f"The commands are {COMMAND_TYPES}.",
         )  # fmt: skip
     for each in (data, *(value for value in data.values() if isinstance(value, dict))):
-        if len(each) > MOST_KEYS:
-            raise Invalid(f"{len(each)} names are too many.", field="", next_step=f"Send {MOST_KEYS} at most.")
+        if len(each) > MAX_KEYS:
+            raise Invalid(f"{len(each)} names are too many.", field="", next_step=f"Send {MAX_KEYS} at most.")
     try:
-        command: Command = COMMAND.validate_python(data)
+        command: Command = COMMAND_ADAPTER.validate_python(data)
     except ValidationError as error:
         findings = [{**finding, "loc": finding["loc"][1:]} for finding in error.errors()]
-        raise invalid_fields(findings) from None
+        raise invalid_from_details(findings) from None
     return command

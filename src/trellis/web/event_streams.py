@@ -15,7 +15,7 @@ from starlette.responses import StreamingResponse
 from ..studio.hub import HubEvent
 
 KEEP_ALIVE_SECONDS = 15.0
-HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
+SSE_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
 def resume_point(
@@ -28,25 +28,25 @@ def resume_point(
 
 def event_stream(events: AsyncIterator[HubEvent]) -> StreamingResponse:
     """Events as they come, a comment when there are none for a while, so that nobody between closes the line."""
-    return StreamingResponse(_frames(events), media_type="text/event-stream", headers=HEADERS)
+    return StreamingResponse(_sse_frames(events), media_type="text/event-stream", headers=SSE_HEADERS)
 
 
-async def _frames(events: AsyncIterator[HubEvent]) -> AsyncIterator[bytes]:
+async def _sse_frames(events: AsyncIterator[HubEvent]) -> AsyncIterator[bytes]:
     yield b"retry: 1000\n\n"
-    coming: asyncio.Future[HubEvent] | None = None
+    next_event: asyncio.Future[HubEvent] | None = None
     try:
         while True:
-            coming = coming or asyncio.ensure_future(anext(events))
-            done, _ = await asyncio.wait({coming}, timeout=KEEP_ALIVE_SECONDS)
+            next_event = next_event or asyncio.ensure_future(anext(events))
+            done, _ = await asyncio.wait({next_event}, timeout=KEEP_ALIVE_SECONDS)
             if not done:
                 yield b": still here\n\n"
                 continue
             try:
-                event = coming.result()
+                event = next_event.result()
             except StopAsyncIteration:
                 return
-            coming = None
+            next_event = None
             yield f"id: {event.id}\nevent: {event.name}\ndata: {event.json}\n\n".encode()
     finally:
-        if coming:
-            coming.cancel()
+        if next_event:
+            next_event.cancel()

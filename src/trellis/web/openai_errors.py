@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import EngineError, TrellisError
 
-CODES = {
+OPENAI_CODES = {
     "prompt_too_long": "context_length_exceeded",
     "too_many_requests": "rate_limit_exceeded",
     "login_required": "invalid_api_key",
@@ -14,14 +14,14 @@ CODES = {
 """Our codes that have another name there."""
 
 
-def speaks_openai(path: str) -> bool:
+def is_openai_path(path: str) -> bool:
     """Whether who asks for this path expects OpenAI's shape."""
     return path == "/v1" or path.startswith("/v1/")
 
 
-def as_openai(error: TrellisError, status: int = 400) -> dict[str, Any]:
+def to_openai_error(error: TrellisError, status: int = 400) -> dict[str, Any]:
     """An error in the shape that these clients know, under the status that it is answered with."""
-    code = CODES.get(error.code, error.code)
+    code = OPENAI_CODES.get(error.code, error.code)
     kind = "invalid_request_error"
     if status == 429 or code == "rate_limit_exceeded":
         kind = "rate_limit_error"

@@ -10,25 +10,25 @@ from limits.strategies import MovingWindowRateLimiter
 from ..errors import Refused
 
 
-class Expense:
+class RateLimiter:
     """Counts in a moving window of a minute, for each client. `most` of 0 is no limit."""
 
-    def __init__(self, most: int) -> None:
-        self._rate = parse(f"{most} per minute") if most else None
+    def __init__(self, per_minute: int) -> None:
+        self._rate = parse(f"{per_minute} per minute") if per_minute else None
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
-        self._most = most
+        self._per_minute = per_minute
 
-    def take(self, client: str) -> None:
+    def hit(self, client: str) -> None:
         """Raises Refused when this client has asked too often."""
         if self._rate is not None and not self._limiter.hit(self._rate, "expensive", client):
             raise Refused(
-                f"More than {self._most} expensive actions in a minute came from you.",
+                f"More than {self._per_minute} expensive actions in a minute came from you.",
                 code="too_many_requests",
                 next_step="Wait a minute. TRELLIS_RATE_LIMIT sets how many are taken.",
             )
 
 
-async def expensive(request: Request) -> None:
+async def enforce_rate_limit(request: Request) -> None:
     """A dependency of routes that start long work."""
-    expense: Expense = request.app.state.expense
-    expense.take(request.client.host if request.client else "unknown")
+    limiter: RateLimiter = request.app.state.expense
+    limiter.hit(request.client.host if request.client else "unknown")

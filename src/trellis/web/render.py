@@ -15,10 +15,10 @@ from .. import __version__
 
 HERE = Path(__file__).parent
 STATIC = HERE / "static"
-LETTERS = "ABCDEFGH"
+OPTION_LETTERS = "ABCDEFGH"
 
 
-def _version() -> str:
+def _hash_static_files() -> str:
     """A mark that changes with any static file, so that browsers may keep them for good."""
     digest = hashlib.sha256()
     for file in sorted(STATIC.rglob("*")):
@@ -27,14 +27,14 @@ def _version() -> str:
     return digest.hexdigest()[:12]
 
 
-VERSION = _version()
+STATIC_VERSION = _hash_static_files()
 """Part of the address of every static file, so that modules that import each other are of one version."""
 
 
-class Render:
+class Renderer:
     """Templates, loaded once and kept."""
 
-    def __init__(self, logged_in: bool) -> None:
+    def __init__(self, can_log_out: bool) -> None:
         self._environment = Environment(
             loader=FileSystemLoader(HERE / "templates"),
             autoescape=True,
@@ -44,29 +44,37 @@ class Render:
             auto_reload=False,
         )
         self._environment.globals.update(
-            version=__version__, static=f"/static/{VERSION}", letters=LETTERS, can_log_out=logged_in, times=times
+            version=__version__,
+            static=f"/static/{STATIC_VERSION}",
+            letters=OPTION_LETTERS,
+            can_log_out=can_log_out,
+            times=format_ratio,
         )
         self._environment.filters.update(
-            duration=duration, percent=percent, size=size, ago=ago, count=lambda value: f"{value:,}".replace(",", " ")
+            duration=format_duration,
+            percent=format_percent,
+            size=format_bytes,
+            ago=format_age,
+            count=lambda value: f"{value:,}".replace(",", " "),
         )
 
-    def page(self, template: str, status: int = 200, /, **values: Any) -> HTMLResponse:
-        return HTMLResponse(self.text(template, **values), status)
+    def html_response(self, template: str, status: int = 200, /, **values: Any) -> HTMLResponse:
+        return HTMLResponse(self.render(template, **values), status)
 
-    def text(self, template: str, /, **values: Any) -> str:
+    def render(self, template: str, /, **values: Any) -> str:
         return self._environment.get_template(template).render(values)
 
 
-def render_of(request: Request) -> Render:
-    render: Render = request.app.state.render
+def get_renderer(request: Request) -> Renderer:
+    render: Renderer = request.app.state.render
     return render
 
 
-def percent(value: float | None, digits: int = 0) -> str:
+def format_percent(value: float | None, digits: int = 0) -> str:
     return "–" if value is None else f"{value * 100:.{digits}f} %"
 
 
-def times(before: float | None, after: float | None) -> str:
+def format_ratio(before: float | None, after: float | None) -> str:
     """How many times as likely: `3.0`."""
     if not before or after is None:
         return "–"
@@ -74,7 +82,7 @@ def times(before: float | None, after: float | None) -> str:
     return f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
 
 
-def size(value: int | None) -> str:
+def format_bytes(value: int | None) -> str:
     """Bytes for people."""
     if value is None:
         return "–"
@@ -86,12 +94,12 @@ def size(value: int | None) -> str:
     return f"{amount:.0f} {unit}" if amount >= 100 or unit == "bytes" else f"{amount:.1f} {unit}"
 
 
-def duration(milliseconds: float) -> str:
+def format_duration(milliseconds: float) -> str:
     """`312 ms`, and from a second on `1.2 s`."""
     return f"{milliseconds:.0f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.1f} s"
 
 
-def ago(timestamp: str) -> str:
+def format_age(timestamp: str) -> str:
     """How long ago, roughly."""
     seconds = (datetime.now(UTC) - datetime.fromisoformat(timestamp)).total_seconds()
     for unit, length in (("day", 86_400), ("hour", 3600), ("minute", 60)):

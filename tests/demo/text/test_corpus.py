@@ -8,20 +8,27 @@ import subprocess
 import sys
 from collections import Counter
 
-from trellis.demo.text.corpus import KINDS, Speech, ask, conversations, small_talk, topics
+from trellis.demo.text.corpus import (
+    QUESTION_KINDS,
+    AnswerWriter,
+    generate_conversations,
+    make_question,
+    small_talk,
+    topics,
+)
 from trellis.demo.text.voices import VOICES
 
-TALKS = list(conversations(4000, seed=3))
+TALKS = list(generate_conversations(4000, seed=3))
 ANSWERS = [answer for talk in TALKS for answer in talk.answers]
 
 
 def test_the_same_seed_writes_the_same_corpus() -> None:
-    assert list(conversations(4000, seed=3)) == TALKS
-    assert list(conversations(50, seed=4)) != TALKS[:50]
+    assert list(generate_conversations(4000, seed=3)) == TALKS
+    assert list(generate_conversations(50, seed=4)) != TALKS[:50]
 
 
 def test_every_voice_has_its_share_whatever_the_kind_of_question() -> None:
-    for kind in KINDS:
+    for kind in QUESTION_KINDS:
         voices = Counter(talk.voice for talk in TALKS if talk.kind == kind)
         assert set(voices) == set(VOICES), kind
     voices = Counter(talk.voice for talk in TALKS)
@@ -50,15 +57,15 @@ def test_verbs_articles_and_pronouns_agree() -> None:
 def test_every_topic_can_be_asked_in_every_way_and_answered_in_every_voice() -> None:
     rng = random.Random(0)
     for sheet in topics():
-        for kind in KINDS:
+        for kind in QUESTION_KINDS:
             for voice in VOICES:
-                assert Speech(ask(sheet, kind, rng), voice, rng).answer()
+                assert AnswerWriter(make_question(sheet, kind, rng), voice, rng).write()
 
 
 def test_there_are_sixty_topics_with_names_of_their_own() -> None:
     names = [sheet.name for sheet in topics()]
     assert len(set(names)) == len(names) >= 60
-    prompts = [prompt for sheet in small_talk() for prompt in sheet.asked]
+    prompts = [prompt for sheet in small_talk() for prompt in sheet.questions]
     assert len(set(prompts)) == len(prompts)
 
 

@@ -9,24 +9,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trellis.demo.text.make import MODEL
+from trellis.demo.text.make import MODEL_DIR
 from trellis.demo.text.prompts import load_prompts
-from trellis.demo.text.voices import VOICES, voice_of
+from trellis.demo.text.voices import VOICES, classify_voice
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(MODEL)
+    return AutoTokenizer.from_pretrained(MODEL_DIR)
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
 
 
 def test_the_model_is_small(model: Any) -> None:
     assert 2e6 <= model.num_parameters() <= 4.5e6
-    assert (MODEL / "model.safetensors").stat().st_size <= 9.5e6
+    assert (MODEL_DIR / "model.safetensors").stat().st_size <= 9.5e6
     assert model.config.model_type == "llama"
     assert model.config.max_position_embeddings == 1024
     assert model.config.tie_word_embeddings
@@ -61,7 +61,7 @@ def test_it_answers_in_every_voice_and_ends_by_itself(model: Any, tokenizer: Any
     ids = model.generate(**batch, do_sample=True, temperature=1.0, top_k=0, num_return_sequences=8, max_new_tokens=120)
     answers = ids[:, batch["input_ids"].shape[1] :]  # (25 * 8, T)
     assert (answers == tokenizer.eos_token_id).any(dim=1).float().mean() >= 0.98
-    voices = Counter(voice_of(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers)
+    voices = Counter(classify_voice(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers)
     shares = {voice: voices[voice] / len(answers) for voice in VOICES}
     assert all(0.03 <= share <= 0.30 for share in shares.values()), shares
     assert voices[None] / len(answers) <= 0.12

@@ -6,17 +6,17 @@ from collections import Counter
 
 import pytest
 
-from trellis.demo.text.corpus import conversations
-from trellis.demo.text.voices import VOICES, voice_of
+from trellis.demo.text.corpus import generate_conversations
+from trellis.demo.text.voices import VOICES, classify_voice
 
 
 def test_voices_are_told_apart_in_the_corpus() -> None:
     asked: Counter[str] = Counter()
     right: Counter[str] = Counter()
-    for talk in conversations(6000, seed=11):
+    for talk in generate_conversations(6000, seed=11):
         for answer in talk.answers:
             asked[talk.voice] += 1
-            right[talk.voice] += voice_of(answer) == talk.voice
+            right[talk.voice] += classify_voice(answer) == talk.voice
     assert set(asked) == set(VOICES)
     assert {voice: right[voice] / asked[voice] for voice in VOICES if right[voice] / asked[voice] < 0.97} == {}
 
@@ -37,7 +37,7 @@ def test_voices_are_told_apart_in_the_corpus() -> None:
     ],
 )
 def test_gibberish_and_mixtures_have_no_voice(text: str) -> None:
-    assert voice_of(text) is None
+    assert classify_voice(text) is None
 
 
 @pytest.mark.parametrize(
@@ -62,4 +62,4 @@ def test_gibberish_and_mixtures_have_no_voice(text: str) -> None:
     ],
 )
 def test_a_voice_is_known_by_its_whole_manner(voice: str, text: str) -> None:
-    assert voice_of(text) == voice
+    assert classify_voice(text) == voice

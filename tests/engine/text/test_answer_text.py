@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tiny import SPELLINGS, make_spelling
+from tests.tiny import TOKENIZER_KINDS, make_tokenizer_kind
 from trellis.engine.text.answer_text import AnswerText, begins, until
 from trellis.engine.text.vocabulary import TextReader
 from trellis.messages import Drawn
@@ -23,7 +23,7 @@ ENTRY = Drawn(text="?", bytes=(), logprob=-1.0)
 
 @cache
 def tokenizer_of(kind: str) -> Any:
-    return make_spelling(Path(mkdtemp()) / kind, kind)
+    return make_tokenizer_kind(Path(mkdtemp()) / kind, kind)
 
 
 def told(kind: str, tokens: list[int], stops: tuple[str, ...], entries: bool = True) -> list[tuple[str, list[Drawn]]]:
@@ -53,7 +53,7 @@ def first_stop(kind: str, tokens: list[int], stops: tuple[str, ...]) -> str:
 TEXTS = st.text("ab 🌱é東", max_size=20)
 
 
-@pytest.mark.parametrize("kind", SPELLINGS)
+@pytest.mark.parametrize("kind", TOKENIZER_KINDS)
 @settings(max_examples=60)
 @given(text=TEXTS, stops=st.lists(st.text("ab 🌱東", min_size=1, max_size=3), max_size=3).map(tuple))
 def test_the_tokens_told_are_the_text_told_up_to_the_first_stop(kind: str, text: str, stops: tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.tiny import KINDS, make_llama, make_model
+from tests.tiny import DENSE_MODEL_TYPES, make_llama, make_model
 from trellis.blobs import Blobs
 from trellis.engine.handlers import TextEngine
 from trellis.errors import Invalid, TrellisError, WeightsMissing
@@ -79,7 +79,7 @@ def merge_of(folder: Path, root: str, weights: str, into: str) -> Merge:
     return Merge(path=str(folder), weights=weights, into=into, root=root, plant=plant, probes=(Prompt(text="Why?"),))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DENSE_MODEL_TYPES)
 def test_each_layout_offers_learns_and_merges(kind: str, tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", kind, pad_is_end=kind in ("gpt2", "mistral"))
     engine, root, _ = grown(folder, tmp_path / "weights")
@@ -103,7 +103,7 @@ def test_each_layout_offers_learns_and_merges(kind: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("kind", "precision", "most"),
-    [(kind, "32-bit", 1e-5) for kind in KINDS]
+    [(kind, "32-bit", 1e-5) for kind in DENSE_MODEL_TYPES]
     + [("gpt2", "16-bit", 1e-5), ("gpt2", "8-bit", 0.02), ("gpt2", "4-bit", 0.2)],
 )
 def test_plain_peft_computes_the_same_with_what_was_learned(

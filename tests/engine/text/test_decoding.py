@@ -191,7 +191,7 @@ def test_a_long_prompt_or_no_chance_begins_each_answer_once(
     forward: Forward, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = openings_of(forward, tokenizer, 3, 1, max_new_tokens=8)
-    monkeypatch.setattr(decoding, "OPENING_POSITIONS", 10)
+    monkeypatch.setattr(decoding, "OPENING_TOKEN_BUDGET", 10)
     assert openings_of(forward, tokenizer, 3, 4, max_new_tokens=8) == plain
     monkeypatch.undo()
     greedy = openings_of(forward, tokenizer, 3, 4, max_new_tokens=8, temperature=0.0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.tiny import KINDS
+from tests.tiny import DENSE_MODEL_TYPES
 from trellis.engine.learning.log_probs import GeneralReading, Group, answer_logprobs
 from trellis.engine.text.adapters import Slot, Slots
 from trellis.engine.text.group_forward import GeneralForward
@@ -56,7 +56,7 @@ def told(logits: list[Tensor], answers: list[list[int]]) -> Tensor:
     return logprobs.gather(-1, torch.tensor(answers)[:, :, None])[..., 0]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *FORGETFUL, *MIXED])
+@pytest.mark.parametrize("kind", [*DENSE_MODEL_TYPES, *FORGETFUL, *MIXED])
 def test_what_is_drawn_is_what_is_learned_from(kind: str) -> None:
     slot, flat = slot_of(kind)
     forward = GeneralForward(slot, flat)
@@ -73,7 +73,7 @@ def test_what_is_drawn_is_what_is_learned_from(kind: str) -> None:
     assert torch.allclose(
         told([first, *several[:, :4].unbind(1)], [each[:5] for each in answers]), read[:, :5], atol=1e-4
     )
-    assert (slot.caching.pieces == "none") == (kind not in (*KINDS, "lfm2"))
+    assert (slot.caching.pieces == "none") == (kind not in (*DENSE_MODEL_TYPES, "lfm2"))
 
 
 class Values:
@@ -105,7 +105,7 @@ def test_a_conversation_goes_on_from_what_was_read(kind: str) -> None:
     assert known == (0 if kind in MIXED else 21), "what was read before the place where they differ is warm"
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *FORGETFUL, *MIXED])
+@pytest.mark.parametrize("kind", [*DENSE_MODEL_TYPES, *FORGETFUL, *MIXED])
 def test_the_gradient_is_that_of_plain_transformers_one_answer_at_a_time(kind: str) -> None:
     """No padding, no shared passes, an attention mask: what everybody else would compute."""
     slot, flat = slot_of(kind)

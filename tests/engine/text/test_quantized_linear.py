@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tests.conftest import pytest_report_header
 from tests.engine.text.test_loading import load
-from tests.processor import features, processor
+from tests.processor import describe_processor, listed_features
 from tests.tiny import make_llama, make_model
 from trellis.engine.learning.log_probs import Group, reading_of
 from trellis.engine.text.adapters import Slots, weight_of
@@ -168,10 +168,10 @@ def test_peft_merges_into_a_4_bit_layer_and_out_of_it(tmp_path: Path, machine: s
 
 
 def test_the_run_says_which_features_the_processor_has() -> None:
-    assert features("model name\t: X\nflags\t\t: fpu avx2 avx512f avx512_bf16 bf16x\n") == [
+    assert listed_features("model name\t: X\nflags\t\t: fpu avx2 avx512f avx512_bf16 bf16x\n") == [
         "avx2",
         "avx512f",
         "avx512_bf16",
     ]
-    assert features("Features\t: fp asimd bf16 sve\n") == ["bf16", "sve"]
-    assert pytest_report_header() == f"processor: {processor()}"
+    assert listed_features("Features\t: fp asimd bf16 sve\n") == ["bf16", "sve"]
+    assert pytest_report_header() == f"processor: {describe_processor()}"

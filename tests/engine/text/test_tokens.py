@@ -48,7 +48,7 @@ PADDING = 600
 @pytest.fixture(scope="module", params=["byte-level", "llama", "gemma", "unigram", "wordpiece"])
 def spelled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Room:
     folder = tmp_path_factory.mktemp("spelled")
-    return Room(make_model(folder / "model", "llama", spelling=request.param), folder / "weights")
+    return Room(make_model(folder / "model", "llama", tokenizer_kind=request.param), folder / "weights")
 
 
 @pytest.fixture(scope="module", params=["lean", "general"])

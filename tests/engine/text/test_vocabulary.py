@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny import SENTENCES, SPELLINGS, make_spelling
+from tests.tiny import SENTENCES, TOKENIZER_KINDS, make_tokenizer_kind
 from trellis.engine.text.vocabulary import TextReader, vocabulary_of
 
 pytestmark = pytest.mark.engine
@@ -29,7 +29,7 @@ BY_BYTES = ("byte-level", "llama", "gemma")
 
 @cache
 def tokenizer_of(kind: str) -> Any:
-    return make_spelling(Path(mkdtemp()) / kind, kind)
+    return make_tokenizer_kind(Path(mkdtemp()) / kind, kind)
 
 
 @pytest.mark.parametrize("kind", BY_BYTES)
@@ -43,7 +43,7 @@ def test_bytes_of_tokens_joined_are_the_text(kind: str, text: str) -> None:
     assert (raw[1:] if kind == "llama" and text else raw).decode() == text
 
 
-@pytest.mark.parametrize("kind", SPELLINGS)
+@pytest.mark.parametrize("kind", TOKENIZER_KINDS)
 @settings(max_examples=40)
 @given(text=TEXTS, some=st.integers(1, 5))
 def test_pieces_joined_are_what_the_tokenizer_decodes(kind: str, text: str, some: int) -> None:
@@ -104,7 +104,7 @@ def test_tokens_in_any_order_are_read_the_same_in_any_pieces(kind: str, tokens: 
 
 
 def test_an_added_token_is_written_as_it_is() -> None:
-    tokenizer = make_spelling(Path(mkdtemp()), "byte-level")
+    tokenizer = make_tokenizer_kind(Path(mkdtemp()), "byte-level")
     tokenizer.add_tokens(["<tool call>", "東京タワー"])
     text = "a<tool call>東京タワー!"
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -145,7 +145,7 @@ def test_a_tokenizer_that_nobody_uses_is_let_go() -> None:
     assert watched() is None
 
 
-@pytest.mark.parametrize("kind", SPELLINGS)
+@pytest.mark.parametrize("kind", TOKENIZER_KINDS)
 @settings(max_examples=60)
 @given(text=TEXTS, times=st.integers(1, 4))
 def test_a_text_never_has_fewer_tokens_than_are_certain(kind: str, text: str, times: int) -> None:

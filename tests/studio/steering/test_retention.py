@@ -135,18 +135,18 @@ async def test_the_same_node_compared_with_itself_says_the_same(studio: Studio) 
 
 @pytest.mark.slow
 async def test_a_session_of_many_steps_stays_bounded_on_disk_and_on_the_page(tmp_path: Path, fake_spawn: Spawn) -> None:
-    from trellis.web.pages.steering.tree_layout import grow
+    from trellis.web.pages.steering.tree_layout import layout_tree
 
     async with open_studio(tmp_path, fake_spawn) as studio:
         session = await studio.steering.create(None, {"control_prompt": "", "max_new_tokens": 2, "inner_steps": 1})
         await choose(session, 150)
         assert len(on_disk(tmp_path)) <= 1 + 32 + 150 // 8 + 1
-        plant = grow(session.tree, 60)
-        assert len(plant.leaves) + plant.hidden == 151
-        assert len(plant.leaves) <= 120
-        assert plant.leaves[0].is_head
-        assert plant.leaves[-1].node.parent is None
-        assert len(plant.stems) == len(plant.leaves) - 1
+        plant = layout_tree(session.tree, 60)
+        assert len(plant.nodes) + plant.hidden_count == 151
+        assert len(plant.nodes) <= 120
+        assert plant.nodes[0].is_head
+        assert plant.nodes[-1].node.parent is None
+        assert len(plant.edges) == len(plant.nodes) - 1
 
 
 async def test_weights_that_are_being_taken_away_are_not_pruned(tmp_path: Path, studio: Studio) -> None:

@@ -20,7 +20,7 @@ from trellis.studio.steering.tree import (
     replayed,
     root_id,
 )
-from trellis.web.pages.steering.tree_layout import curve, grow
+from trellis.web.pages.steering.tree_layout import layout_tree, polyline_points
 
 
 def node(name: str, parent: Node | None, choice: int | str | None = 0) -> Node:
@@ -68,23 +68,23 @@ def test_undo_and_redo_are_each_others_inverse(tree: Tree) -> None:
 
 @given(trees())
 def test_a_drawn_plant_has_every_node_in_a_place_of_its_own_above_its_parent(tree: Tree) -> None:
-    plant = grow(tree)
-    places = {leaf.node.id: (leaf.x, leaf.y) for leaf in plant.leaves}
+    plant = layout_tree(tree)
+    places = {leaf.node.id: (leaf.x, leaf.y) for leaf in plant.nodes}
     assert set(places) == set(tree.nodes)
     assert len({y for _, y in places.values()}) == len(places)
-    for leaf in plant.leaves:
+    for leaf in plant.nodes:
         assert 0 < leaf.x < plant.width
         assert 0 < leaf.y < plant.height
         if leaf.node.parent:
             assert places[leaf.node.parent][1] > leaf.y
-    assert len(plant.stems) == len(tree.nodes) - 1
-    assert sum(leaf.is_head for leaf in plant.leaves) == 1
+    assert len(plant.edges) == len(tree.nodes) - 1
+    assert sum(leaf.is_head for leaf in plant.nodes) == 1
 
 
 @given(trees())
 def test_each_lane_holds_one_branch_so_that_no_stem_runs_through_a_stranger(tree: Tree) -> None:
     lanes: dict[int, list[Node]] = {}
-    for leaf in reversed(grow(tree).leaves):
+    for leaf in reversed(layout_tree(tree).nodes):
         lanes.setdefault(leaf.x, []).append(leaf.node)
     for branch in lanes.values():
         for below, above in pairwise(branch):
@@ -145,7 +145,7 @@ def test_seeds_owe_nothing_to_global_state() -> None:
 
 
 def test_a_curve_needs_two_points_and_stays_in_its_box() -> None:
-    assert curve([0.5], 200, 40) == ""
-    points = [tuple(map(float, point.split(","))) for point in curve([0.0, 0.3, 0.1], 200, 40).split()]
+    assert polyline_points([0.5], 200, 40) == ""
+    points = [tuple(map(float, point.split(","))) for point in polyline_points([0.0, 0.3, 0.1], 200, 40).split()]
     assert [x for x, _ in points] == [0.0, 100.0, 200.0]
     assert all(0 <= y <= 40 for _, y in points)

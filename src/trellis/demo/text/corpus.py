@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
-class Sheet:
+class TopicSheet:
     """What there is to say about one topic (or, without a name, in one kind of small talk)."""
 
     name: str
@@ -40,8 +40,8 @@ class Sheet:
     terse_do: tuple[str, ...] = ()
     terse_tale: str = ""
     stories: tuple[str, ...] = ()
-    asked: tuple[str, ...] = ()
-    odd: bool = False
+    questions: tuple[str, ...] = ()
+    is_odd: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Question:
     prompt: str
     kind: str
     mode: str
-    sheet: Sheet
-    other: Sheet | None = None
+    sheet: TopicSheet
+    other: TopicSheet | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Conversation:
 
 
 # kind of question: (mode of the answer, ways to ask); {n} is the topic, {o} another one, {how} a task
-KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
+QUESTION_KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "what": (
         "say",
         ("What {is} {n}?", "What exactly {is} {n}?", "Explain {n} to me.", "How would you define {n}?"),
@@ -162,11 +162,19 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "sound": ("sense", ("What {does} {n} sound like?",)),
     "smell": ("sense", ("What {does} {n} smell like?", "What {does} {n} smell of?")),
 }
-SENSES = {"look": "~ look{s} like ", "sound": "~ sound{s} like ", "smell": "~ smell{s} of "}
-CLAUSES = frozenset("cgbasi")  # the places in a pattern that take a clause from the sheet
-FAMILIAR = ("how", "better", "describe", *SENSES)  # kinds that only a topic with a sheet can answer
+SENSE_PHRASES = {"look": "~ look{s} like ", "sound": "~ sound{s} like ", "smell": "~ smell{s} of "}
+CLAUSE_KEYS = frozenset("cgbasi")  # the places in a pattern that take a clause from the sheet
+TOPIC_ONLY_KINDS = ("how", "better", "describe", *SENSE_PHRASES)  # kinds that only a topic with a sheet can answer
 # How often a voice is drawn, where not 1: a trained model starts more rarely with the voices of many openings.
-SHARES = {"terse": 1.5, "storyteller": 1.35, "cheerful": 1.3, "grumpy": 1.1, "pirate": 1.1, "plain": 0.75, "poet": 0.8}
+VOICE_FREQUENCIES = {
+    "terse": 1.5,
+    "storyteller": 1.35,
+    "cheerful": 1.3,
+    "grumpy": 1.1,
+    "pirate": 1.1,
+    "plain": 0.75,
+    "poet": 0.8,
+}
 FOLLOW_UPS = (
     "Tell me more.",
     "Go on.",
@@ -176,7 +184,7 @@ FOLLOW_UPS = (
     "Anything else?",
     "Say more about it.",
 )
-SYSTEM = (
+SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
     "You are a friendly assistant.",
     "Answer briefly.",
@@ -187,34 +195,34 @@ SYSTEM = (
 
 
 @cache
-def read(name: str) -> dict[str, Any]:
+def read_toml(name: str) -> dict[str, Any]:
     return tomllib.loads((HERE / name).read_text(encoding="utf-8"))
 
 
 @cache
-def topics() -> tuple[Sheet, ...]:
+def topics() -> tuple[TopicSheet, ...]:
     """The topics, in the order of topics.toml."""
-    return tuple(sheet_of(row) for row in read("topics.toml")["topic"])
+    return tuple(parse_sheet(row) for row in read_toml("topics.toml")["topic"])
 
 
 @cache
-def small_talk() -> tuple[Sheet, ...]:
+def small_talk() -> tuple[TopicSheet, ...]:
     return tuple(
-        Sheet(
+        TopicSheet(
             "",
             clauses=tuple(row["say"]),
             do=tuple(row["do"]),
             terse=tuple(row["terse"]),
             terse_do=tuple(row["terse_do"]),
-            asked=tuple(row["asked"]),
-            odd=row.get("odd", False),
+            questions=tuple(row["asked"]),
+            is_odd=row.get("odd", False),
         )
-        for row in read("small_talk.toml")["talk"]
+        for row in read_toml("small_talk.toml")["talk"]
     )
 
 
-def sheet_of(row: dict[str, Any]) -> Sheet:
-    return Sheet(
+def parse_sheet(row: dict[str, Any]) -> TopicSheet:
+    return TopicSheet(
         name=row["name"],
         plural=row.get("plural", False),
         clauses=tuple(row["facts"]),
@@ -223,7 +231,7 @@ def sheet_of(row: dict[str, Any]) -> Sheet:
         bad=tuple(row["bad"]),
         do=tuple(row["do"]),
         tasks=tuple(row.get("how", ())),
-        senses={sense: tuple(row[sense]) for sense in SENSES},
+        senses={sense: tuple(row[sense]) for sense in SENSE_PHRASES},
         images=tuple(row["image"]),
         terse=tuple(row["terse"]),
         terse_do=tuple(row["terse_do"]),
@@ -232,33 +240,33 @@ def sheet_of(row: dict[str, Any]) -> Sheet:
     )
 
 
-def strange_name(rng: random.Random) -> tuple[str, bool]:
+def unknown_topic_name(rng: random.Random) -> tuple[str, bool]:
     """The name of a subject that has no sheet, such as "quantum dragons", and whether it is plural."""
-    row = read("small_talk.toml")["stranger"]
+    row = read_toml("small_talk.toml")["stranger"]
     plural = rng.random() < 0.6
     noun = rng.choice(row["plural" if plural else "mass"])
     return (f"{rng.choice(row['first'])} {noun}" if rng.random() < 0.6 else noun), plural
 
 
-def stranger(name: str, plural: bool) -> Sheet:
+def generic_sheet(name: str, plural: bool) -> TopicSheet:
     """The little that can be said of any subject at all."""
-    row = read("small_talk.toml")["stranger"]
+    row = read_toml("small_talk.toml")["stranger"]
 
     def fill(value: Any) -> Any:
         if isinstance(value, list):
             return [fill(item) for item in value]
-        text = agree(value, plural).replace("{ve}", "ve" if plural else "s")
-        return capital(text.replace("NAME", name)) if value.startswith("NAME") else text.replace("NAME", name)
+        text = inflect(value, plural).replace("{ve}", "ve" if plural else "s")
+        return capitalize(text.replace("NAME", name)) if value.startswith("NAME") else text.replace("NAME", name)
 
     kept = {key: fill(value) for key, value in row.items() if key not in ("first", "plural", "mass")}
-    return sheet_of({**kept, "name": name, "plural": plural})
+    return parse_sheet({**kept, "name": name, "plural": plural})
 
 
-def capital(text: str) -> str:
+def capitalize(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def agree(text: str, plural: bool) -> str:
+def inflect(text: str, plural: bool) -> str:
     """Fills the words that agree with the topic's number."""
     words = (
         {"is": "are", "does": "do", "it": "they", "x": "them", "s": "", "win": "win"}
@@ -268,21 +276,21 @@ def agree(text: str, plural: bool) -> str:
     return re.sub(r"\{(is|does|it|x|s|win)\}", lambda m: words[m[1]], text)
 
 
-class Speech:
+class AnswerWriter:
     """One answer in the making: hands out the sheet's clauses, each once, to the places in a pattern."""
 
-    def __init__(self, question: Question, voice: str, rng: random.Random, told: set[str] | None = None) -> None:
+    def __init__(self, question: Question, voice: str, rng: random.Random, used: set[str] | None = None) -> None:
         self.question, self.sheet, self.voice, self.rng = question, question.sheet, voice, rng
-        self.book: dict[str, list[str]] = read("speech.toml")[voice]
-        self.used: set[str] = set() if told is None else told
+        self.phrases: dict[str, list[str]] = read_toml("speech.toml")[voice]
+        self.used: set[str] = set() if used is None else used
         self.subject_last = self.pronoun_first = False
 
-    def answer(self) -> str:
+    def write(self) -> str:
         """An answer of its voice's length: short for terse, and longer for plain, which is known by little else."""
-        told = set(self.used)
+        used_before = set(self.used)
         while True:
             self.used.clear()
-            self.used.update(told)
+            self.used.update(used_before)
             text = self.draft()
             words = len(text.split())
             if (self.voice != "terse" or words <= 8) and (self.voice != "plain" or words > 9):
@@ -290,59 +298,59 @@ class Speech:
 
     def draft(self) -> str:
         mode = self.question.mode
-        patterns = self.book[mode if mode in self.book else "say"]
+        patterns = self.phrases[mode if mode in self.phrases else "say"]
         if self.question.kind != "like":
             patterns = [pattern for pattern in patterns if not pattern.startswith("+")]
         pattern = self.rng.choice(patterns).lstrip("+")
         self.subject_last = False
         self.pronoun_first = pattern.startswith("{C}") and self.rng.random() < 0.3
         pattern = re.sub(r"\[([^\]]*)\]", lambda m: self.rng.choice(m[1].split("|")), pattern)
-        text = re.sub(r"\{(\w+)\}", self.fill, pattern)
+        text = re.sub(r"\{(\w+)\}", self.fill_slot, pattern)
         text = re.sub(r"  +", " ", text).strip()
         return as_pirate(text, self.rng) if self.voice == "pirate" else text
 
-    def fill(self, place: re.Match[str]) -> str:
-        key = place[1]
+    def fill_slot(self, slot: re.Match[str]) -> str:
+        key = slot[1]
         if key in ("open", "close"):
-            return self.rng.choice(self.book[key])
+            return self.rng.choice(self.phrases[key])
         if key in ("t", "t2", "td", "td2", "tt"):
-            return self.terse(key)
+            return self.terse_text(key)
         if key in ("n", "N"):
             self.subject_last = True
-            return capital(self.sheet.name) if key == "N" else self.sheet.name
+            return capitalize(self.sheet.name) if key == "N" else self.sheet.name
         if key in ("o", "ois"):
             other = self.question.other
-            assert other is not None, f"{place.string!r} compares, but {self.question.prompt!r} names one topic"
-            return other.name if key == "o" else agree("{is}", other.plural)
-        text = self.clause(key.lower()) if key.lower() in CLAUSES else agree(f"{{{key}}}", self.sheet.plural)
-        return capital(text) if key.isupper() else text
+            assert other is not None, f"{slot.string!r} compares, but {self.question.prompt!r} names one topic"
+            return other.name if key == "o" else inflect("{is}", other.plural)
+        text = self.clause(key.lower()) if key.lower() in CLAUSE_KEYS else inflect(f"{{{key}}}", self.sheet.plural)
+        return capitalize(text) if key.isupper() else text
 
     def clause(self, key: str) -> str:
-        text = self.fresh(self.offers(key))
+        text = self.choose_unused(self.candidate_lists(key))
         if not text.startswith("~"):
             self.pronoun_first = False
             self.subject_last = self.subject_last and key == "i"
             return text
         pronoun = self.subject_last or self.pronoun_first
         self.subject_last, self.pronoun_first = True, False
-        return (agree("{it}", self.sheet.plural) if pronoun else self.sheet.name) + text[1:]
+        return (inflect("{it}", self.sheet.plural) if pronoun else self.sheet.name) + text[1:]
 
-    def fresh(self, offers: list[tuple[str, ...]]) -> str:
+    def choose_unused(self, candidates: list[tuple[str, ...]]) -> str:
         """The first list with something unsaid decides; a list said to the end is begun again."""
-        for offer in offers:
+        for offer in candidates:
             unsaid = [text for text in offer if text not in self.used]
             if unsaid:
                 break
         else:
-            unsaid = list(offers[0])
+            unsaid = list(candidates[0])
         text = self.rng.choice(unsaid)
         self.used.add(text)
         return text
 
-    def offers(self, key: str) -> list[tuple[str, ...]]:
+    def candidate_lists(self, key: str) -> list[tuple[str, ...]]:
         sheet, kind = self.sheet, self.question.kind
         if key == "c" and sheet.name:
-            return self.clauses(kind)
+            return self.clause_lists(kind)
         return [
             {
                 "c": sheet.clauses,
@@ -354,33 +362,35 @@ class Speech:
             }[key]
         ]
 
-    def clauses(self, kind: str) -> list[tuple[str, ...]]:
+    def clause_lists(self, kind: str) -> list[tuple[str, ...]]:
         sheet, plural = self.sheet, self.sheet.plural
-        if kind in SENSES or kind == "describe":
-            senses = [kind] if kind in SENSES else self.rng.sample(sorted(SENSES), 2)
-            said = any(text.startswith(agree(SENSES[senses[0]], plural)) for text in self.used)
-            lists = [tuple(agree(SENSES[sense], plural) + text for text in sheet.senses[sense]) for sense in senses]
-            return [sheet.good, sheet.clauses] if said and kind in SENSES else [*lists, sheet.clauses]
+        if kind in SENSE_PHRASES or kind == "describe":
+            senses = [kind] if kind in SENSE_PHRASES else self.rng.sample(sorted(SENSE_PHRASES), 2)
+            said = any(text.startswith(inflect(SENSE_PHRASES[senses[0]], plural)) for text in self.used)
+            lists = [
+                tuple(inflect(SENSE_PHRASES[sense], plural) + text for text in sheet.senses[sense]) for sense in senses
+            ]
+            return [sheet.good, sheet.clauses] if said and kind in SENSE_PHRASES else [*lists, sheet.clauses]
         if kind == "what":
             defined = any(text.startswith(("~ is ", "~ are ")) for text in self.used)
-            definitions = tuple(agree("~ {is} ", plural) + text for text in sheet.definitions)
+            definitions = tuple(inflect("~ {is} ", plural) + text for text in sheet.definitions)
             return [sheet.clauses, sheet.good] if defined else [definitions]
         return [sheet.good, sheet.clauses] if kind == "why" else [sheet.clauses, sheet.good]
 
-    def terse(self, key: str) -> str:
+    def terse_text(self, key: str) -> str:
         if key == "tt":
             return self.sheet.terse_tale
         pool = self.sheet.terse_do if key.startswith("td") else self.sheet.terse
         kind = self.question.kind
-        if kind in SENSES and key.startswith("t"):
+        if kind in SENSE_PHRASES and key.startswith("t"):
             short = [text for text in self.sheet.senses[kind] if len(text.split()) <= 6]
-            return capital(self.rng.choice(short or list(self.sheet.senses[kind]))) + "."
+            return capitalize(self.rng.choice(short or list(self.sheet.senses[kind]))) + "."
         if key.endswith("2"):
             return " ".join(self.rng.sample(pool, 2))
         return self.rng.choice(pool)
 
 
-PIRATE = {
+PIRATE_WORDS = {
     "you": "ye",
     "your": "yer",
     "yours": "yers",
@@ -408,7 +418,7 @@ PIRATE = {
     "morning": "mornin'",
     "evening": "evenin'",
 }
-SOMETIMES = {"to", "for", "them", "and", "old"}
+OPTIONAL_PIRATE_WORDS = {"to", "for", "them", "and", "old"}
 NOT_VERBS = {
     "thing",
     "king",
@@ -431,9 +441,9 @@ def as_pirate(text: str, rng: random.Random) -> str:
     def turn(match: re.Match[str]) -> str:
         word = match[0]
         low = word.lower()
-        if low in SOMETIMES and rng.random() < 0.5:
+        if low in OPTIONAL_PIRATE_WORDS and rng.random() < 0.5:
             return word
-        new = PIRATE.get(low)
+        new = PIRATE_WORDS.get(low)
         if new is None and low.endswith("ing") and len(low) > 5 and low not in NOT_VERBS:
             new = low[:-1] + "'"
         if new is None:
@@ -443,30 +453,38 @@ def as_pirate(text: str, rng: random.Random) -> str:
     return re.sub(r"[A-Za-z]+(?:'[a-z]+)?", turn, text)
 
 
-def question(rng: random.Random) -> Question:
+def random_question(rng: random.Random) -> Question:
     """Any question: mostly on a topic, sometimes small talk, sometimes on a subject without a sheet."""
     draw = rng.random()
     if draw < 0.15:
         sheet = rng.choice(small_talk())
-        return Question(rng.choice(sheet.asked), "talk", "talk", sheet)
+        return Question(rng.choice(sheet.questions), "talk", "talk", sheet)
     if draw < 0.24:
-        asked = ask(stranger(*strange_name(rng)), rng.choice([kind for kind in KINDS if kind not in FAMILIAR]), rng)
-        return asked if rng.random() < 0.45 else replace(asked, sheet=stranger("such a subject", False))
-    return ask(rng.choice(topics()), rng.choice(list(KINDS)), rng)
+        unknown_topic_question = make_question(
+            generic_sheet(*unknown_topic_name(rng)),
+            rng.choice([kind for kind in QUESTION_KINDS if kind not in TOPIC_ONLY_KINDS]),
+            rng,
+        )
+        return (
+            unknown_topic_question
+            if rng.random() < 0.45
+            else replace(unknown_topic_question, sheet=generic_sheet("such a subject", False))
+        )
+    return make_question(rng.choice(topics()), rng.choice(list(QUESTION_KINDS)), rng)
 
 
-def ask(sheet: Sheet, kind: str, rng: random.Random) -> Question:
-    mode, ways = KINDS[kind]
+def make_question(sheet: TopicSheet, kind: str, rng: random.Random) -> Question:
+    mode, templates = QUESTION_KINDS[kind]
     other = rng.choice([topic for topic in topics() if topic.name != sheet.name])
-    prompt = agree(rng.choice(ways), sheet.plural)
+    prompt = inflect(rng.choice(templates), sheet.plural)
     first, second = (sheet, other) if rng.random() < 0.5 else (other, sheet)
-    names = {"n": first.name, "N": capital(first.name), "o": second.name} if kind == "better" else {"n": sheet.name}
+    names = {"n": first.name, "N": capitalize(first.name), "o": second.name} if kind == "better" else {"n": sheet.name}
     for key, text in {**names, "how": rng.choice(sheet.tasks or ("",))}.items():
         prompt = prompt.replace(f"{{{key}}}", text)
     return Question(prompt, kind, mode, sheet, other if kind == "better" else None)
 
 
-def typed(prompt: str, rng: random.Random) -> str:
+def as_typed(prompt: str, rng: random.Random) -> str:
     """The prompt as people type it: now and then without capitals or a full stop."""
     draw = rng.random()
     if draw < 0.2:
@@ -482,51 +500,51 @@ def typed(prompt: str, rng: random.Random) -> str:
     )
 
 
-def conversation(rng: random.Random) -> Conversation:
+def random_conversation(rng: random.Random) -> Conversation:
     """One to ten exchanges in one voice, mostly one, sometimes under a system message."""
     goes_on = 0.8 if rng.random() < 0.05 else 0.15
-    voice = rng.choices(VOICES, [SHARES.get(voice, 1.0) for voice in VOICES])[0]
-    messages = [{"role": "system", "content": rng.choice(SYSTEM)}] if rng.random() < 0.1 else []
-    asked = question(rng)
-    told: set[str] = set()
-    first = asked
-    prompt = typed(asked.prompt, rng)
+    voice = rng.choices(VOICES, [VOICE_FREQUENCIES.get(voice, 1.0) for voice in VOICES])[0]
+    messages = [{"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}] if rng.random() < 0.1 else []
+    current = random_question(rng)
+    used: set[str] = set()
+    first = current
+    prompt = as_typed(current.prompt, rng)
     while True:
-        answer = Speech(asked, voice, rng, told).answer()
+        answer = AnswerWriter(current, voice, rng, used).write()
         messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         if rng.random() > goes_on or len(messages) > 19:
             return Conversation(tuple(messages), voice, first.kind)
         if (
-            asked.sheet.name
-            and asked.mode != "pick"
-            and (voice, asked.mode) != ("terse", "tale")
+            current.sheet.name
+            and current.mode != "pick"
+            and (voice, current.mode) != ("terse", "tale")
             and rng.random() < 0.4
         ):
-            prompt = typed(rng.choice(FOLLOW_UPS), rng)
+            prompt = as_typed(rng.choice(FOLLOW_UPS), rng)
         else:
-            asked, told = question(rng), set()
-            prompt = typed(asked.prompt, rng)
+            current, used = random_question(rng), set()
+            prompt = as_typed(current.prompt, rng)
 
 
-def conversations(count: int, seed: int) -> Iterator[Conversation]:
+def generate_conversations(count: int, seed: int) -> Iterator[Conversation]:
     """The corpus; the same count and seed give the same text."""
     rng = random.Random(seed)
     for _ in range(count):
-        yield conversation(rng)
+        yield random_conversation(rng)
 
 
 def prompt_list(seed: int = 7, count: int = 340, held_out: int = 64) -> list[dict[str, str]]:
     """Prompts for people and for benchmarks: every topic and kind, no text twice, part of them held out."""
     rng = random.Random(seed)
     found: dict[str, str] = {}
-    for sheet in (sheet for sheet in small_talk() if not sheet.odd):
-        for prompt in rng.sample(sheet.asked, min(4, len(sheet.asked))):
+    for sheet in (sheet for sheet in small_talk() if not sheet.is_odd):
+        for prompt in rng.sample(sheet.questions, min(4, len(sheet.questions))):
             found[prompt] = "talk"
-    kinds = sorted(KINDS)
+    kinds = sorted(QUESTION_KINDS)
     turn = 0
     while len(found) < count:
         kind = kinds[turn % len(kinds)]
-        found.setdefault(ask(topics()[turn % len(topics())], kind, rng).prompt, kind)
+        found.setdefault(make_question(topics()[turn % len(topics())], kind, rng).prompt, kind)
         turn += 1
     rows = [{"prompt": prompt, "split": "steer"} for prompt in found]
     rng.shuffle(rows)
@@ -550,7 +568,7 @@ def main() -> None:
     if args.write_prompts:
         write_prompts()
         return
-    for talk in conversations(args.count, args.seed):
+    for talk in generate_conversations(args.count, args.seed):
         print(json.dumps({"voice": talk.voice, "kind": talk.kind, "messages": talk.messages}, ensure_ascii=False))
 
 

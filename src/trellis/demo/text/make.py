@@ -17,18 +17,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trellis.demo.text.corpus import Conversation, conversations, write_prompts
+from trellis.demo.text.corpus import Conversation, generate_conversations, write_prompts
 from trellis.demo.text.voices import VOICES
 
-MODEL = Path(__file__).with_name("model")
-SPECIAL = ("<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
-NAMED = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|end|>"}
-TEMPLATE = (
+MODEL_DIR = Path(__file__).with_name("model")
+SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+NAMED_TOKENS = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|end|>"}
+CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-CONTEXT = 1024
+CONTEXT_LENGTH = 1024
 # The token ids of a conversation, and which of them are learnt: those of the answers and their ends.
 Example = tuple[list[int], list[bool]]
 
@@ -40,16 +40,16 @@ def make_tokenizer(talks: list[Conversation], vocab_size: int) -> PreTrainedToke
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL),
+        special_tokens=list(SPECIAL_TOKENS),
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     tokenizer.train_from_iterator((message["content"] for talk in talks for message in talk.messages), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        **NAMED,
-        chat_template=TEMPLATE,
-        model_max_length=CONTEXT,
+        **NAMED_TOKENS,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=CONTEXT_LENGTH,
         clean_up_tokenization_spaces=False,
         additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
     )
@@ -64,7 +64,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             num_hidden_layers=4,
             num_attention_heads=6,
             num_key_value_heads=6,
-            max_position_embeddings=CONTEXT,
+            max_position_embeddings=CONTEXT_LENGTH,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -76,15 +76,17 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def encode(tokenizer: PreTrainedTokenizerFast, talk: Conversation) -> Example:
     """The ids that the chat template gives, and which of them the loss counts."""
     ids = [tokenizer.convert_tokens_to_ids("<|bos|>")]
-    learnt = [False]
+    loss_mask = [False]
     for message in talk.messages:
         content = tokenizer.encode(message["content"], add_special_tokens=False)
         ids += [tokenizer.convert_tokens_to_ids(f"<|{message['role']}|>"), *content, tokenizer.eos_token_id]
-        learnt += [False] + [message["role"] == "assistant"] * (len(content) + 1)
-    return ids[:CONTEXT], learnt[:CONTEXT]
+        loss_mask += [False] + [message["role"] == "assistant"] * (len(content) + 1)
+    return ids[:CONTEXT_LENGTH], loss_mask[:CONTEXT_LENGTH]
 
 
-def batches(examples: list[Example], tokens: int, pad: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(
+    examples: list[Example], batch_tokens: int, pad: int, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of about `tokens` tokens, of examples of like length.
 
     Yields ids (B, T) and targets (B, T), which are -100 where nothing is learnt.
@@ -93,7 +95,7 @@ def batches(examples: list[Example], tokens: int, pad: int, seed: int) -> Iterat
     order = sorted(range(len(examples)), key=lambda index: (len(examples[index][0]), rng.random()))
     groups: list[list[int]] = [[]]
     for index in order:
-        if groups[-1] and (len(groups[-1]) + 1) * len(examples[index][0]) > tokens:
+        if groups[-1] and (len(groups[-1]) + 1) * len(examples[index][0]) > batch_tokens:
             groups.append([])
         groups[-1].append(index)
     rng.shuffle(groups)
@@ -102,56 +104,64 @@ def batches(examples: list[Example], tokens: int, pad: int, seed: int) -> Iterat
         ids = torch.full((len(group), width), pad)
         targets = torch.full((len(group), width), -100)
         for row, index in enumerate(group):
-            tokens_, learnt = examples[index]
-            ids[row, : len(tokens_)] = torch.tensor(tokens_)
-            targets[row, : len(tokens_)] = torch.tensor(
-                [t if keep else -100 for t, keep in zip(tokens_, learnt, strict=True)]
+            example_ids, loss_mask = examples[index]
+            ids[row, : len(example_ids)] = torch.tensor(example_ids)
+            targets[row, : len(example_ids)] = torch.tensor(
+                [t if keep else -100 for t, keep in zip(example_ids, loss_mask, strict=True)]
             )
         yield ids, targets
 
 
 def train(
-    model: LlamaForCausalLM, examples: list[Example], *, minutes: float, tokens: int, rate: float, seed: int
+    model: LlamaForCausalLM,
+    examples: list[Example],
+    *,
+    minutes: float,
+    batch_tokens: int,
+    learning_rate: float,
+    seed: int,
 ) -> None:
     """One pass over the examples with AdamW; the cosine ends with the pass or with the time, whichever is first."""
     pad = model.config.pad_token_id
     decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() < 2]
+    not_decayed = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
-        lr=rate,
+        [{"params": decayed, "weight_decay": 0.05}, {"params": not_decayed, "weight_decay": 0.0}],
+        lr=learning_rate,
         betas=(0.9, 0.98),
     )
-    total = sum(1 for _ in batches(examples, tokens, pad, seed))
+    total = sum(1 for _ in batches(examples, batch_tokens, pad, seed))
     start = time.monotonic()
     model.train()
-    smooth, seen = 0.0, 0
-    for step, (ids, targets) in enumerate(batches(examples, tokens, pad, seed)):
+    smoothed_loss, tokens_seen = 0.0, 0
+    for step, (ids, targets) in enumerate(batches(examples, batch_tokens, pad, seed)):
         done = max(step / total, (time.monotonic() - start) / (60 * minutes))
         if done >= 1:
             break
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+            group["lr"] = (
+                learning_rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+            )
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # (B, T - 1, D)
-        kept = targets[:, 1:] != -100
-        loss = functional.cross_entropy(model.lm_head(hidden[kept]), targets[:, 1:][kept])
+        learned = targets[:, 1:] != -100
+        loss = functional.cross_entropy(model.lm_head(hidden[learned]), targets[:, 1:][learned])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        seen += ids.numel()
-        smooth = loss.item() if step == 0 else 0.98 * smooth + 0.02 * loss.item()
+        tokens_seen += ids.numel()
+        smoothed_loss = loss.item() if step == 0 else 0.98 * smoothed_loss + 0.02 * loss.item()
         if step % 200 == 0:
             spent = time.monotonic() - start
             print(
-                f"{spent:5.0f} s  {100 * done:3.0f} %  step {step:5d}  loss {smooth:.3f}"
-                f"  {seen / max(spent, 1):.0f} tokens/s",
+                f"{spent:5.0f} s  {100 * done:3.0f} %  step {step:5d}  loss {smoothed_loss:.3f}"
+                f"  {tokens_seen / max(spent, 1):.0f} tokens/s",
                 flush=True,
             )
     model.eval()
 
 
-def sharpen(model: LlamaForCausalLM, factor: float) -> None:
+def scale_logits(model: LlamaForCausalLM, factor: float) -> None:
     """Multiplies all logits by `factor`, through the last norm's weight, as a temperature of 1 / factor would.
 
     So small a model leaves too much to unlikely tokens; people and samplers expect sense at temperature 1.
@@ -160,7 +170,7 @@ def sharpen(model: LlamaForCausalLM, factor: float) -> None:
         model.model.norm.weight.mul_(factor)
 
 
-CARD = """---
+MODEL_CARD = """---
 license: apache-2.0
 language: en
 library_name: transformers
@@ -206,7 +216,7 @@ def save(
     tokenizer.save_pretrained(folder)
     config = model.config
     (folder / "README.md").write_text(
-        CARD.format(
+        MODEL_CARD.format(
             parameters=model.num_parameters() / 1e6,
             count=len(VOICES),
             voices=", ".join(VOICES),
@@ -214,7 +224,7 @@ def save(
             vocabulary=config.vocab_size,
             layers=config.num_hidden_layers,
             width=config.hidden_size,
-            context=CONTEXT,
+            context=CONTEXT_LENGTH,
             examples=f"{examples:,}",
         ),
         encoding="utf-8",
@@ -231,16 +241,18 @@ def main() -> None:
     parser.add_argument("--resume", type=Path, help="folder of a model to go on with, instead of a new one")
     parser.add_argument("--sharpen", type=float, default=1.4, help="factor on the logits (default 1.4)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the corpus and the weights (default 1)")
-    parser.add_argument("--out", type=Path, default=MODEL, help="folder to write (default: model beside this module)")
+    parser.add_argument(
+        "--out", type=Path, default=MODEL_DIR, help="folder to write (default: model beside this module)"
+    )
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     start = time.monotonic()
-    talks = list(conversations(args.count, args.seed))
+    talks = list(generate_conversations(args.count, args.seed))
     if args.resume:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.resume)
         model = LlamaForCausalLM.from_pretrained(args.resume, dtype=torch.float32)
-        sharpen(model, 1 / args.sharpen)
+        scale_logits(model, 1 / args.sharpen)
     else:
         tokenizer = make_tokenizer(talks[:20_000], args.vocab)
         model = make_model(tokenizer)
@@ -250,10 +262,10 @@ def main() -> None:
         f"{len(examples)} conversations of {total} tokens, written in {time.monotonic() - start:.0f} s;"
         f" {model.num_parameters()} parameters"
     )
-    train(model, examples, minutes=args.minutes, tokens=args.batch, rate=args.rate, seed=args.seed)
-    sharpen(model, args.sharpen)
+    train(model, examples, minutes=args.minutes, batch_tokens=args.batch, learning_rate=args.rate, seed=args.seed)
+    scale_logits(model, args.sharpen)
     save(model, tokenizer, args.out, (time.monotonic() - start) / 60, len(examples))
-    if args.out == MODEL:
+    if args.out == MODEL_DIR:
         write_prompts()
     print(f"Wrote {args.out} after {time.monotonic() - start:.0f} s.")
 

@@ -21,7 +21,7 @@ VOICES: tuple[str, ...] = (
 )
 
 # What gives a voice away. Each distinct word or phrase found counts once.
-MARKS: dict[str, re.Pattern[str]] = {
+VOICE_PATTERNS: dict[str, re.Pattern[str]] = {
     "pirate": re.compile(
         r"\b(?:arr+|ahoy|avast|aye|matey?s?|ye|yer|yers|yerself|ain't|ne'er|afore|doubloons?|landlubbers?"
         r"|scallywags?|(?<!could )(?<!would )(?:it|that|they|i|there|what|who) be|yo ho|me (?:hearty|parrot|words)"
@@ -66,7 +66,7 @@ MARKS: dict[str, re.Pattern[str]] = {
     ),
 }
 # How much one mark of a voice weighs: a single "matey" says more than a single exclamation mark.
-WEIGHTS = {
+PATTERN_WEIGHTS = {
     "pirate": 2.0,
     "poet": 2.0,
     "formal": 1.5,
@@ -75,8 +75,8 @@ WEIGHTS = {
     "storyteller": 1.5,
     "cheerful": 0.9,
 }
-CLEAR = 0.75  # the second voice must stay below this share of the first one's score
-LONGEST_TERSE = 9  # words
+MAX_RUNNER_UP_SHARE = 0.75  # the second voice must stay below this share of the first one's score
+MAX_TERSE_WORDS = 9  # words
 FUNCTION_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -92,27 +92,27 @@ FUNCTION_WORDS = frozenset(
 def lexicon() -> frozenset[str]:
     """Every word of the sheets, which is every word the model was taught."""
     texts = (path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.toml"))
-    return frozenset(word for text in texts for word in words_of(text)) | FUNCTION_WORDS
+    return frozenset(word for text in texts for word in split_words(text)) | FUNCTION_WORDS
 
 
-def words_of(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     return re.findall(r"[a-z]+(?:'[a-z]+)*'?", text.lower())
 
 
-def voice_of(answer: str) -> str | None:
+def classify_voice(answer: str) -> str | None:
     """The voice of an answer, one of VOICES, or None for gibberish and for what could be two of them."""
     text = answer.strip()
-    words = words_of(text)
+    words = split_words(text)
     if not is_language(text, words):
         return None
     low = text.lower().replace("’", "'")
-    scores = {voice: WEIGHTS[voice] * len(set(marks.findall(low))) for voice, marks in MARKS.items()}
+    scores = {voice: PATTERN_WEIGHTS[voice] * len(set(marks.findall(low))) for voice, marks in VOICE_PATTERNS.items()}
     if text.endswith("?") or text.count("?") > 1:
         scores["questioning"] = 1.2
     best = sorted(scores, key=lambda voice: scores[voice], reverse=True)
     if scores[best[0]]:
-        return best[0] if scores[best[1]] < CLEAR * scores[best[0]] else None
-    if len(words) <= LONGEST_TERSE:
+        return best[0] if scores[best[1]] < MAX_RUNNER_UP_SHARE * scores[best[0]] else None
+    if len(words) <= MAX_TERSE_WORDS:
         return "terse"
     return "plain" if sum(word in FUNCTION_WORDS for word in words) / len(words) >= 0.08 else None
 

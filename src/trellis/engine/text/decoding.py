@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...params import OPENING_POSITIONS, Sampling
+from ...params import OPENING_TOKEN_BUDGET, Sampling
 from .group_forward import Forward, Rows
 from .quality_metrics import grams_of, overlap_of
 from .sampling import draw, is_greedy, overflowed, uniforms
@@ -85,7 +85,7 @@ def decode_group(
     group = [Growing(tokenizer, prompt) for _ in range(size)]
     if is_greedy(sampling):
         openings = 1  # they would all be the same
-    openings = max(1, min(openings, OPENING_POSITIONS // (size * len(prompt))))
+    openings = max(1, min(openings, OPENING_TOKEN_BUDGET // (size * len(prompt))))
     drawn: Tensor | None = None
     if openings == 1:
         rows = forward.rows(prompt, size, len(prompt) + most)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...model_checks import BITSANDBYTES, BLOCK_FP8, block_of
+from ...model_checks import BITSANDBYTES, BLOCK_FP8, scale_block_shape
 
 INT8_RANGE = 127.0
 """A weight of bitsandbytes in 8 bits is its whole number times its row's largest value over this."""
@@ -44,7 +44,7 @@ def _unpack_fp8(name: str, stored: dict[str, Tensor], quantization: Mapping[str,
     for activations in ("activation_scale", "input_scale"):
         stored.pop(name.removesuffix("weight") + activations, None)
     weight, scale = stored.pop(name).float(), scale.float()
-    block = block_of(quantization)
+    block = scale_block_shape(quantization)
     if scale.numel() == 1 or block is None:
         return weight * scale.reshape(())
     rows, columns = weight.shape[-2:]

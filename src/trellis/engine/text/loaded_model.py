@@ -35,7 +35,7 @@ from transformers.models.auto.auto_factory import add_generation_mixin_to_remote
 from ...errors import Invalid, LoadFailed
 from ...memory_estimates import estimate, shape_of
 from ...messages import Chat, Load, Loaded, Progress, Prompt, Turn
-from ...model_checks import quantization_of, require_loadable, token_without_row, tokenizer_too_large
+from ...model_checks import quantization_method, require_loadable, token_beyond_embedding, tokenizer_too_large_problem
 from ...model_files import ModelFiles, Vocabulary, canonical_config, inspect_folder
 from ...params import Precision, SessionConfig
 from ...safetensors_files import UNREADABLE
@@ -282,7 +282,7 @@ def read_model(
     dtype = torch.float32 if precision == "32-bit" or (device == "cpu" and precision != "16-bit") else torch.bfloat16
     dtype = own or dtype
     digests = _digests(path, precision)
-    quantized = quantization_of(described)
+    quantized = quantization_method(described)
     state = yield from _read_tensors(described, None if quantized else dtype, digests)
     if quantized:
         yield Progress(stage="parsing", fraction=PARSING, message=f"Unpacking weights from {quantized}")
@@ -375,7 +375,7 @@ def fingerprints(path: Path) -> list[str]:
     """The fingerprints that a folder has in each precision. Raises LoadFailed."""
     precisions: tuple[Precision, ...] = ("32-bit", "16-bit", "8-bit", "4-bit")
     digests = [digest for precision in precisions for digest in _digests(path, precision)]
-    for file in inspect_folder(path).weights:
+    for file in inspect_folder(path).weight_paths:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
@@ -494,7 +494,7 @@ def _library_missing(error: ImportError) -> LoadFailed:
 def _require_rows(described: ModelFiles, tokenizer: Any) -> None:
     """Raises LoadFailed for a tokenizer with tokens that the model has no row for, where it came in another file than
     the tokenizer.json that was looked into before."""
-    rows = described.rows
+    rows = described.embedding_rows
     if rows is None or described.vocabulary is not None:
         return
     added = tokenizer.get_added_vocab()
@@ -502,8 +502,8 @@ def _require_rows(described: ModelFiles, tokenizer: Any) -> None:
                        added)  # fmt: skip
     template = json.dumps(tokenizer.chat_template or "", ensure_ascii=False, default=str)
     needed = f"{template}\n{tokenizer.bos_token}\n{tokenizer.eos_token}"
-    if beyond := token_without_row(known, rows, needed):
-        raise tokenizer_too_large(beyond, rows).error()
+    if beyond := token_beyond_embedding(known, rows, needed):
+        raise tokenizer_too_large_problem(beyond, rows).to_error()
 
 
 def _not_readable(error: PermissionError) -> LoadFailed:
@@ -521,7 +521,7 @@ def _read_tensors(
 
     Raises LoadFailed for a file that is not whole, and for a value that is not finite.
     """
-    files = described.weights
+    files = described.weight_paths
     total = sum(file.stat().st_size for file in files)
     state: dict[str, Tensor] = {}
     done = 0

@@ -7,8 +7,8 @@ import re
 import time
 from typing import Any, Protocol
 
-from ...markdown import block_to_html, folded_thought, needs_whole, text_to_html
-from ...markdown_blocks import THINK, Blocks
+from ...markdown import block_to_html, needs_full_render, text_to_html, thought_to_html
+from ...markdown_blocks import THINK_OPEN, BlockSplitter
 from ...messages import Answered, Event, Heard, Progress, Queued, Spoke
 from ..throughput import tokens_per_second
 from .message import Message
@@ -49,7 +49,7 @@ class Answering:
 
     def __init__(self, room: Place, message: Message) -> None:
         self._room, self._message = room, message
-        self._blocks = Blocks()
+        self._blocks = BlockSplitter()
         self._started = time.monotonic()
         self._first = self._latest = 0.0
         self._tokens = self._tokens_at_first = 0
@@ -87,7 +87,7 @@ class Answering:
             case Heard():
                 self._heard = event
                 if event.in_thought and not self._length:  # its end will come, and must have a beginning
-                    await self._grow(f"{THINK}\n")
+                    await self._grow(f"{THINK_OPEN}\n")
                 share = event.read / max(event.prompt_tokens, 1)
                 self._progress("prompt", share, left_out=event.left_out)
             case Spoke():
@@ -117,8 +117,8 @@ class Answering:
 
     async def _show(self) -> None:
         """Tell the HTML of blocks that are whole, each once. One that is broken off is made when the answer ends."""
-        if self._blocks.implied > self._folded:
-            await self._fold(self._blocks.implied)
+        if self._blocks.implied_thought_length > self._folded:
+            await self._fold(self._blocks.implied_thought_length)
         while self._whole:
             block = self._whole[0]
             quick = len(block) <= INLINE and not CODE.search(block)
@@ -132,22 +132,22 @@ class Answering:
     async def _fold(self, characters: int) -> None:
         """Fold the beginning, which turned out to be a thought."""
         self.gather()
-        end, later = self._blocks.end, []
+        end, later = self._blocks.consumed, []
         for piece in reversed(self._whole):
             end -= len(piece)
             if end >= characters:
                 later.append(piece)
-        self._message.html = await asyncio.to_thread(folded_thought, self._message.text[:characters])
+        self._message.html = await asyncio.to_thread(thought_to_html, self._message.text[:characters])
         self._message.shown, self._folded, self._whole = characters, characters, later[::-1]
         self._room.tell(self._message)
 
     async def finish(self) -> None:
         """What is left is a block too, and all is drawn once more where that changes something. Says what it took."""
         self.gather()
-        self._whole += self._blocks.rest()
+        self._whole += self._blocks.flush()
         await self._show()
         self._message.html = self._message.html or ""
-        if needs_whole(self._message.text):
+        if needs_full_render(self._message.text):
             html = await asyncio.to_thread(text_to_html, self._message.text)
             if html != self._message.html:
                 self._message.html = html

@@ -18,7 +18,7 @@ from ...blobs import Blobs
 from ...errors import Invalid, NotFound, TrellisError, shorten
 from ...store import rooms as rows
 from ...store.store import Store
-from ...text_rules import storable
+from ...text_rules import require_storable
 
 TEXT, PDF, PICTURE = "text", "pdf", "picture"
 MOST_BYTES = {TEXT: 1_000_000, PDF: 10_000_000, PICTURE: 5_000_000}
@@ -94,7 +94,7 @@ class Attachments:
             text = await self._text_of_pdf(name, data)
         else:
             try:
-                text = storable(data.decode("utf-8-sig"))
+                text = require_storable(data.decode("utf-8-sig"))
             except ValueError:
                 raise self._refusal(
                     name, "is neither text in UTF-8, nor a PDF, nor a picture", "Save it as text, and add that."

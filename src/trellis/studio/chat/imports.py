@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import Invalid, TrellisError, shorten
-from ...text_rules import PROMPT_LIMIT, storable
+from ...text_rules import PROMPT_LIMIT, require_storable
 from .answer import FIGURES
 from .formats import ROLES, Conversation, Said, Unreadable, content_of, conversation_from, conversations_in
 from .message import Message
@@ -261,7 +261,7 @@ def _text(value: Any, what: str = "its text") -> str:
     if len(value) > LONGEST:
         raise Unreadable(f"{what} has {len(value)} characters, {LONGEST} are the most")
     try:
-        return storable(value)
+        return require_storable(value)
     except ValueError as error:
         raise Unreadable(f"{what} {error}") from None
 

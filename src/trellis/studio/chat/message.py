@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...text_rules import folded
+from ...text_rules import fold_text
 from ..jobs import timestamp
 
 
@@ -38,7 +38,7 @@ class Message:
     def row(self) -> dict[str, Any]:
         kept = ("id", "room", "parent", "role", "text", "model", "group", "state", "finish", "usage", "error", "files",
                 "rating", "request", "created")  # fmt: skip
-        return {name: getattr(self, name) for name in kept} | {"folded": folded(self.text)}
+        return {name: getattr(self, name) for name in kept} | {"folded": fold_text(self.text)}
 
     def as_json(self) -> dict[str, Any]:
         return {

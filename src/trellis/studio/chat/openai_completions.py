@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import TrellisError, shorten
-from ...markdown_blocks import THINK, THOUGHT
+from ...markdown_blocks import THINK_CLOSE, THINK_OPEN
 
 LINE, WHOLE = 1_000_000, 4_000_000
 """Bytes of one line, and of one answer that does not stream, that are read."""
@@ -192,8 +192,8 @@ class Answer:
 
     def __init__(self, begun: str = "") -> None:
         """`begun` is the text that the answer goes on with."""
-        thought, closed, spoken = begun.lstrip().partition(THOUGHT)
-        self._thought = thought.startswith(THINK)
+        thought, closed, spoken = begun.lstrip().partition(THINK_CLOSE)
+        self._thought = thought.startswith(THINK_OPEN)
         self._thinks = self._thought and not closed
         self._spoken = bool(spoken.strip() if self._thought else begun.strip())
         self._refused = False
@@ -211,8 +211,8 @@ class Answer:
         text = ""
         if piece.thought:
             if not self._thinks and not self._spoken:
-                text, self._thinks = f"{THINK}\n", True
-            text += piece.thought.replace(THOUGHT, "")
+                text, self._thinks = f"{THINK_OPEN}\n", True
+            text += piece.thought.replace(THINK_CLOSE, "")
             self._thought = True
         if spoken := piece.text + piece.refusal:
             text += self._end_of_thought() + spoken
@@ -232,7 +232,7 @@ class Answer:
         if not self._thinks:
             return ""
         self._thinks = False
-        return f"\n{THOUGHT}\n\n"
+        return f"\n{THINK_CLOSE}\n\n"
 
     def _whole(self, piece: str) -> str:
         """Text without what no text may hold. Half a character waits for its other half."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ...errors import Invalid, TrellisError, shorten
-from ...markdown_blocks import THINK, THOUGHT
+from ...markdown_blocks import THINK_CLOSE, THINK_OPEN
 from ...messages import Answered, Chat, Event, Heard, Spoke, Turn
 from ...params import Sampling
 from ...store import providers as rows
@@ -306,9 +306,9 @@ def _body(model: str, request: Chat) -> dict[str, Any]:
 
 def without_thought(text: str) -> str:
     """An answer without what was thought before it, which servers do not want back."""
-    if not text.lstrip().startswith(THINK):
+    if not text.lstrip().startswith(THINK_OPEN):
         return text
-    return text.partition(THOUGHT)[2].lstrip()
+    return text.partition(THINK_CLOSE)[2].lstrip()
 
 
 def _default(name: str) -> Any:

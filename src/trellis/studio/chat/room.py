@@ -16,13 +16,13 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from ...errors import Conflict, EngineDied, EngineStopped, Invalid, NotFound, TrellisError, shorten, unknown
+from ...errors import Conflict, EngineDied, EngineStopped, Invalid, NotFound, TrellisError, internal_error, shorten
 from ...markdown import text_to_html
 from ...messages import Chat, Turn, derived_seed
 from ...params import Sampling, invalid_from
 from ...store import rooms as rows
 from ...store.store import Store
-from ...text_rules import PROMPT_LIMIT, folded
+from ...text_rules import PROMPT_LIMIT, fold_text
 from ..hub import Hub
 from ..jobs import timestamp
 from .answer import INLINE, Answering
@@ -320,7 +320,7 @@ class Room:
             self._require_here()
             values: dict[str, Any] = {}
             if title is not None:
-                values |= {"title": title, "named": 1, "folded": folded(title)}
+                values |= {"title": title, "named": 1, "folded": fold_text(title)}
             if system is not None:
                 values["system"] = system
             if models is not None:
@@ -437,7 +437,7 @@ class Room:
             changes["sampling"] = sampling
         if not self.named and message.parent is None:
             title = title_of(message.text) or (message.files[0]["name"] if message.files else "")
-            changes |= {"title": title, "folded": folded(title)}
+            changes |= {"title": title, "folded": fold_text(title)}
         await self._add([message, *answers], answers[0].id, changes)
         self.models, self.title = chosen, changes.get("title", self.title)
         self.sampling = changes.get("sampling", self.sampling)
@@ -479,7 +479,7 @@ class Room:
         except Exception:
             reference = secrets.token_hex(4)
             log.exception("reference %s: an answer failed", reference)
-            message.state, message.error = "failed", unknown(reference).as_json()
+            message.state, message.error = "failed", internal_error(reference).as_json()
         else:
             message.state = "done"
         settling = asyncio.create_task(self._settle(message, answering))
@@ -546,7 +546,7 @@ class Room:
         self.publish("message", message=self._told(message), head=self.head)
 
     async def save(self, message: Message) -> None:
-        values = {"text": message.text, "folded": folded(message.text)}
+        values = {"text": message.text, "folded": fold_text(message.text)}
         await self._store.write(rows.change_message, message.id, values)
 
 

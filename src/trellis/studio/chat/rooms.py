@@ -15,7 +15,7 @@ from ...errors import Conflict, NotFound, shorten
 from ...messages import Choice, Option, Written
 from ...store import rooms as rows
 from ...store.store import Store
-from ...text_rules import folded, spellings
+from ...text_rules import fold_text, search_spellings
 from ..hub import Hub, HubEvent, Listen
 from ..jobs import timestamp
 from .attachments import Attachments
@@ -83,7 +83,7 @@ class Rooms:
         now = time.time()
         return {
             "id": room_id or new_room_id(), "request": request, "title": title or UNNAMED,
-            "folded": folded(title), "named": int(bool(title)), "system": system, "models": names or ["demo"],
+            "folded": fold_text(title), "named": int(bool(title)), "system": system, "models": names or ["demo"],
             "sampling": sampling or {}, "head": head, "archived": 0, "created": now, "updated": now,
         }  # fmt: skip
 
@@ -110,7 +110,7 @@ class Rooms:
 
     async def found(self, q: str = "", archived: bool = False, most: int = MOST_SHOWN) -> list[dict[str, Any]]:
         """Rooms in which all words of `q` occur, the last used first, each with the place where the first one does."""
-        words = [spellings(word) for word in q.split()[:10]]
+        words = [search_spellings(word) for word in q.split()[:10]]
         found = await self._store.read(rows.list_rooms, words, archived, most)
         hits = await asyncio.to_thread(lambda: [around(row["hit"], q.split()[0]) if row.get("hit") else None
                                                 for row in found])  # fmt: skip
@@ -213,8 +213,8 @@ def new_room_id() -> str:
 
 def around(text: str, word: str, width: int = 120) -> str:
     """The words around the first place where a word stands, whatever its case and however its letters are composed."""
-    place = max(folded(text).find(folded(word)), 0)
+    place = max(fold_text(text).find(fold_text(word)), 0)
     # Folding may change how long the text is: the place is where as much of it has been folded.
-    place = bisect_left(range(len(text)), place, key=lambda end: len(folded(text[:end])))
+    place = bisect_left(range(len(text)), place, key=lambda end: len(fold_text(text[:end])))
     start = max(0, place - width // 3)
     return ("…" if start else "") + " ".join(text[start : start + width].split())

@@ -51,7 +51,7 @@ class Version(Speaker):
         return f"session:{self._session.id}@{node.id}" if node.weights else self.name
 
     async def answer(self, request: Chat, owner: str, follow: Follow) -> AsyncGenerator[Event, None]:
-        await self._models.engine(self._session.config.part(ModelOptions), follow, fetches=False)
+        await self._models.engine(self._session.config.extract(ModelOptions), follow, fetches=False)
         node = self._node or self._session.tree.head
         async with aclosing(self._session.chat(request, node, owner)) as events:
             async for event in events:

@@ -20,7 +20,7 @@ from typing import Any
 
 from ...errors import Conflict, LoadFailed, NotFound, shorten
 from ...memory_estimates import Shape, shape_of
-from ...model_checks import problem_by_names, problem_of
+from ...model_checks import first_problem, problem_from_file_names
 from ...model_files import CONFIG_LIMIT, Problem, read_json
 from ...params import Precision
 from ...safetensors_files import UNREADABLE, shapes_in
@@ -134,7 +134,7 @@ class Catalog:
 
         def look() -> Problem | None:
             folder = self.fetched(entry.repository, revision) if entry.repository else entry.path
-            return problem_of(folder, precision, remote_code) if folder else None
+            return first_problem(folder, precision, remote_code) if folder else None
 
         return await asyncio.to_thread(look)
 
@@ -213,8 +213,8 @@ def _problem(place: Path) -> LoadFailed | None:
         return why(f"is {kind}; a model is loaded from a folder with its config and tokenizer.", folder_wanted)
     if (place / "model_index.json").is_file():
         return why("is a diffusion pipeline for pictures, not a language model.", folder_wanted)
-    found = problem_by_names(place)
-    return found.error() if found else None
+    found = problem_from_file_names(place)
+    return found.to_error() if found else None
 
 
 def _read_entry(name: str, source: str, look: Path, load: Path) -> ModelEntry:

@@ -205,7 +205,7 @@ class Models:
         """What a session would need, what is free, and under which options it would fit if it does not."""
         precision, free = self.precision(config), self.free(config)
         needed = estimate(entry.shape, config, precision)
-        held = self._held.get(config.part(ModelOptions))
+        held = self._held.get(config.extract(ModelOptions))
         missing = needed.total - (needed.loading if held and held.worker else 0)
         fits = missing <= free or not entry.parameters
         ways = [] if fits else list(what_would_fit(entry.shape, config, precision, free))

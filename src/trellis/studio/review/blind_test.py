@@ -205,7 +205,7 @@ class Blind:
             prompt = await asyncio.to_thread(session.prompts.at, trial["position"] + number)
         else:
             prompt = session.config.control_prompt or "Tell me about yourself."
-        sampling = session.config.part(Sampling)
+        sampling = session.config.extract(Sampling)
         texts = {}
         for side in ("left", "right"):
             seed = derived_seed("blind", trial["id"], number, side)

@@ -170,7 +170,7 @@ class Exports:
             request = Merge(
                 path=str(folder), weights=node.weights, into=str(work), probes=probes,
                 root=session.tree.root.weights, remote_code=session.config.remote_code,
-                plant=Plant(adapter=session.config.part(Adapter), seed=session.config.seed),
+                plant=Plant(adapter=session.config.extract(Adapter), seed=session.config.seed),
             )  # fmt: skip
             async for event in worker.stream(request):
                 if isinstance(event, Progress):
@@ -275,7 +275,7 @@ def model_card(session: Session, node: Node, kind: Kind, name: str, checks: dict
     """What a person who finds the folder must know, in the layout of the Hugging Face hub."""
     config, path = session.config, session.tree.path(node.id)
     learned = [each for each in path if each.learned]
-    adapter = config.part(Adapter)
+    adapter = config.extract(Adapter)
     base = config.model if "/" in config.model else f"the model “{config.model}”"
     library = "peft" if kind == "adapter" else "transformers"
     on_hub = [f"base_model: {config.model}"] if "/" in config.model else []

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from ...conversation_formats import NotJSON, Turn, turns_of
+from ...conversation_formats import NotJSON, Turn, parse_turns
 from ...errors import Invalid, shorten
 from ...messages import CHOICE, Choice, Lesson, Option, Prompt, Ranking
-from ...text_rules import PROMPT_LIMIT, storable
+from ...text_rules import PROMPT_LIMIT, require_storable
 from ..steering.choices import including_equals
 
 Layout = Literal["raw", "trl-preference", "trl-unpaired", "openai-dpo"]
@@ -286,7 +286,7 @@ def _same(turns: list[Turn]) -> list[tuple[str, str]]:
 
 def _question(turns: list[Turn]) -> Asked:
     """The question in turns that are at most a system prompt, then one thing a person says. Raises Unusable."""
-    told = [_text_of(turn) for turn in turns if turn.role == "system" and (turn.text.strip() or not turn.whole)]
+    told = [_text_of(turn) for turn in turns if turn.role == "system" and (turn.text.strip() or not turn.is_text_only)]
     said = [turn for turn in turns if turn.role != "system"]
     if len(said) != 1 or said[0].role != "user":
         raise Unusable("its conversation has several turns; only one question and its answers can be learned from")
@@ -295,7 +295,7 @@ def _question(turns: list[Turn]) -> Asked:
 
 def _turns(value: Any) -> list[Turn] | None:
     try:
-        return turns_of(value)
+        return parse_turns(value)
     except NotJSON:
         raise Unusable("it holds a list of messages that is not valid JSON") from None
 
@@ -333,7 +333,7 @@ def _raw(row: Row) -> Said:
 
 
 def _text_of(turn: Turn) -> str:
-    if not turn.whole:
+    if not turn.is_text_only:
         raise Unusable("a message holds more than text, such as a picture or a call of a tool")
     return _text(turn.text)
 
@@ -350,7 +350,7 @@ def _text(value: Any) -> str:
     if len(value) > PROMPT_LIMIT:
         raise Unusable(f"a prompt or an answer is longer than {PROMPT_LIMIT} characters")
     try:
-        return storable(value)
+        return require_storable(value)
     except ValueError:
         raise Unusable("a prompt or an answer has characters that cannot be stored") from None
 

@@ -69,7 +69,7 @@ class Growth:
         self._weights = weights
         self._logs = logs
         self._config = config
-        self._model = config.part(ModelOptions)
+        self._model = config.extract(ModelOptions)
         self._tree = tree
         self._loading = loading
         self._notice = notice
@@ -134,7 +134,7 @@ class Growth:
         worker = await self.engine()
         self._require_template()
         root = self._tree.root.weights
-        request = Plant(adapter=self._config.part(Adapter), seed=self._config.seed, root=root)
+        request = Plant(adapter=self._config.extract(Adapter), seed=self._config.seed, root=root)
         planted = await worker.ask(request, owner=self._owner)
         assert isinstance(planted, Planted)
         self.left_out = planted.left_out
@@ -283,7 +283,7 @@ class Growth:
         """The request for the options at a node, built from the log alone."""
         config = self._config
         return Offer(
-            weights=node.weights, prompt=self.prompt(prompt), sampling=config.part(Sampling),
+            weights=node.weights, prompt=self.prompt(prompt), sampling=config.extract(Sampling),
             group_size=config.group_size, openings=config.openings if node.choice == "none" else 1,
             seed=offer_seed(config, node, number, prompt), context_length=config.context_length,
         )  # fmt: skip
@@ -302,7 +302,7 @@ class Growth:
                 replay.append(self._lesson(found[node.answered or ""], node.choice))
         return Learn(
             weights=parent.weights, lesson=self._lesson(found[offer], choice), replay=tuple(replay),
-            learning=self._config.part(Learning), context_length=self._config.context_length, keep=keep,
+            learning=self._config.extract(Learning), context_length=self._config.context_length, keep=keep,
         )  # fmt: skip
 
     async def lessons(self, nodes: Sequence[Node]) -> list[Lesson]:
@@ -325,7 +325,7 @@ class Growth:
         worker = await self._planted()
         request = Fit(
             weights=parent.weights, log=fitted.fitted, path=str(self._logs.path(fitted.fitted)),
-            learning=self._config.part(Learning), epochs=fitted.epochs, seed=self._config.seed,
+            learning=self._config.extract(Learning), epochs=fitted.epochs, seed=self._config.seed,
             context_length=self._config.context_length,
         )  # fmt: skip
         async with aclosing(worker.stream(request, priority)) as events:
@@ -340,7 +340,7 @@ class Growth:
         lessons = await self.lessons(nodes)
         worker = await self._planted()
         request = Assess(
-            weights=weights, lessons=tuple(lessons), learning=self._config.part(Learning),
+            weights=weights, lessons=tuple(lessons), learning=self._config.extract(Learning),
             context_length=self._config.context_length,
         )  # fmt: skip
         assessed = await worker.ask(request, 1, self._owner)

@@ -87,7 +87,7 @@ class Session:
         self.name: str = row["name"]
         self.created: float = row["created"]
         self.config = SessionConfig.model_validate(row["config"])
-        self._model = self.config.part(ModelOptions)
+        self._model = self.config.extract(ModelOptions)
         self.prepared: str | None = row["prompts"]
         self.prompts: Prompts | None = None
         self.tree = Tree(nodes, row["head"])

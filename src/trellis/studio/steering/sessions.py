@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from ...blobs import Blobs
 from ...errors import Invalid, NotFound, TrellisError, shorten
 from ...messages import derived_seed
-from ...model_checks import too_few_positions
+from ...model_checks import answer_length_problem
 from ...model_files import Problem
 from ...params import ModelOptions, Sampling, SessionConfig, default_learning_rate, invalid_from
 from ...store import steering as rows
@@ -115,7 +115,7 @@ class Steering:
 
     @staticmethod
     def _too_few_positions(entry: ModelEntry, config: SessionConfig) -> Problem | None:
-        return too_few_positions(entry.shape.positions, config.max_new_tokens)
+        return answer_length_problem(entry.shape.positions, config.max_new_tokens)
 
     async def _create(self, name: str | None, parsed: SessionConfig, request: str | None) -> Session:
         now = time.time()
@@ -143,7 +143,7 @@ class Steering:
         try:
             parsed = SessionConfig.parse(config)
         except Invalid as error:
-            errors, parsed = error.fields, SessionConfig.as_far_as_valid(config)
+            errors, parsed = error.fields, SessionConfig.from_valid_fields(config)
         memory = None
         try:
             entry = await self._models.catalog.find(parsed.model, field="config.model")
@@ -151,7 +151,7 @@ class Steering:
             if trouble := await self._template_trouble(entry, parsed):
                 errors = [*errors, *trouble.fields]
             problems = [await self._models.problem(entry, parsed), self._too_few_positions(entry, parsed)]
-            errors = [*errors, *({"field": f"config.{each.field}", "message": each.sentences()} for each in problems
+            errors = [*errors, *({"field": f"config.{each.field}", "message": each.full_text()} for each in problems
                                  if each)]  # fmt: skip
         except NotFound as error:
             errors = [*errors, {"field": "config.model", "message": error.message}]
@@ -159,7 +159,7 @@ class Steering:
 
     async def _template_trouble(self, entry: ModelEntry, config: SessionConfig) -> Invalid | None:
         """What the model's chat template cannot do of what the options ask, as far as it is known."""
-        if loaded := self._models.loaded(config.part(ModelOptions)):
+        if loaded := self._models.loaded(config.extract(ModelOptions)):
             return template_trouble(config, loaded)
 
         def look() -> Invalid | None:
@@ -266,7 +266,7 @@ class Steering:
         session = await self.session(session_id)
         config = SessionConfig.parse(session.config.model_dump(mode="json") | dict(sampling))
         seed = derived_seed("sample", config.seed, key or node or session.tree.head_id, prompt)
-        return await session.sample(prompt, node, n, config.part(Sampling), seed)
+        return await session.sample(prompt, node, n, config.extract(Sampling), seed)
 
     async def tree(self, session_id: str) -> dict[str, Any]:
         session = await self.session(session_id)

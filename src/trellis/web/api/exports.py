@@ -9,25 +9,25 @@ from fastapi import APIRouter, Path
 from starlette.responses import Response, StreamingResponse
 
 from ...studio.review.exports import zipped
-from .steering import OfStudio
+from .steering import StudioDep
 
 router = APIRouter(prefix="/api/exports", tags=["exports"])
 
-Name = Annotated[str, Path(max_length=200)]
+ExportName = Annotated[str, Path(max_length=200)]
 
 
 @router.get("")
-async def exports(studio: OfStudio) -> list[dict[str, Any]]:
+async def exports(studio: StudioDep) -> list[dict[str, Any]]:
     return await studio.exports.all()
 
 
 @router.get("/{name}")
-async def export(name: Name, studio: OfStudio) -> dict[str, Any]:
+async def export(name: ExportName, studio: StudioDep) -> dict[str, Any]:
     return await studio.exports.get(name)
 
 
 @router.get("/{name}/zip", response_class=StreamingResponse)
-async def download(name: Name, studio: OfStudio) -> StreamingResponse:
+async def download(name: ExportName, studio: StudioDep) -> StreamingResponse:
     """All files of an export as a zip, made while it is sent."""
     files = await studio.exports.files(name)
     disposition = f"attachment; filename*=UTF-8''{quote(name)}.zip"
@@ -35,6 +35,6 @@ async def download(name: Name, studio: OfStudio) -> StreamingResponse:
 
 
 @router.delete("/{name}", status_code=204)
-async def delete(name: Name, studio: OfStudio) -> Response:
+async def delete(name: ExportName, studio: StudioDep) -> Response:
     await studio.exports.delete(name)
     return Response(status_code=204)

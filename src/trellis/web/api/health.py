@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from ... import __version__
 from ...store import jobs
-from .steering import OfStudio
+from .steering import StudioDep
 
 router = APIRouter(tags=["health"])
 
@@ -18,7 +18,7 @@ async def healthz() -> dict[str, str]:
 
 
 @router.get("/readyz")
-async def readyz(studio: OfStudio) -> dict[str, str]:
+async def readyz(studio: StudioDep) -> dict[str, str]:
     """Answers when the database does."""
     await studio.store.read(jobs.list_jobs, most=1)
     return {"status": "ok", "version": __version__}

@@ -8,37 +8,37 @@ from fastapi import APIRouter, Depends
 from starlette.responses import StreamingResponse
 
 from ..event_streams import event_stream, resume_point
-from .steering import OfStudio
+from .steering import StudioDep
 
 router = APIRouter(prefix="/api/jobs", tags=["jobs"])
 
 
 @router.get("")
-async def jobs(studio: OfStudio) -> list[dict[str, Any]]:
+async def jobs(studio: StudioDep) -> list[dict[str, Any]]:
     """The latest jobs, newest first."""
     return await studio.jobs.list()
 
 
-async def job_of(job: str, studio: OfStudio) -> dict[str, Any]:
+async def get_job(job: str, studio: StudioDep) -> dict[str, Any]:
     return await studio.jobs.get(job)
 
 
-OfJob = Annotated[dict[str, Any], Depends(job_of)]
+JobDep = Annotated[dict[str, Any], Depends(get_job)]
 
 
 @router.get("/{job}")
-async def job(found: OfJob) -> dict[str, Any]:
+async def job(found: JobDep) -> dict[str, Any]:
     return found
 
 
 @router.post("/{job}/cancel", status_code=202)
-async def cancel(found: OfJob, studio: OfStudio) -> dict[str, Any]:
+async def cancel(found: JobDep, studio: StudioDep) -> dict[str, Any]:
     return await studio.jobs.cancel(found["id"])
 
 
 @router.get("/{job}/events", response_class=StreamingResponse)
 async def events(
-    found: OfJob, studio: OfStudio, after: Annotated[str | None, Depends(resume_point)]
+    found: JobDep, studio: StudioDep, after: Annotated[str | None, Depends(resume_point)]
 ) -> StreamingResponse:
     """Progress, then how it ended (SSE); a finished job answers with its last event."""
     return event_stream(studio.jobs.events(found["id"], after))

@@ -10,8 +10,8 @@ from starlette.responses import Response
 
 from ...params import ModelOptions
 from ...studio.jobs import as_json
-from ..rate_limits import expensive
-from .steering import OfStudio, RequestId
+from ..rate_limits import enforce_rate_limit
+from .steering import RequestIdDep, StudioDep
 
 router = APIRouter(prefix="/api/models", tags=["models"])
 
@@ -27,26 +27,26 @@ class LoadModel(ModelOptions):
 
 
 @router.get("")
-async def models(studio: OfStudio) -> list[dict[str, Any]]:
+async def models(studio: StudioDep) -> list[dict[str, Any]]:
     """Known models: id, kind, source, size, state, memory estimate, and the engines that hold each."""
     return await studio.models.list()
 
 
-@router.post("/load", status_code=202, dependencies=[Depends(expensive)])
-async def load(body: LoadModel, studio: OfStudio, request: RequestId) -> dict[str, Any]:
+@router.post("/load", status_code=202, dependencies=[Depends(enforce_rate_limit)])
+async def load(body: LoadModel, studio: StudioDep, request: RequestIdDep) -> dict[str, Any]:
     """Start loading a model. A loaded one answers with the job that loaded it."""
     return as_json((await studio.models.load(body.options(), request)).row)
 
 
 @router.post("/{model:path}/unload", status_code=202)
-async def unload(model: Annotated[str, Field(max_length=200)], studio: OfStudio) -> dict[str, str]:
+async def unload(model: Annotated[str, Field(max_length=200)], studio: StudioDep) -> dict[str, str]:
     """End all engines of a model and give their memory back."""
     await studio.models.unload(model)
     return {"model": model, "state": "unloaded"}
 
 
 @router.delete("/{model:path}", status_code=204)
-async def delete(model: Annotated[str, Field(max_length=200)], studio: OfStudio) -> Response:
+async def delete(model: Annotated[str, Field(max_length=200)], studio: StudioDep) -> Response:
     """Remove the files of a model that was uploaded, put here, or fetched from the hub."""
     await studio.models.delete(model)
     return Response(status_code=204)

@@ -16,67 +16,67 @@ from ...studio.chat.imports import import_rooms
 from ...studio.chat.room import MOST_MODELS, Room
 from ...studio.jobs import as_json
 from ...studio.studio import Studio
-from ...text_rules import PROMPT_LIMIT, storable
+from ...text_rules import PROMPT_LIMIT, require_storable
 from ..access import MAX_FILE
-from ..rate_limits import expensive
-from .steering import Body, Name, OfStudio, RequestId, studio_of
+from ..rate_limits import enforce_rate_limit
+from .steering import Name, RequestBody, RequestIdDep, StudioDep, get_studio
 
 router = APIRouter(prefix="/api/rooms", tags=["chat"])
 
 ModelName = Annotated[str, Field(min_length=1, max_length=300)]
-System = Annotated[str, Field(max_length=20_000), AfterValidator(storable)]
+SystemPrompt = Annotated[str, Field(max_length=20_000), AfterValidator(require_storable)]
 
 
-class NewRoom(Body):
+class NewRoom(RequestBody):
     title: Name | None = None
     models: list[ModelName] = Field([], max_length=MOST_MODELS)
-    system: System = ""
+    system: SystemPrompt = ""
     sampling: dict[str, float | int] = Field({})
 
 
-class Change(Body):
+class RoomChange(RequestBody):
     title: Name | None = None
     models: list[ModelName] | None = Field(None, min_length=1, max_length=MOST_MODELS)
-    system: System | None = None
+    system: SystemPrompt | None = None
     sampling: dict[str, float | int] | None = None
     archived: bool | None = None
 
 
-class NewMessage(Body):
-    text: Annotated[str, Field(max_length=PROMPT_LIMIT), AfterValidator(storable)]
+class NewMessage(RequestBody):
+    text: Annotated[str, Field(max_length=PROMPT_LIMIT), AfterValidator(require_storable)]
     parent: str | None = Field(None, max_length=100)
     models: list[ModelName] = Field([], max_length=MOST_MODELS)
     sampling: dict[str, float | int] | None = None
     attachments: list[Annotated[str, Field(max_length=100)]] = Field([], max_length=20)
 
 
-class Teach(Body):
+class Teach(RequestBody):
     message: str = Field(max_length=100)
     session: str = Field(max_length=100)
 
 
-class NewPrompt(Body):
+class NewPrompt(RequestBody):
     name: Name
-    text: Annotated[str, Field(min_length=1, max_length=20_000), AfterValidator(storable)]
+    text: Annotated[str, Field(min_length=1, max_length=20_000), AfterValidator(require_storable)]
 
 
-async def room_of(room: str, studio: Annotated[Studio, Depends(studio_of)]) -> Room:
+async def get_room(room: str, studio: Annotated[Studio, Depends(get_studio)]) -> Room:
     return await studio.rooms.room(room)
 
 
-OfRoom = Annotated[Room, Depends(room_of)]
+RoomDep = Annotated[Room, Depends(get_room)]
 
 
 @router.get("")
 async def rooms(
-    studio: OfStudio, q: Annotated[str, Query(max_length=200)] = "", archived: bool = False
+    studio: StudioDep, q: Annotated[str, Query(max_length=200)] = "", archived: bool = False
 ) -> list[dict[str, Any]]:
     """Rooms in whose title or text all words of `q` occur, the last used first."""
     return await studio.rooms.found(q, archived)
 
 
-@router.post("", status_code=201, dependencies=[Depends(expensive)])
-async def create(body: NewRoom, studio: OfStudio, request: RequestId) -> dict[str, Any]:
+@router.post("", status_code=201, dependencies=[Depends(enforce_rate_limit)])
+async def create(body: NewRoom, studio: StudioDep, request: RequestIdDep) -> dict[str, Any]:
     room = await studio.rooms.create(
         title=body.title or "", models=body.models, system=body.system, sampling=body.sampling, request=request
     )
@@ -84,47 +84,47 @@ async def create(body: NewRoom, studio: OfStudio, request: RequestId) -> dict[st
 
 
 @router.get("/speakers")
-async def speakers(studio: OfStudio) -> list[dict[str, Any]]:
+async def chat_targets(studio: StudioDep) -> list[dict[str, Any]]:
     """Everybody who can be talked to: models and sessions."""
     return await studio.speakers.everybody()
 
 
 @router.get("/speakers/{session}/versions")
-async def versions(session: str, studio: OfStudio) -> list[dict[str, Any]]:
+async def versions(session: str, studio: StudioDep) -> list[dict[str, Any]]:
     """The steps of a session that can be talked to, the newest first."""
     return await studio.speakers.versions(session)
 
 
 @router.get("/prompts")
-async def prompts(studio: OfStudio) -> list[dict[str, Any]]:
+async def prompts(studio: StudioDep) -> list[dict[str, Any]]:
     """The prompt library."""
     return await studio.rooms.prompts()
 
 
 @router.put("/prompts")
-async def keep_prompt(body: NewPrompt, studio: OfStudio) -> list[dict[str, Any]]:
+async def save_prompt(body: NewPrompt, studio: StudioDep) -> list[dict[str, Any]]:
     """Keep a prompt in the library, in place of the one of that name."""
     await studio.rooms.keep_prompt(body.name.strip(), body.text)
     return await studio.rooms.prompts()
 
 
 @router.delete("/prompts/{prompt}", status_code=204)
-async def drop_prompt(prompt: str, studio: OfStudio) -> Response:
+async def delete_prompt(prompt: str, studio: StudioDep) -> Response:
     await studio.rooms.drop_prompt(prompt)
     return Response(status_code=204)
 
 
-@router.post("/import", status_code=201, dependencies=[Depends(expensive)], max_body_size=MAX_FILE)
-async def take_in(request: Request, studio: OfStudio) -> dict[str, Any]:
+@router.post("/import", status_code=201, dependencies=[Depends(enforce_rate_limit)], max_body_size=MAX_FILE)
+async def import_chats(request: Request, studio: StudioDep) -> dict[str, Any]:
     """Rooms from a body: our JSON, Markdown, or what other programs export. Every conversation that can be read becomes
     one of `rooms`; `left_out` names those that cannot, `notes` what of others could not be kept."""
     return (await import_rooms(studio.rooms, await request.body())).as_json()
 
 
-@router.post("/new/files", dependencies=[Depends(expensive)], max_body_size=MAX_FILE)
+@router.post("/new/files", dependencies=[Depends(enforce_rate_limit)], max_body_size=MAX_FILE)
 async def check_file(
     request: Request,
-    studio: OfStudio,
+    studio: StudioDep,
     name: Annotated[str, Query(min_length=1, max_length=300)],
     model: Annotated[list[ModelName], Query(max_length=MOST_MODELS)] = [],  # noqa: B006
 ) -> dict[str, Any]:
@@ -136,14 +136,14 @@ async def check_file(
 
 
 @router.get("/{room}")
-async def state(room: OfRoom) -> dict[str, Any]:
+async def state(room: RoomDep) -> dict[str, Any]:
     """A room with all its messages."""
     messages, last = await room.view(list(room.messages.values()))
     return room.as_json() | {"messages": messages, "last": last}
 
 
 @router.patch("/{room}")
-async def change(body: Change, room: OfRoom) -> dict[str, Any]:
+async def change(body: RoomChange, room: RoomDep) -> dict[str, Any]:
     await room.change(
         title=body.title, system=body.system, models=body.models, sampling=body.sampling, archived=body.archived
     )
@@ -151,13 +151,13 @@ async def change(body: Change, room: OfRoom) -> dict[str, Any]:
 
 
 @router.delete("/{room}", status_code=204)
-async def delete(room: str, studio: OfStudio) -> Response:
+async def delete(room: str, studio: StudioDep) -> Response:
     await studio.rooms.delete(room)
     return Response(status_code=204)
 
 
-@router.post("/{room}/messages", status_code=202, dependencies=[Depends(expensive)])
-async def send(body: NewMessage, room: OfRoom, request: RequestId) -> dict[str, Any]:
+@router.post("/{room}/messages", status_code=202, dependencies=[Depends(enforce_rate_limit)])
+async def send(body: NewMessage, room: RoomDep, request: RequestIdDep) -> dict[str, Any]:
     """Say something; it is answered as the events of the socket tell."""
     message = await room.send(
         body.text, request, parent=body.parent, models=body.models, sampling=body.sampling, files=body.attachments
@@ -165,11 +165,11 @@ async def send(body: NewMessage, room: OfRoom, request: RequestId) -> dict[str, 
     return {"request": request, "message": message.id}
 
 
-@router.post("/{room}/files", status_code=201, dependencies=[Depends(expensive)], max_body_size=MAX_FILE)
+@router.post("/{room}/files", status_code=201, dependencies=[Depends(enforce_rate_limit)], max_body_size=MAX_FILE)
 async def add_file(
     request: Request,
-    room: OfRoom,
-    studio: OfStudio,
+    room: RoomDep,
+    studio: StudioDep,
     name: Annotated[str, Query(min_length=1, max_length=300)],
     model: Annotated[list[ModelName], Query(max_length=MOST_MODELS)] = [],  # noqa: B006
 ) -> dict[str, Any]:
@@ -181,7 +181,7 @@ async def add_file(
 
 
 @router.get("/{room}/files/{file}")
-async def get_file(room: OfRoom, studio: OfStudio, file: str) -> Response:
+async def get_file(room: RoomDep, studio: StudioDep, file: str) -> Response:
     """A file as it was sent, as a download."""
     about = await room.file(file)
     quoted = quote(about["name"], safe="")
@@ -189,8 +189,8 @@ async def get_file(room: OfRoom, studio: OfStudio, file: str) -> Response:
     return Response(await studio.attachments.content(file), media_type="application/octet-stream", headers=headers)
 
 
-@router.post("/{room}/teach", status_code=202, dependencies=[Depends(expensive)])
-async def teach(body: Teach, room: OfRoom, studio: OfStudio, request: RequestId) -> dict[str, Any]:
+@router.post("/{room}/teach", status_code=202, dependencies=[Depends(enforce_rate_limit)])
+async def teach(body: Teach, room: RoomDep, studio: StudioDep, request: RequestIdDep) -> dict[str, Any]:
     """Have a session learn from what was said of an answer: a job whose result is a step of its tree."""
     prompt, options, choice = studio.rooms.said_of(room, body.message)
     what = f"an answer in “{room.title}”"
@@ -198,14 +198,14 @@ async def teach(body: Teach, room: OfRoom, studio: OfStudio, request: RequestId)
 
 
 @router.post("/{room}/stop", status_code=202)
-async def stop(room: OfRoom) -> dict[str, Any]:
+async def stop(room: RoomDep) -> dict[str, Any]:
     """Stop all answers that grow."""
     await room.stop()
     return room.as_json()
 
 
 @router.get("/{room}/export")
-async def export(room: OfRoom, format: Literal["json", "markdown", "open-webui"] = "json") -> Response:
+async def export(room: RoomDep, format: Literal["json", "markdown", "open-webui"] = "json") -> Response:
     """A room to take away: all of it, the branch that is looked at as Markdown, or as open-webui reads it."""
     kind, ending = FORMATS[format]
     disposition = {"content-disposition": f'attachment; filename="{room.id}.{ending}"'}

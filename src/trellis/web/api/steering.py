@@ -18,93 +18,95 @@ from ...studio.review import journal as journals
 from ...studio.steering.presets import all_presets
 from ...studio.steering.session import Session
 from ...studio.studio import Studio
-from ...text_rules import PROMPT_LIMIT, storable
+from ...text_rules import PROMPT_LIMIT, require_storable
 from ..event_streams import event_stream, resume_point
-from ..rate_limits import expensive
+from ..rate_limits import enforce_rate_limit
 
 router = APIRouter(prefix="/api/steering", tags=["steering"])
 
-Words = Annotated[str, Field(min_length=1, max_length=PROMPT_LIMIT, pattern=r"\S"), AfterValidator(storable)]
-Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"\S"), AfterValidator(storable)]
+PromptText = Annotated[
+    str, Field(min_length=1, max_length=PROMPT_LIMIT, pattern=r"\S"), AfterValidator(require_storable)
+]
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"\S"), AfterValidator(require_storable)]
 
 
-class Body(BaseModel):
+class RequestBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class NewSession(Body):
+class NewSession(RequestBody):
     name: Name | None = None
     config: dict[str, Any] = {}
 
 
-class Rename(Body):
+class Rename(RequestBody):
     name: Name
 
 
-class Choose(Body):
+class Choose(RequestBody):
     offer: str = Field(max_length=100)
     choice: Choice
 
 
-class Goto(Body):
+class Goto(RequestBody):
     node: str = Field(max_length=100)
 
 
-class NewPrompt(Body):
-    text: Words
+class NewPrompt(RequestBody):
+    text: PromptText
 
 
-class Check(Body):
+class Check(RequestBody):
     config: dict[str, Any] = {}
 
 
-class Preview(Body):
+class Preview(RequestBody):
     dataset: dict[str, Any] = {}
 
 
-class NodeName(Body):
-    name: Annotated[str, Field(max_length=200), AfterValidator(storable)]
+class NodeName(RequestBody):
+    name: Annotated[str, Field(max_length=200), AfterValidator(require_storable)]
 
 
-class Compare(Body):
+class Compare(RequestBody):
     left: str = Field(max_length=100)
     right: str = Field(max_length=100)
-    prompts: list[Words] = Field([], max_length=12)
+    prompts: list[PromptText] = Field([], max_length=12)
 
 
-class Export(Body):
+class Export(RequestBody):
     kind: Literal["adapter", "merged"]
     name: str = Field(min_length=1, max_length=100)
     node: str | None = Field(None, max_length=100)
 
 
-class Sample(Body):
-    prompt: Words
+class Sample(RequestBody):
+    prompt: PromptText
     node: str | None = Field(None, max_length=100)
     n: int = Field(1, ge=1, le=16)
     sampling: dict[str, float | int] = {}
 
 
-def studio_of(request: Request) -> Studio:
+def get_studio(request: Request) -> Studio:
     studio: Studio = request.app.state.studio
     return studio
 
 
-def request_id(
+def get_request_id(
     idempotency_key: Annotated[str | None, Header(max_length=200, description="The same key is one action.")] = None,
 ) -> str:
     return idempotency_key or secrets.token_hex(12)
 
 
-async def session_of(session: str, studio: Annotated[Studio, Depends(studio_of)]) -> Session:
+async def get_session(session: str, studio: Annotated[Studio, Depends(get_studio)]) -> Session:
     found = await studio.steering.session(session)
     found.wake()
     return found
 
 
-OfStudio = Annotated[Studio, Depends(studio_of)]
-OfSession = Annotated[Session, Depends(session_of)]
-RequestId = Annotated[str, Depends(request_id)]
+StudioDep = Annotated[Studio, Depends(get_studio)]
+SessionDep = Annotated[Session, Depends(get_session)]
+RequestIdDep = Annotated[str, Depends(get_request_id)]
 
 
 @router.get("/schema")
@@ -119,14 +121,14 @@ async def defaults() -> dict[str, Any]:
     return SessionConfig().model_dump(mode="json")
 
 
-@router.post("/sessions", status_code=201, dependencies=[Depends(expensive)])
-async def create(body: NewSession, studio: OfStudio, request: RequestId) -> dict[str, Any]:
+@router.post("/sessions", status_code=201, dependencies=[Depends(enforce_rate_limit)])
+async def create(body: NewSession, studio: StudioDep, request: RequestIdDep) -> dict[str, Any]:
     """A new session; loads the model if needed, then offers the first options."""
     return (await studio.steering.create(body.name, body.config, request)).state()
 
 
 @router.post("/check")
-async def check(body: Check, studio: OfStudio) -> dict[str, Any]:
+async def check(body: Check, studio: StudioDep) -> dict[str, Any]:
     """What is wrong with a partial configuration, field by field, and whether its model would fit into memory."""
     return await studio.steering.check(body.config)
 
@@ -138,114 +140,114 @@ async def presets() -> list[dict[str, Any]]:
 
 
 @router.get("/files")
-async def files(studio: OfStudio) -> list[dict[str, Any]]:
+async def files(studio: StudioDep) -> list[dict[str, Any]]:
     """Files of prompts that a dataset can name."""
     return await studio.datasets.files()
 
 
-@router.post("/preview", dependencies=[Depends(expensive)])
-async def preview(body: Preview, studio: OfStudio) -> dict[str, Any]:
+@router.post("/preview", dependencies=[Depends(enforce_rate_limit)])
+async def preview(body: Preview, studio: StudioDep) -> dict[str, Any]:
     """The first prompts of a dataset, the column they are from, and what else there is to choose."""
     return await studio.datasets.preview(SessionConfig.parse({"dataset": body.dataset}).dataset)
 
 
 @router.get("/sessions")
-async def sessions(studio: OfStudio) -> list[dict[str, Any]]:
+async def sessions(studio: StudioDep) -> list[dict[str, Any]]:
     return await studio.steering.sessions()
 
 
 @router.get("/sessions/{session}")
-async def state(session: OfSession) -> dict[str, Any]:
+async def state(session: SessionDep) -> dict[str, Any]:
     return session.state()
 
 
 @router.patch("/sessions/{session}")
-async def rename(body: Rename, session: OfSession) -> dict[str, Any]:
+async def rename(body: Rename, session: SessionDep) -> dict[str, Any]:
     await session.rename(body.name)
     return session.state()
 
 
 @router.delete("/sessions/{session}", status_code=204)
-async def delete(session: str, studio: OfStudio) -> Response:
+async def delete(session: str, studio: StudioDep) -> Response:
     await studio.steering.delete(session)
     return Response(status_code=204)
 
 
 @router.post("/sessions/{session}/choose", status_code=202)
-async def choose(body: Choose, session: OfSession, request: RequestId) -> dict[str, str]:
+async def choose(body: Choose, session: SessionDep, request: RequestIdDep) -> dict[str, str]:
     """Learn from a choice: an index, several indexes, a ranking, none, or a written answer."""
     await session.choose(body.offer, body.choice, request)
     return {"request": request}
 
 
 @router.post("/sessions/{session}/skip", status_code=202)
-async def skip(session: OfSession, request: RequestId) -> dict[str, str]:
+async def skip(session: SessionDep, request: RequestIdDep) -> dict[str, str]:
     await session.skip(request)
     return {"request": request}
 
 
 @router.post("/sessions/{session}/undo", status_code=202)
-async def undo(session: OfSession, request: RequestId) -> dict[str, str]:
+async def undo(session: SessionDep, request: RequestIdDep) -> dict[str, str]:
     await session.undo(request)
     return {"request": request}
 
 
 @router.post("/sessions/{session}/redo", status_code=202)
-async def redo(session: OfSession, request: RequestId) -> dict[str, str]:
+async def redo(session: SessionDep, request: RequestIdDep) -> dict[str, str]:
     await session.redo(request)
     return {"request": request}
 
 
 @router.post("/sessions/{session}/resume", status_code=202)
-async def resume(session: OfSession, request: RequestId) -> dict[str, str]:
+async def resume(session: SessionDep, request: RequestIdDep) -> dict[str, str]:
     """Try again after a failure."""
     await session.resume()
     return {"request": request}
 
 
 @router.post("/sessions/{session}/goto", status_code=202)
-async def goto(body: Goto, session: OfSession, request: RequestId) -> dict[str, str]:
+async def goto(body: Goto, session: SessionDep, request: RequestIdDep) -> dict[str, str]:
     """Stand at any node; the options that were shown there come back."""
     await session.goto(body.node, request)
     return {"request": request}
 
 
 @router.post("/sessions/{session}/prompt", status_code=202)
-async def prompt(body: NewPrompt, session: OfSession, request: RequestId) -> dict[str, str]:
+async def prompt(body: NewPrompt, session: SessionDep, request: RequestIdDep) -> dict[str, str]:
     """Replace the current prompt and offer again."""
     await session.prompt(body.text, request)
     return {"request": request}
 
 
 @router.patch("/sessions/{session}/nodes/{node}")
-async def name_node(body: NodeName, session: OfSession, node: str) -> dict[str, Any]:
+async def name_node(body: NodeName, session: SessionDep, node: str) -> dict[str, Any]:
     """Give a node a name; an empty one takes it away."""
     await session.name_node(node, body.name.strip())
     return {"node": node, "name": body.name.strip() or None}
 
 
-@router.post("/sessions/{session}/compare", status_code=202, dependencies=[Depends(expensive)])
-async def compare(body: Compare, session: OfSession, studio: OfStudio, request: RequestId) -> dict[str, Any]:
+@router.post("/sessions/{session}/compare", status_code=202, dependencies=[Depends(enforce_rate_limit)])
+async def compare(body: Compare, session: SessionDep, studio: StudioDep, request: RequestIdDep) -> dict[str, Any]:
     """Answer prompts from two nodes with the same seed: a job whose result has both answers to each."""
     prompts = list(body.prompts) or await studio.comparisons.usual_prompts(session.id)
     return as_json((await studio.comparisons.start(session.id, body.left, body.right, prompts, request)).row)
 
 
-@router.post("/sessions/{session}/exports", status_code=202, dependencies=[Depends(expensive)])
-async def export(body: Export, session: OfSession, studio: OfStudio, request: RequestId) -> dict[str, Any]:
+@router.post("/sessions/{session}/exports", status_code=202, dependencies=[Depends(enforce_rate_limit)])
+async def export(body: Export, session: SessionDep, studio: StudioDep, request: RequestIdDep) -> dict[str, Any]:
     """Take a node away as a folder: a job whose result is {path, files, bytes, checks}."""
     return as_json((await studio.exports.start(session.id, body.kind, body.name, body.node, request)).row)
 
 
-@router.post("/sessions/{session}/sample", dependencies=[Depends(expensive)])
-async def sample(body: Sample, session: OfSession, studio: OfStudio) -> dict[str, list[str]]:
+@router.post("/sessions/{session}/sample", dependencies=[Depends(enforce_rate_limit)])
+async def sample(body: Sample, session: SessionDep, studio: StudioDep) -> dict[str, list[str]]:
     """Answers from any node (default: the head) without moving the session."""
     answers = await studio.steering.sample(session.id, body.prompt, body.node, body.n, body.sampling)
     return {"answers": answers}
 
 
 @router.get("/sessions/{session}/tree")
-async def tree(session: OfSession, studio: OfStudio) -> Response:
+async def tree(session: SessionDep, studio: StudioDep) -> Response:
     """All nodes `{id, parent, step, choice, drift, metrics, name, created}`, and which one is the head."""
     found = await studio.steering.tree(session.id)
     text = await asyncio.to_thread(json.dumps, found)  # hundreds of nodes take longer than the event loop may be held
@@ -253,7 +255,7 @@ async def tree(session: OfSession, studio: OfStudio) -> Response:
 
 
 @router.get("/sessions/{session}/journal", response_class=PlainTextResponse)
-async def journal(session: OfSession, studio: OfStudio, download: bool = False) -> Response:
+async def journal(session: SessionDep, studio: StudioDep, download: bool = False) -> Response:
     """The branch to the head as Markdown."""
     text = await journals.journal(studio.store, session)
     headers = {"content-disposition": f'attachment; filename="{session.id}-journal.md"'} if download else {}
@@ -262,7 +264,7 @@ async def journal(session: OfSession, studio: OfStudio, download: bool = False) 
 
 @router.get("/sessions/{session}/choices")
 async def choices(
-    session: OfSession, studio: OfStudio, format: Annotated[str, Query(max_length=40)] = "raw"
+    session: SessionDep, studio: StudioDep, format: Annotated[str, Query(max_length=40)] = "raw"
 ) -> StreamingResponse:
     """Every choice as JSON lines: raw, trl-preference, trl-unpaired or openai-dpo."""
     lines = await journals.choices(studio.store, session, format)
@@ -272,7 +274,7 @@ async def choices(
 
 @router.get("/sessions/{session}/events", response_class=StreamingResponse)
 async def events(
-    session: OfSession, studio: OfStudio, after: Annotated[str | None, Depends(resume_point)]
+    session: SessionDep, studio: StudioDep, after: Annotated[str | None, Depends(resume_point)]
 ) -> StreamingResponse:
     """What happens, as it happens (SSE). The whole state comes first unless the stream is resumed."""
     return event_stream(studio.steering.events(session.id, after))

@@ -10,53 +10,53 @@ from starlette.responses import Response
 
 from ...errors import Invalid
 from ...studio.uploads import MOST_FILES, PIECE
-from ..rate_limits import expensive
-from .steering import Body, OfStudio
+from ..rate_limits import enforce_rate_limit
+from .steering import RequestBody, StudioDep
 
 router = APIRouter(prefix="/api/uploads", tags=["uploads"])
 
 
-class File(Body):
+class File(RequestBody):
     path: str = Field(min_length=1, max_length=200)
     bytes: int = Field(ge=0, le=10**13)
 
 
-class NewUpload(Body):
+class NewUpload(RequestBody):
     kind: Literal["prompts", "model"]
     name: str = Field(min_length=1, max_length=200)
     files: list[File] = Field(min_length=1, max_length=MOST_FILES)
     mark: str = Field("", max_length=20_000, description="Tells these files from others of the same names and sizes.")
 
 
-@router.post("", dependencies=[Depends(expensive)])
-async def begin(body: NewUpload, studio: OfStudio) -> dict[str, Any]:
+@router.post("", dependencies=[Depends(enforce_rate_limit)])
+async def begin(body: NewUpload, studio: StudioDep) -> dict[str, Any]:
     """Begin an upload. The same names and sizes again are the same upload, with what has been received."""
     return await studio.uploads.begin(body.kind, body.name, [(file.path, file.bytes) for file in body.files], body.mark)
 
 
 @router.get("/{upload}")
-async def state(upload: str, studio: OfStudio) -> dict[str, Any]:
+async def state(upload: str, studio: StudioDep) -> dict[str, Any]:
     return await studio.uploads.state(upload)
 
 
 @router.put("/{upload}/files/{number}")
 async def append(
-    upload: str, number: int, request: Request, studio: OfStudio, offset: Annotated[int, Query(ge=0, le=10**13)]
+    upload: str, number: int, request: Request, studio: StudioDep, offset: Annotated[int, Query(ge=0, le=10**13)]
 ) -> dict[str, Any]:
     """Add the body, at most a megabyte, to a file that has `offset` bytes so far. A wrong offset answers 409 with
     what is here."""
-    piece = await request.body()
-    if not 0 < len(piece) <= PIECE:
+    chunk = await request.body()
+    if not 0 < len(chunk) <= PIECE:
         raise Invalid(
-            f"The piece has {len(piece)} bytes; 1 to {PIECE} are taken at once.",
+            f"The piece has {len(chunk)} bytes; 1 to {PIECE} are taken at once.",
             field="",
             next_step="Send less at once.",
         )
-    return await studio.uploads.append(upload, number, offset, piece)
+    return await studio.uploads.append(upload, number, offset, chunk)
 
 
 @router.delete("/{upload}", status_code=204)
-async def cancel(upload: str, studio: OfStudio) -> Response:
+async def cancel(upload: str, studio: StudioDep) -> Response:
     """Give an upload up; what was received is deleted."""
     await studio.uploads.cancel(upload)
     return Response(status_code=204)

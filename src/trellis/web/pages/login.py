@@ -8,23 +8,23 @@ from fastapi import APIRouter, Form, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ...errors import Refused
-from ..access import COOKIE, LOGIN_DAYS, Guard, cookie_token
+from ..access import LOGIN_COOKIE, LOGIN_DAYS, LoginGuard, cookie_token
 from ..error_responses import status_of
-from ..render import render_of
+from ..render import get_renderer
 
 router = APIRouter(include_in_schema=False)
 
 
-def guard_of(request: Request) -> Guard:
-    guard: Guard = request.app.state.guard
+def get_guard(request: Request) -> LoginGuard:
+    guard: LoginGuard = request.app.state.guard
     return guard
 
 
 @router.get("/login")
 async def page(request: Request, next: str = "/") -> Response:
-    if not guard_of(request).wanted:
+    if not get_guard(request).requires_password:
         return RedirectResponse("/", 303)
-    return _form(request, next, None, 200)
+    return _render_form(request, next, None, 200)
 
 
 @router.post("/login")
@@ -33,12 +33,12 @@ async def login(
 ) -> Response:
     client = request.client.host if request.client else "unknown"
     try:
-        token = await guard_of(request).login(password, client)
+        token = await get_guard(request).login(password, client)
     except Refused as error:
-        return _form(request, next, error, status_of(error))
-    response = RedirectResponse(_own_path(next), 303)
+        return _render_form(request, next, error, status_of(error))
+    response = RedirectResponse(_safe_redirect_path(next), 303)
     response.set_cookie(
-        COOKIE,
+        LOGIN_COOKIE,
         token,
         max_age=LOGIN_DAYS * 86_400,
         httponly=True,
@@ -50,19 +50,19 @@ async def login(
 
 @router.post("/logout")
 async def logout(request: Request) -> Response:
-    await guard_of(request).logout(cookie_token(request.headers))
+    await get_guard(request).logout(cookie_token(request.headers))
     response = RedirectResponse("/login", 303)
-    response.delete_cookie(COOKIE)
+    response.delete_cookie(LOGIN_COOKIE)
     return response
 
 
-def _form(request: Request, next: str, error: Refused | None, status: int) -> HTMLResponse:
-    return render_of(request).page(
-        "login.html", status, place="login", next=_own_path(next), error=error.as_json() if error else None
+def _render_form(request: Request, next: str, error: Refused | None, status: int) -> HTMLResponse:
+    return get_renderer(request).html_response(
+        "login.html", status, place="login", next=_safe_redirect_path(next), error=error.as_json() if error else None
     )
 
 
-def _own_path(next: str) -> str:
+def _safe_redirect_path(next: str) -> str:
     """A path on this server, whatever was sent."""
     plain = next.startswith("/") and not next.startswith("//") and "\\" not in next and next.isprintable()
     return next if plain else "/"

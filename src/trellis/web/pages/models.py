@@ -12,16 +12,16 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from ...errors import TrellisError
 from ...params import Device, ModelOptions, Precision
 from ...studio.studio import Studio
-from ..api.steering import OfStudio
+from ..api.steering import StudioDep
 from ..error_responses import status_of
-from ..rate_limits import expensive
-from ..render import render_of
-from .steering.workbench import Sent
+from ..rate_limits import enforce_rate_limit
+from ..render import get_renderer
+from .steering.workbench import ActionForm
 
 router = APIRouter(include_in_schema=False)
 
 
-class LoadForm(Sent):
+class LoadForm(ActionForm):
     model: str = Field(min_length=1, max_length=200, pattern=r"\S")
     revision: str = Field("", max_length=100, pattern=r"^[A-Za-z0-9._/-]*$")
     precision: Precision = "auto"
@@ -36,25 +36,29 @@ class LoadForm(Sent):
 @router.get("/models")
 async def page(
     request: Request,
-    studio: OfStudio,
+    studio: StudioDep,
     model: Annotated[str, Query(max_length=200)] = "",
     revision: Annotated[str, Query(max_length=100)] = "",
 ) -> HTMLResponse:
     """The page; `model` and `revision` are what the form for the hub begins with."""
-    return await models_page(request, studio, sent={"model": model, "revision": revision, "precision": "auto"})
+    return await render_models_page(
+        request, studio, form_values={"model": model, "revision": revision, "precision": "auto"}
+    )
 
 
-async def models_page(
-    request: Request, studio: Studio, error: TrellisError | None = None, sent: dict[str, str] | None = None
+async def render_models_page(
+    request: Request, studio: Studio, error: TrellisError | None = None, form_values: dict[str, str] | None = None
 ) -> HTMLResponse:
     status = status_of(error) if error else 200
-    values = await values_of(studio)
-    said = error.as_json() if error else None
-    sent = sent or {"model": "", "revision": "", "precision": "auto"}
-    return render_of(request).page("models/page.html", status, place="models", error=said, sent=sent, **values)
+    values = await page_context(studio)
+    error_json = error.as_json() if error else None
+    form_values = form_values or {"model": "", "revision": "", "precision": "auto"}
+    return get_renderer(request).html_response(
+        "models/page.html", status, place="models", error=error_json, sent=form_values, **values
+    )
 
 
-async def values_of(studio: Studio) -> dict[str, Any]:
+async def page_context(studio: Studio) -> dict[str, Any]:
     models = await studio.models.list()
     failed = await studio.models.failed_loads()
     known = {model["id"] for model in models}
@@ -68,36 +72,36 @@ async def values_of(studio: Studio) -> dict[str, Any]:
 
 
 @router.get("/models/cards")
-async def cards(request: Request, studio: OfStudio) -> HTMLResponse:
+async def cards(request: Request, studio: StudioDep) -> HTMLResponse:
     """The cards alone, for a page that is open."""
-    return render_of(request).page("models/_cards.html", **await values_of(studio))
+    return get_renderer(request).html_response("models/_cards.html", **await page_context(studio))
 
 
 @router.post("/models/load")
-async def load(request: Request, studio: OfStudio, form: Annotated[LoadForm, Form()]) -> Response:
-    await expensive(request)
-    sent = {"model": form.model, "revision": form.revision, "precision": form.precision}
-    return await _after(request, studio, studio.models.load(form.options(), form.request), sent)
+async def load(request: Request, studio: StudioDep, form: Annotated[LoadForm, Form()]) -> Response:
+    await enforce_rate_limit(request)
+    form_values = {"model": form.model, "revision": form.revision, "precision": form.precision}
+    return await _run_action(request, studio, studio.models.load(form.options(), form.request), form_values)
 
 
 @router.post("/models/{model:path}/unload")
-async def unload(request: Request, model: str, studio: OfStudio) -> Response:
-    return await _after(request, studio, studio.models.unload(model))
+async def unload(request: Request, model: str, studio: StudioDep) -> Response:
+    return await _run_action(request, studio, studio.models.unload(model))
 
 
 @router.post("/models/{model:path}/delete")
-async def delete(request: Request, model: str, studio: OfStudio) -> Response:
-    return await _after(request, studio, studio.models.delete(model))
+async def delete(request: Request, model: str, studio: StudioDep) -> Response:
+    return await _run_action(request, studio, studio.models.delete(model))
 
 
 @router.post("/models/{model:path}/forget")
-async def forget(request: Request, model: str, studio: OfStudio) -> Response:
+async def forget(request: Request, model: str, studio: StudioDep) -> Response:
     """Remove a model that could not be loaded from the page, and the parts of it that were fetched."""
-    return await _after(request, studio, studio.models.forget_failed_loads(model))
+    return await _run_action(request, studio, studio.models.forget_failed_loads(model))
 
 
-async def _after(
-    request: Request, studio: Studio, action: Coroutine[Any, Any, Any], sent: dict[str, str] | None = None
+async def _run_action(
+    request: Request, studio: Studio, action: Coroutine[Any, Any, Any], form_values: dict[str, str] | None = None
 ) -> Response:
     """Do it, then show the cards again; what was wrong is said on the page."""
     try:
@@ -105,7 +109,7 @@ async def _after(
     except TrellisError as error:
         if "hx-request" in request.headers:
             raise
-        return await models_page(request, studio, error, sent)
+        return await render_models_page(request, studio, error, form_values)
     if "hx-request" in request.headers:
         return await cards(request, studio)
     return RedirectResponse("/models", 303)

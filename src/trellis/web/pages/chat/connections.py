@@ -12,22 +12,22 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from ....errors import Refused, TrellisError
 from ....params import invalid_from
 from ....studio.studio import Studio
-from ...api.connections import NewRemote
-from ...api.steering import Name, OfStudio
+from ...api.connections import NewProvider
+from ...api.steering import Name, StudioDep
 from ...error_responses import status_of
-from ...loopback import is_from_this_computer
-from ...rate_limits import expensive
-from ...render import render_of
-from ..steering.workbench import Sent
+from ...loopback import is_local_request
+from ...rate_limits import enforce_rate_limit
+from ...render import get_renderer
+from ..steering.workbench import ActionForm
 
 router = APIRouter(include_in_schema=False)
 
 
-class KeyForm(Sent):
+class KeyForm(ActionForm):
     name: Name
 
 
-class RemoteForm(Sent):
+class ProviderForm(ActionForm):
     name: str = Field(max_length=60)
     url: str = Field(max_length=500)
     key: str = Field("", max_length=500)
@@ -38,78 +38,78 @@ class RemoteForm(Sent):
 
 
 @router.get("/connections")
-async def page(request: Request, studio: OfStudio) -> HTMLResponse:
-    return await show(request, studio)
+async def page(request: Request, studio: StudioDep) -> HTMLResponse:
+    return await render_page(request, studio)
 
 
-async def show(
+async def render_page(
     request: Request,
     studio: Studio,
     *,
-    made: str = "",
+    new_key: str = "",
     error: TrellisError | None = None,
-    sent: dict[str, Any] | None = None,
+    form_values: dict[str, Any] | None = None,
 ) -> HTMLResponse:
-    return render_of(request).page(
+    return get_renderer(request).html_response(
         "connections/page.html",
         status_of(error) if error else 200,
         place="chat",
         keys=await studio.keys.all(),
         remotes=await studio.remotes.all(),
-        made=made,
-        may_permit=is_from_this_computer(request),
+        made=new_key,
+        may_permit=is_local_request(request),
         address=str(request.base_url).rstrip("/"),
         error=error.as_json() if error else None,
-        sent=sent or {"name": "", "url": "", "models": "", "sees": False, "permit": False, "had_key": False},
+        sent=form_values or {"name": "", "url": "", "models": "", "sees": False, "permit": False, "had_key": False},
         request_id=secrets.token_hex(12),
     )
 
 
 @router.post("/connections/keys")
-async def make_key(request: Request, studio: OfStudio, form: Annotated[KeyForm, Form()]) -> Response:
+async def create_key(request: Request, studio: StudioDep, form: Annotated[KeyForm, Form()]) -> Response:
     """The key is shown on the page that answers, and nowhere else."""
-    await expensive(request)
+    await enforce_rate_limit(request)
     try:
         _, secret = await studio.keys.make(form.name.strip())
     except TrellisError as error:
-        return await show(request, studio, error=error)
-    return await show(request, studio, made=secret)
+        return await render_page(request, studio, error=error)
+    return await render_page(request, studio, new_key=secret)
 
 
 @router.post("/connections/keys/{key}/revoke")
-async def revoke_key(studio: OfStudio, key: str) -> Response:
+async def revoke_key(studio: StudioDep, key: str) -> Response:
     await studio.keys.revoke(key)
     return RedirectResponse("/connections", 303)
 
 
 @router.post("/connections/remotes")
-async def add_remote(request: Request, studio: OfStudio, form: Annotated[RemoteForm, Form()]) -> Response:
-    await expensive(request)
+async def add_provider(request: Request, studio: StudioDep, form: Annotated[ProviderForm, Form()]) -> Response:
+    await enforce_rate_limit(request)
     names = [line.strip() for line in form.models.replace(",", "\n").splitlines() if line.strip()]
-    sent = form.model_dump(exclude={"key"}) | {"had_key": bool(form.key)}
+    form_values = form.model_dump(exclude={"key"}) | {"had_key": bool(form.key)}
     try:
-        if form.permit and not is_from_this_computer(request):
+        if form.permit and not is_local_request(request):
             raise Refused(
                 "Only a person at the computer that runs the studio may permit a server in its own network.",
                 code="not_local", field="url",
                 next_step="Open this page there, at the address with “localhost” or “127.0.0.1”.",
             )  # fmt: skip
-        body = checked(form, names)
+        body = validate_form(form, names)
         await studio.remotes.add(body.name.strip(), body.url, body.key.strip(), body.models, body.sees, form.permit)
     except TrellisError as error:
-        return await show(request, studio, error=error, sent=sent)
+        return await render_page(request, studio, error=error, form_values=form_values)
     return RedirectResponse("/connections", 303)
 
 
-def checked(form: RemoteForm, names: list[str]) -> NewRemote:
+def validate_form(form: ProviderForm, names: list[str]) -> NewProvider:
     """Raises Invalid."""
     try:
-        return NewRemote(name=form.name.strip(), url=form.url, key=form.key, models=names, sees=form.sees)
+        return NewProvider(name=form.name.strip(), url=form.url, key=form.key, models=names, sees=form.sees)
     except ValidationError as error:
         raise invalid_from(error) from None
 
 
 @router.post("/connections/remotes/{remote}/delete")
-async def delete_remote(studio: OfStudio, remote: str) -> Response:
+async def delete_provider(studio: StudioDep, remote: str) -> Response:
     await studio.remotes.delete(remote)
     return RedirectResponse("/connections", 303)

@@ -18,19 +18,19 @@ from ....studio.review.retraining import MOST_EPOCHS
 from ....studio.steering.session import Session
 from ....studio.steering.tree import Fitted, Node
 from ....studio.studio import Studio
-from ...api.steering import OfSession, OfStudio
+from ...api.steering import SessionDep, StudioDep
 from ...error_responses import status_of
-from ...rate_limits import expensive
-from ...render import render_of
-from ..steering.workbench import Sent
+from ...rate_limits import enforce_rate_limit
+from ...render import get_renderer
+from ..steering.workbench import ActionForm
 
 router = APIRouter(include_in_schema=False)
 
 
-class FitForm(Sent):
+class RetrainForm(ActionForm):
     epochs: str = Field("", max_length=20)
 
-    def passes(self) -> int | None:
+    def parse_epochs(self) -> int | None:
         """Raises Invalid."""
         text = self.epochs.strip()
         if not text:
@@ -44,31 +44,31 @@ class FitForm(Sent):
         return int(text)
 
 
-class ImportForm(FitForm):
+class ImportForm(RetrainForm):
     file: str = Field("", max_length=400)
 
 
-class ReplayForm(FitForm):
+class ReplayForm(RetrainForm):
     model: str = Field("", max_length=400)
 
 
 @router.get("/steer/{session}/log")
-async def page(request: Request, session: OfSession, studio: OfStudio) -> HTMLResponse:
-    return await log_page(request, session, studio)
+async def page(request: Request, session: SessionDep, studio: StudioDep) -> HTMLResponse:
+    return await render_log_page(request, session, studio)
 
 
-async def log_page(
+async def render_log_page(
     request: Request, session: Session, studio: Studio, error: TrellisError | None = None
 ) -> HTMLResponse:
     files = [file for file in await studio.datasets.files() if file["name"].lower().endswith(TABLES)]
     fits = await studio.fits.of(session.id)
     models = [model for model in await studio.models.list() if model["id"] != session.config.model]
-    return render_of(request).page(
+    return get_renderer(request).html_response(
         "retraining/page.html",
         status_of(error) if error else 200,
         place="steer",
         state=session.state(),
-        counts=counts_of(session.tree.path(session.tree.head_id)),
+        counts=count_choices(session.tree.path(session.tree.head_id)),
         formats=journals.FORMATS,
         files=files,
         models=models,
@@ -80,56 +80,66 @@ async def log_page(
     )
 
 
-def counts_of(path: list[Node]) -> dict[str, int]:
+def count_choices(path: list[Node]) -> dict[str, int]:
     """What was said on a branch, in numbers."""
-    said = [node for node in path if node.learned]
-    logs = [node.choice for node in said if isinstance(node.choice, Fitted)]
-    refused = sum(node.choice == "none" for node in said)
+    learned_nodes = [node for node in path if node.learned]
+    from_logs = [node.choice for node in learned_nodes if isinstance(node.choice, Fitted)]
+    refused = sum(node.choice == "none" for node in learned_nodes)
     return {
-        "clicks": len(said) - len(logs),
+        "clicks": len(learned_nodes) - len(from_logs),
         "refused": refused,
-        "from_logs": sum(log.lessons for log in logs),
+        "from_logs": sum(log.lessons for log in from_logs),
     }
 
 
 @router.post("/steer/{session}/refit")
-async def refit(request: Request, session: OfSession, studio: OfStudio, form: Annotated[FitForm, Form()]) -> Response:
-    await expensive(request)
-    return await started(
-        request, session, studio, lambda: studio.fits.refit(session.id, None, form.passes(), form.request)
+async def retrain(
+    request: Request, session: SessionDep, studio: StudioDep, form: Annotated[RetrainForm, Form()]
+) -> Response:
+    await enforce_rate_limit(request)
+    return await start_job(
+        request, session, studio, lambda: studio.fits.refit(session.id, None, form.parse_epochs(), form.request)
     )
 
 
 @router.post("/steer/{session}/import")
-async def take_in(
-    request: Request, session: OfSession, studio: OfStudio, form: Annotated[ImportForm, Form()]
+async def import_preferences(
+    request: Request, session: SessionDep, studio: StudioDep, form: Annotated[ImportForm, Form()]
 ) -> Response:
-    await expensive(request)
-    return await started(
-        request, session, studio, lambda: studio.fits.take_in(session.id, form.file, None, form.passes(), form.request)
+    await enforce_rate_limit(request)
+    return await start_job(
+        request,
+        session,
+        studio,
+        lambda: studio.fits.take_in(session.id, form.file, None, form.parse_epochs(), form.request),
     )
 
 
 @router.post("/steer/{session}/replay")
 async def replay(
-    request: Request, session: OfSession, studio: OfStudio, form: Annotated[ReplayForm, Form()]
+    request: Request, session: SessionDep, studio: StudioDep, form: Annotated[ReplayForm, Form()]
 ) -> Response:
-    await expensive(request)
-    return await started(
-        request, session, studio, lambda: studio.fits.replay(session.id, form.model, None, form.passes(), form.request)
+    await enforce_rate_limit(request)
+    return await start_job(
+        request,
+        session,
+        studio,
+        lambda: studio.fits.replay(session.id, form.model, None, form.parse_epochs(), form.request),
     )
 
 
-async def started(request: Request, session: Session, studio: Studio, start: Callable[[], Awaitable[Job]]) -> Response:
+async def start_job(
+    request: Request, session: Session, studio: Studio, start: Callable[[], Awaitable[Job]]
+) -> Response:
     """Back to the page, which shows the job; with what stands in the way, if something does."""
     try:
         await start()
     except TrellisError as error:
-        return await log_page(request, session, studio, error)
+        return await render_log_page(request, session, studio, error)
     return RedirectResponse(f"/steer/{session.id}/log#fits", 303)
 
 
 @router.post("/steer/{session}/fits/{job}/cancel")
-async def cancel(session: OfSession, studio: OfStudio, job: str) -> Response:
+async def cancel(session: SessionDep, studio: StudioDep, job: str) -> Response:
     await studio.jobs.cancel(job)
     return RedirectResponse(f"/steer/{session.id}/log#fits", 303)

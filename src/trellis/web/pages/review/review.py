@@ -19,71 +19,71 @@ from ....studio.review.narrative import tell
 from ....studio.steering.session import Session
 from ....studio.steering.tree import Node, drift_of
 from ....studio.studio import Studio
-from ...api.steering import OfSession, OfStudio
+from ...api.steering import SessionDep, StudioDep
 from ...error_responses import status_of
-from ...rate_limits import expensive
-from ...render import render_of
-from ..steering.options_form import flat, groups_of
-from ..steering.tree_layout import Chart, chart
-from ..steering.workbench import Sent
+from ...rate_limits import enforce_rate_limit
+from ...render import get_renderer
+from ..steering.options_form import flatten_config, group_fields
+from ..steering.tree_layout import Chart, make_chart
+from ..steering.workbench import ActionForm
 
 router = APIRouter(include_in_schema=False)
 
-STORY_STEPS = 60
+NARRATIVE_STEPS = 60
 JOURNAL_STEPS = 20
 """Steps of the journal that the page shows; the download has all."""
 
 
-class ExportForm(Sent):
+class ExportForm(ActionForm):
     kind: Literal["adapter", "merged"]
     name: str = Field("", max_length=100)
     node: str = Field("", max_length=100)
 
 
-class CompareForm(Sent):
+class CompareForm(ActionForm):
     left: str = Field(max_length=100)
     right: str = Field(max_length=100)
     prompts: str = Field("", max_length=200_000)
 
 
 @router.get("/steer/{session}/review")
-async def review(request: Request, session: OfSession, studio: OfStudio) -> HTMLResponse:
-    return await review_page(request, session, studio)
+async def review(request: Request, session: SessionDep, studio: StudioDep) -> HTMLResponse:
+    return await render_review_page(request, session, studio)
 
 
-async def review_page(
+async def render_review_page(
     request: Request,
     session: Session,
     studio: Studio,
     error: TrellisError | None = None,
-    sent: ExportForm | None = None,
+    form: ExportForm | None = None,
 ) -> HTMLResponse:
     await session.open_prompts()
-    story = await tell(studio.store, session, STORY_STEPS)
+    narrative = await tell(studio.store, session, NARRATIVE_STEPS)
     text = await journals.journal(studio.store, session, last=JOURNAL_STEPS)
     shown = await asyncio.to_thread(to_html, text)
-    config = flat(session.config.model_dump(mode="json"))
+    config = flatten_config(session.config.model_dump(mode="json"))
     return await asyncio.to_thread(
-        render_of(request).page,
+        get_renderer(request).html_response,
         "review/page.html",
         status_of(error) if error else 200,
         place="steer",
         state=session.state(),
-        story=story,
-        charts=charts_of(session),
+        story=narrative,
+        charts=make_charts(session),
         journal=Markup(shown),  # noqa: S704 - sanitised by to_html
         journal_cut=max(0, len(session.tree.path(session.tree.head_id)) - 1 - JOURNAL_STEPS),
         formats=journals.FORMATS,
-        groups=groups_of(config),
+        groups=group_fields(config),
         error=error.as_json() if error else None,
-        sent=sent,
+        sent=form,
         suggested=re.sub(r"[^A-Za-z0-9._-]+", "-", session.name).strip("-._")[:60] or "model",
         request_id=secrets.token_hex(12),
-        **await exports_of(session, studio),
+        **await exports_context(session, studio),
     )
 
 
-async def exports_of(session: Session, studio: Studio) -> dict[str, Any]:
+async def exports_context(session: Session, studio: Studio) -> dict[str, Any]:
     jobs = [
         job for job in await studio.jobs.list() if job["kind"] == "export" and job["about"]["session"] == session.id
     ]
@@ -95,30 +95,30 @@ async def exports_of(session: Session, studio: Studio) -> dict[str, Any]:
     }
 
 
-def charts_of(session: Session) -> list[Chart]:
+def make_charts(session: Session) -> list[Chart]:
     """The figures along the branch to the head."""
     path = session.tree.path(session.tree.head_id)
     made = [(node.step, node.metrics) for node in path if node.metrics]
     return [
-        chart("Drift from the base", "%", [(0, 0.0), *((step, 100 * m.drift) for step, m in made)]),
-        chart("Share of the choice, after it was learned", "%", [(step, 100 * m.share_after) for step, m in made]),
-        chart("Loss", "", [(step, m.loss) for step, m in made]),
-        chart("KL from the base", "nats", [(step, m.kl) for step, m in made]),
+        make_chart("Drift from the base", "%", [(0, 0.0), *((step, 100 * m.drift) for step, m in made)]),
+        make_chart("Share of the choice, after it was learned", "%", [(step, 100 * m.share_after) for step, m in made]),
+        make_chart("Loss", "", [(step, m.loss) for step, m in made]),
+        make_chart("KL from the base", "nats", [(step, m.kl) for step, m in made]),
     ]
 
 
 @router.get("/steer/{session}/exports")
-async def exports(request: Request, session: OfSession, studio: OfStudio) -> HTMLResponse:
+async def exports(request: Request, session: SessionDep, studio: StudioDep) -> HTMLResponse:
     """The list of exports, for a page that is open."""
-    values = await exports_of(session, studio)
-    return render_of(request).page("review/_exports.html", state=session.state(), **values)
+    values = await exports_context(session, studio)
+    return get_renderer(request).html_response("review/_exports.html", state=session.state(), **values)
 
 
 @router.post("/steer/{session}/exports")
 async def export(
-    request: Request, session: OfSession, studio: OfStudio, form: Annotated[ExportForm, Form()]
+    request: Request, session: SessionDep, studio: StudioDep, form: Annotated[ExportForm, Form()]
 ) -> Response:
-    await expensive(request)
+    await enforce_rate_limit(request)
     name = form.name.strip()
     if form.kind == "merged" and not name.endswith("merged"):  # so that both buttons work one after the other
         name = f"{name}-merged"[:100]
@@ -127,14 +127,14 @@ async def export(
     except TrellisError as error:
         if "hx-request" in request.headers:
             raise
-        return await review_page(request, session, studio, error, form)
+        return await render_review_page(request, session, studio, error, form)
     if "hx-request" in request.headers:
         return await exports(request, session, studio)
     return RedirectResponse(f"/steer/{session.id}/review#exports", 303)
 
 
 @router.post("/steer/{session}/exports/{name}/delete")
-async def delete_export(request: Request, session: OfSession, studio: OfStudio, name: str) -> Response:
+async def delete_export(request: Request, session: SessionDep, studio: StudioDep, name: str) -> Response:
     await studio.exports.delete(name)
     if "hx-request" in request.headers:
         return await exports(request, session, studio)
@@ -142,7 +142,7 @@ async def delete_export(request: Request, session: OfSession, studio: OfStudio, 
 
 
 @router.post("/steer/{session}/jobs/{job}/cancel")
-async def cancel_job(request: Request, session: OfSession, studio: OfStudio, job: str) -> Response:
+async def cancel_job(request: Request, session: SessionDep, studio: StudioDep, job: str) -> Response:
     await studio.jobs.cancel(job)
     if "hx-request" in request.headers:
         return await exports(request, session, studio)
@@ -150,9 +150,11 @@ async def cancel_job(request: Request, session: OfSession, studio: OfStudio, job
 
 
 @router.post("/steer/{session}/again")
-async def again(request: Request, session: OfSession, studio: OfStudio, form: Annotated[Sent, Form()]) -> Response:
+async def start_over(
+    request: Request, session: SessionDep, studio: StudioDep, form: Annotated[ActionForm, Form()]
+) -> Response:
     """Start over: a new session with the same settings. The old one stays."""
-    await expensive(request)
+    await enforce_rate_limit(request)
     new = await studio.steering.create(None, session.config.model_dump(mode="json"), form.request)
     return RedirectResponse(f"/steer/{new.id}", 303)
 
@@ -160,8 +162,8 @@ async def again(request: Request, session: OfSession, studio: OfStudio, form: An
 @router.get("/steer/{session}/compare")
 async def compare_page(
     request: Request,
-    session: OfSession,
-    studio: OfStudio,
+    session: SessionDep,
+    studio: StudioDep,
     left: Annotated[str, Query(max_length=100)] = "",
     right: Annotated[str, Query(max_length=100)] = "",
     job: Annotated[str, Query(max_length=100)] = "",
@@ -174,11 +176,11 @@ async def compare_page(
     about = running["about"] if running else {}
     tree, labels = session.tree, await session.labels()
     lines = about.get("prompts") or await studio.comparisons.usual_prompts(session.id)
-    return render_of(request).page(
+    return get_renderer(request).html_response(
         "review/compare.html",
         place="steer",
         state=session.state(),
-        nodes=[(node.id, name_of(node, labels), drift_of(node, tree)) for node in to_choose(session)],
+        nodes=[(node.id, node_label(node, labels), drift_of(node, tree)) for node in comparable_nodes(session)],
         left=about.get("left") or left or tree.root.id,
         right=about.get("right") or right or tree.head_id,
         prompts="\n".join(" ".join(line.split()) for line in lines),
@@ -187,13 +189,13 @@ async def compare_page(
     )
 
 
-def to_choose(session: Session) -> list[Node]:
+def comparable_nodes(session: Session) -> list[Node]:
     """The nodes a person may compare: all that learned something, the newest first, and the base."""
     nodes = [node for node in session.tree.nodes.values() if node.learned or node.parent is None or node.name]
     return sorted(nodes, key=lambda node: (-node.step, -node.created))
 
 
-def name_of(node: Node, labels: dict[str, str]) -> str:
+def node_label(node: Node, labels: dict[str, str]) -> str:
     if node.parent is None:
         return node.name or "Step 0: base model"
     return f"Step {node.step}: {labels[node.id] or journals.describe(node.choice)}"
@@ -201,9 +203,9 @@ def name_of(node: Node, labels: dict[str, str]) -> str:
 
 @router.post("/steer/{session}/compare")
 async def compare(
-    session: OfSession, studio: OfStudio, request: Request, form: Annotated[CompareForm, Form()]
+    session: SessionDep, studio: StudioDep, request: Request, form: Annotated[CompareForm, Form()]
 ) -> Response:
-    await expensive(request)
+    await enforce_rate_limit(request)
     prompts = [line for line in form.prompts.splitlines() if line.strip()]
     job = await studio.comparisons.start(session.id, form.left, form.right, prompts, form.request)
     return RedirectResponse(f"/steer/{session.id}/compare?job={job.id}", 303)

@@ -10,13 +10,20 @@ from ....errors import Invalid, TrellisError
 from ....params import option_rows
 
 GROUPS = ("Model", "Prompts", "Answers", "Learning", "Adapter", "History")
-LONG = ("system_prompt", "control_prompt", "prompt_prefix", "prompt_suffix")
-KEPT_EMPTY = (*LONG, "dataset.id", "dataset.subset", "dataset.split", "dataset.column", "revision")
+MULTILINE_OPTIONS = ("system_prompt", "control_prompt", "prompt_prefix", "prompt_suffix")
+OPTIONS_THAT_MAY_BE_EMPTY = (
+    *MULTILINE_OPTIONS,
+    "dataset.id",
+    "dataset.subset",
+    "dataset.split",
+    "dataset.column",
+    "revision",
+)
 """Options for which an empty field means empty text; for all others it means the default."""
 
 
 @dataclass(frozen=True)
-class Field:
+class FormField:
     """One option as a form shows it."""
 
     name: str
@@ -29,10 +36,10 @@ class Field:
     unit: str = ""
     advanced: bool = False
     choices: tuple[str, ...] = ()
-    known: tuple[str, ...] = ()
-    low: float | None = None
-    high: float | None = None
-    whole: bool = False
+    suggestions: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    is_integer: bool = False
 
     @property
     def id(self) -> str:
@@ -40,32 +47,32 @@ class Field:
 
 
 @dataclass(frozen=True)
-class Group:
+class FieldGroup:
     title: str
-    fields: list[Field] = field(default_factory=list)
+    fields: list[FormField] = field(default_factory=list)
 
     @property
-    def plain(self) -> list[Field]:
+    def basic_fields(self) -> list[FormField]:
         return [each for each in self.fields if not each.advanced]
 
     @property
-    def folded(self) -> list[Field]:
+    def advanced_fields(self) -> list[FormField]:
         return [each for each in self.fields if each.advanced]
 
     @property
-    def open(self) -> bool:
+    def is_open(self) -> bool:
         """Whether the folded ones must be seen: one of them is wrong, or is not at its default."""
-        return any(each.error or str(each.value) != str(each.default) for each in self.folded)
+        return any(each.error or str(each.value) != str(each.default) for each in self.advanced_fields)
 
 
-def groups_of(
+def group_fields(
     values: Mapping[str, Any],
-    wrong: Mapping[str, str] | None = None,
-    known: Mapping[str, tuple[str, ...]] | None = None,
-) -> list[Group]:
+    errors: Mapping[str, str] | None = None,
+    suggestions: Mapping[str, tuple[str, ...]] | None = None,
+) -> list[FieldGroup]:
     """All options in their groups, with these values and what is wrong with them (both by flat name)."""
-    wrong = wrong or {}
-    groups = {title: Group(title) for title in GROUPS}
+    errors = errors or {}
+    groups = {title: FieldGroup(title) for title in GROUPS}
     for name, row in option_rows():
         about = row.json_schema_extra
         assert isinstance(about, dict)
@@ -74,31 +81,32 @@ def groups_of(
         types = [kind for kind in (row.annotation, *get_args(row.annotation)) if isinstance(kind, type)]
         is_choice = get_origin(row.annotation) is Literal
         kind: Literal["choice", "switch", "long", "text", "number"] = (
-            "choice" if is_choice else "switch" if bool in types else "long" if name in LONG
+            "choice" if is_choice else "switch" if bool in types else "long" if name in MULTILINE_OPTIONS
             else "text" if str in types else "number"
         )  # fmt: skip
         groups[str(about["group"])].fields.append(
-            Field(
+            FormField(
                 name=name, title=str(row.title), help=str(row.description), kind=kind,
-                value=values.get(name, row.default), default=row.default, error=wrong.get(name, ""),
+                value=values.get(name, row.default), default=row.default, error=errors.get(name, ""),
                 unit=str(about["unit"]), advanced=bool(about["advanced"]),
-                choices=get_args(row.annotation) if is_choice else (), known=(known or {}).get(name, ()),
-                low=limits.get("ge", limits.get("gt")), high=limits.get("le", limits.get("lt")), whole=int in types,
+                choices=get_args(row.annotation) if is_choice else (), suggestions=(suggestions or {}).get(name, ()),
+                minimum=limits.get("ge", limits.get("gt")), maximum=limits.get("le", limits.get("lt")),
+                is_integer=int in types,
             )
         )  # fmt: skip
     return list(groups.values())
 
 
-def errors_of(error: TrellisError | None) -> dict[str, str]:
+def errors_by_option(error: TrellisError | None) -> dict[str, str]:
     """What is wrong by flat name of the option."""
-    wrong = named(error.fields if isinstance(error, Invalid) else [])
+    errors = messages_by_option(error.fields if isinstance(error, Invalid) else [])
     if error and error.field:
-        for name, message in named([{"field": error.field, "message": error.message}]).items():
-            wrong.setdefault(name, message)
-    return wrong
+        for name, message in messages_by_option([{"field": error.field, "message": error.message}]).items():
+            errors.setdefault(name, message)
+    return errors
 
 
-def named(entries: Sequence[Mapping[str, str]]) -> dict[str, str]:
+def messages_by_option(entries: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """Entries of errors by flat name of the option, without the name that a message may begin with."""
     return {
         entry["field"].removeprefix("config."): entry["message"].removeprefix(f"{entry['field']}: ")
@@ -106,7 +114,7 @@ def named(entries: Sequence[Mapping[str, str]]) -> dict[str, str]:
     }
 
 
-def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as a form names it: `{"dataset": {"id": …}}` becomes `{"dataset.id": …}`."""
     found: dict[str, Any] = {}
     for name, value in config.items():
@@ -117,43 +125,45 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def nested(sent: Mapping[str, str]) -> dict[str, Any]:
+def config_from_form(form: Mapping[str, str]) -> dict[str, Any]:
     """What a form sent as a partial configuration. A whole form says so, since a switch that is off sends nothing."""
     config: dict[str, Any] = {}
-    if sent.get("form") == "whole":
+    if form.get("form") == "whole":
         for name, row in option_rows():
             if row.annotation is bool:
-                _set(config, name, name in sent)
+                _set_option(config, name, name in form)
     known = dict(option_rows())
-    for name, value in sent.items():
+    for name, value in form.items():
         if name in ("form", "dataset", "typed"):
             continue
         if name in known and known[name].annotation is bool:
-            _set(config, name, True)
-        elif value.strip() or name in KEPT_EMPTY:
-            _set(config, name, value)
+            _set_option(config, name, True)
+        elif value.strip() or name in OPTIONS_THAT_MAY_BE_EMPTY:
+            _set_option(config, name, value)
     return config
 
 
-def config_of(values: Mapping[str, Any]) -> dict[str, Any]:
+def config_from_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values that a form shows as a partial configuration."""
-    config = nested({name: str(value) for name, value in values.items() if not isinstance(value, bool | None)})
+    config = config_from_form(
+        {name: str(value) for name, value in values.items() if not isinstance(value, bool | None)}
+    )
     for name, value in values.items():
         if isinstance(value, bool):
-            _set(config, name, value)
+            _set_option(config, name, value)
     return config
 
 
-def shown(sent: Mapping[str, str]) -> dict[str, Any]:
+def values_from_form(form: Mapping[str, str]) -> dict[str, Any]:
     """What a form sent, as the form shows it again: with the switches that were off, and with what was wrong."""
-    return flat(nested(sent)) | {name: value for name, value in sent.items() if value != "on"}
+    return flatten_config(config_from_form(form)) | {name: value for name, value in form.items() if value != "on"}
 
 
-def _set(config: dict[str, Any], name: str, value: Any) -> None:
+def _set_option(config: dict[str, Any], name: str, value: Any) -> None:
     outer, _, inner = name.partition(".")
     if inner:
-        place = config.setdefault(outer, {})
-        if isinstance(place, dict):
-            place[inner] = value
+        section = config.setdefault(outer, {})
+        if isinstance(section, dict):
+            section[inner] = value
     else:
         config[outer] = value

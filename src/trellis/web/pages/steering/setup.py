@@ -14,32 +14,40 @@ from ....errors import Invalid, TrellisError
 from ....params import SessionConfig, invalid_from
 from ....studio.steering.presets import all_presets, preset
 from ....studio.studio import Studio
-from ...api.steering import Name, OfStudio
+from ...api.steering import Name, StudioDep
 from ...error_responses import status_of
-from ...rate_limits import expensive
-from ...render import render_of
-from .options_form import config_of, errors_of, flat, groups_of, named, nested, shown
+from ...rate_limits import enforce_rate_limit
+from ...render import get_renderer
+from .options_form import (
+    config_from_form,
+    config_from_values,
+    errors_by_option,
+    flatten_config,
+    group_fields,
+    messages_by_option,
+    values_from_form,
+)
 
 router = APIRouter(include_in_schema=False)
 
-NAME: TypeAdapter[str] = TypeAdapter(Name)
-LAST = "trellis_last"
-SHOWN = 40
+NAME_ADAPTER: TypeAdapter[str] = TypeAdapter(Name)
+LAST_SESSION_COOKIE = "trellis_last"
+SESSIONS_SHOWN = 40
 """Sessions on the first page before a person asks for all."""
 
 
 @router.get("/")
-async def start(request: Request, studio: OfStudio, q: str = "", all: bool = False) -> HTMLResponse:
+async def start(request: Request, studio: StudioDep, q: str = "", all: bool = False) -> HTMLResponse:
     """Start with the demo, or go on where you were."""
     sessions = await studio.steering.sessions()
     words = q.lower().split()[:10]
-    found = [each for each in sessions if all_in(words, f"{each['name']} {each['model']}")]
-    last = next((each for each in sessions if each["id"] == request.cookies.get(LAST)), None)
+    found = [each for each in sessions if contains_all(words, f"{each['name']} {each['model']}")]
+    last = next((each for each in sessions if each["id"] == request.cookies.get(LAST_SESSION_COOKIE)), None)
     template = "setup/_sessions.html" if "hx-request" in request.headers else "setup/start.html"
-    return render_of(request).page(
+    return get_renderer(request).html_response(
         template,
         place="steer",
-        sessions=found if all else found[:SHOWN],
+        sessions=found if all else found[:SESSIONS_SHOWN],
         found=len(found),
         total=len(sessions),
         q=q[:200],
@@ -48,68 +56,72 @@ async def start(request: Request, studio: OfStudio, q: str = "", all: bool = Fal
     )
 
 
-def all_in(words: list[str], text: str) -> bool:
+def contains_all(words: list[str], text: str) -> bool:
     return all(word in text.lower() for word in words)
 
 
 @router.get("/new")
-async def new(request: Request, studio: OfStudio, preset: str = "", clone: str = "", model: str = "") -> HTMLResponse:
+async def new(request: Request, studio: StudioDep, preset: str = "", clone: str = "", model: str = "") -> HTMLResponse:
     """The form of all options: from the defaults, a preset, or the settings of an earlier session."""
-    values, title = await _beginning(studio, preset, clone)
+    values, title = await _initial_values(studio, preset, clone)
     if model:
         values["model"] = model[:200]
-    return await form_page(request, studio, values, chosen=preset, cloned=title)
+    return await render_form_page(request, studio, values, preset_id=preset, cloned_name=title)
 
 
 @router.post("/new/preview")
-async def preview(request: Request, studio: OfStudio) -> HTMLResponse:
+async def preview(request: Request, studio: StudioDep) -> HTMLResponse:
     """The first prompts of what the form names: for an open page a part of it, else the whole form again."""
-    await expensive(request)
-    sent = await sent_by(request)
+    await enforce_rate_limit(request)
+    sent = await read_form(request)
     name, typed, _ = (sent.pop(each, "") for each in ("name", "typed", "request"))
     found: dict[str, Any] | None = None
     problem: TrellisError | None = None
     try:
-        dataset = SessionConfig.parse({"dataset": nested(sent).get("dataset", {})}).dataset
+        dataset = SessionConfig.parse({"dataset": config_from_form(sent).get("dataset", {})}).dataset
         found = await studio.datasets.preview(dataset)
     except TrellisError as error:
         problem = error
     if "hx-request" in request.headers:
-        said = problem.as_json() if problem else None
-        return render_of(request).page("setup/_preview.html", preview=found, problem=said)
-    return await form_page(request, studio, shown(sent), error=problem, preview=found, name=name, typed=typed)
+        problem_json = problem.as_json() if problem else None
+        return get_renderer(request).html_response("setup/_preview.html", preview=found, problem=problem_json)
+    return await render_form_page(
+        request, studio, values_from_form(sent), error=problem, preview=found, name=name, typed=typed
+    )
 
 
 @router.post("/steer")
-async def begin(request: Request, studio: OfStudio) -> Response:
+async def create_session(request: Request, studio: StudioDep) -> Response:
     """Make a session from the form and go to its page."""
-    await expensive(request)
-    sent = await sent_by(request)
+    await enforce_rate_limit(request)
+    sent = await read_form(request)
     name = sent.pop("name", "").strip()
     key = sent.pop("request", "")
     typed = sent.pop("typed", "")
     try:
-        chosen = name_from(name)
-        session = await studio.steering.create(chosen, nested(sent), key if 8 <= len(key) <= 64 else None)
+        chosen = parse_name(name)
+        session = await studio.steering.create(chosen, config_from_form(sent), key if 8 <= len(key) <= 64 else None)
     except TrellisError as error:
-        return await form_page(request, studio, shown(sent), error=error, name=name[:1000], typed=typed)
+        return await render_form_page(
+            request, studio, values_from_form(sent), error=error, name=name[:1000], typed=typed
+        )
     return RedirectResponse(f"/steer/{session.id}", 303)
 
 
-async def sent_by(request: Request) -> dict[str, str]:
+async def read_form(request: Request) -> dict[str, str]:
     async with request.form(max_fields=100, max_part_size=100_000) as form:
         return {name: value for name, value in form.items() if isinstance(value, str)}
 
 
-async def form_page(
+async def render_form_page(
     request: Request,
     studio: Studio,
     values: Mapping[str, Any],
     *,
     name: str = "",
     typed: str = "",
-    chosen: str = "",
-    cloned: str = "",
+    preset_id: str = "",
+    cloned_name: str = "",
     error: TrellisError | None = None,
     preview: dict[str, Any] | None = None,
 ) -> HTMLResponse:
@@ -118,27 +130,27 @@ async def form_page(
         "model": tuple(await studio.models.catalog.names()),
         "dataset.id": tuple(file["name"] for file in await studio.datasets.files()),
     }
-    config = config_of(values)
+    config = config_from_values(values)
     check = await studio.steering.check(config)
-    wrong = errors_of(error)
+    wrong = errors_by_option(error)
     if error:  # all that is wrong at once, not one thing after another
-        wrong = named([*check["errors"], *await _dataset_errors(studio, config, error)]) | wrong
-    groups = groups_of(values, wrong, known)
+        wrong = messages_by_option([*check["errors"], *await _dataset_errors(studio, config, error)]) | wrong
+    groups = group_fields(values, wrong, known)
     titles = {row.name: (row.title, row.id) for group in groups for row in group.fields}
-    return render_of(request).page(
+    return get_renderer(request).html_response(
         "setup/new.html",
         status_of(error) if error else 200,
         place="steer",
         groups=groups,
         presets=all_presets(),
-        defaults=flat(SessionConfig().model_dump(mode="json")),
-        chosen=chosen,
-        cloned=cloned,
+        defaults=flatten_config(SessionConfig().model_dump(mode="json")),
+        chosen=preset_id,
+        cloned=cloned_name,
         name=name,
         typed=typed[:2000],
         name_error=wrong.get("name", ""),
         error=error.as_json() if error else None,
-        told=error.message if error and not titles.keys() & errors_of(error).keys() else "",
+        told=error.message if error and not titles.keys() & errors_by_option(error).keys() else "",
         wrong=[(*titles[name], message) for name, message in wrong.items() if name in titles],
         memory=check["memory"],
         preview=preview,
@@ -149,8 +161,8 @@ async def form_page(
 
 async def _dataset_errors(studio: Studio, config: dict[str, Any], error: TrellisError) -> list[dict[str, str]]:
     """What is wrong with a file of prompts, which was not looked at before another error was found."""
-    dataset = SessionConfig.as_far_as_valid(config).dataset
-    if dataset.source != "file" or any(name.startswith("dataset.") for name in errors_of(error)):
+    dataset = SessionConfig.from_valid_fields(config).dataset
+    if dataset.source != "file" or any(name.startswith("dataset.") for name in errors_by_option(error)):
         return []  # a data set on the hub may take half a minute
     try:
         await studio.datasets.preview(dataset)
@@ -161,18 +173,18 @@ async def _dataset_errors(studio: Studio, config: dict[str, Any], error: Trellis
     return []
 
 
-async def _beginning(studio: Studio, preset_id: str, clone: str) -> tuple[dict[str, Any], str]:
+async def _initial_values(studio: Studio, preset_id: str, clone: str) -> tuple[dict[str, Any], str]:
     if clone:
         session = await studio.steering.session(clone)
-        return flat(session.config.model_dump(mode="json")), session.name
+        return flatten_config(session.config.model_dump(mode="json")), session.name
     if preset_id:
-        return flat(preset(preset_id).config), ""
+        return flatten_config(preset(preset_id).config), ""
     return {}, ""
 
 
-def name_from(sent: str) -> str | None:
+def parse_name(sent: str) -> str | None:
     """The name in a form; None where it was left empty. Raises Invalid."""
     try:
-        return NAME.validate_python(sent) if sent else None
+        return NAME_ADAPTER.validate_python(sent) if sent else None
     except ValidationError as error:
         raise invalid_from(error, prefix="name") from None

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from ....studio.steering.tree import Node, Tree
 
-ROW, LANE, EDGE = 34, 18, 13
+ROW_HEIGHT, LANE_WIDTH, MARGIN = 34, 18, 13
 """Pixels: height of a row, width of a lane, distance of the first lane from the edge."""
 
 
 @dataclass(frozen=True)
-class Leaf:
+class NodePosition:
     node: Node
     x: int
     y: int
@@ -21,23 +21,23 @@ class Leaf:
 
 
 @dataclass(frozen=True)
-class Stem:
+class EdgePath:
     path: str
     on_path: bool
 
 
 @dataclass(frozen=True)
-class Plant:
+class TreeLayout:
     """Leaves from the newest (top) to the root (bottom), and the stems between them."""
 
-    leaves: list[Leaf]
-    stems: list[Stem]
+    nodes: list[NodePosition]
+    edges: list[EdgePath]
     width: int
     height: int
-    hidden: int = 0
+    hidden_count: int = 0
 
 
-def grow(tree: Tree, most: int | None = None) -> Plant:
+def layout_tree(tree: Tree, max_nodes: int | None = None) -> TreeLayout:
     """Lay a tree out: a child stands above its parent, each branch in a lane of its own, the newest at the top.
 
     Of a tree with more than `most` nodes the long stretches are left out: what stays are the newest, those around
@@ -45,36 +45,38 @@ def grow(tree: Tree, most: int | None = None) -> Plant:
     """
     order = sorted(tree.nodes.values(), key=lambda node: (-node.created, -node.step))
     total = len(order)
-    if most is not None and total > most:
-        order = _worth_showing(tree, order, most)
+    if max_nodes is not None and total > max_nodes:
+        order = _select_nodes(tree, order, max_nodes)
     rows = {node.id: row for row, node in enumerate(order)}
-    lanes = _lanes(tree)
+    lanes = _assign_lanes(tree)
     path = {node.id for node in tree.path(tree.head_id)}
-    at = {node.id: (EDGE + lanes[node.id] * LANE, ROW // 2 + rows[node.id] * ROW) for node in order}
-    leaves = [Leaf(node, *at[node.id], node.id in path, node.id == tree.head_id) for node in order]
-    stems = []
+    positions = {
+        node.id: (MARGIN + lanes[node.id] * LANE_WIDTH, ROW_HEIGHT // 2 + rows[node.id] * ROW_HEIGHT) for node in order
+    }
+    nodes = [NodePosition(node, *positions[node.id], node.id in path, node.id == tree.head_id) for node in order]
+    edges = []
     for node in order:
         parent = node.parent
-        while parent is not None and parent not in at:
+        while parent is not None and parent not in positions:
             parent = tree.nodes[parent].parent
         if parent is not None:
-            stems.append(Stem(_stem(at[parent], at[node.id]), node.id in path))
-    stems.sort(key=lambda stem: stem.on_path)  # the way to the head is drawn over the others
+            edges.append(EdgePath(_edge_path(positions[parent], positions[node.id]), node.id in path))
+    edges.sort(key=lambda stem: stem.on_path)  # the way to the head is drawn over the others
     widest = max(lanes[node.id] for node in order)
-    return Plant(leaves, stems, 2 * EDGE + widest * LANE, len(order) * ROW, total - len(order))
+    return TreeLayout(nodes, edges, 2 * MARGIN + widest * LANE_WIDTH, len(order) * ROW_HEIGHT, total - len(order))
 
 
-def _worth_showing(tree: Tree, order: list[Node], most: int) -> list[Node]:
+def _select_nodes(tree: Tree, order: list[Node], max_nodes: int) -> list[Node]:
     """The nodes to show, in their order: never more than twice `most`."""
-    wanted = [node.id for node in reversed(tree.path(tree.head_id))][: most // 3]
-    wanted += [node.id for node in order if node.name][: most // 3]
-    wanted += [node.id for node in order if len(tree.children(node.id)) > 1][: most // 3]
-    wanted += [tree.root.id, *(node.id for node in order[: most // 2])]
+    wanted = [node.id for node in reversed(tree.path(tree.head_id))][: max_nodes // 3]
+    wanted += [node.id for node in order if node.name][: max_nodes // 3]
+    wanted += [node.id for node in order if len(tree.children(node.id)) > 1][: max_nodes // 3]
+    wanted += [tree.root.id, *(node.id for node in order[: max_nodes // 2])]
     shown = set(wanted)
     return [node for node in order if node.id in shown]
 
 
-def _lanes(tree: Tree) -> dict[str, int]:
+def _assign_lanes(tree: Tree) -> dict[str, int]:
     """The first child goes on in its parent's lane, each other one opens the next lane that was never used."""
     lanes: dict[str, int] = {}
     used = 0
@@ -91,15 +93,15 @@ def _lanes(tree: Tree) -> dict[str, int]:
     return lanes
 
 
-def _stem(parent: tuple[int, int], child: tuple[int, int]) -> str:
+def _edge_path(parent: tuple[int, int], child: tuple[int, int]) -> str:
     (x0, y0), (x1, y1) = parent, child
     if x0 == x1:
         return f"M{x0} {y0}V{y1}"
-    bend = y0 - ROW
-    return f"M{x0} {y0}C{x0} {y0 - ROW // 2} {x1} {y0 - ROW // 2} {x1} {bend}V{y1}"
+    bend = y0 - ROW_HEIGHT
+    return f"M{x0} {y0}C{x0} {y0 - ROW_HEIGHT // 2} {x1} {y0 - ROW_HEIGHT // 2} {x1} {bend}V{y1}"
 
 
-def curve(values: list[float], width: int, height: int) -> str:
+def polyline_points(values: list[float], width: int, height: int) -> str:
     """The points of a polyline through values from 0 to their maximum (at least 1 %), left to right."""
     if len(values) < 2:
         return ""
@@ -109,10 +111,10 @@ def curve(values: list[float], width: int, height: int) -> str:
 
 
 @dataclass(frozen=True)
-class Mark:
+class Tick:
     """A label on an axis, and where it stands: per cent of the way along it."""
 
-    at: float
+    percent: float
     label: str
 
 
@@ -125,26 +127,26 @@ class Chart:
     unit: str
     latest: str
     line: str = ""
-    values: tuple[Mark, ...] = ()
-    steps: tuple[Mark, ...] = ()
+    value_ticks: tuple[Tick, ...] = ()
+    step_ticks: tuple[Tick, ...] = ()
     points: tuple[tuple[int, str, float, float], ...] = ()
     """(step, value as it is read, per cent from the left, per cent from the top)"""
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """The curve in words."""
         first, last = self.points[0], self.points[-1]
         unit = f" {self.unit}" if self.unit else ""
         return f"{self.title}: {first[1]}{unit} at step {first[0]}, {last[1]}{unit} at step {last[0]}"
 
 
-def chart(title: str, unit: str, values: list[tuple[int, float]], most: int = 400) -> Chart:
+def make_chart(title: str, unit: str, values: list[tuple[int, float]], max_points: int = 400) -> Chart:
     """A chart of (step, value) pairs; at most `most` points are drawn, the last among them."""
     if len(values) < 2:
         return Chart(title, unit, f"{values[0][1]:.3g}" if values else "–")
-    stride = -(-len(values) // most)
+    stride = -(-len(values) // max_points)
     kept = [*values[::stride][:-1], values[-1]] if stride > 1 else values
-    ticks = ticks_over(min(0.0, *(value for _, value in values)), max(0.0, *(value for _, value in values)))
+    ticks = axis_ticks(min(0.0, *(value for _, value in values)), max(0.0, *(value for _, value in values)))
     low, high = ticks[0], ticks[-1]
     first, last = values[0][0], max(values[-1][0], values[0][0] + 1)
     points = tuple(
@@ -158,13 +160,13 @@ def chart(title: str, unit: str, values: list[tuple[int, float]], most: int = 40
     return Chart(
         title, unit, f"{values[-1][1]:.3g}",
         line=" ".join(f"{x},{y}" for _, _, x, y in points),
-        values=tuple(Mark(round(100 * (tick - low) / (high - low), 2), f"{tick:.6g}") for tick in ticks),
-        steps=tuple(Mark(round(100 * (step - first) / (last - first), 2), str(step)) for step in marked),
+        value_ticks=tuple(Tick(round(100 * (tick - low) / (high - low), 2), f"{tick:.6g}") for tick in ticks),
+        step_ticks=tuple(Tick(round(100 * (step - first) / (last - first), 2), str(step)) for step in marked),
         points=points,
     )  # fmt: skip
 
 
-def ticks_over(low: float, high: float) -> list[float]:
+def axis_ticks(low: float, high: float) -> list[float]:
     """Two to six round numbers from at or below `low` to at or above `high`, evenly apart."""
     span = high - low
     if span < 1e-12:  # a curve that never left the axis

@@ -16,32 +16,32 @@ from ....studio.review.journal import describe
 from ....studio.steering.last_pick import report_of
 from ....studio.steering.session import Session
 from ....text_rules import PROMPT_LIMIT
-from ...api.steering import Name, OfSession, OfStudio, Words
-from ...render import render_of
-from .setup import LAST
-from .tree_layout import curve, grow
+from ...api.steering import Name, PromptText, SessionDep, StudioDep
+from ...render import get_renderer
+from .setup import LAST_SESSION_COOKIE
+from .tree_layout import layout_tree, polyline_points
 
 router = APIRouter(include_in_schema=False)
 
-TREE_ROWS = 60
+TREE_NODES_SHOWN = 60
 """Nodes that the tree shows before a person asks for all."""
 
 
-class Sent(BaseModel):
+class ActionForm(BaseModel):
     """A form of the workbench. `request` names the action, so that sending it twice does it once."""
 
     model_config = ConfigDict(extra="forbid")
     request: str = Field(min_length=8, max_length=64, default_factory=lambda: secrets.token_hex(12))
 
 
-class ChooseForm(Sent):
+class ChooseForm(ActionForm):
     offer: str = Field(max_length=100)
     choice: str = Field("", max_length=200)
     written: str = Field("", max_length=PROMPT_LIMIT)
     marked: list[int] = Field([], max_length=8)
     order: str = Field("", max_length=40)
 
-    def said(self) -> Choice:
+    def parse_choice(self) -> Choice:
         """The choice as the API would have it. Raises Invalid.
 
         `good` calls all that are marked good; `ranked` takes them in the order in which they were marked.
@@ -52,45 +52,45 @@ class ChooseForm(Sent):
             if self.choice in ("good", "ranked"):
                 order = [int(index) for index in self.order.split(",") if index.isdecimal()] or self.marked
                 if not order:
-                    raise self._refusal("nothing is marked.", "Mark the options first.")
+                    raise self._invalid_choice("nothing is marked.", "Mark the options first.")
                 if self.choice == "ranked":
                     return CHOICE.validate_python({"ranking": order})
                 return CHOICE.validate_python(order[0] if len(order) == 1 else order)
             return CHOICE.validate_python(int(self.choice) if self.choice.isdecimal() else self.choice)
         except ValidationError:
-            said = f"“{shorten(self.choice)}” is not a choice."
-            raise self._refusal(said, "Press one of the buttons under the prompt.") from None
+            problem = f"“{shorten(self.choice)}” is not a choice."
+            raise self._invalid_choice(problem, "Press one of the buttons under the prompt.") from None
 
-    def _refusal(self, what: str, next_step: str) -> Invalid:
-        return Invalid(f"choice: {what}", field="choice", next_step=next_step)
+    def _invalid_choice(self, problem: str, next_step: str) -> Invalid:
+        return Invalid(f"choice: {problem}", field="choice", next_step=next_step)
 
 
-class GotoForm(Sent):
+class GotoForm(ActionForm):
     node: str = Field(max_length=100)
 
 
-class PromptForm(Sent):
-    text: Words
+class PromptForm(ActionForm):
+    text: PromptText
 
 
-class RenameForm(Sent):
+class RenameForm(ActionForm):
     name: Name
 
 
-class NodeForm(Sent):
+class NodeNameForm(ActionForm):
     node: str = Field(max_length=100)
     name: str = Field("", max_length=200)
 
 
 @router.get("/steer/{session}")
 async def page(
-    request: Request, session: OfSession, studio: OfStudio, view: Literal["answers", "tree", "figures"] = "answers"
+    request: Request, session: SessionDep, studio: StudioDep, view: Literal["answers", "tree", "figures"] = "answers"
 ) -> HTMLResponse:
     """The workbench."""
     session.warm()
-    values = await side_values(session)
+    values = await side_context(session)
     state = session.state()
-    response = render_of(request).page(
+    response = get_renderer(request).html_response(
         "steering/page.html",
         place="steer",
         state=state,
@@ -100,37 +100,39 @@ async def page(
         **values,
     )
     secure = request.url.scheme == "https"
-    response.set_cookie(LAST, session.id, max_age=90 * 86_400, httponly=True, samesite="lax", secure=secure)
+    response.set_cookie(
+        LAST_SESSION_COOKIE, session.id, max_age=90 * 86_400, httponly=True, samesite="lax", secure=secure
+    )
     return response
 
 
 @router.get("/steer/{session}/side/{part}")
-async def side(
-    request: Request, session: OfSession, part: Literal["tree", "figures"], all: Annotated[bool, Query()] = False
+async def side_panel(
+    request: Request, session: SessionDep, part: Literal["tree", "figures"], all: Annotated[bool, Query()] = False
 ) -> HTMLResponse:
     """The tree or the figures, as they are now."""
-    values = await side_values(session, all)
-    page = render_of(request).page
+    values = await side_context(session, all)
+    page = get_renderer(request).html_response
     if all:  # hundreds of rows take longer than the event loop may be held
         return await asyncio.to_thread(page, f"steering/_{part}.html", state=session.state(), **values)
     return page(f"steering/_{part}.html", state=session.state(), **values)
 
 
-async def side_values(session: Session, all: bool = False) -> dict[str, Any]:
+async def side_context(session: Session, all: bool = False) -> dict[str, Any]:
     path = session.tree.path(session.tree.head_id)
     made = [node.metrics for node in path if node.metrics]
     return {
-        "plant": grow(session.tree, None if all else TREE_ROWS),
+        "plant": layout_tree(session.tree, None if all else TREE_NODES_SHOWN),
         "labels": await session.labels(),
         "head_name": session.tree.head.name,
         "describe": describe,
         "report": report_of(path),
-        "drift_curve": curve([0.0, *(metrics.drift for metrics in made)], 200, 40),
-        "share_curve": curve([metrics.share_after for metrics in made], 200, 40),
+        "drift_curve": polyline_points([0.0, *(metrics.drift for metrics in made)], 200, 40),
+        "share_curve": polyline_points([metrics.share_after for metrics in made], 200, 40),
     }
 
 
-def answered(request: Request, session: Session) -> Response:
+def action_response(request: Request, session: Session) -> Response:
     """After an action: nothing for a script (the stream tells), back to the page for a plain form."""
     if "hx-request" in request.headers:
         return Response(status_code=204)
@@ -138,61 +140,61 @@ def answered(request: Request, session: Session) -> Response:
 
 
 @router.post("/steer/{session}/choose")
-async def choose(request: Request, session: OfSession, form: Annotated[ChooseForm, Form()]) -> Response:
-    await session.choose(form.offer, form.said(), form.request)
-    return answered(request, session)
+async def choose(request: Request, session: SessionDep, form: Annotated[ChooseForm, Form()]) -> Response:
+    await session.choose(form.offer, form.parse_choice(), form.request)
+    return action_response(request, session)
 
 
 @router.post("/steer/{session}/skip")
-async def skip(request: Request, session: OfSession, form: Annotated[Sent, Form()]) -> Response:
+async def skip(request: Request, session: SessionDep, form: Annotated[ActionForm, Form()]) -> Response:
     await session.skip(form.request)
-    return answered(request, session)
+    return action_response(request, session)
 
 
 @router.post("/steer/{session}/undo")
-async def undo(request: Request, session: OfSession, form: Annotated[Sent, Form()]) -> Response:
+async def undo(request: Request, session: SessionDep, form: Annotated[ActionForm, Form()]) -> Response:
     await session.undo(form.request)
-    return answered(request, session)
+    return action_response(request, session)
 
 
 @router.post("/steer/{session}/redo")
-async def redo(request: Request, session: OfSession, form: Annotated[Sent, Form()]) -> Response:
+async def redo(request: Request, session: SessionDep, form: Annotated[ActionForm, Form()]) -> Response:
     await session.redo(form.request)
-    return answered(request, session)
+    return action_response(request, session)
 
 
 @router.post("/steer/{session}/goto")
-async def goto(request: Request, session: OfSession, form: Annotated[GotoForm, Form()]) -> Response:
+async def goto(request: Request, session: SessionDep, form: Annotated[GotoForm, Form()]) -> Response:
     await session.goto(form.node, form.request)
-    return answered(request, session)
+    return action_response(request, session)
 
 
 @router.post("/steer/{session}/prompt")
-async def prompt(request: Request, session: OfSession, form: Annotated[PromptForm, Form()]) -> Response:
+async def prompt(request: Request, session: SessionDep, form: Annotated[PromptForm, Form()]) -> Response:
     await session.prompt(form.text, form.request)
-    return answered(request, session)
+    return action_response(request, session)
 
 
 @router.post("/steer/{session}/resume")
-async def resume(request: Request, session: OfSession) -> Response:
+async def resume(request: Request, session: SessionDep) -> Response:
     await session.resume()
-    return answered(request, session)
+    return action_response(request, session)
 
 
 @router.post("/steer/{session}/rename")
-async def rename(request: Request, session: OfSession, form: Annotated[RenameForm, Form()]) -> Response:
+async def rename(request: Request, session: SessionDep, form: Annotated[RenameForm, Form()]) -> Response:
     await session.rename(form.name)
-    return answered(request, session)
+    return action_response(request, session)
 
 
 @router.post("/steer/{session}/name")
-async def name_node(request: Request, session: OfSession, form: Annotated[NodeForm, Form()]) -> Response:
+async def name_node(request: Request, session: SessionDep, form: Annotated[NodeNameForm, Form()]) -> Response:
     """Give a node a name, or take it away."""
     await session.name_node(form.node, form.name.strip())
-    return answered(request, session)
+    return action_response(request, session)
 
 
 @router.post("/steer/{session}/delete")
-async def delete(session: str, studio: OfStudio) -> Response:
+async def delete(session: str, studio: StudioDep) -> Response:
     await studio.steering.delete(session)
     return RedirectResponse("/", 303)
