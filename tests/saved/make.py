@@ -99,7 +99,7 @@ def grow_oak(client: httpx.Client) -> str:
     finished(client, got(client.post(f"{url}/compare", json=body)))
     body = {"kind": "adapter", "name": "oak-adapter", "node": named}
     finished(client, got(client.post(f"{url}/exports", json=body)))
-    got(client.post(f"{url}/goto", json={"node": named}))
+    got(client.post(f"{url}/goto", json={"node": far}))
     settled(client, oak)
     assessed(client, oak)
     return oak

@@ -13,6 +13,7 @@ import os
 import re
 import sqlite3
 import tarfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -204,8 +205,9 @@ def words_apart(value: Any, words: Json, place: str = "") -> Any:
         return [words_apart(each, words, f"{place}/{number}") for number, each in enumerate(value)]
     if not isinstance(value, dict):
         return value
-    words |= {f"{place}/{name}": value[name] for name in WORDS & value.keys()}
-    return {name: words_apart(each, words, f"{place}/{name}") for name, each in value.items() if name not in WORDS}
+    read = {name for name in WORDS & value.keys() if isinstance(value[name], str | list)}
+    words |= {f"{place}/{name}": value[name] for name in read}
+    return {name: words_apart(each, words, f"{place}/{name}") for name, each in value.items() if name not in read}
 
 
 def session(client: httpx.Client, session_id: str) -> Json:
@@ -233,6 +235,30 @@ def first_event(client: httpx.Client, session_id: str) -> Json:
 def at_rest(state: Json) -> Json:
     """The state of a session without what its engine is at."""
     return {name: value for name, value in state.items() if name not in ("engine", "load", "queue")}
+
+
+@contextmanager
+def followed(client: httpx.Client, session: str, names: Json) -> Iterator[None]:
+    """Within this a page is open: `names` are the fields of each event that it is sent until the step is whole."""
+    begun = threading.Event()
+    whole = {"state", "learning", "node_added", "head_moved", "offer_started", "option_delta", "offer_ready", "control",
+             "assessed"}  # fmt: skip
+
+    def follow() -> None:
+        for name, data in stream(client, f"{STEERING}/{session}/events"):
+            begun.set()
+            if name in whole:
+                names[name] = {field: sorted(about) if isinstance(about, dict) else None
+                               for field, about in data.items()}  # fmt: skip
+            if whole == set(names):
+                return
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    assert begun.wait(60)
+    yield
+    thread.join(60)
+    assert whole == set(names)
 
 
 def stream(client: httpx.Client, url: str) -> Iterator[tuple[str, Any]]:
@@ -407,7 +433,8 @@ def gone_on(server: Server, client: httpx.Client, key: str) -> Json:
     for session_id in (oak, elm):
         url = f"{STEERING}/{session_id}"
         state = settled(client, session_id)
-        after = chosen(client, session_id, {"ranking": [1, 0]})
+        with followed(client, session_id, ids.setdefault(f"events in {session_id}", {})):
+            after = chosen(client, session_id, {"ranking": [1, 0]})
         ids[f"choice in {session_id}"] = [after["head"]["node"], after["head"]["step"], after["offer"]["id"]]
         (row,) = [row for row in rows_of(server.save_dir)["nodes"] if row["id"] == after["head"]["node"]]
         ids[f"weights in {session_id}"] = row["weights"]
@@ -456,13 +483,17 @@ def gone_on(server: Server, client: httpx.Client, key: str) -> Json:
         ({"type": "rate", "message": "m404", "rating": 1}, "error", 1),
     ]
     with socket_of(server, client, moss) as socket:
-        told(socket, "connected")
+        fields = {"connected": sorted(told(socket, "connected")[0])}
         for number, (command, kind, count) in enumerate(commands):
             socket.send(json.dumps(command | {"request": f"go on {number}"}))
             events = told(socket, kind, count=count) if count else []
-            ids[f"command {number}"] = sorted({f"{event['type']}: {' '.join(sorted(event))}" for event in events
-                                               if event["type"] not in ("progress", "block", "delta")})  # fmt: skip
-    state = got(client.get(f"/api/rooms/{moss}"))
+            for event in events:
+                if event["type"] != "progress":  # its fields depend on what there is to tell
+                    fields[event["type"]] = sorted(event)
+        got(client.patch(f"/api/rooms/{moss}", json={"title": "More about moss"}))
+        fields["room"] = sorted(told(socket, "room")[-1])
+        state = got(client.get(f"/api/rooms/{moss}"))
+    ids["socket"] = fields
     ids["messages"] = [[each["role"], each["model"], each["state"], each["rating"]] for each in state["messages"]]
 
     # A key made then opens /v1; a half sent upload goes on.
@@ -473,6 +504,14 @@ def gone_on(server: Server, client: httpx.Client, key: str) -> Json:
         url = f"{server.url}/v1/chat/completions"
         said = got(httpx.post(url, json=body | {"model": model}, headers=bearer(key), timeout=60))
         ids[f"/v1 {model}"] = [said["object"], said["model"], said["usage"]["prompt_tokens"]]
+    streamed = httpx.post(
+        f"{server.url}/v1/chat/completions",
+        json=body | {"model": "demo", "stream": True},
+        headers=bearer(key),
+        timeout=60,
+    )
+    chunks = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
+    ids["/v1 streamed"] = [sorted(chunks[0]), chunks[0]["object"], sorted(chunks[0]["choices"][0])]
     upload = got(client.post("/api/uploads", json=UPLOAD))
     got(client.put(f"/api/uploads/{upload['id']}/files/0?offset={len(HALF)}", content=OTHER_HALF))
     assert (server.save_dir / "prompts" / "half.txt").read_bytes() == HALF + OTHER_HALF
