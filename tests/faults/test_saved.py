@@ -5,14 +5,17 @@ the wire to browsers and in the JSON API, the same ids of weights (tests/saved).
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import pytest
 from pydantic import TypeAdapter
 
 from tests.processor import processor
 from tests.saved import observe
+from tests.server import Server
 from trellis.messages import Fit, Learn, Plant, derived_seed, recipe_id
 
 EXPECTED = json.loads(observe.EXPECTED.read_text(encoding="utf-8"))
@@ -21,20 +24,20 @@ REQUEST: TypeAdapter[Plant | Learn | Fit] = TypeAdapter(Plant | Learn | Fit)
 
 
 @dataclass
-class Found:
-    """What the present version made of the folder: the rows before and after it was looked at, what was shown with the
-    words in it apart, what can be called, and how it went on."""
+class Saved:
+    """A studio on the folder, the rows of its database before and after it was looked at, what was shown, and apart
+    from it the words for people."""
 
+    server: Server
+    client: httpx.Client
     before: dict[str, list[observe.Json]]
     after: dict[str, list[observe.Json]]
     shown: Any
     words: observe.Json
-    interface: observe.Json
-    went_on: observe.Json
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saved]:
     folder = tmp_path_factory.mktemp("old") / "saved"
     observe.unpack(folder)
     before = observe.rows_of(folder)
@@ -42,9 +45,17 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     with observe.studio(folder, EXPECTED["cookie"]) as (server, client):
         shown = observe.words_apart(observe.shown(server, client, EXPECTED["key"]), words)
         after = observe.rows_of(folder, observe.columns_of(before))
-        interface = observe.interface(client)
-        went_on = observe.gone_on(server, client, EXPECTED["key"])
-    return Found(before, after, shown, words, interface, went_on)
+        yield Saved(server, client, before, after, shown, words)
+
+
+@pytest.fixture(scope="module")
+def interface(saved: Saved) -> observe.Json:
+    return observe.interface(saved.client)
+
+
+@pytest.fixture(scope="module")
+def gone_on(saved: Saved, interface: observe.Json) -> observe.Json:
+    return observe.gone_on(saved.server, saved.client, EXPECTED["key"])
 
 
 def same(expected: Any, found: Any) -> None:
@@ -53,36 +64,36 @@ def same(expected: Any, found: Any) -> None:
 
 
 @pytest.mark.engine
-def test_what_was_saved_is_shown_as_it_was(found: Found) -> None:
+def test_what_was_saved_is_shown_as_it_was(saved: Saved) -> None:
     """Sessions, trees, choices, rooms, comparisons, jobs, exports and files; event streams and sockets."""
-    same(EXPECTED["shown"], found.shown)
+    same(EXPECTED["shown"], saved.shown)
 
 
 @pytest.mark.engine
-def test_what_is_said_of_it_to_people(found: Found) -> None:
+def test_what_is_said_of_it_to_people(saved: Saved) -> None:
     """Journals and labels. Nothing reads these back: where the words on the screen change, these follow."""
-    same(EXPECTED["words"], found.words)
+    same(EXPECTED["words"], saved.words)
 
 
 @pytest.mark.engine
-def test_looking_changes_nothing_in_the_database(found: Found) -> None:
-    for rows in (found.before, found.after):
+def test_looking_changes_nothing_in_the_database(saved: Saved) -> None:
+    for rows in (saved.before, saved.after):
         rows.pop("alembic_version", None)
         for key in rows["keys"]:
             key.pop("used")
-    same(found.before, found.after)
+    same(saved.before, saved.after)
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("part", ["paths", "options", "pages", "forms"])
-def test_addresses_and_fields_are_called_as_they_were(found: Found, part: str) -> None:
-    same(EXPECTED["interface"][part], found.interface[part])
+def test_addresses_and_fields_are_called_as_they_were(interface: observe.Json, part: str) -> None:
+    same(EXPECTED["interface"][part], interface[part])
 
 
 @pytest.mark.engine
-def test_it_goes_on_under_the_same_names(found: Found) -> None:
+def test_it_goes_on_under_the_same_names(gone_on: observe.Json) -> None:
     """Lost weights are made again under their ids; a choice, imports, chat, a key and an upload go on."""
-    ids = found.went_on["ids"]
+    ids = gone_on["ids"]
     assert len(ids["missing"]) >= 10
     assert set(ids["missing"]) == set(ids["made again"])
     same(EXPECTED["gone on"]["ids"], ids)
@@ -92,8 +103,8 @@ def test_it_goes_on_under_the_same_names(found: Found) -> None:
 @pytest.mark.skipif(
     processor() != EXPECTED["gone on"]["texts"]["processor"], reason="the last bits are another processor's"
 )
-def test_weights_that_were_made_again_say_the_same(found: Found) -> None:
-    same(EXPECTED["gone on"]["texts"], found.went_on["texts"])
+def test_weights_that_were_made_again_say_the_same(gone_on: observe.Json) -> None:
+    same(EXPECTED["gone on"]["texts"], gone_on["texts"])
 
 
 @pytest.mark.parametrize("recipe", RECIPES["weights"], ids=lambda recipe: recipe["makes"][:9])

@@ -237,6 +237,11 @@ def at_rest(state: Json) -> Json:
     return {name: value for name, value in state.items() if name not in ("engine", "load", "queue")}
 
 
+def fields_of(data: Json) -> Json:
+    """The names of the fields of an event, and of those within them."""
+    return {name: sorted(value) if isinstance(value, dict) else None for name, value in data.items()}
+
+
 @contextmanager
 def followed(client: httpx.Client, session: str, names: Json) -> Iterator[None]:
     """Within this a page is open: `names` are the fields of each event that it is sent until the step is whole."""
@@ -248,8 +253,7 @@ def followed(client: httpx.Client, session: str, names: Json) -> Iterator[None]:
         for name, data in stream(client, f"{STEERING}/{session}/events"):
             begun.set()
             if name in whole:
-                names[name] = {field: sorted(about) if isinstance(about, dict) else None
-                               for field, about in data.items()}  # fmt: skip
+                names[name] = fields_of(data)
             if whole == set(names):
                 return
 
@@ -483,15 +487,15 @@ def gone_on(server: Server, client: httpx.Client, key: str) -> Json:
         ({"type": "rate", "message": "m404", "rating": 1}, "error", 1),
     ]
     with socket_of(server, client, moss) as socket:
-        fields = {"connected": sorted(told(socket, "connected")[0])}
+        fields = {"connected": fields_of(told(socket, "connected")[0])}
         for number, (command, kind, count) in enumerate(commands):
             socket.send(json.dumps(command | {"request": f"go on {number}"}))
             events = told(socket, kind, count=count) if count else []
             for event in events:
                 if event["type"] != "progress":  # its fields depend on what there is to tell
-                    fields[event["type"]] = sorted(event)
+                    fields[event["type"]] = fields_of(event)
         got(client.patch(f"/api/rooms/{moss}", json={"title": "More about moss"}))
-        fields["room"] = sorted(told(socket, "room")[-1])
+        fields["room"] = fields_of(told(socket, "room")[-1])
         state = got(client.get(f"/api/rooms/{moss}"))
     ids["socket"] = fields
     ids["messages"] = [[each["role"], each["model"], each["state"], each["rating"]] for each in state["messages"]]
