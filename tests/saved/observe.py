@@ -153,8 +153,11 @@ def columns_of(rows: dict[str, list[Json]]) -> dict[str, list[str]]:
 
 def differences(one: Any, other: Any, place: str = "") -> list[str]:
     """Where two JSON values differ, each place with what stands there."""
-    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        return [each for name in one for each in differences(one[name], other[name], f"{place}/{name}")]
+    if isinstance(one, dict) and isinstance(other, dict):
+        odd = [f"{place}/{name}: is gone" for name in one if name not in other]
+        odd += [f"{place}/{name}: was not there" for name in other if name not in one]
+        both = [name for name in one if name in other]
+        return odd + [each for name in both for each in differences(one[name], other[name], f"{place}/{name}")]
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         pairs = enumerate(zip(one, other, strict=True))
         return [each for number, (a, b) in pairs for each in differences(a, b, f"{place}/{number}")]
