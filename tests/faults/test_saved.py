@@ -13,7 +13,7 @@ import httpx
 import pytest
 from pydantic import TypeAdapter
 
-from tests.processor import processor
+from tests.processor import describe_processor
 from tests.saved import observe
 from tests.server import Server
 from trellis.messages import Fit, Learn, Plant, derived_seed, recipe_id
@@ -101,7 +101,7 @@ def test_it_goes_on_under_the_same_names(gone_on: observe.Json) -> None:
 
 @pytest.mark.engine
 @pytest.mark.skipif(
-    processor() != EXPECTED["gone on"]["texts"]["processor"], reason="the last bits are another processor's"
+    describe_processor() != EXPECTED["gone on"]["texts"]["processor"], reason="the last bits are another processor's"
 )
 def test_weights_that_were_made_again_say_the_same(gone_on: observe.Json) -> None:
     same(EXPECTED["gone on"]["texts"], gone_on["texts"])

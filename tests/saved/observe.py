@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 from websockets.sync.client import ClientConnection, connect
 
-from tests.processor import processor
+from tests.processor import describe_processor
 from tests.server import Server, read_events, wait_ready
 
 HERE = Path(__file__).parent
@@ -411,7 +411,7 @@ def gone_on(server: Server, client: httpx.Client, key: str) -> Json:
     oak, elm = sessions["Oak"], sessions["Elm"]
     weights = server.save_dir / "weights"
     ids: Json = {}
-    texts: Json = {"processor": processor()}
+    texts: Json = {"processor": describe_processor()}
 
     # Each session goes to its deepest step, whose weights are not on disk: they are made again.
     nodes = {each["id"]: each for each in rows_of(server.save_dir)["nodes"]}
