@@ -25,7 +25,7 @@ from trellis.engine.handlers import TextEngine
 from trellis.engine.learning.log_probs import Group, answer_logprobs
 from trellis.messages import Choice, Learn, Lesson, Load, Offer, Offered, Option, Plant, Prompt, derived_seed
 from trellis.params import Adapter, Learning, Sampling, SessionConfig, default_learning_rate
-from trellis.studio.steering.tree import Node, replayed
+from trellis.studio.steering.tree import Node, choices_to_replay
 
 DEMO = Path(second_model.__file__).resolve().parent.parent / "src" / "trellis" / "demo" / "text" / "model"
 WHOLE = (0, 10, 20, 40, 100, 200)
@@ -248,7 +248,7 @@ def live(
         lesson = Lesson(
             prompt=Prompt(text=prompt), options=offered.options, choice=choice, temperature=config.temperature
         )
-        earlier = replayed(config, nodes)
+        earlier = choices_to_replay(config, nodes)
         started = time.perf_counter()
         learned = finished(
             subject.engine.learn(

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from tests.conftest import open_studio, ready, until  # noqa: E402
 
 from trellis.messages import Assess, Event, Learn, Offer, Request  # noqa: E402
-from trellis.studio.steering.session import CONTROL  # noqa: E402
+from trellis.studio.steering.session import CONTROL_SAMPLING  # noqa: E402
 from trellis.workers.processes import ProcessSpawner  # noqa: E402
 from trellis.workers.worker import Worker  # noqa: E402
 
@@ -66,7 +66,7 @@ def name_of(request: Request) -> str:
             return "written"
         case Learn():
             return "learn"
-        case Offer() if request.sampling == CONTROL:
+        case Offer() if request.sampling == CONTROL_SAMPLING:
             return "control"
         case Offer():
             return "options"
@@ -86,7 +86,7 @@ async def click(folder: Path, seen: Seen, foresight: str, reading: float) -> Cli
     spawn = ProcessSpawner(folder / "weights", folder / "logs", 0)
     async with open_studio(folder, spawn, foresight=foresight) as studio:
         session = await studio.steering.create(None, {"seed": 3})
-        session.look()
+        session.add_watcher()
         for number in range(4):  # until a click learns from three choices beside its own
             await ready(session, 120)
             await asyncio.sleep(1)
@@ -105,7 +105,7 @@ async def click(folder: Path, seen: Seen, foresight: str, reading: float) -> Cli
 
         studio.hub.publish = publishing  # type: ignore[method-assign]
         assert session.offer
-        choice = session._likely()[2]
+        choice = session._likely_choices()[2]
         started = time.perf_counter()
         await session.choose(session.offer.id, choice, "click")
         await until(lambda: session.status == "ready", 60)

@@ -91,7 +91,7 @@ async def make_states(studio: Studio) -> States:
     """Everything that may stand in a list. Jobs that run go on until they are cancelled."""
     session = await studio.steering.create("Everything", {"control_prompt": "Who are you?"})
     await ready(session)
-    await session.prompt("Please repeat yourself.", "equal options")
+    await session.replace_prompt("Please repeat yourself.", "equal options")
     for number, choice in enumerate((0, "none", (1, 3), 2)):
         shown = (await ready(session))["offer"]["id"]
         await session.choose(shown, choice, f"click {number}")  # type: ignore[arg-type]
@@ -110,7 +110,7 @@ async def make_states(studio: Studio) -> States:
     await _make_jobs(studio, session)
     exported = await studio.exports.start(session.id, "adapter", "an-adapter")
     await _wait_done(exported)
-    fitted = await studio.fits.refit(session.id, session.tree.head_id)
+    fitted = await studio.retraining.retrain(session.id, session.tree.head_id)
     await _wait_done(fitted)
     compared = await studio.comparisons.start(
         session.id, session.tree.root.id, session.tree.head_id, ["Why?", LONG_WORD]
@@ -193,26 +193,26 @@ async def _make_trials(studio: Studio, session: Session) -> dict[str, str]:
     left, right = session.tree.root.id, session.tree.head_id
     ids = {}
     for state in ("waiting", "judged", "ended", "ended at once"):
-        trial = await studio.blind.start(session.id, left, right, planned=3, prompts=[f"Why {LONG_WORD}?"])
+        trial = await studio.blind_tests.start(session.id, left, right, planned=3, prompts=[f"Why {LONG_WORD}?"])
         ids[state] = trial["id"]
 
     async def wait_drawn(trial: str) -> dict[str, Any]:
-        while not (current := await studio.blind.state(session.id, trial))["round"]:
+        while not (current := await studio.blind_tests.state(session.id, trial))["round"]:
             await asyncio.sleep(0.01)
         return current
 
     for state in ("judged", "ended"):
         current = await wait_drawn(ids[state])
-        await studio.blind.judge(session.id, ids[state], current["round"]["number"], "first")
+        await studio.blind_tests.judge(session.id, ids[state], current["round"]["number"], "first")
         await wait_drawn(ids[state])
     for state in ("ended", "ended at once"):
-        await studio.blind.end(session.id, ids[state])
+        await studio.blind_tests.end(session.id, ids[state])
     row = {
         "id": "bstuck", "session": session.id, "request": None, "left": left, "right": right, "planned": 3,
         "position": 0, "prompts": [], "state": "open", "created": time.time(),
     }  # fmt: skip
     await studio.store.write(blind_rows.add_trial, row)
-    studio.blind._troubles["bstuck"] = LoadFailed(str(ERROR["message"]), next_step=str(ERROR["next_step"]))
+    studio.blind_tests._errors["bstuck"] = LoadFailed(str(ERROR["message"]), next_step=str(ERROR["next_step"]))
     ids["in trouble"] = "bstuck"
     return ids
 
@@ -245,7 +245,7 @@ async def _make_rooms(studio: Studio) -> list[str]:
         await studio.store.write(room_rows.add_messages, room.id, [each.row() for each in messages], changes)
         found.append(room.id)
     archived = await studio.rooms.create(title="Put away")
-    await studio.store.write(room_rows.change_room, archived.id, {"archived": 1})
+    await studio.store.write(room_rows.update_room, archived.id, {"archived": 1})
     found.append((await studio.rooms.create()).id)
     for room_id in found[:2]:
         studio.rooms._rooms.pop(room_id)  # so that it is read again, with its messages
@@ -253,11 +253,11 @@ async def _make_rooms(studio: Studio) -> list[str]:
 
 
 async def _make_connections(studio: Studio) -> None:
-    await studio.keys.make("never used")
-    _, secret = await studio.keys.make(f"used {LONG_WORD}"[:200])
-    await studio.keys.owner(secret)
-    await studio.remotes.add("bare", "https://example.org/v1", "", ["one"], False)
-    await studio.remotes.add("all", f"https://example.org/{LONG_WORD}", "sk-x", ["one", LONG_WORD], True)
+    await studio.api_keys.create("never used")
+    _, secret = await studio.api_keys.create(f"used {LONG_WORD}"[:200])
+    await studio.api_keys.find_key_id(secret)
+    await studio.providers.add("bare", "https://example.org/v1", "", ["one"], False)
+    await studio.providers.add("all", f"https://example.org/{LONG_WORD}", "sk-x", ["one", LONG_WORD], True)
 
 
 class StatesServer:

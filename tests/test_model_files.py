@@ -202,14 +202,14 @@ def test_what_loads_is_not_refused(name: str, folder: Path) -> None:
 async def test_the_check_of_the_form_tells_what_a_folder_says(folder: Path) -> None:
     save = folder.parent.parent
     async with open_studio(save, thread_spawner(lambda: FakeEngine(Blobs(save / "weights")))) as studio:
-        check = await studio.steering.check({"model": "model"})
+        check = await studio.steering.check_config({"model": "model"})
         assert check["errors"] == []
         change_config(folder, **SAVED_AS_BERT)
-        (error,) = (await studio.steering.check({"model": "model"}))["errors"]
+        (error,) = (await studio.steering.check_config({"model": "model"}))["errors"]
         assert error["field"] == "config.model"
         assert "BERT encoder" in error["message"]
         change_config(folder, model_type="llama", architectures=None, max_position_embeddings=64)
-        (error,) = (await studio.steering.check({"model": "model"}))["errors"]
+        (error,) = (await studio.steering.check_config({"model": "model"}))["errors"]
         assert error["field"] == "config.max_new_tokens"
         assert "at most 32 tokens" in error["message"]
         assert "longer context" not in error["message"]
@@ -327,8 +327,8 @@ async def test_hostile_files_neither_break_nor_hold_up_the_studio(what: str, tmp
     catalog = Catalog([folder.parent], tmp_path / "hub")
     async with asyncio.timeout(5):
         for _ in range(8):  # more than there are threads for files
-            (entry,) = [each for each in await catalog.all() if each.id == "model"]
-            found = await catalog.problem(entry)
+            (entry,) = [each for each in await catalog.list_models() if each.id == "model"]
+            found = await catalog.find_problem(entry)
             (found.full_text() if found else "").encode()
 
 
@@ -336,4 +336,4 @@ async def test_hostile_files_neither_break_nor_hold_up_the_studio(what: str, tmp
 async def test_a_folder_whose_name_is_no_text_is_not_listed(tmp_path: Path, tiny_llama: Path) -> None:
     for name in (b"odd \xff", b"plain"):
         shutil.copytree(tiny_llama, tmp_path / os.fsdecode(name))
-    assert await Catalog([tmp_path], tmp_path / "hub").names() == ["demo", "plain"]
+    assert await Catalog([tmp_path], tmp_path / "hub").list_names() == ["demo", "plain"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from trellis.errors import Invalid, Refused, TrellisError
-from trellis.studio.egress import checked, is_public, never, parsed
+from trellis.studio.egress import check_url, is_never_allowed, is_public, parse_url
 
 pytestmark = pytest.mark.anyio
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.anyio
 ])  # fmt: skip
 async def test_private_addresses_are_refused_however_they_are_written(url: str) -> None:
     with pytest.raises(TrellisError) as refused:
-        await checked(url, frozenset())
+        await check_url(url, frozenset())
     assert refused.value.field == "url"
     if not isinstance(refused.value, Refused):
         assert refused.value.code == "network", "or they are no address here at all"
@@ -37,17 +37,17 @@ async def test_private_addresses_are_refused_however_they_are_written(url: str) 
 ])  # fmt: skip
 async def test_what_is_no_address_is_said(url: str) -> None:
     with pytest.raises(Invalid) as refused:
-        parsed(url)
+        parse_url(url)
     assert refused.value.field == "url"
 
 
 async def test_own_servers_may_be_private_by_name_and_port() -> None:
-    place = await checked("http://127.0.0.1:11434/v1/", {"127.0.0.1:11434"})
+    place = await check_url("http://127.0.0.1:11434/v1/", {"127.0.0.1:11434"})
     assert place.url == "http://127.0.0.1:11434/v1"
     with pytest.raises(Refused):
-        await checked("http://127.0.0.1:11435/v1", {"127.0.0.1:11434"})
+        await check_url("http://127.0.0.1:11435/v1", {"127.0.0.1:11434"})
     with pytest.raises(Refused):
-        await checked("http://169.254.169.254:80/", {"169.254.169.254:80"})
+        await check_url("http://169.254.169.254:80/", {"169.254.169.254:80"})
 
 
 async def test_the_address_that_was_checked_is_the_one_that_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,9 +55,9 @@ async def test_the_address_that_was_checked_is_the_one_that_is_used(monkeypatch:
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("93.184.216.34", 443))]
 
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look_up)
-    place = await checked("https://example.org/v1", frozenset())
+    place = await check_url("https://example.org/v1", frozenset())
     assert place.url == "https://93.184.216.34:443/v1"
-    assert place.name == "example.org"
+    assert place.host_header == "example.org"
 
 
 async def test_a_name_with_one_private_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,10 +66,10 @@ async def test_a_name_with_one_private_address_is_refused(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", look_up)
     with pytest.raises(Refused):
-        await checked("http://two.example", frozenset())
+        await check_url("http://two.example", frozenset())
 
 
 def test_public_addresses_are_public() -> None:
     for text in ("93.184.216.34", "2606:2800:220:1::1"):
         assert is_public(ipaddress.ip_address(text))
-        assert not never(ipaddress.ip_address(text))
+        assert not is_never_allowed(ipaddress.ip_address(text))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trellis.studio.hub import RING, Hub, HubEvent
+from trellis.studio.hub import RING_SIZE, Hub, HubEvent
 
 pytestmark = pytest.mark.anyio
 
@@ -33,7 +33,7 @@ async def take(hub: Hub, after: str | None, count: int, said: list[int] | None =
 def test_any_pattern_of_drops_reads_the_same_as_none(reads: list[int]) -> None:
     async def main() -> None:
         hub, total = Hub(), sum(reads)
-        start = hub.last("t")
+        start = hub.last_event_id("t")
         for number in range(total):
             hub.publish("t", "n", {"n": number})
         seen: list[int] = []
@@ -65,18 +65,18 @@ async def test_an_id_that_is_not_ours_gets_a_snapshot(after: str) -> None:
     hub = Hub()
     hub.publish("t", "n", {"n": 1})
     assert (await take(hub, after, 1))[0].name == "state"
-    ours = hub.last("t").split("-")[0]
+    ours = hub.last_event_id("t").split("-")[0]
     assert (await take(hub, f"{ours}-99", 1))[0].name == "state"
 
 
 async def test_a_reader_that_is_too_slow_gets_a_snapshot_and_costs_nothing() -> None:
     hub = Hub()
-    start = hub.last("t")
-    for number in range(RING + 5):
+    start = hub.last_event_id("t")
+    for number in range(RING_SIZE + 5):
         hub.publish("t", "n", {"n": number})
     (event,) = await take(hub, start, 1)
     assert event.name == "state"
-    assert event.id == hub.last("t")
+    assert event.id == hub.last_event_id("t")
     (oldest,) = await take(hub, f"{start.split('-')[0]}-5", 1)
     assert oldest.data == {"n": 5}
 
@@ -84,8 +84,8 @@ async def test_a_reader_that_is_too_slow_gets_a_snapshot_and_costs_nothing() -> 
 async def test_an_id_of_a_topic_that_was_let_go_is_not_taken_for_one_of_its_successor() -> None:
     hub = Hub()
     hub.publish("t", "n", {"n": 1})
-    before = hub.last("t")
-    hub.end("t")
+    before = hub.last_event_id("t")
+    hub.close_topic("t")
     hub.publish("t", "n", {"n": 2})
     assert (await take(hub, before, 1))[0].name == "state"
 
@@ -99,11 +99,11 @@ async def test_a_topic_that_ends_lets_its_readers_finish() -> None:
     reading = asyncio.create_task(read())
     await asyncio.sleep(0)
     place = hub._topics["t"]
-    assert len(place.waiting) == 1
+    assert len(place.waiters) == 1
     hub.publish("t", "done", {})
-    hub.end("t")
+    hub.close_topic("t")
     assert await asyncio.wait_for(reading, 1) == ["state", "done"]
-    assert not place.waiting
+    assert not place.waiters
     assert "t" not in hub._topics
 
 

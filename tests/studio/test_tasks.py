@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from trellis.studio.tasks import side_by_side
+from trellis.studio.tasks import run_concurrently
 
 pytestmark = pytest.mark.anyio
 
@@ -26,7 +26,7 @@ async def test_so_many_are_done_at_once_and_each_one_once(lanes: int) -> None:
 
         return run
 
-    await side_by_side([work(number) for number in range(9)], lanes)  # type: ignore[misc]
+    await run_concurrently([work(number) for number in range(9)], lanes)  # type: ignore[misc]
     assert sorted(done) == list(range(9))
     assert most == lanes
 
@@ -51,7 +51,7 @@ async def test_when_one_fails_or_all_are_given_up_nothing_goes_on(ending: str) -
         begun.append("never")
 
     works = [long, failing, never] if ending == "failure" else [long, long, never]
-    task = asyncio.create_task(side_by_side(works, 2))
+    task = asyncio.create_task(run_concurrently(works, 2))
     await asyncio.sleep(0.005)
     if ending == "cancelled":
         task.cancel()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from trellis.messages import Answered, Event, Heard, Spoke
-from trellis.studio.chat.answer import Answering
+from trellis.studio.chat.answer import GrowingAnswer
 from trellis.studio.chat.message import Message
 from trellis.studio.throughput import tokens_per_second
 
@@ -29,9 +29,9 @@ class Room:
     def __init__(self, *events: Event) -> None:
         self._events = events
 
-    async def speak(self, message: Message, answering: Answering) -> None:
+    async def speak(self, message: Message, answering: GrowingAnswer) -> None:
         for event in self._events:
-            await answering.take(event)
+            await answering.handle_event(event)
 
     async def save(self, message: Message) -> None:
         return
@@ -42,7 +42,7 @@ class Room:
 
 async def usage_of(*events: Event) -> dict[str, Any]:
     message = Message("a", "r", None, "assistant", "")
-    answering = Answering(Room(*events), message)
+    answering = GrowingAnswer(Room(*events), message)
     await answering.run()
     await answering.finish()
     assert message.usage is not None

@@ -7,7 +7,7 @@ import time
 import httpx
 import pytest
 
-from trellis.studio.chat.attachments import kind_of, safe_name
+from trellis.studio.chat.attachments import detect_kind, safe_file_name
 
 
 def a_pdf(text: str = "", pages: int = 1) -> bytes:
@@ -127,9 +127,9 @@ def test_files_go_with_their_room(client: httpx.Client, room: str) -> None:
 
 
 def test_files_are_told_by_what_is_in_them() -> None:
-    assert kind_of(b"RIFF\x00\x00\x00\x00WEBP") == "picture"
-    assert kind_of(b"\xff\xd8\xff\xe0") == "picture"
-    assert kind_of(b"\n%PDF-1.7") == "pdf"
-    assert kind_of(b"GIF89 is a format") == "text"
-    assert safe_name("/") == "file"
-    assert safe_name("a/../b.txt") == "b.txt"
+    assert detect_kind(b"RIFF\x00\x00\x00\x00WEBP") == "picture"
+    assert detect_kind(b"\xff\xd8\xff\xe0") == "picture"
+    assert detect_kind(b"\n%PDF-1.7") == "pdf"
+    assert detect_kind(b"GIF89 is a format") == "text"
+    assert safe_file_name("/") == "file"
+    assert safe_file_name("a/../b.txt") == "b.txt"

@@ -255,7 +255,7 @@ async def test_a_bug_and_a_flood_have_the_shape_of_openai(tmp_path: Path, fake_s
                 (EngineDied("It died.", next_step="Try again."), 503, "server_error"),
                 (LoadFailed("It is torn.", code="corrupt_file", next_step="Copy it."), 400, "invalid_request_error"),
             ):
-                studio.speakers.find = failing(raised)  # type: ignore[method-assign]
+                studio.chat_targets.find = failing(raised)  # type: ignore[method-assign]
                 for path in ("/v1/chat/completions", "/v1/completions"):
                     body = {"model": "demo", "messages": MESSAGES} if "chat" in path else {"model": "demo"}
                     told = await client.post(path, json=body)

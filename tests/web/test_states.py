@@ -50,7 +50,7 @@ async def test_every_page_can_be_shown_with_an_entry_of_every_state(
     for kind in ("export", "refit", "import", "replay", "compare"):
         assert {(kind, state) for state in ("running", "failed", "cancelled")} <= jobs
     assert {("load", "done"), ("load", "failed"), ("load", "running")} <= jobs
-    assert {model["state"] for model in await studio.models.list()} == {"loaded", "loading", "unloaded"}
+    assert {model["state"] for model in await studio.models.list_models()} == {"loaded", "loading", "unloaded"}
 
 
 async def test_a_load_that_failed_can_be_tried_again_changed_and_removed(

@@ -25,7 +25,7 @@ def key_by_hash(connection: Connection, digest: str) -> Row | None:
     return dict(row) if row else None
 
 
-def use_key(connection: Connection, key_id: str, now: float) -> None:
+def set_key_used(connection: Connection, key_id: str, now: float) -> None:
     connection.execute(update(keys).where(keys.c.id == key_id).values(used=now))
 
 

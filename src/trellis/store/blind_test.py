@@ -42,28 +42,30 @@ def add_round(connection: Connection, row: Row) -> None:
     if trial is None or trial["state"] != "open":
         return
     connection.execute(insert(rounds).values(row))
-    _end_if_judged(connection, row["trial"])
+    _end_if_all_judged(connection, row["trial"])
 
 
-def judge(connection: Connection, trial_id: str, number: int, verdict: str) -> bool:
+def record_verdict(connection: Connection, trial_id: str, number: int, verdict: str) -> bool:
     """Write a verdict down, if this is the first round without one and the trial is open. Whether it was."""
-    found = get_rounds(connection, trial_id)
-    current = next((each["number"] for each in found if each["verdict"] is None), None)
+    trial_rounds = get_rounds(connection, trial_id)
+    current = next((each["number"] for each in trial_rounds if each["verdict"] is None), None)
     trial = get_trial(connection, trial_id)
     if trial is None or trial["state"] != "open" or current != number:
         return False
     _set_verdict(connection, trial_id, number, verdict)
-    _end_if_judged(connection, trial_id)
+    _end_if_all_judged(connection, trial_id)
     return True
 
 
-def take_back(connection: Connection, trial_id: str) -> bool:
+def undo_verdict(connection: Connection, trial_id: str) -> bool:
     """Forget the last verdict that a person gave, if the trial is open and there is one. Whether there was."""
     trial = get_trial(connection, trial_id)
-    given = [each["number"] for each in get_rounds(connection, trial_id) if each["verdict"] not in (None, "same")]
-    if trial is None or trial["state"] != "open" or not given:
+    judged_numbers = [
+        each["number"] for each in get_rounds(connection, trial_id) if each["verdict"] not in (None, "same")
+    ]
+    if trial is None or trial["state"] != "open" or not judged_numbers:
         return False
-    _set_verdict(connection, trial_id, given[-1], None)
+    _set_verdict(connection, trial_id, judged_numbers[-1], None)
     return True
 
 
@@ -76,7 +78,7 @@ def _set_verdict(connection: Connection, trial_id: str, number: int, verdict: st
     connection.execute(update(rounds).where(where).values(verdict=verdict))
 
 
-def _end_if_judged(connection: Connection, trial_id: str) -> None:
-    trial, found = get_trial(connection, trial_id), get_rounds(connection, trial_id)
-    if trial and len(found) >= trial["planned"] and all(each["verdict"] for each in found):
+def _end_if_all_judged(connection: Connection, trial_id: str) -> None:
+    trial, trial_rounds = get_trial(connection, trial_id), get_rounds(connection, trial_id)
+    if trial and len(trial_rounds) >= trial["planned"] and all(each["verdict"] for each in trial_rounds):
         end_trial(connection, trial_id)

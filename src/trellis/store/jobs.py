@@ -39,8 +39,8 @@ def job_by_request(connection: Connection, request: str) -> Row | None:
     return dict(row) if row else None
 
 
-def list_jobs(connection: Connection, kinds: Sequence[str] = (), most: int = 200) -> list[Row]:
-    query = select(jobs).order_by(jobs.c.created.desc()).limit(most)
+def list_jobs(connection: Connection, kinds: Sequence[str] = (), limit: int = 200) -> list[Row]:
+    query = select(jobs).order_by(jobs.c.created.desc()).limit(limit)
     if kinds:
         query = query.where(jobs.c.kind.in_(kinds))
     return [dict(row) for row in connection.execute(query).mappings()]

@@ -11,20 +11,20 @@ from .tables import remotes
 Row = dict[str, Any]
 
 
-def list_remotes(connection: Connection) -> list[Row]:
+def list_providers(connection: Connection) -> list[Row]:
     return [dict(row) for row in connection.execute(select(remotes).order_by(remotes.c.name)).mappings()]
 
 
-def remote_by_name(connection: Connection, name: str) -> Row | None:
+def provider_by_name(connection: Connection, name: str) -> Row | None:
     row = connection.execute(select(remotes).where(remotes.c.name == name)).mappings().first()
     return dict(row) if row else None
 
 
-def put_remote(connection: Connection, remote: Row) -> None:
+def save_provider(connection: Connection, provider: Row) -> None:
     """A server, in place of the one of that name."""
-    connection.execute(delete(remotes).where(remotes.c.name == remote["name"]))
-    connection.execute(insert(remotes).values(remote))
+    connection.execute(delete(remotes).where(remotes.c.name == provider["name"]))
+    connection.execute(insert(remotes).values(provider))
 
 
-def delete_remote(connection: Connection, remote_id: str) -> None:
-    connection.execute(delete(remotes).where(remotes.c.id == remote_id))
+def delete_provider(connection: Connection, provider_id: str) -> None:
+    connection.execute(delete(remotes).where(remotes.c.id == provider_id))

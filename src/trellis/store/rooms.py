@@ -12,11 +12,11 @@ from .tables import files, messages, prompts, rooms
 Row = dict[str, Any]
 
 
-def add_room(connection: Connection, room: Row, found: Sequence[Row] = ()) -> None:
+def add_room(connection: Connection, room: Row, message_rows: Sequence[Row] = ()) -> None:
     """A room, with messages that it begins with."""
     connection.execute(insert(rooms).values(room))
-    if found:
-        connection.execute(insert(messages), list(found))
+    if message_rows:
+        connection.execute(insert(messages), list(message_rows))
 
 
 def room_by_request(connection: Connection, request: str) -> str | None:
@@ -32,25 +32,29 @@ def get_room(connection: Connection, room_id: str) -> tuple[Row, list[Row]] | No
     return dict(row), [dict(message) for message in connection.execute(query).mappings()]
 
 
-def list_rooms(connection: Connection, words: Sequence[Sequence[str]], archived: bool, most: int) -> list[Row]:
+def list_rooms(connection: Connection, words: Sequence[Sequence[str]], archived: bool, max_rooms: int) -> list[Row]:
     """Rooms in whose title or text each of some words occurs in one of its spellings, the last used first, each with
     a message in which the first word stands."""
-    query = select(rooms).where(rooms.c.archived == int(archived)).order_by(rooms.c.updated.desc()).limit(most)
+    query = select(rooms).where(rooms.c.archived == int(archived)).order_by(rooms.c.updated.desc()).limit(max_rooms)
     for word in words:
-        said = exists().where(and_(messages.c.room == rooms.c.id, _holds(messages.c.folded, word)))
-        query = query.where(or_(_holds(rooms.c.folded, word), said))
-    found = [dict(row) for row in connection.execute(query).mappings()]
-    for row in found if words else []:
-        hit = select(messages.c.text).where(messages.c.room == row["id"], _holds(messages.c.folded, words[0])).limit(1)
-        row["hit"] = connection.execute(hit).scalar()
-    return found
+        has_message = exists().where(and_(messages.c.room == rooms.c.id, _contains_any(messages.c.folded, word)))
+        query = query.where(or_(_contains_any(rooms.c.folded, word), has_message))
+    room_rows = [dict(row) for row in connection.execute(query).mappings()]
+    for row in room_rows if words else []:
+        hit_query = (
+            select(messages.c.text)
+            .where(messages.c.room == row["id"], _contains_any(messages.c.folded, words[0]))
+            .limit(1)
+        )
+        row["hit"] = connection.execute(hit_query).scalar()
+    return room_rows
 
 
-def _holds(column: Any, spellings: Sequence[str]) -> ColumnElement[bool]:
+def _contains_any(column: Any, spellings: Sequence[str]) -> ColumnElement[bool]:
     return or_(*(column.contains(each, autoescape=True) for each in spellings))
 
 
-def change_room(connection: Connection, room_id: str, values: Row) -> None:
+def update_room(connection: Connection, room_id: str, values: Row) -> None:
     connection.execute(update(rooms).where(rooms.c.id == room_id).values(values))
 
 
@@ -58,13 +62,13 @@ def delete_room(connection: Connection, room_id: str) -> None:
     connection.execute(delete(rooms).where(rooms.c.id == room_id))
 
 
-def add_messages(connection: Connection, room_id: str, found: Sequence[Row], changes: Row) -> None:
+def add_messages(connection: Connection, room_id: str, message_rows: Sequence[Row], room_changes: Row) -> None:
     """What was said, and what it changes of the room, in one transaction."""
-    connection.execute(insert(messages), list(found))
-    change_room(connection, room_id, changes)
+    connection.execute(insert(messages), list(message_rows))
+    update_room(connection, room_id, room_changes)
 
 
-def change_message(connection: Connection, message_id: str, values: Row) -> None:
+def update_message(connection: Connection, message_id: str, values: Row) -> None:
     connection.execute(update(messages).where(messages.c.id == message_id).values(values))
 
 
@@ -88,7 +92,7 @@ def get_files(connection: Connection, room_id: str) -> list[Row]:
     return [dict(row) for row in connection.execute(query).mappings()]
 
 
-def texts_of_files(connection: Connection, file_ids: Sequence[str]) -> dict[str, str]:
+def get_file_texts(connection: Connection, file_ids: Sequence[str]) -> dict[str, str]:
     """The text of some files by their ids."""
     found: dict[str, str] = {}
     for start in range(0, len(file_ids), 500):
@@ -101,7 +105,7 @@ def list_prompts(connection: Connection) -> list[Row]:
     return [dict(row) for row in connection.execute(select(prompts).order_by(prompts.c.name)).mappings()]
 
 
-def put_prompt(connection: Connection, prompt: Row) -> None:
+def save_prompt(connection: Connection, prompt: Row) -> None:
     """A prompt in the library, in place of the one of that name."""
     connection.execute(delete(prompts).where(prompts.c.name == prompt["name"]))
     connection.execute(insert(prompts).values(prompt))

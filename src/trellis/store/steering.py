@@ -26,12 +26,12 @@ def get_session(connection: Connection, session_id: str) -> tuple[Row, list[Row]
     row = connection.execute(select(sessions).where(sessions.c.id == session_id)).mappings().first()
     if row is None:
         return None
-    found = connection.execute(
+    node_rows = connection.execute(
         select(nodes).where(nodes.c.session == session_id).order_by(nodes.c.created, nodes.c.step)
     )
-    offer = _one(connection, select(offers).where(offers.c.id == row["offer"]))
-    intent = _one(connection, select(intents).where(intents.c.session == session_id, intents.c.state == "open"))
-    return dict(row), [dict(node) for node in found.mappings()], offer, intent
+    offer = _first_row(connection, select(offers).where(offers.c.id == row["offer"]))
+    intent = _first_row(connection, select(intents).where(intents.c.session == session_id, intents.c.state == "open"))
+    return dict(row), [dict(node) for node in node_rows.mappings()], offer, intent
 
 
 def list_sessions(connection: Connection) -> list[Row]:
@@ -68,7 +68,7 @@ def set_weights(connection: Connection, node_id: str, weights: str) -> None:
     connection.execute(update(nodes).where(nodes.c.id == node_id).values(weights=weights))
 
 
-def weights_of_others(connection: Connection, session_id: str, weights: Sequence[str]) -> set[str]:
+def weights_in_other_sessions(connection: Connection, session_id: str, weights: Sequence[str]) -> set[str]:
     """Which of these weights some other session names."""
     found: set[str] = set()
     for start in range(0, len(weights), 500):
@@ -78,21 +78,21 @@ def weights_of_others(connection: Connection, session_id: str, weights: Sequence
     return found
 
 
-def log_is_used(connection: Connection, log: str) -> bool:
+def is_log_used(connection: Connection, log: str) -> bool:
     """Whether some node was fitted to this log of choices."""
     query = select(nodes.c.id).where(cast(nodes.c.choice, String).contains(log, autoescape=True)).limit(1)
     return connection.execute(query).first() is not None
 
 
-def set_prompts(connection: Connection, session_id: str, prepared: str) -> None:
+def set_prepared_prompts(connection: Connection, session_id: str, prepared: str) -> None:
     connection.execute(update(sessions).where(sessions.c.id == session_id).values(prompts=prepared))
 
 
-def prompts_are_used(connection: Connection, prepared: str) -> bool:
+def are_prompts_used(connection: Connection, prepared: str) -> bool:
     return connection.execute(select(sessions.c.id).where(sessions.c.prompts == prepared)).first() is not None
 
 
-def name_node(connection: Connection, node_id: str, name: str | None) -> None:
+def set_node_name(connection: Connection, node_id: str, name: str | None) -> None:
     connection.execute(update(nodes).where(nodes.c.id == node_id).values(name=name))
 
 
@@ -120,7 +120,7 @@ def set_options(connection: Connection, offer_id: str, options: Sequence[Row]) -
 
 
 def get_offer(connection: Connection, offer_id: str) -> Row | None:
-    return _one(connection, select(offers).where(offers.c.id == offer_id))
+    return _first_row(connection, select(offers).where(offers.c.id == offer_id))
 
 
 def get_offers(connection: Connection, offer_ids: Sequence[str]) -> dict[str, Row]:
@@ -131,7 +131,7 @@ def get_offers(connection: Connection, offer_ids: Sequence[str]) -> dict[str, Ro
     return found
 
 
-def get_requests(connection: Connection, session_id: str) -> set[str]:
+def get_request_ids(connection: Connection, session_id: str) -> set[str]:
     """The ids of all requests that a session has taken."""
     return set(connection.execute(select(intents.c.request).where(intents.c.session == session_id)).scalars())
 
@@ -145,12 +145,12 @@ def close_intent(connection: Connection, session_id: str, request: str, state: s
     connection.execute(update(intents).where(where).values(state=state))
 
 
-def move(
-    connection: Connection, session_id: str, head: str, offer: str | None, notes: dict[str, Row], now: float
+def move_head(
+    connection: Connection, session_id: str, head: str, offer: str | None, node_changes: dict[str, Row], now: float
 ) -> None:
     """Stand at another node with another offer on the screen; `notes` are changes to nodes on the way."""
     connection.execute(update(sessions).where(sessions.c.id == session_id).values(head=head, offer=offer, updated=now))
-    for node_id, changes in notes.items():
+    for node_id, changes in node_changes.items():
         connection.execute(update(nodes).where(nodes.c.id == node_id).values(changes))
 
 
@@ -162,34 +162,39 @@ def add_node(connection: Connection, node: Row) -> None:
 # place.
 
 
-def replace_intent(connection: Connection, intent: Row, given_up: str | None) -> None:
-    if given_up:
-        close_intent(connection, intent["session"], given_up, "abandoned")
+def replace_intent(connection: Connection, intent: Row, failed_request: str | None) -> None:
+    if failed_request:
+        close_intent(connection, intent["session"], failed_request, "abandoned")
     add_intent(connection, intent)
 
 
 def commit_move(
-    connection: Connection, head: str, offer: str | None, notes: dict[str, Row], intent: Row, given_up: str | None
+    connection: Connection,
+    head: str,
+    offer: str | None,
+    node_changes: dict[str, Row],
+    intent: Row,
+    failed_request: str | None,
 ) -> Row | None:
     """Stand at a node that was there before. Returns the offer that is then on the screen."""
-    replace_intent(connection, intent, given_up)
-    move(connection, intent["session"], head, offer, notes, intent["created"])
+    replace_intent(connection, intent, failed_request)
+    move_head(connection, intent["session"], head, offer, node_changes, intent["created"])
     return get_offer(connection, offer) if offer else None
 
 
-def commit_offer(connection: Connection, offer: Row, intent: Row | None, given_up: str | None) -> None:
+def commit_offer(connection: Connection, offer: Row, intent: Row | None, failed_request: str | None) -> None:
     """Put a new offer on the screen, and note who asked for it."""
     if intent:
-        replace_intent(connection, intent, given_up)
+        replace_intent(connection, intent, failed_request)
     add_offer(connection, offer)
 
 
 def commit_node(
     connection: Connection,
     node: Row,
-    notes: dict[str, Row],
+    node_changes: dict[str, Row],
     intent: Row,
-    given_up: str | None,
+    failed_request: str | None,
     offer: Row | None = None,
 ) -> None:
     """Stand at a new node, with its first offer where that is there already."""
@@ -197,12 +202,12 @@ def commit_node(
     if intent["state"] == "open":
         close_intent(connection, intent["session"], intent["request"], "done")
     else:
-        replace_intent(connection, intent, given_up)
-    move(connection, intent["session"], node["id"], None, notes, node["created"])
+        replace_intent(connection, intent, failed_request)
+    move_head(connection, intent["session"], node["id"], None, node_changes, node["created"])
     if offer:
         add_offer(connection, offer)
 
 
-def _one(connection: Connection, query: Any) -> Row | None:
+def _first_row(connection: Connection, query: Any) -> Row | None:
     row: RowMapping | None = connection.execute(query).mappings().first()
     return dict(row) if row else None

@@ -17,7 +17,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
 from ..errors import TrellisError, shorten
-from .tables import HEAD
+from .tables import LATEST_MIGRATION
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -29,20 +29,20 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._engine = open_engine(url)
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="store-write")
-        self._readers = ThreadPoolExecutor(4, thread_name_prefix="store-read")
+        self._engine = open_database_engine(url)
+        self._write_executor = ThreadPoolExecutor(1, thread_name_prefix="store-write")
+        self._read_executor = ThreadPoolExecutor(4, thread_name_prefix="store-read")
 
     async def write(self, work: Callable[Concatenate[Connection, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Run in a transaction of its own; on return it is committed and on the disk."""
-        return await self._run(self._writer, work, *args, **kwargs)
+        return await self._run(self._write_executor, work, *args, **kwargs)
 
     async def read(self, work: Callable[Concatenate[Connection, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
-        return await self._run(self._readers, work, *args, **kwargs)
+        return await self._run(self._read_executor, work, *args, **kwargs)
 
     async def _run(
         self,
-        threads: ThreadPoolExecutor,
+        executor: ThreadPoolExecutor,
         work: Callable[Concatenate[Connection, P], R],
         *args: P.args,
         **kwargs: P.kwargs,
@@ -52,35 +52,35 @@ class Store:
                 with self._engine.begin() as connection:
                     return work(connection, *args, **kwargs)
             except OperationalError as error:
-                raise _in_words(error) from error
+                raise _to_trellis_error(error) from error
 
         # A write that has begun is let finish even when nobody waits any more: half an action is worse than one.
-        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(threads, run))
+        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(executor, run))
 
     def close(self) -> None:
-        self._writer.shutdown()
-        self._readers.shutdown()
+        self._write_executor.shutdown()
+        self._read_executor.shutdown()
         self._engine.dispose()
 
 
-def _in_words(error: OperationalError) -> TrellisError:
+def _to_trellis_error(error: OperationalError) -> TrellisError:
     """A database that cannot be read or written just now. Nothing of the transaction has been kept."""
-    said = str(error.orig)
-    if "full" in said or "No space left" in said:
+    detail = str(error.orig)
+    if "full" in detail or "No space left" in detail:
         return TrellisError(
             "The disk is full: this could not be written down.",
             code="disk_full",
             next_step="Make room on the disk, then do it again. What was there before is safe.",
         )
-    log.error("the database answered: %s", said)
+    log.error("the database answered: %s", detail)
     return TrellisError(
-        f"The database could not be used: {shorten(said, 160)}.",
+        f"The database could not be used: {shorten(detail, 160)}.",
         code="database",
         next_step="Check the disk of the studio's save folder, then do it again.",
     )
 
 
-def open_engine(url: str) -> Engine:
+def open_database_engine(url: str) -> Engine:
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite" and parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def open_engine(url: str) -> Engine:
     if parsed.get_backend_name() == "sqlite":
 
         @event.listens_for(engine, "connect")
-        def prepare(connection: Any, record: Any) -> None:
+        def set_pragmas(connection: Any, record: Any) -> None:
             cursor = connection.cursor()
             for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=5000"):
                 cursor.execute(f"PRAGMA {pragma}")
@@ -99,12 +99,12 @@ def open_engine(url: str) -> Engine:
 
 def migrate(url: str) -> None:
     """Bring the database to the newest shape. Costs nothing when it is there."""
-    engine = open_engine(url)
+    engine = open_database_engine(url)
     try:
         with engine.connect() as connection:
             if inspect(connection).has_table("alembic_version"):
                 version = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-                if version == HEAD:
+                if version == LATEST_MIGRATION:
                     return
         from alembic import command
         from alembic.config import Config

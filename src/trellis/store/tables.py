@@ -16,7 +16,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-HEAD = "0004"
+LATEST_MIGRATION = "0004"
 """The newest migration, so that a start with nothing to migrate need not import Alembic."""
 
 metadata = MetaData()

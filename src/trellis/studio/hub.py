@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-RING = 1024
+RING_SIZE = 1024
 
-LINE_ENDS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+ESCAPED_LINE_ENDS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 """What some readers of event streams take for the end of a line, though the standard does not."""
 
 
@@ -33,12 +33,12 @@ class HubEvent:
     def json(self) -> str:
         """The data as compact JSON, made once for all readers."""
         text = json.dumps(self.data, ensure_ascii=False, separators=(",", ":"))
-        for mark, escaped in LINE_ENDS.items():
+        for mark, escaped in ESCAPED_LINE_ENDS.items():
             text = text.replace(mark, escaped)
         return text
 
 
-Listen = Callable[[HubEvent | None], None]
+EventListener = Callable[[HubEvent | None], None]
 """Told of each event as it is published, and of None when there will be no more. It must not wait."""
 
 Snapshot = Callable[[], tuple[str, dict[str, Any]]]
@@ -49,12 +49,12 @@ class Topic:
     """One ring. Its ids carry a mark of its own, so that an id from before a restart, or from a topic that was
     let go, is never taken for one of these."""
 
-    mark: str = field(default_factory=lambda: secrets.token_hex(4))
-    number: int = 0
-    ring: deque[HubEvent] = field(default_factory=lambda: deque(maxlen=RING))
-    waiting: set[asyncio.Future[None]] = field(default_factory=set)
-    listening: dict[object, Listen] = field(default_factory=dict)
-    closed: bool = False
+    instance_id: str = field(default_factory=lambda: secrets.token_hex(4))
+    last_number: int = 0
+    ring: deque[HubEvent] = field(default_factory=lambda: deque(maxlen=RING_SIZE))
+    waiters: set[asyncio.Future[None]] = field(default_factory=set)
+    listeners: dict[object, EventListener] = field(default_factory=dict)
+    is_closed: bool = False
 
 
 class Hub:
@@ -62,103 +62,103 @@ class Hub:
 
     def __init__(self) -> None:
         self._topics: dict[str, Topic] = {}
-        self.closing = False
+        self.is_closing = False
 
     def publish(self, topic: str, name: str, data: dict[str, Any]) -> str:
         """Add an event. Returns its id. Never waits."""
-        place = self._topics.setdefault(topic, Topic())
-        place.number += 1
-        event = HubEvent(f"{place.mark}-{place.number}", name, data)
-        place.ring.append(event)
-        self._wake(place)
-        for listen in list(place.listening.values()):
-            listen(event)
+        topic_state = self._topics.setdefault(topic, Topic())
+        topic_state.last_number += 1
+        event = HubEvent(f"{topic_state.instance_id}-{topic_state.last_number}", name, data)
+        topic_state.ring.append(event)
+        self._wake_waiters(topic_state)
+        for on_event in list(topic_state.listeners.values()):
+            on_event(event)
         return event.id
 
-    def last(self, topic: str) -> str:
+    def last_event_id(self, topic: str) -> str:
         """The id of the newest event of a topic."""
-        place = self._topics.setdefault(topic, Topic())
-        return f"{place.mark}-{place.number}"
+        topic_state = self._topics.setdefault(topic, Topic())
+        return f"{topic_state.instance_id}-{topic_state.last_number}"
 
-    def listen(self, topic: str, listen: Listen) -> Callable[[], None]:
+    def add_listener(self, topic: str, on_event: EventListener) -> Callable[[], None]:
         """Be told of every event of a topic at once, until the function that is returned is called."""
-        place, key = self._topics.setdefault(topic, Topic()), object()
-        place.listening[key] = listen
+        topic_state, key = self._topics.setdefault(topic, Topic()), object()
+        topic_state.listeners[key] = on_event
 
-        def leave() -> None:
-            place.listening.pop(key, None)
+        def remove_listener() -> None:
+            topic_state.listeners.pop(key, None)
 
-        return leave
+        return remove_listener
 
-    def number(self, topic: str) -> int:
+    def event_count(self, topic: str) -> int:
         """How many events a topic has had."""
-        place = self._topics.get(topic)
-        return place.number if place else 0
+        topic_state = self._topics.get(topic)
+        return topic_state.last_number if topic_state else 0
 
-    def name(self, topic: str, number: int) -> str:
+    def event_id(self, topic: str, number: int) -> str:
         """The id of an event by its number."""
-        return f"{self._topics.setdefault(topic, Topic()).mark}-{number}"
+        return f"{self._topics.setdefault(topic, Topic()).instance_id}-{number}"
 
     async def subscribe(self, topic: str, after: str | None, snapshot: Snapshot) -> AsyncGenerator[HubEvent, None]:
         """Events after an id, without end until the topic or the hub closes.
 
         Without an id, or with one that is too old or from elsewhere, a snapshot comes first.
         """
-        place = self._topics.setdefault(topic, Topic())
-        at = self._number(place, after)
+        topic_state = self._topics.setdefault(topic, Topic())
+        position = self._parse_event_number(topic_state, after)
         while True:
-            oldest = place.ring[0].id if place.ring else None
-            if at is None or (oldest is not None and at < int(oldest.split("-")[1]) - 1):
-                at = place.number
+            oldest = topic_state.ring[0].id if topic_state.ring else None
+            if position is None or (oldest is not None and position < int(oldest.split("-")[1]) - 1):
+                position = topic_state.last_number
                 name, data = snapshot()
-                yield HubEvent(f"{place.mark}-{at}", name, data)
+                yield HubEvent(f"{topic_state.instance_id}-{position}", name, data)
                 continue
-            if at < place.number:
-                behind = place.number - at
-                for event in [place.ring[-back] for back in range(behind, 0, -1)]:
-                    at = int(event.id.split("-")[1])
+            if position < topic_state.last_number:
+                missed_count = topic_state.last_number - position
+                for event in [topic_state.ring[-offset] for offset in range(missed_count, 0, -1)]:
+                    position = int(event.id.split("-")[1])
                     yield event
                 continue
-            if place.closed or self.closing:
+            if topic_state.is_closed or self.is_closing:
                 return
-            await self._wait(place)
+            await self._wait_for_event(topic_state)
 
-    def end(self, topic: str) -> None:
+    def close_topic(self, topic: str) -> None:
         """The topic says nothing more: its readers are let go when they have read all. It is then forgotten."""
-        place = self._topics.pop(topic, None)
-        if place:
-            place.closed = True
-            self._wake(place)
-            _say_no_more(place)
+        topic_state = self._topics.pop(topic, None)
+        if topic_state:
+            topic_state.is_closed = True
+            self._wake_waiters(topic_state)
+            _end_listeners(topic_state)
 
     def close(self) -> None:
         """Let all readers go."""
-        self.closing = True
-        for place in self._topics.values():
-            self._wake(place)
-            _say_no_more(place)
+        self.is_closing = True
+        for topic_state in self._topics.values():
+            self._wake_waiters(topic_state)
+            _end_listeners(topic_state)
 
-    def _number(self, place: Topic, after: str | None) -> int | None:
-        mark, _, number = (after or "").partition("-")
-        if mark != place.mark or not number.isascii() or not number.isdigit() or len(number) > 15:
+    def _parse_event_number(self, topic_state: Topic, after: str | None) -> int | None:
+        instance_id, _, number = (after or "").partition("-")
+        if instance_id != topic_state.instance_id or not number.isascii() or not number.isdigit() or len(number) > 15:
             return None
-        return int(number) if int(number) <= place.number else None
+        return int(number) if int(number) <= topic_state.last_number else None
 
-    async def _wait(self, place: Topic) -> None:
+    async def _wait_for_event(self, topic_state: Topic) -> None:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        place.waiting.add(future)
+        topic_state.waiters.add(future)
         try:
             await future
         finally:
-            place.waiting.discard(future)
+            topic_state.waiters.discard(future)
 
-    def _wake(self, place: Topic) -> None:
-        for future in place.waiting:
+    def _wake_waiters(self, topic_state: Topic) -> None:
+        for future in topic_state.waiters:
             if not future.done():
                 future.set_result(None)
-        place.waiting.clear()
+        topic_state.waiters.clear()
 
 
-def _say_no_more(place: Topic) -> None:
-    for listen in list(place.listening.values()):
-        listen(None)
+def _end_listeners(topic_state: Topic) -> None:
+    for on_event in list(topic_state.listeners.values()):
+        on_event(None)

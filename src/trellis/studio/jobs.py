@@ -25,7 +25,7 @@ class Job:
     def __init__(self, hub: Hub, row: dict[str, Any]) -> None:
         self._hub = hub
         self.row = row
-        self.followers: list[Callable[[Progress], None]] = []
+        self.progress_callbacks: list[Callable[[Progress], None]] = []
         self.task: asyncio.Task[None] | None = None
         self.failure: TrellisError | None = None
 
@@ -33,18 +33,18 @@ class Job:
     def id(self) -> str:
         return str(self.row["id"])
 
-    def progress(self, progress: Progress) -> None:
+    def report_progress(self, progress: Progress) -> None:
         """Say how far the work has come, to all who follow it."""
         self.row["progress"] = progress.model_dump(exclude={"type"})
-        self._hub.publish(topic(self.id), "progress", self.row["progress"])
-        for follow in self.followers:
-            follow(progress)
+        self._hub.publish(job_topic(self.id), "progress", self.row["progress"])
+        for on_progress in self.progress_callbacks:
+            on_progress(progress)
 
 
 Work = Callable[[Job], Awaitable[dict[str, Any]]]
 
 
-def key_reused(kind: str) -> Conflict:
+def key_reused_error(kind: str) -> Conflict:
     return Conflict(
         f"This Idempotency-Key was used for another action: {kind}.",
         code="key_reused",
@@ -52,7 +52,7 @@ def key_reused(kind: str) -> Conflict:
     )
 
 
-def topic(job_id: str) -> str:
+def job_topic(job_id: str) -> str:
     return f"jobs/{job_id}"
 
 
@@ -63,7 +63,7 @@ class Jobs:
         self._store = store
         self._hub = hub
         self._running: dict[str, Job] = {}
-        self._starting = asyncio.Lock()
+        self._start_lock = asyncio.Lock()
 
     async def open(self) -> None:
         """Say of jobs that a crash cut off that they ended."""
@@ -81,13 +81,13 @@ class Jobs:
     async def start(self, kind: str, body: dict[str, Any], work: Work, request: str | None = None) -> Job:
         """Begin work as a task of the studio's own. The same request is one job. Raises Conflict for a request that
         was used for something else."""
-        async with self._starting:
+        async with self._start_lock:
             return await self._start(kind, body, work, request)
 
     async def _start(self, kind: str, body: dict[str, Any], work: Work, request: str | None) -> Job:
         if request and (row := await self._store.read(rows.job_by_request, request)):
             if (row["kind"], row["body"]) != (kind, body):
-                raise key_reused(row["kind"])
+                raise key_reused_error(row["kind"])
             return self._running.get(row["id"]) or Job(self._hub, row)
         row = {
             "id": f"j{secrets.token_hex(8)}", "request": request, "kind": kind, "body": body, "state": "running",
@@ -100,28 +100,28 @@ class Jobs:
         await asyncio.sleep(0)  # a task that is cancelled before its first step would never say how it ended
         return job
 
-    async def by_request(self, request: str, kind: str) -> dict[str, Any] | None:
+    async def find_row_by_request(self, request: str, kind: str) -> dict[str, Any] | None:
         """The job that a request of this kind began before, if it did."""
         row = await self._store.read(rows.job_by_request, request)
         return row if row and row["kind"] == kind else None
 
-    async def known(self, request: str, kind: str) -> Job | None:
+    async def find_by_request(self, request: str, kind: str) -> Job | None:
         """The job that a request began before. Raises Conflict for a request that began one of another kind."""
         row = await self._store.read(rows.job_by_request, request)
         if row and row["kind"] != kind:
-            raise key_reused(row["kind"])
+            raise key_reused_error(row["kind"])
         return (self._running.get(row["id"]) or Job(self._hub, row)) if row else None
 
     async def get(self, job_id: str) -> dict[str, Any]:
         """A job as the API shows it. Raises NotFound."""
-        return as_json(await self._row(job_id))
+        return job_json(await self._row(job_id))
 
     async def list(self, kinds: Sequence[str] = ()) -> list[dict[str, Any]]:
         """The latest jobs, newest first; of some kinds, where these are named."""
-        found = await self._store.read(rows.list_jobs, kinds)
-        return [as_json(self._running[row["id"]].row if row["id"] in self._running else row) for row in found]
+        rows_found = await self._store.read(rows.list_jobs, kinds)
+        return [job_json(self._running[row["id"]].row if row["id"] in self._running else row) for row in rows_found]
 
-    async def forget(self, job_ids: Sequence[str]) -> None:
+    async def delete_ended(self, job_ids: Sequence[str]) -> None:
         """Remove jobs that have ended from the list of jobs."""
         await self._store.write(rows.delete_jobs, [job_id for job_id in job_ids if job_id not in self._running])
 
@@ -137,7 +137,7 @@ class Jobs:
             )
         job.task.cancel()
         await asyncio.wait([job.task])
-        return as_json(job.row)
+        return job_json(job.row)
 
     async def events(self, job_id: str, after: str | None) -> AsyncIterator[HubEvent]:
         """Progress, then how it ended; a job that has ended answers with its last event."""
@@ -146,7 +146,7 @@ class Jobs:
             yield HubEvent("0-0", *_last_event(row))
             return
         async for event in self._hub.subscribe(
-            topic(job_id), after, lambda: ("progress", row["progress"] or _waiting())
+            job_topic(job_id), after, lambda: ("progress", row["progress"] or _initial_progress())
         ):
             yield event
 
@@ -178,19 +178,19 @@ class Jobs:
 
     async def _finish(self, job: Job, **values: Any) -> None:
         job.row |= values
-        kept = {name: job.row[name] for name in ("state", "progress", "result", "error")}
-        await self._store.write(rows.finish_job, job.id, kept)
-        self._hub.publish(topic(job.id), *_last_event(job.row))
-        self._hub.end(topic(job.id))
+        changes = {name: job.row[name] for name in ("state", "progress", "result", "error")}
+        await self._store.write(rows.finish_job, job.id, changes)
+        self._hub.publish(job_topic(job.id), *_last_event(job.row))
+        self._hub.close_topic(job_topic(job.id))
         del self._running[job.id]
 
 
-def as_json(row: dict[str, Any]) -> dict[str, Any]:
+def job_json(row: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": row["id"],
         "kind": row["kind"],
         "state": row["state"],
-        "progress": row["progress"] or _waiting(),
+        "progress": row["progress"] or _initial_progress(),
         "result": row["result"],
         "error": row["error"],
         "created": timestamp(row["created"]),
@@ -203,7 +203,7 @@ def timestamp(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _waiting() -> dict[str, Any]:
+def _initial_progress() -> dict[str, Any]:
     """What a job is told of that has not said anything yet: with every field of a progress, as pages read them."""
     return Progress(stage="connecting", fraction=0.0, message="Starting").model_dump(exclude={"type"})
 

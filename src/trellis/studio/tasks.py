@@ -10,32 +10,32 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 P = ParamSpec("P")
 S = TypeVar("S")
 
-Work = Callable[[], Coroutine[Any, Any, None]]
+AsyncWork = Callable[[], Coroutine[Any, Any, None]]
 Command = Callable[Concatenate[S, P], Coroutine[Any, Any, None]]
 
 
-def to_its_end(command: Command[S, P]) -> Command[S, P]:
+def run_to_completion(command: Command[S, P]) -> Command[S, P]:
     """A command that has begun is finished, even when whoever asked for it is gone: the store and memory stay one."""
 
     @wraps(command)
-    async def whole(session: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
+    async def shielded_command(session: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
         await asyncio.shield(asyncio.ensure_future(command(session, *args, **kwargs)))
 
-    return whole
+    return shielded_command
 
 
-async def side_by_side(works: Iterable[Work], lanes: int) -> None:
+async def run_concurrently(work_items: Iterable[AsyncWork], concurrency: int) -> None:
     """Do one work after another, so many at once. The first failure ends all and is raised."""
-    waiting = iter(works)
+    remaining = iter(work_items)
 
-    async def lane() -> None:
-        for work in waiting:
+    async def run_next_items() -> None:
+        for work in remaining:
             await work()
 
-    running = [asyncio.create_task(lane()) for _ in range(lanes)]
+    tasks = [asyncio.create_task(run_next_items()) for _ in range(concurrency)]
     try:
-        await asyncio.gather(*running)
+        await asyncio.gather(*tasks)
     finally:
-        for task in running:
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)

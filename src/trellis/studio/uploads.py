@@ -20,19 +20,19 @@ from weakref import WeakValueDictionary
 from ..errors import Conflict, Invalid, NotFound, shorten
 from ..messages import recipe_id
 from ..params import invalid_from_entries
-from .datasets.datasets import ENDINGS, SUFFIXES
-from .models.catalog import DEMO, FOLDER_NAME
+from .datasets.datasets import PROMPT_FILE_SUFFIXES, SUFFIX_HELP
+from .models.catalog import DEMO, FOLDER_NAME_PATTERN
 
-PIECE = 1_000_000
+CHUNK_BYTES = 1_000_000
 """Bytes in one piece: what one request may carry."""
-MOST_FILES = 200
-ROOM = 200_000_000
+MAX_FILES = 200
+DISK_RESERVE_BYTES = 200_000_000
 STALE_SECONDS = 7 * 86_400.0
-MODEL_FILES = re.compile(
+MODEL_FILE_PATTERN = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9._-]{0,150}\.(safetensors|json|jsonl|txt|md|jinja|model|tiktoken|vocab|bpe)|LICENSE|NOTICE"
 )
-_ID = re.compile(r"u[0-9a-f]{32}")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._()+-]{0,150}")
+_UPLOAD_ID_PATTERN = re.compile(r"u[0-9a-f]{32}")
+_FILE_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._()+-]{0,150}")
 
 Kind = Literal["prompts", "model"]
 
@@ -40,21 +40,23 @@ Kind = Literal["prompts", "model"]
 class Uploads:
     """`prompts` and `models` are the folders that finished uploads are moved to; `limit` is in bytes."""
 
-    def __init__(self, folder: Path, prompts: Path, models: Path, limit: int) -> None:
+    def __init__(self, folder: Path, prompts_folder: Path, models_folder: Path, max_bytes: int) -> None:
         self._folder = folder
-        self._prompts = prompts
-        self._models = models
-        self._limit = limit
+        self._prompts_folder = prompts_folder
+        self._models_folder = models_folder
+        self._max_bytes = max_bytes
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def begin(self, kind: Kind, name: str, files: Sequence[tuple[str, int]], mark: str = "") -> dict[str, Any]:
+    async def begin(
+        self, kind: Kind, name: str, files: Sequence[tuple[str, int]], fingerprint: str = ""
+    ) -> dict[str, Any]:
         """Start an upload, or find the one that was begun. Raises Invalid, or Conflict for a name that is taken.
 
         `mark` is whatever else tells these files from others with the same names and sizes, such as their times.
         """
-        self._check(kind, name, files)
+        self._validate(kind, name, files)
         files = sorted(files)
-        upload_id = recipe_id("u", [kind, name, files, mark])
+        upload_id = recipe_id("u", [kind, name, files, fingerprint])
         async with self._lock(upload_id):
             return await asyncio.to_thread(self._begin, upload_id, kind, name, files)
 
@@ -63,55 +65,60 @@ class Uploads:
         async with self._lock(upload_id):
             return await asyncio.to_thread(self._state, upload_id)
 
-    async def append(self, upload_id: str, number: int, offset: int, piece: bytes) -> dict[str, Any]:
+    async def append(self, upload_id: str, number: int, offset: int, chunk: bytes) -> dict[str, Any]:
         """Add a piece to a file where it ends. Raises NotFound, Invalid, or Conflict with what there is already."""
         async with self._lock(upload_id):
-            return await asyncio.to_thread(self._append, upload_id, number, offset, piece)
+            return await asyncio.to_thread(self._append, upload_id, number, offset, chunk)
 
     async def cancel(self, upload_id: str) -> None:
         async with self._lock(upload_id):
-            await asyncio.to_thread(shutil.rmtree, self._place(upload_id))
+            await asyncio.to_thread(shutil.rmtree, self._upload_folder(upload_id))
 
     def _lock(self, upload_id: str) -> asyncio.Lock:
         return self._locks.setdefault(upload_id, asyncio.Lock())
 
-    def _check(self, kind: Kind, name: str, files: Sequence[tuple[str, int]]) -> None:
-        wrong: list[dict[str, str]] = []
-        if kind == "model" and (not FOLDER_NAME.fullmatch(name) or name == DEMO):
+    def _validate(self, kind: Kind, name: str, files: Sequence[tuple[str, int]]) -> None:
+        problems: list[dict[str, str]] = []
+        if kind == "model" and (not FOLDER_NAME_PATTERN.fullmatch(name) or name == DEMO):
             message = f"“{shorten(name)}” cannot be a model's name: letters, digits and “.-_” can, and not “{DEMO}”."
-            wrong.append({"field": "name", "message": message})
-        elif not _NAME.fullmatch(name):
+            problems.append({"field": "name", "message": message})
+        elif not _FILE_NAME_PATTERN.fullmatch(name):
             message = f"“{shorten(name)}” is not a name of letters, digits and “.-_ ”."
-            wrong.append({"field": "name", "message": message})
-        if not files or len(files) > (1 if kind == "prompts" else MOST_FILES):
-            wrong.append({"field": "files", "message": f"there are {len(files)}; 1 to {MOST_FILES} can be sent."})
+            problems.append({"field": "name", "message": message})
+        if not files or len(files) > (1 if kind == "prompts" else MAX_FILES):
+            problems.append({"field": "files", "message": f"there are {len(files)}; 1 to {MAX_FILES} can be sent."})
         for number, (path, _size) in enumerate(files):
-            if kind == "model" and not MODEL_FILES.fullmatch(path):
+            if kind == "model" and not MODEL_FILE_PATTERN.fullmatch(path):
                 message = (
                     f"“{shorten(path)}” is not a file of a model; safetensors, JSON and tokenizer files are taken."
                 )
-                wrong.append({"field": f"files.{number}.path", "message": message})
-            elif kind == "prompts" and (not _NAME.fullmatch(path) or not path.lower().endswith(SUFFIXES)):
-                message = f"“{shorten(path)}” is not a file of prompts; it must end in {ENDINGS}."
-                wrong.append({"field": f"files.{number}.path", "message": message})
+                problems.append({"field": f"files.{number}.path", "message": message})
+            elif kind == "prompts" and (
+                not _FILE_NAME_PATTERN.fullmatch(path) or not path.lower().endswith(PROMPT_FILE_SUFFIXES)
+            ):
+                message = f"“{shorten(path)}” is not a file of prompts; it must end in {SUFFIX_HELP}."
+                problems.append({"field": f"files.{number}.path", "message": message})
         if kind == "model" and "config.json" not in {path for path, _ in files}:
-            wrong.append({"field": "files", "message": "there is no config.json among them."})
+            problems.append({"field": "files", "message": "there is no config.json among them."})
         if len({path for path, _ in files}) != len(files):
-            wrong.append({"field": "files", "message": "a name stands there twice."})
+            problems.append({"field": "files", "message": "a name stands there twice."})
         total = sum(size for _, size in files)
-        if total > self._limit:
-            wrong.append(
-                {"field": "files", "message": f"{total / 1e9:.2f} GB are over the limit of {self._limit / 1e9:.2f} GB."}
+        if total > self._max_bytes:
+            problems.append(
+                {
+                    "field": "files",
+                    "message": f"{total / 1e9:.2f} GB are over the limit of {self._max_bytes / 1e9:.2f} GB.",
+                }
             )
-        if wrong:
-            raise invalid_from_entries(wrong)
+        if problems:
+            raise invalid_from_entries(problems)
 
     def _begin(self, upload_id: str, kind: Kind, name: str, files: Sequence[tuple[str, int]]) -> dict[str, Any]:
-        self._forget_stale_ones()
-        place = self._folder / upload_id
+        self._delete_stale_uploads()
+        folder = self._folder / upload_id
         (self._folder / f"{upload_id}.done").unlink(missing_ok=True)  # what was sent before may be gone since
-        if not place.is_dir():
-            target = self._target(kind, name, files)
+        if not folder.is_dir():
+            target = self._destination(kind, name, files)
             if target.exists():
                 raise Conflict(
                     f"There is “{target.name}” already.",
@@ -121,20 +128,20 @@ class Uploads:
             total = sum(size for _, size in files)
             self._folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self._folder).free
-            if total + ROOM > free:
+            if total + DISK_RESERVE_BYTES > free:
                 raise Conflict(
                     f"“{name}” has {total / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on the disk.",
                     code="disk_full", next_step="Make room there, or start the studio with another --save-dir.",
                 )  # fmt: skip
-            work = self._folder / f".{upload_id}"
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
-            about = {"kind": kind, "name": name, "files": [{"path": path, "bytes": size} for path, size in files]}
-            (work / "upload.json").write_text(json.dumps(about))
-            work.rename(place)
-        return self._finish_if_whole(upload_id)
+            draft_folder = self._folder / f".{upload_id}"
+            shutil.rmtree(draft_folder, ignore_errors=True)
+            draft_folder.mkdir()
+            manifest = {"kind": kind, "name": name, "files": [{"path": path, "bytes": size} for path, size in files]}
+            (draft_folder / "upload.json").write_text(json.dumps(manifest))
+            draft_folder.rename(folder)
+        return self._finish_if_complete(upload_id)
 
-    def _append(self, upload_id: str, number: int, offset: int, piece: bytes) -> dict[str, Any]:
+    def _append(self, upload_id: str, number: int, offset: int, chunk: bytes) -> dict[str, Any]:
         state = self._state(upload_id)
         if state["state"] == "done":
             return state
@@ -146,75 +153,79 @@ class Uploads:
                 f"{file['received']} bytes of “{file['path']}” are here, and this piece begins at {offset}.",
                 code="wrong_offset", next_step="Go on from what is here.", details={"upload": state},
             )  # fmt: skip
-        if offset + len(piece) > file["bytes"]:
+        if offset + len(chunk) > file["bytes"]:
             raise Invalid(
-                f"offset: “{file['path']}” has {file['bytes']} bytes, and this piece ends at {offset + len(piece)}.",
+                f"offset: “{file['path']}” has {file['bytes']} bytes, and this piece ends at {offset + len(chunk)}.",
                 field="offset", next_step="Begin the upload again: the file may have changed.",
             )  # fmt: skip
-        with (self._place(upload_id) / str(number)).open("ab") as out:
-            out.write(piece)
-        return self._finish_if_whole(upload_id)
+        with (self._upload_folder(upload_id) / str(number)).open("ab") as out:
+            out.write(chunk)
+        return self._finish_if_complete(upload_id)
 
-    def _finish_if_whole(self, upload_id: str) -> dict[str, Any]:
+    def _finish_if_complete(self, upload_id: str) -> dict[str, Any]:
         """Move a whole upload to where it belongs. Its state then says so, for the last time."""
         state = self._state(upload_id)
         if any(file["received"] < file["bytes"] for file in state["files"]):
             return state
-        place = self._place(upload_id)
-        target = self._target(state["kind"], state["name"], [(file["path"], file["bytes"]) for file in state["files"]])
+        folder = self._upload_folder(upload_id)
+        target = self._destination(
+            state["kind"], state["name"], [(file["path"], file["bytes"]) for file in state["files"]]
+        )
         if target.exists():
             raise Conflict(
                 f"There is “{target.name}” already; it came while this was sent.",
                 code="exists",
                 next_step="Delete the old one and begin again, or send this under another name.",
             )
-        whole = place / "whole"
-        whole.mkdir(exist_ok=True)
+        complete_folder = folder / "whole"
+        complete_folder.mkdir(exist_ok=True)
         for number, file in enumerate(state["files"]):
-            part = place / str(number)
+            part = folder / str(number)
             if part.is_file() or file["bytes"] == 0:  # else a crash came after it had been moved
                 part.touch()
-                part.rename(whole / file["path"])
+                part.rename(complete_folder / file["path"])
         target.parent.mkdir(parents=True, exist_ok=True)
-        (whole if state["kind"] == "model" else whole / state["files"][0]["path"]).rename(target)
+        (complete_folder if state["kind"] == "model" else complete_folder / state["files"][0]["path"]).rename(target)
         done = state | {"state": "done", "result": target.name}
         (self._folder / f"{upload_id}.done").write_text(json.dumps(done))
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         return done
 
     def _state(self, upload_id: str) -> dict[str, Any]:
         finished = self._folder / f"{upload_id}.done"
-        if _ID.fullmatch(upload_id) and finished.is_file():  # an answer that was lost on its way is given again
+        if (
+            _UPLOAD_ID_PATTERN.fullmatch(upload_id) and finished.is_file()
+        ):  # an answer that was lost on its way is given again
             done: dict[str, Any] = json.loads(finished.read_text())
             return done
-        place = self._place(upload_id)
-        about: dict[str, Any] = json.loads((place / "upload.json").read_text())
-        for number, file in enumerate(about["files"]):
-            part, moved = place / str(number), place / "whole" / file["path"]
-            here = part if part.is_file() else moved
-            file["received"] = here.stat().st_size if here.is_file() else 0
-        return {"id": upload_id, "state": "open", "piece": PIECE, **about}
+        folder = self._upload_folder(upload_id)
+        manifest: dict[str, Any] = json.loads((folder / "upload.json").read_text())
+        for number, file in enumerate(manifest["files"]):
+            part, moved = folder / str(number), folder / "whole" / file["path"]
+            received_file = part if part.is_file() else moved
+            file["received"] = received_file.stat().st_size if received_file.is_file() else 0
+        return {"id": upload_id, "state": "open", "piece": CHUNK_BYTES, **manifest}
 
-    def _place(self, upload_id: str) -> Path:
-        place = self._folder / upload_id
-        if not _ID.fullmatch(upload_id) or not (place / "upload.json").is_file():
+    def _upload_folder(self, upload_id: str) -> Path:
+        folder = self._folder / upload_id
+        if not _UPLOAD_ID_PATTERN.fullmatch(upload_id) or not (folder / "upload.json").is_file():
             raise NotFound(
                 f"There is no upload “{shorten(upload_id)}” that is not finished.", next_step="Begin it again."
             )
-        return place
+        return folder
 
-    def _target(self, kind: Kind, name: str, files: Sequence[tuple[str, int]]) -> Path:
-        return self._prompts / files[0][0] if kind == "prompts" else self._models / name
+    def _destination(self, kind: Kind, name: str, files: Sequence[tuple[str, int]]) -> Path:
+        return self._prompts_folder / files[0][0] if kind == "prompts" else self._models_folder / name
 
-    def _forget_stale_ones(self) -> None:
+    def _delete_stale_uploads(self) -> None:
         """Uploads that nobody has gone on with for a week."""
         if self._folder.is_dir():
-            for place in self._folder.iterdir():
+            for path in self._folder.iterdir():
                 with suppress(FileNotFoundError):  # another upload ends meanwhile, and its files move away
-                    parts = [place, *place.iterdir()] if place.is_dir() else [place]
+                    parts = [path, *path.iterdir()] if path.is_dir() else [path]
                     if time.time() - max(part.stat().st_mtime for part in parts) < STALE_SECONDS:
                         continue
-                    if place.is_dir():
-                        shutil.rmtree(place, ignore_errors=True)
+                    if path.is_dir():
+                        shutil.rmtree(path, ignore_errors=True)
                     else:
-                        place.unlink(missing_ok=True)
+                        path.unlink(missing_ok=True)

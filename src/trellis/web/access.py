@@ -27,7 +27,7 @@ from ..errors import Refused, TrellisError, shorten
 from ..settings import Settings, is_loopback
 from ..store import logins
 from ..store.store import Store
-from ..studio.chat.api_keys import PREFIX, Keys
+from ..studio.chat.api_keys import KEY_PREFIX, ApiKeys
 from .openai_errors import is_openai_path, to_openai_error
 
 LOGIN_COOKIE = "trellis"
@@ -146,7 +146,7 @@ class LoginGuard:
 class AccessMiddleware:
     """The outermost layer: what does not pass here reaches nothing."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, guard: LoginGuard, keys: Keys) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, guard: LoginGuard, keys: ApiKeys) -> None:
         self._app = app
         self._keys = keys
         self._allowed_hosts = settings.host_names
@@ -167,10 +167,10 @@ class AccessMiddleware:
                 return
             if is_openai_request and (sent_key := bearer_token(headers)):
                 # A key is nothing that a browser sends by itself, so whoever sends one may come from any site.
-                scope["trellis.key"] = key = await self._keys.owner(sent_key)
+                scope["trellis.key"] = key = await self._keys.find_key_id(sent_key)
                 if key is not None:
                     send = with_cors(send)
-                elif self._guard.requires_password or sent_key.startswith(PREFIX) or is_cross_origin(headers):
+                elif self._guard.requires_password or sent_key.startswith(KEY_PREFIX) or is_cross_origin(headers):
                     # The page that sent it may read that it is none; nothing else is said to it.
                     await send_error(scope, with_cors(send), 401, invalid_api_key_error())
                     return

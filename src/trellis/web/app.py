@@ -99,4 +99,4 @@ def create_app(studio: Studio, settings: Settings) -> ASGIApp:
     for route_module in route_modules:
         app.include_router(route_module.router)
     app.mount(f"/static/{STATIC_VERSION}", VersionedStaticFiles(directory=STATIC), name="static")
-    return AccessMiddleware(app, settings, guard, studio.keys)
+    return AccessMiddleware(app, settings, guard, studio.api_keys)

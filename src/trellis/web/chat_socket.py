@@ -19,7 +19,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from ..errors import Invalid, Refused, TrellisError, internal_error, shorten
 from ..params import invalid_from_details
-from ..studio.chat.room import MOST_MODELS, Room
+from ..studio.chat.room import MAX_MODELS, Room
 from ..studio.hub import HubEvent
 from ..studio.studio import Studio
 from ..text_rules import PROMPT_LIMIT, require_storable
@@ -47,7 +47,7 @@ MessageText = Annotated[str, Field(max_length=PROMPT_LIMIT), AfterValidator(requ
 
 ModelNames = (
     Annotated[str, Field(max_length=300)]
-    | Annotated[list[Annotated[str, Field(max_length=300)]], Field(max_length=MOST_MODELS, fail_fast=True)]
+    | Annotated[list[Annotated[str, Field(max_length=300)]], Field(max_length=MAX_MODELS, fail_fast=True)]
     | None
 )
 
@@ -155,8 +155,8 @@ class RoomConnection:
         self._is_room_closed = False
 
     async def run(self, after: int | None) -> None:
-        last = self._room.last
-        with self._studio.rooms.watching(self._room):
+        last = self._room.last_event_number
+        with self._studio.rooms.watch(self._room):
             try:
                 await self._send("connected", room=self._room.as_json(), last=last)
                 self._start_sending(last if after is None else after)
@@ -210,11 +210,11 @@ class RoomConnection:
             self._rate_limiter.hit(self._client)
         match command:
             case Send():
-                sent_message = room.said(command.request)
+                sent_message = room.message_by_request(command.request)
                 models = [command.model] if isinstance(command.model, str) else command.model or []
-                if len(models) > MOST_MODELS:
+                if len(models) > MAX_MODELS:
                     raise Invalid(
-                        f"model: {MOST_MODELS} can answer at once, got {len(models)}.", field="model",
+                        f"model: {MAX_MODELS} can answer at once, got {len(models)}.", field="model",
                         next_step="Choose fewer.",
                     )  # fmt: skip
                 await room.send(
@@ -222,7 +222,7 @@ class RoomConnection:
                     files=command.attachments,
                 )  # fmt: skip
                 if sent_message:  # it was sent before, and is told again to who asks
-                    await self._send("message", message=await room.whole(sent_message), head=room.head)
+                    await self._send("message", message=await room.rendered_message(sent_message), head=room.head)
             case Stop():
                 await room.stop(command.message)
             case Edit():
@@ -230,9 +230,9 @@ class RoomConnection:
             case Regenerate():
                 await room.regenerate(command.message, command.request, command.model)
             case Continue():
-                await room.go_on(command.message)
+                await room.continue_answer(command.message)
             case Choose():
-                await room.choose(command.message)
+                await room.select_branch(command.message)
             case Rate():
                 await room.rate(command.message, command.rating)
 
@@ -261,7 +261,7 @@ class RoomConnection:
             while True:
                 if not await self._send_backlog() or not await self._send_live():
                     break
-            await self._socket.close(1012 if self._studio.hub.closing else 1000)
+            await self._socket.close(1012 if self._studio.hub.is_closing else 1000)
         except (WebSocketDisconnect, RuntimeError):
             pass  # it is gone, which whoever listens to it sees
         except Exception:
@@ -278,7 +278,7 @@ class RoomConnection:
                 else:
                     await self._socket.send_text(event.json)
                     self._last_sent = event.data["seq"]
-                if self._write_frame and self._last_sent == self._room.last:
+                if self._write_frame and self._last_sent == self._room.last_event_number:
                     return True
         return False
 
@@ -287,7 +287,7 @@ class RoomConnection:
         more of them."""
         self._fell_behind.clear()
         self._is_room_closed = False
-        unsubscribe = self._studio.rooms.listen(self._room, self._on_event)
+        unsubscribe = self._studio.rooms.add_listener(self._room, self._on_event)
         try:
             await self._fell_behind.wait()
         finally:
@@ -307,14 +307,14 @@ class RoomConnection:
 
     async def _send_snapshot(self) -> None:
         """All messages as they are, for who has missed more than is kept."""
-        found, seq = await self._room.view(list(self._room.messages.values()))
+        found, seq = await self._room.rendered_messages(list(self._room.messages.values()))
         for message in found:
             payload = {"type": "message", "seq": seq, "message": message, "head": self._room.head}
             await self._socket.send_text(json.dumps(payload, ensure_ascii=False))
         self._last_sent = seq
 
     async def _send(self, kind: str, **data: Any) -> None:
-        payload = {"type": kind, "seq": self._room.last, **data}
+        payload = {"type": kind, "seq": self._room.last_event_number, **data}
         await self._socket.send_text(json.dumps(payload, ensure_ascii=False))
 
 

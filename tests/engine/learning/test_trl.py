@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import open_studio
 from tests.studio.steering.test_sessions import choose
 from trellis.messages import Ranking, Written
-from trellis.studio.review.journal import choices
+from trellis.studio.review.journal import export_choices
 from trellis.workers.worker import Spawn
 
 pytestmark = [
@@ -35,7 +35,7 @@ async def exported(tmp_path: Path, fake_spawn: Spawn) -> dict[str, Path]:
             await choose(session, choice)
         for layout in ("trl-preference", "trl-unpaired"):
             files[layout] = tmp_path / f"{layout}.jsonl"
-            files[layout].write_text("".join(await choices(studio.store, session, layout)), encoding="utf-8")
+            files[layout].write_text("".join(await export_choices(studio.store, session, layout)), encoding="utf-8")
     return files
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.test_markdown import CORPUS, TEXTS, visible
 from trellis.markdown import text_to_html
 from trellis.messages import Answered, Spoke
-from trellis.studio.chat.answer import Answering
+from trellis.studio.chat.answer import GrowingAnswer
 from trellis.studio.chat.message import Message
 
 pytestmark = pytest.mark.anyio
@@ -25,13 +25,13 @@ class Shown:
         self._text, self._chance = text, chance
         self.html, self.shown, self.told = "", 0, 0
 
-    async def speak(self, message: Message, answering: Answering) -> None:
+    async def speak(self, message: Message, answering: GrowingAnswer) -> None:
         at = 0
         while at < len(self._text):
             size = self._chance.randint(1, 12)
-            await answering.take(Spoke(text=self._text[at : at + size], tokens=1))
+            await answering.handle_event(Spoke(text=self._text[at : at + size], tokens=1))
             at += size
-        await answering.take(Answered(finish="stop", tokens=1, prompt_tokens=1, seconds_to_first=0, seconds=0))
+        await answering.handle_event(Answered(finish="stop", tokens=1, prompt_tokens=1, seconds_to_first=0, seconds=0))
 
     async def save(self, message: Message) -> None:
         pass
@@ -42,18 +42,18 @@ class Shown:
             self.html, self.shown = self.html + data["html"], data["shown"]
 
     def tell(self, message: Message) -> None:
-        self.html, self.shown = message.html or "", message.shown
+        self.html, self.shown = message.html or "", message.rendered_length
         self.told += 1
 
 
 async def grown(text: str, chance: random.Random) -> tuple[Shown, Message]:
     message = Message("m", "r", None, "assistant", "", state="growing", html="")
     room = Shown(text, chance)
-    answering = Answering(room, message)
+    answering = GrowingAnswer(room, message)
     await answering.run()
     await answering.finish()
     assert message.text == text
-    assert message.shown == len(text) == room.shown
+    assert message.rendered_length == len(text) == room.shown
     assert message.html == room.html
     return room, message
 
@@ -80,8 +80,13 @@ async def test_a_thought_that_the_template_opened_is_folded_as_soon_as_it_ends()
 
 
 def test_a_speed_is_told_only_where_it_was_measured() -> None:
-    answering = Answering(Shown("", random.Random(1)), Message("m", "r", None, "assistant", ""))
-    answering._first, answering._latest, answering._tokens_at_first, answering._tokens = 1.0, 1.0001, 1, 6
+    answering = GrowingAnswer(Shown("", random.Random(1)), Message("m", "r", None, "assistant", ""))
+    answering._first_token_time, answering._last_token_time, answering._tokens_at_first, answering._tokens = (
+        1.0,
+        1.0001,
+        1,
+        6,
+    )
     assert answering._usage()["tokens_per_second"] is None
-    answering._latest = 2.0
+    answering._last_token_time = 2.0
     assert answering._usage()["tokens_per_second"] == 5.0

@@ -10,24 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trellis.errors import Invalid
-from trellis.studio.chat.imports import Plan, import_rooms, plans_of
+from trellis.studio.chat.imports import RoomPlan, import_rooms, plan_rooms
 from trellis.studio.chat.message import Message
 from trellis.studio.studio import Studio
 
 pytestmark = pytest.mark.anyio
 
 
-def planned(data: Any) -> Plan:
+def planned(data: Any) -> RoomPlan:
     """The one conversation of a file."""
-    (plan,), left_out = plans_of(data if isinstance(data, bytes) else json.dumps(data).encode())
+    (plan,), left_out = plan_rooms(data if isinstance(data, bytes) else json.dumps(data).encode())
     assert left_out == []
     return plan
 
 
-def branch(plan: Plan) -> list[tuple[str, str]]:
+def branch(plan: RoomPlan) -> list[tuple[str, str]]:
     """What is said on the branch that is looked at."""
-    by_id: dict[str | None, Message] = {each.id: each for each in plan.room["messages"]}
-    found, at = [], by_id.get(plan.room["head"])
+    by_id: dict[str | None, Message] = {each.id: each for each in plan.room_arguments["messages"]}
+    found, at = [], by_id.get(plan.room_arguments["head"])
     while at:
         found.append((at.role, at.text))
         at = by_id.get(at.parent)
@@ -59,7 +59,7 @@ async def test_the_good_ones_of_a_file_are_imported_and_the_bad_named(studio: St
     assert imported.left_out[1].startswith("“Too warm”: ")
     assert "99" in imported.left_out[1]
     assert imported.left_out[2].startswith("“number 4”")
-    assert {each["title"] for each in await studio.rooms.found()} == {"First", "Last"}
+    assert {each["title"] for each in await studio.rooms.search()} == {"First", "Last"}
 
 
 async def test_a_file_of_bad_ones_alone_is_refused_with_the_first_reason(studio: Studio) -> None:
@@ -68,7 +68,7 @@ async def test_a_file_of_bad_ones_alone_is_refused_with_the_first_reason(studio:
         await import_rooms(studio.rooms, json.dumps(bad).encode())
     assert "“Bad 0”: message 1 is neither" in refused.value.message
     assert "2 others" in refused.value.message
-    assert await studio.rooms.found() == []
+    assert await studio.rooms.search() == []
 
 
 @pytest.mark.parametrize(("content", "text"), [
@@ -99,7 +99,7 @@ def test_names_of_files_stay_in_the_text() -> None:
 @pytest.mark.parametrize("role", ["system", "developer"])
 def test_what_a_system_says_first_becomes_the_system_prompt(role: str) -> None:
     plan = planned(open_webui({"role": role, "content": "Be brief."}, ASKED, ANSWERED))
-    assert plan.room["system"] == "Be brief."
+    assert plan.room_arguments["system"] == "Be brief."
     assert branch(plan) == TALK
     assert plan.notes == []
 
@@ -122,7 +122,7 @@ def test_branches_behind_what_was_left_out_stay_branches() -> None:
     for name in ("3", "4"):
         messages[name] = {"id": name, "parentId": "2", "role": "assistant", "content": f"Answer {name}."}
     plan = planned(data)
-    texts = {each.text: each for each in plan.room["messages"]}
+    texts = {each.text: each for each in plan.room_arguments["messages"]}
     assert set(texts) == {"Hello.", "Good day.", "Answer 3.", "Answer 4."}
     assert texts["Answer 3."].parent == texts["Answer 4."].parent == texts["Good day."].id
 
@@ -155,12 +155,12 @@ def test_chatgpt() -> None:
         ("user", "[sea.png]\n\n[picture]\nWhat is it?"),
         ("assistant", "<think>\nHm.\n</think>\n\n\n\nThe sea."),
     ]
-    assert {each.text for each in plan.room["messages"]} > {"A lake."}
+    assert {each.text for each in plan.room_arguments["messages"]} > {"A lake."}
     assert plan.models == ["gpt-4o"]
     assert plan.notes == [
         "“Sea”: 1 picture, 1 file, 1 message of the role “tool call” and 1 message of the role “tool” were left out."
     ]
-    assert plan.room["messages"][0].created == pytest.approx(1_700_000_000.5)
+    assert plan.room_arguments["messages"][0].created == pytest.approx(1_700_000_000.5)
 
 
 def test_claude() -> None:
@@ -171,7 +171,7 @@ def test_claude() -> None:
     ]  # fmt: skip
     plan = planned([{"uuid": "c", "name": "A talk", "chat_messages": messages}])
     assert branch(plan) == [("user", "[a.txt]\n\nHello."), TALK[1]]
-    assert plan.room["title"] == "A talk"
+    assert plan.room_arguments["title"] == "A talk"
 
 
 def test_lm_studio() -> None:
@@ -186,8 +186,8 @@ def test_lm_studio() -> None:
         {"versions": [question], "currentlySelected": 0}, {"versions": [other, answer], "currentlySelected": 1},
     ]})  # fmt: skip
     assert branch(plan) == [TALK[0], ("assistant", "<think>\nHm.\n</think>\n\nGood day.")]
-    assert len(plan.room["messages"]) == 3
-    assert plan.room["system"] == "Be brief."
+    assert len(plan.room_arguments["messages"]) == 3
+    assert plan.room_arguments["system"] == "Be brief."
 
 
 @pytest.mark.parametrize("data", [
@@ -201,23 +201,23 @@ def test_plain_messages(data: Any) -> None:
 
 def test_json_lines_utf_16_and_archives() -> None:
     line = json.dumps(open_webui(ASKED, ANSWERED))
-    plans, left_out = plans_of(f"{line}\n{{broken}}\n{line}\n".encode())
+    plans, left_out = plan_rooms(f"{line}\n{{broken}}\n{line}\n".encode())
     assert len(plans) == 2
     assert left_out[0].startswith("“line 2”: it is not whole JSON")
     assert branch(planned(line.encode("utf-16"))) == TALK
     with pytest.raises(Invalid, match="unpack it"):
-        plans_of(b"PK\x03\x04rest")
+        plan_rooms(b"PK\x03\x04rest")
 
 
 def test_a_role_that_nobody_has_is_told_in_our_own_format_too() -> None:
     messages = [{"id": "1", "role": "tool", "text": "x"}]
     with pytest.raises(Invalid, match="message 1 is from neither"):
-        plans_of(json.dumps({"format": "trellis-room-1", "messages": messages}).encode())
+        plan_rooms(json.dumps({"format": "trellis-room-1", "messages": messages}).encode())
 
 
 def test_a_long_system_prompt_is_cut_and_that_is_told() -> None:
     plan = planned({"messages": [{"role": "system", "content": "x" * 20_005}, ASKED], "title": "Long"})
-    assert len(plan.room["system"]) == 20_000
+    assert len(plan.room_arguments["system"]) == 20_000
     assert plan.notes == ["“Long”: 5 characters of the system prompt were left out."]
 
 
@@ -237,7 +237,7 @@ def test_whatever_a_file_holds_is_read_or_refused(data: Any) -> None:
     for each in (data, {"messages": data}, {"chat": {"history": {"messages": data}}}, {"mapping": data},
                  {"format": "trellis-room-1", "messages": data}, {"chat_messages": data}):  # fmt: skip
         try:
-            plans, left_out = plans_of(json.dumps(each).encode())
+            plans, left_out = plan_rooms(json.dumps(each).encode())
         except Invalid as refused:
             assert refused.code == "unreadable"
         else:
@@ -261,7 +261,7 @@ def test_a_parent_that_is_no_name_is_none(program: str) -> None:
 
 def test_an_id_that_is_no_name_is_told() -> None:
     with pytest.raises(Invalid, match="has none"):
-        plans_of(json.dumps({"chat_messages": [{"uuid": {"a": 1}, "sender": "human", "text": "Hello."}]}).encode())
+        plan_rooms(json.dumps({"chat_messages": [{"uuid": {"a": 1}, "sender": "human", "text": "Hello."}]}).encode())
 
 
 def test_what_was_left_out_is_told_in_text_that_can_be_sent() -> None:

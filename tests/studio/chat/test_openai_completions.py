@@ -13,7 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trellis.errors import TrellisError
-from trellis.studio.chat.openai_completions import Answer, NotACompletion, Stream, error_of, pieces_of
+from trellis.studio.chat.openai_completions import (
+    AnswerAssembler,
+    EventStream,
+    NotACompletion,
+    error_message,
+    parse_deltas,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -36,15 +42,15 @@ async def in_pieces(body: bytes, size: int) -> AsyncIterator[bytes]:
 
 async def read(body: bytes, size: int = 10_000, begun: str = "") -> tuple[str, str]:
     """The text that an answer came to, and the code of the error that it ended with (or how it finished)."""
-    stream, answer, text = Stream(in_pieces(body, size)), Answer(begun), ""
+    stream, answer, text = EventStream(in_pieces(body, size)), AnswerAssembler(begun), ""
     async for data in stream:
-        if (error := error_of(data)) is not None:
+        if (error := error_message(data)) is not None:
             return text, f"error: {error}"
-        for piece in pieces_of(data):
-            text += answer.take(piece)
-    text += answer.rest()
+        for piece in parse_deltas(data):
+            text += answer.add(piece)
+    text += answer.closing_text()
     try:
-        answer.require_good_end("model", "server", stream.ended)
+        answer.require_complete("model", "server", stream.is_done)
     except TrellisError as told:
         assert told.message.endswith((".", "!"))
         assert told.next_step.endswith(".")
@@ -160,9 +166,9 @@ async def test_what_is_no_answer_is_refused(body: bytes) -> None:
 
 
 async def test_a_web_page_is_no_answer() -> None:
-    stream = Stream(in_pieces(b"<html>Sign in</html>", 5))
+    stream = EventStream(in_pieces(b"<html>Sign in</html>", 5))
     assert [data async for data in stream] == []
-    assert not stream.ended
+    assert not stream.is_done
 
 
 async def test_a_thought_that_broke_off_goes_on_and_is_closed_once() -> None:
@@ -199,7 +205,7 @@ async def test_an_answer_in_small_pieces_takes_no_longer_than_it_is_long(what: s
     body, size = HELD_UP[what]
     started = time.process_time()
     with suppress(NotACompletion):
-        async for _ in Stream(in_pieces(body, size)):
+        async for _ in EventStream(in_pieces(body, size)):
             pass
     assert time.process_time() - started < 8
 

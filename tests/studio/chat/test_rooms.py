@@ -21,10 +21,10 @@ from trellis.errors import Conflict, Invalid, NotFound, TrellisError
 from trellis.messages import Written
 from trellis.store import rooms as rows
 from trellis.studio.chat import room as room_module
-from trellis.studio.chat.exports import written
+from trellis.studio.chat.exports import export_room
 from trellis.studio.chat.imports import import_rooms
 from trellis.studio.chat.message import Message
-from trellis.studio.chat.room import Room, title_of, with_files
+from trellis.studio.chat.room import Room, make_title, text_with_files
 from trellis.studio.studio import Studio
 from trellis.workers.processes import ProcessSpawner
 from trellis.workers.worker import Spawn
@@ -87,7 +87,7 @@ async def test_editing_and_asking_again_keep_what_was_said(studio: Studio) -> No
     path = await quiet(room)
     assert path[0] is edited
     assert {each.text for each in room.children(None)} == {"Hello.", "Good evening."}
-    await room.choose(answer.id)
+    await room.select_branch(answer.id)
     assert [each.id for each in room.path(room.head)] == [first.id, answer.id]
     mended = await room.edit(answer.id, "What it should have said.", "mend-request")
     assert mended.finish == "edited"
@@ -98,15 +98,15 @@ async def test_an_answer_can_be_stopped_and_goes_on(studio: Studio) -> None:
     room = await studio.rooms.create()
     await room.send(LONG, "a request")
     answer = room.message(room.head or "")
-    await until(lambda: room._growing[answer.id]._length > 20)
+    await until(lambda: room._growing_answers[answer.id]._length > 20)
     await room.stop()
     assert answer.state == "stopped"
     text = answer.text
     assert 0 < len(text.split()) < 400
     await asyncio.sleep(0.05)
     assert answer.text == text
-    await room.go_on(answer.id)
-    await until(lambda: room._growing[answer.id]._length > len(text) + 20)
+    await room.continue_answer(answer.id)
+    await until(lambda: room._growing_answers[answer.id]._length > len(text) + 20)
     await room.stop()
     assert answer.text.startswith(text)
     assert len(answer.text) > len(text)
@@ -131,7 +131,7 @@ async def test_several_answer_side_by_side_and_one_is_gone_on_with(studio: Studi
     assert one.group == other.group is not None
     assert [each.model for each in (one, other)] == ["demo", f"session:{session.id}@{session.tree.head_id}"]
     assert one.text != other.text, "the fake's words depend on the weights"
-    await room.choose(other.id)
+    await room.select_branch(other.id)
     await room.send("More.", "another request", models=["demo"])
     path = await quiet(room)
     assert path[1] is other
@@ -148,14 +148,14 @@ async def test_every_step_of_a_session_can_be_talked_to(studio: Studio) -> None:
         f"session:{session.id}@{session.tree.head_id}": "Hop, step 1",
     }  # fmt: skip
     for name, label in names.items():
-        assert (await studio.speakers.find(name)).label == label
+        assert (await studio.chat_targets.find(name)).label == label
         room = await said(studio, "Hello.", models=[name])
         assert (await quiet(room))[-1].state == "done", name
     for name in ("session:Nobody", "session:Hop@7", "no such model", "session:", "session:Hop@"):
         if name != "session:Hop@":
             with pytest.raises(NotFound):
-                await studio.speakers.find(name)
-    versions = await studio.speakers.versions(session.id)
+                await studio.chat_targets.find(name)
+    versions = await studio.chat_targets.list_versions(session.id)
     assert [each["head"] for each in versions] == [True, False]
 
 
@@ -172,15 +172,15 @@ async def test_a_restart_shows_what_broke_off_and_goes_on(tmp_path: Path, fake_s
         room = await studio.rooms.create()
         await room.send(LONG, "a request")
         answer = room.message(room.head or "")
-        await until(lambda: room._growing[answer.id]._length > 20)
+        await until(lambda: room._growing_answers[answer.id]._length > 20)
     assert answer.state == "interrupted"
     async with open_studio(tmp_path, fake_spawn) as studio:
         again = await studio.rooms.room(room.id)
         known = again.message(answer.id)
         assert known.state == "interrupted"
         assert known.text == answer.text != ""
-        await again.go_on(known.id)
-        await until(lambda: again._growing[known.id]._length > len(answer.text))
+        await again.continue_answer(known.id)
+        await until(lambda: again._growing_answers[known.id]._length > len(answer.text))
         await again.stop()
         assert known.text.startswith(answer.text)
 
@@ -195,7 +195,7 @@ async def test_an_answer_is_written_down_as_it_grows(studio: Studio, monkeypatch
         _, messages = await studio.store.read(rows.get_room, room.id) or ({}, [])
         return str(next(each["text"] for each in messages if each["id"] == answer))
 
-    await until(lambda: room._growing[answer]._length > 100)
+    await until(lambda: room._growing_answers[answer]._length > 100)
     await asyncio.sleep(0.1)
     assert len(await stored()) > 50
     await studio.store.write(rows.interrupt_messages)
@@ -210,8 +210,8 @@ async def test_the_death_of_an_engine_in_mid_answer_is_said_and_gone_on_from(tmp
         room = await studio.rooms.create()
         await room.send(LONG, "a request")
         answer = room.message(room.head or "")
-        await until(lambda: room._growing[answer.id]._length > 20)
-        (held,) = studio.models._held.values()
+        await until(lambda: room._growing_answers[answer.id]._length > 20)
+        (held,) = studio.models._instances.values()
         assert held.worker is not None
         assert held.worker.pid is not None
         os.kill(held.worker.pid, signal.SIGKILL)
@@ -220,8 +220,8 @@ async def test_the_death_of_an_engine_in_mid_answer_is_said_and_gone_on_from(tmp
         assert answer.error is not None
         assert answer.error["code"] == "engine_died"
         text = answer.text
-        await room.go_on(answer.id)
-        await until(lambda: room._growing[answer.id]._length > len(text))
+        await room.continue_answer(answer.id)
+        await until(lambda: room._growing_answers[answer.id]._length > len(text))
         await room.stop()
         assert answer.text.startswith(text)
         assert answer.error is None
@@ -249,10 +249,10 @@ async def test_nothing_is_not_said(studio: Studio, text: str) -> None:
 
 async def test_settings_are_checked_and_kept(studio: Studio) -> None:
     room = await studio.rooms.create()
-    await room.change(title="Mine", system="Be brief.", sampling={"temperature": 0.5}, models=["demo"])
+    await room.update_settings(title="Mine", system="Be brief.", sampling={"temperature": 0.5}, models=["demo"])
     for sampling in ({"temperature": 9}, {"heat": 1}, {"max_new_tokens": 0}):
         with pytest.raises(Invalid) as refused:
-            await room.change(sampling=sampling)
+            await room.update_settings(sampling=sampling)
         assert (refused.value.field or "").startswith("sampling.")
     await studio.rooms.close()
     studio.rooms._rooms.clear()
@@ -270,14 +270,14 @@ async def test_all_that_was_said_is_found(studio: Studio) -> None:
     one = await said(studio, "Tell me of the Ärger with butterflies.")
     other = await said(studio, "100% of the sea_side")
     await said(studio, "Nothing.", title="Butterflies and bees")
-    assert {each["title"] for each in await studio.rooms.found("butterflies")} == {one.title, "Butterflies and bees"}
-    assert [each["id"] for each in await studio.rooms.found("ÄRGER butterflies")] == [one.id]
-    assert [each["id"] for each in await studio.rooms.found("100% sea_side")] == [other.id]
-    assert await studio.rooms.found("%_%") == []
-    assert "Ärger" in (await studio.rooms.found("ärger"))[0]["found"]
-    await one.change(archived=True)
-    assert await studio.rooms.found("ärger") == []
-    assert [each["id"] for each in await studio.rooms.found("ärger", archived=True)] == [one.id]
+    assert {each["title"] for each in await studio.rooms.search("butterflies")} == {one.title, "Butterflies and bees"}
+    assert [each["id"] for each in await studio.rooms.search("ÄRGER butterflies")] == [one.id]
+    assert [each["id"] for each in await studio.rooms.search("100% sea_side")] == [other.id]
+    assert await studio.rooms.search("%_%") == []
+    assert "Ärger" in (await studio.rooms.search("ärger"))[0]["found"]
+    await one.update_settings(archived=True)
+    assert await studio.rooms.search("ärger") == []
+    assert [each["id"] for each in await studio.rooms.search("ärger", archived=True)] == [one.id]
 
 
 async def test_composed_and_decomposed_letters_are_found_alike(studio: Studio) -> None:
@@ -285,19 +285,19 @@ async def test_composed_and_decomposed_letters_are_found_alike(studio: Studio) -
     rooms = {(await said(studio, f"{'words before it ' * 30}{text} {number}")).id
              for number, text in enumerate((composed, decomposed))}  # fmt: skip
     for q in (composed, decomposed, composed.upper(), "CAFE\u0301 zürich"):
-        found = await studio.rooms.found(q)
+        found = await studio.rooms.search(q)
         assert {each["id"] for each in found} == rooms, q
         assert all("rich" in each["found"] for each in found)
     old = decomposed.casefold()  # as it was stored before letters were composed
     (room, *_) = rooms
     opened = await studio.rooms.room(room)
-    await studio.store.write(rows.change_message, opened.path(opened.head)[0].id, {"folded": old})
-    assert room in {each["id"] for each in await studio.rooms.found("zürich")}
+    await studio.store.write(rows.update_message, opened.path(opened.head)[0].id, {"folded": old})
+    assert room in {each["id"] for each in await studio.rooms.search("zürich")}
 
 
 async def test_the_place_that_was_found_is_shown_though_folding_makes_text_longer(studio: Studio) -> None:
     await said(studio, "ß" * 500 + " The needle is here.")
-    assert "needle" in (await studio.rooms.found("needle"))[0]["found"]
+    assert "needle" in (await studio.rooms.search("needle"))[0]["found"]
 
 
 async def test_a_deleted_room_is_gone(studio: Studio) -> None:
@@ -306,7 +306,7 @@ async def test_a_deleted_room_is_gone(studio: Studio) -> None:
     await studio.rooms.delete(room.id)
     with pytest.raises(NotFound):
         await studio.rooms.room(room.id)
-    assert await studio.rooms.found() == []
+    assert await studio.rooms.search() == []
 
 
 async def test_ratings_are_kept(studio: Studio) -> None:
@@ -324,7 +324,7 @@ async def test_a_room_comes_back_as_it_was_taken_away(studio: Studio, format: st
     room = await said(studio, "Hello.", "More.")
     await room.regenerate(room.head or "", "again-request")
     await quiet(room)
-    (back,) = (await import_rooms(studio.rooms, written(room, format).encode())).rooms
+    (back,) = (await import_rooms(studio.rooms, export_room(room, format).encode())).rooms
     assert back.title == room.title
     assert back.models == room.models
 
@@ -337,7 +337,7 @@ async def test_a_room_comes_back_as_it_was_taken_away(studio: Studio, format: st
 
 async def test_a_branch_comes_back_from_markdown(studio: Studio) -> None:
     room = await said(studio, "Hello.", "## User\n\nis a heading of mine", system="Be brief.\nVery.")
-    (back,) = (await import_rooms(studio.rooms, written(room, "markdown").encode())).rooms
+    (back,) = (await import_rooms(studio.rooms, export_room(room, "markdown").encode())).rooms
     assert back.system == room.system
     assert back.title == room.title
     texts = [each.text for each in room.path(room.head)]
@@ -359,28 +359,28 @@ async def test_what_is_no_room_is_refused_and_makes_none(studio: Studio, body: b
     with pytest.raises(Invalid) as refused:
         await import_rooms(studio.rooms, body)
     assert refused.value.code == "unreadable"
-    assert await studio.rooms.found() == []
+    assert await studio.rooms.search() == []
 
 
 async def test_prompts_are_kept_by_name(studio: Studio) -> None:
-    await studio.rooms.keep_prompt("brief", "Be brief.")
-    await studio.rooms.keep_prompt("brief", "Be very brief.")
-    (kept,) = await studio.rooms.prompts()
+    await studio.rooms.save_prompt("brief", "Be brief.")
+    await studio.rooms.save_prompt("brief", "Be very brief.")
+    (kept,) = await studio.rooms.list_prompts()
     assert kept["text"] == "Be very brief."
-    await studio.rooms.drop_prompt(kept["id"])
-    assert await studio.rooms.prompts() == []
+    await studio.rooms.delete_prompt(kept["id"])
+    assert await studio.rooms.list_prompts() == []
 
 
 def test_files_stand_before_a_message_under_their_names() -> None:
     message = Message("m", "r", None, "user", "What is it?", files=[{"id": "f", "name": "a.md", "kind": "text"}])
-    text = with_files(message, {"f": "```\ncode\n```"})
+    text = text_with_files(message, {"f": "```\ncode\n```"})
     assert text == "a.md:\n````\n```\ncode\n```\n````\n\nWhat is it?"
 
 
 @given(st.text(max_size=300))
 def test_titles_are_short_and_on_one_line(text: str) -> None:
-    title = title_of(text)
-    assert len(title) <= room_module.TITLE + 1
+    title = make_title(text)
+    assert len(title) <= room_module.MAX_TITLE_LENGTH + 1
     assert "\n" not in title
 
 
@@ -421,7 +421,7 @@ async def test_whatever_is_dropped_the_text_on_the_screen_is_the_stored_text(
     tmp_path_factory: pytest.TempPathFactory, chance: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path_factory.mktemp("drops")
-    monkeypatch.setattr("trellis.studio.hub.RING", chance.choice([8, 64, 1024]))
+    monkeypatch.setattr("trellis.studio.hub.RING_SIZE", chance.choice([8, 64, 1024]))
     spawn = thread_spawner(lambda: FakeEngine(Blobs(folder / "weights")))
     async with open_studio(folder, spawn) as studio:
         room = await studio.rooms.create()
@@ -431,9 +431,9 @@ async def test_whatever_is_dropped_the_text_on_the_screen_is_the_stored_text(
         async def follow(reader: Reader) -> None:
             while True:
                 left = chance.randint(1, 40)
-                async for event in studio.rooms.events(room, reader.last or room._first):
+                async for event in studio.rooms.events(room, reader.last or room._first_event_number):
                     if event.name == "snapshot":
-                        found, seq = await room.view(list(room.messages.values()))
+                        found, seq = await room.rendered_messages(list(room.messages.values()))
                         for message in found:
                             reader.take("message", {"message": message, "seq": seq})
                         reader.last = seq
@@ -450,7 +450,7 @@ async def test_whatever_is_dropped_the_text_on_the_screen_is_the_stored_text(
             if chance.random() < 0.5:
                 await asyncio.sleep(0.01)
                 await room.stop()
-                await room.go_on(room.head or "")
+                await room.continue_answer(room.head or "")
             await quiet(room)
         stored = {each.id: each.text for each in room.messages.values()}
         done = lambda: all(reader.texts == stored for reader in readers)  # noqa: E731
@@ -463,10 +463,10 @@ async def test_whatever_is_dropped_the_text_on_the_screen_is_the_stored_text(
 async def test_events_are_numbered_on_over_a_restart(tmp_path: Path, fake_spawn: Spawn) -> None:
     async with open_studio(tmp_path, fake_spawn) as studio:
         room = await said(studio, "Hello.")
-        last = room.last
+        last = room.last_event_number
     async with open_studio(tmp_path, fake_spawn) as studio:
         again = await studio.rooms.room(room.id)
-        assert again.last >= last
+        assert again.last_event_number >= last
         async for event in studio.rooms.events(again, last):
             assert event.name == "snapshot", "what was told before the restart is not known any more"
             break
@@ -476,8 +476,8 @@ async def test_rooms_that_nobody_looks_at_leave_memory(studio: Studio, monkeypat
     room = await said(studio, "Hello.")
     monkeypatch.setattr("trellis.studio.chat.rooms.IDLE_SECONDS", -1.0)
     other = await studio.rooms.create()
-    assert room.closed
-    assert not other.closed
+    assert room.is_closed
+    assert not other.is_closed
     assert (await studio.rooms.room(room.id)).title == "Hello."
 
 
@@ -490,7 +490,7 @@ async def test_an_error_that_nobody_knows_is_said_and_logged(
         raise ZeroDivisionError
 
     with monkeypatch.context() as broken:
-        broken.setattr(room_module, "sampling_from", fail)
+        broken.setattr(room_module, "parse_sampling", fail)
         await room.send("Hello.", "a request")
         await quiet(room)
     answer = room.message(room.head or "")
@@ -509,21 +509,21 @@ async def test_a_session_learns_from_what_was_said_of_answers(studio: Studio) ->
     room = await said(studio, "Hello.")
     asked, answer = await quiet(room)
     with pytest.raises(Conflict):
-        studio.rooms.said_of(room, answer.id)
+        studio.rooms.choice_from_answer(room, answer.id)
     with pytest.raises(Conflict):
-        studio.rooms.said_of(room, asked.id)
+        studio.rooms.choice_from_answer(room, asked.id)
     await room.rate(answer.id, 1)
-    prompt, options, choice = studio.rooms.said_of(room, answer.id)
+    prompt, options, choice = studio.rooms.choice_from_answer(room, answer.id)
     assert (prompt, options, choice) == ("Hello.", (), Written(written=answer.text))
     other = await room.regenerate(answer.id, "again-request")
     await quiet(room)
-    prompt, options, choice = studio.rooms.said_of(room, other.id)
+    prompt, options, choice = studio.rooms.choice_from_answer(room, other.id)
     assert [option.text for option in options] == [other.text, answer.text]
     assert choice == 0
     await room.rate(other.id, -1)
-    assert studio.rooms.said_of(room, other.id)[1:] == ((options[0],), "none")
-    job = await studio.fits.teach(session.id, prompt, options, 0, "an answer", "teach-request")
-    again = await studio.fits.teach(session.id, prompt, options, 0, "an answer", "teach-request")
+    assert studio.rooms.choice_from_answer(room, other.id)[1:] == ((options[0],), "none")
+    job = await studio.retraining.learn_from_chat(session.id, prompt, options, 0, "an answer", "teach-request")
+    again = await studio.retraining.learn_from_chat(session.id, prompt, options, 0, "an answer", "teach-request")
     assert again.id == job.id
     await until(lambda: job.row["state"] not in ("queued", "running"))
     assert job.row["state"] == "done", job.row
@@ -532,7 +532,7 @@ async def test_a_session_learns_from_what_was_said_of_answers(studio: Studio) ->
     await room.send("More.", "more-request")
     last = (await quiet(room))[-1]
     with pytest.raises(Conflict) as refused:
-        studio.rooms.said_of(room, last.id)
+        studio.rooms.choice_from_answer(room, last.id)
     assert refused.value.code == "not_a_prompt"
 
 
@@ -566,11 +566,11 @@ async def test_a_block_that_is_being_drawn_when_it_is_stopped_is_drawn_all_the_s
     studio: Studio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room = await studio.rooms.create()
-    monkeypatch.setattr("trellis.studio.chat.answer.INLINE", 0)
+    monkeypatch.setattr("trellis.studio.chat.answer.INLINE_RENDER_LIMIT", 0)
     await room.send(LONG, "a request")
-    answering = room._growing[room.head or ""]
+    answering = room._growing_answers[room.head or ""]
     await until(lambda: answering._length > 20)
-    answering._whole += ["First.\n\n", "Second.\n\n"]
+    answering._pending_blocks += ["First.\n\n", "Second.\n\n"]
     await room.stop()
     answer = room.message(room.head or "")
     assert answer.html is not None
@@ -586,7 +586,7 @@ async def test_dates_far_away_are_not_taken(studio: Studio) -> None:
     far = [{"id": "1", "role": "user", "text": "x", "created": "9999-12-31T23:59:59-12:00"}]
     body = {"format": "trellis-room-1", "title": "a", "messages": far}
     (room,) = (await import_rooms(studio.rooms, json.dumps(body).encode())).rooms
-    (message,), _ = await room.view(list(room.messages.values()))
+    (message,), _ = await room.rendered_messages(list(room.messages.values()))
     assert message["created"].startswith("20")
 
 
@@ -594,7 +594,7 @@ async def test_a_session_whose_name_has_an_at_in_it_is_found(studio: Studio) -> 
     session = await studio.steering.create("me@home", {})
     await ready(session)
     for name in ("session:me@home", "session:me@home@0", f"session:{session.id}@0"):
-        assert (await studio.speakers.find(name)).label.startswith("me@home")
+        assert (await studio.chat_targets.find(name)).label.startswith("me@home")
 
 
 async def test_go_on_is_offered_only_where_it_can_work(studio: Studio) -> None:
@@ -602,24 +602,24 @@ async def test_go_on_is_offered_only_where_it_can_work(studio: Studio) -> None:
     await ready(session)
     room = await said(studio, "Hello.", models=["session:Ivy"])
     asked, answer = await quiet(room)
-    assert not await room.can_go_on(asked)
-    assert not await room.can_go_on(answer), "it is whole"
+    assert not await room.can_continue(asked)
+    assert not await room.can_continue(answer), "it is whole"
     answer.state = "stopped"
-    assert await room.can_go_on(answer)
+    assert await room.can_continue(answer)
     answer.state, answer.error = "failed", {"code": "network"}
-    assert await room.can_go_on(answer)
-    for code in sorted(room_module.FINAL):
+    assert await room.can_continue(answer)
+    for code in sorted(room_module.UNRESUMABLE_ERRORS):
         answer.error = {"code": code}
-        assert not await room.can_go_on(answer), code
+        assert not await room.can_continue(answer), code
     answer.state, answer.error, answer.finish = "done", None, "length"
-    assert await room.can_go_on(answer)
+    assert await room.can_continue(answer)
     answer.usage = {"context_used": 1024, "context_length": 1024}
-    assert not await room.can_go_on(answer), "there is no room for more, and nothing to leave out"
+    assert not await room.can_continue(answer), "there is no room for more, and nothing to leave out"
     answer.usage = {"context_used": 900, "context_length": 1024}
-    assert await room.can_go_on(answer)
+    assert await room.can_continue(answer)
     await studio.steering.delete(session.id)
-    assert not await room.can_go_on(answer), "who would go on is gone"
-    await room.change(models=["demo"])
+    assert not await room.can_continue(answer), "who would go on is gone"
+    await room.update_settings(models=["demo"])
     again = await room.regenerate(answer.id, "again-request")
     assert again.model == "demo", "but whom the room has chosen can answer"
     await quiet(room)
@@ -645,6 +645,6 @@ async def test_steps_are_named_and_the_newest_is_not_where_the_session_stands(st
     session._labels[session.tree.head_id] = "  "
     await session.undo("undo-request")
     await until(lambda: session.tree.head.step == 0)
-    versions = await studio.speakers.versions(session.id)
+    versions = await studio.chat_targets.list_versions(session.id)
     assert [each["label"] for each in versions] == ["Hop, step 1", "Hop, before any step"]
     assert [(each["newest"], each["head"]) for each in versions] == [(True, False), (False, True)]

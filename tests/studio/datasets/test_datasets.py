@@ -14,7 +14,7 @@ from tests.conftest import open_studio, ready, until
 from trellis.errors import Invalid, TrellisError
 from trellis.messages import Progress
 from trellis.params import Dataset
-from trellis.studio.datasets.datasets import inside
+from trellis.studio.datasets.datasets import resolve_inside
 from trellis.studio.studio import Studio
 from trellis.workers.worker import Spawn
 
@@ -50,7 +50,7 @@ async def test_a_session_tells_what_was_left_out_of_its_prompts(tmp_path: Path, 
         assert (found["notes"], found["total"], found["skipped"]) == (told, 2, 4)
         session = await studio.steering.create(None, {"dataset": FILE, "control_prompt": ""})
         assert (await ready(session))["dataset"]["notes"] == told
-        place = tmp_path / "prepared" / str(session.prepared)
+        place = tmp_path / "prepared" / str(session.prepared_prompts)
     async with open_studio(tmp_path, fake_spawn) as studio:
         again = await studio.steering.session(session.id)
         again.wake()
@@ -68,7 +68,7 @@ async def test_a_session_tells_what_was_left_out_of_its_prompts(tmp_path: Path, 
 async def test_compressed_files_are_listed_and_can_be_uploaded(tmp_path: Path, studio: Studio, name: str) -> None:
     put(tmp_path, name)
     (tmp_path / "prompts" / "a.tar.gz").write_bytes(b"x")
-    assert [entry["name"] for entry in await studio.datasets.files()] == [name]
+    assert [entry["name"] for entry in await studio.datasets.list_files()] == [name]
     assert (await studio.uploads.begin("prompts", f"b{name}", [(f"b{name}", 1)]))["state"]
     with pytest.raises(Invalid, match=r"must end in \.jsonl"):
         await studio.uploads.begin("prompts", "a.tar.gz", [("a.tar.gz", 1)])
@@ -113,8 +113,8 @@ async def test_prompts_that_are_gone_are_read_again(tmp_path: Path, fake_spawn: 
     async with open_studio(tmp_path, fake_spawn) as studio:
         session = await studio.steering.create(None, {"dataset": FILE})
         await ready(session)
-        assert session.prepared
-        await studio.datasets.discard(session.prepared)
+        assert session.prepared_prompts
+        await studio.datasets.discard(session.prepared_prompts)
     async with open_studio(tmp_path, fake_spawn) as studio:
         again = await studio.steering.session(session.id)
         again.wake()
@@ -130,8 +130,8 @@ async def test_deleting_the_last_session_frees_its_prompts(tmp_path: Path, studi
     two = await studio.steering.create(None, {"dataset": FILE | {"shuffle": False}})
     await ready(one)
     await ready(two)
-    assert one.prepared == two.prepared, "the same prompts are made ready once"
-    place = tmp_path / "prepared" / str(one.prepared)
+    assert one.prepared_prompts == two.prepared_prompts, "the same prompts are made ready once"
+    place = tmp_path / "prepared" / str(one.prepared_prompts)
     await studio.steering.delete(one.id)
     assert place.is_dir()
     await studio.steering.delete(two.id)
@@ -158,7 +158,7 @@ async def test_what_is_wrong_is_said_before_anything_is_loaded(
         await studio.steering.create(None, {"dataset": dataset})
     assert what in str(raised.value.fields) + raised.value.message
     assert field in {raised.value.field, *(entry["field"] for entry in raised.value.fields)}
-    assert await studio.steering.sessions() == []
+    assert await studio.steering.list_sessions() == []
     assert await studio.jobs.list() == []
 
 
@@ -171,13 +171,13 @@ def test_no_name_leads_out_of_a_folder(tmp_path: Path, name: str) -> None:
     (root / "a").mkdir(parents=True)
     (tmp_path / "secret.txt").write_text("secret")
     (root / "link.txt").symlink_to(tmp_path / "secret.txt")
-    assert inside(root, name) is None
+    assert resolve_inside(root, name) is None
 
 
 async def test_another_folder_that_is_named_may_be_read(tmp_path: Path, fake_spawn: Spawn) -> None:
     file = put(tmp_path / "elsewhere", "deep/down.txt", 5)
     async with open_studio(tmp_path / "save", fake_spawn, data_dirs=str(file.parent.parent)) as studio:
-        names = {entry["name"] for entry in await studio.datasets.files()}
+        names = {entry["name"] for entry in await studio.datasets.list_files()}
         assert names == {"deep", "deep/down.txt"}
         assert (await studio.datasets.preview(Dataset(source="file", id="deep")))["total"] == 5
 
@@ -246,12 +246,12 @@ async def test_damaged_offsets_are_read_again(tmp_path: Path, fake_spawn: Spawn,
     async with open_studio(tmp_path, fake_spawn) as studio:
         session = await studio.steering.create(None, {"dataset": FILE})
         await ready(session)
-        place = tmp_path / "prepared" / str(session.prepared)
+        place = tmp_path / "prepared" / str(session.prepared_prompts)
     (place / "offsets.u64").write_bytes(damage)
     async with open_studio(tmp_path, fake_spawn) as studio:
         again = await studio.steering.session(session.id)
         assert again.prompts is None
-        studio_discards = studio.datasets.discard(str(session.prepared))
+        studio_discards = studio.datasets.discard(str(session.prepared_prompts))
         await studio_discards
         again.wake()
         await until(lambda: again.prompts is not None)
@@ -261,4 +261,4 @@ async def test_a_file_whose_name_is_no_text_is_not_listed(studio: Studio) -> Non
     studio.datasets.folder.mkdir(parents=True, exist_ok=True)
     for name in (b"odd\xff.jsonl", b"plain.jsonl"):
         (studio.datasets.folder / os.fsdecode(name)).write_text('{"prompt": "Why?"}\n')
-    assert [entry["name"] for entry in await studio.datasets.files()] == ["plain.jsonl"]
+    assert [entry["name"] for entry in await studio.datasets.list_files()] == ["plain.jsonl"]

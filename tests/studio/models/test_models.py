@@ -17,7 +17,7 @@ from trellis.engine.fake import FakeEngine
 from trellis.errors import Conflict, LoadFailed, NotFound
 from trellis.messages import Chat, Progress, Turn
 from trellis.params import ModelOptions, Sampling
-from trellis.studio.jobs import as_json
+from trellis.studio.jobs import job_json
 from trellis.studio.studio import Studio
 from trellis.workers.worker import Spawn
 
@@ -30,7 +30,7 @@ async def follow(studio: Studio, job: str) -> list[tuple[str, dict[str, Any]]]:
 
 async def test_a_job_that_has_said_nothing_yet_has_a_whole_progress(studio: Studio) -> None:
     job = await studio.models.load(ModelOptions(model="demo"))
-    waiting = as_json(job.row | {"progress": None})["progress"]
+    waiting = job_json(job.row | {"progress": None})["progress"]
     assert set(waiting) == set(Progress.model_fields) - {"type"}
     assert (waiting["fraction"], waiting["bytes"]) == (0.0, None)
 
@@ -42,7 +42,7 @@ async def test_a_load_is_a_job_that_ends_ready(studio: Studio) -> None:
     stages = [data["stage"] for name, data in events if name == "progress"]
     assert stages[-1] == "ready"
     assert (await studio.jobs.get(job.id))["state"] == "done"
-    (demo,) = await studio.models.list()
+    (demo,) = await studio.models.list_models()
     assert (demo["id"], demo["state"], demo["kind"]) == ("demo", "loaded", "text")
     assert demo["parameters"] > 1_000_000
     assert demo["size"] > 1_000_000
@@ -147,7 +147,7 @@ async def test_folders_in_the_models_folder_are_models(tmp_path: Path, studio: S
     (tmp_path / "models" / "gone" / "config.json").write_text("{}")
     (tmp_path / "models" / "gone" / "model.safetensors").symlink_to(tmp_path / "nowhere")
     (tmp_path / "models" / "no config").mkdir()
-    found = {model["id"]: model for model in await studio.models.list()}
+    found = {model["id"]: model for model in await studio.models.list_models()}
     assert set(found) == {"demo", "mine", "gone", *bad}
     assert (await studio.models.catalog.find("gone")).parameters == 0
     assert (found["mine"]["parameters"], found["mine"]["architecture"]) == (15, "LlamaForCausalLM")
@@ -159,7 +159,7 @@ async def test_a_repeated_request_to_load_is_one_job(studio: Studio, tmp_path: P
     await follow(studio, first.id)
     await studio.models.unload("demo")
     again = await studio.models.load(ModelOptions(model="demo"), "once")
-    assert as_json(again.row)["id"] == first.id
+    assert job_json(again.row)["id"] == first.id
     (tmp_path / "models" / "other").mkdir(parents=True)
     for file in ("config.json", "model.safetensors"):
         (tmp_path / "models" / "other" / file).write_text("{}")
@@ -240,7 +240,7 @@ async def test_the_same_model_in_another_precision_has_an_engine_of_its_own(stud
     one = await studio.models.engine(ModelOptions(), lambda progress: None)
     two = await studio.models.engine(ModelOptions(precision="16-bit"), lambda progress: None)
     assert one is not two
-    (demo,) = await studio.models.list()
+    (demo,) = await studio.models.list_models()
     assert [engine["state"] for engine in demo["engines"]] == ["loaded", "loaded"]
     await studio.models.unload("demo")
     assert not one.alive
@@ -257,10 +257,10 @@ async def test_a_header_that_lies_of_its_size_hides_nothing_else(tmp_path: Path,
     header = f'{{"a.weight": {{"dtype": "F32", "shape": {shape}, "data_offsets": [0, 4]}}}}'.encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     async with open_studio(tmp_path, fake_spawn) as studio:
-        found = {model["id"]: model for model in await studio.models.list()}
+        found = {model["id"]: model for model in await studio.models.list_models()}
         assert set(found) == {"demo", "liar"}
         assert found["liar"]["parameters"] == 0
-        assert (await studio.steering.check({"model": "liar"}))["memory"]["known"] is False
+        assert (await studio.steering.check_config({"model": "liar"}))["memory"]["known"] is False
 
 
 async def test_a_pipe_that_is_called_like_a_file_is_not_waited_for(tmp_path: Path, fake_spawn: Spawn) -> None:
@@ -271,7 +271,7 @@ async def test_a_pipe_that_is_called_like_a_file_is_not_waited_for(tmp_path: Pat
     (folder / "config.json").write_text("{}")
     os.mkfifo(folder / "model.safetensors")
     async with open_studio(tmp_path, fake_spawn) as studio:
-        assert {model["id"] for model in await studio.models.list()} == {"demo", "pipe"}
+        assert {model["id"] for model in await studio.models.list_models()} == {"demo", "pipe"}
 
 
 async def test_one_key_sent_twice_at_once_is_one_job(studio: Studio) -> None:
@@ -310,21 +310,21 @@ async def test_whatever_is_meant_to_be_a_model_is_listed_with_why_it_is_none(
     for file in files:
         (folder / file).write_text("{}")
     async with open_studio(tmp_path, fake_spawn) as studio:
-        found = {model["id"]: model for model in await studio.models.list()}
+        found = {model["id"]: model for model in await studio.models.list_models()}
         assert set(found) == {"demo", name}
         problem = found[name]["problem"]
-        speakers = {each["name"] for each in await studio.speakers.everybody()}
+        speakers = {each["name"] for each in await studio.chat_targets.list_targets()}
         if reason is None:
             assert problem is None
-            assert name in await studio.models.catalog.names()
+            assert name in await studio.models.catalog.list_names()
             assert name in speakers
             await studio.models.engine(ModelOptions(model=name), lambda progress: None)
             return
         assert reason in problem["message"]
         assert problem["next_step"]
-        assert name not in await studio.models.catalog.names()
+        assert name not in await studio.models.catalog.list_names()
         assert name not in speakers
-        for asked in (studio.models.load(ModelOptions(model=name)), studio.speakers.find(name)):
+        for asked in (studio.models.load(ModelOptions(model=name)), studio.chat_targets.find(name)):
             with pytest.raises((LoadFailed, NotFound)):
                 await asked
 
@@ -337,7 +337,7 @@ async def test_folders_of_something_else_are_not_models(tmp_path: Path, fake_spa
     (tmp_path / "models" / "notes.txt").write_text("x")
     (tmp_path / "models" / "loose.gguf").write_text("x")
     async with open_studio(tmp_path, fake_spawn) as studio:
-        assert {model["id"] for model in await studio.models.list()} == {"demo", "loose.gguf"}
+        assert {model["id"] for model in await studio.models.list_models()} == {"demo", "loose.gguf"}
         await studio.models.delete("loose.gguf")
         assert sorted(file.name for file in (tmp_path / "models").iterdir()) == [
             ".hidden",
@@ -361,17 +361,17 @@ async def test_who_is_talked_to_is_never_fetched(tmp_path: Path, fake_spawn: Spa
     async with open_studio(tmp_path, spawn) as studio:
         for name in ("org/name", "org/other"):
             with pytest.raises(NotFound) as refused:
-                await studio.speakers.find(name)
+                await studio.chat_targets.find(name)
             assert refused.value.code == "model_not_found"
-        complete = studio.models.catalog._hub / "complete"
+        complete = studio.models.catalog._downloads_folder / "complete"
         complete.mkdir(parents=True)
         about = {"repository": "org/name", "commit": "c" * 40, "revision": "v1", "folder": str(fetched)}
         (complete / f"org--name@{'c' * 40}.json").write_text(json.dumps(about))
-        assert await studio.models.catalog.revision_here("org/name") == "v1"
-        speaker = await studio.speakers.find("org/name")
+        assert await studio.models.catalog.downloaded_revision("org/name") == "v1"
+        speaker = await studio.chat_targets.find("org/name")
         asked = Chat(turns=(Turn(role="user", text="Hello"),), sampling=Sampling(), seed=1)
         assert [event async for event in speaker.answer(asked, "me", lambda progress: None)]
         assert [(load.repository, load.revision, load.fetches) for load in loads] == [("org/name", "v1", False)]
         about |= {"commit": "d" * 40, "revision": "main"}
         (complete / f"org--name@{'d' * 40}.json").write_text(json.dumps(about))
-        assert await studio.models.catalog.revision_here("org/name") == ""
+        assert await studio.models.catalog.downloaded_revision("org/name") == ""

@@ -19,9 +19,14 @@ from trellis.errors import Invalid
 from trellis.messages import Chat, Heard, Learn, Loaded, Offer, Prompt, Spoke, Turn, recipe_of
 from trellis.params import ModelOptions, Sampling, SessionConfig
 from trellis.settings import Settings
-from trellis.studio.chat.answer import Answering
+from trellis.studio.chat.answer import GrowingAnswer
 from trellis.studio.chat.message import Message
-from trellis.studio.models.template_options import chat_templates, may_switch, template_trouble, thinking_kwargs
+from trellis.studio.models.template_options import (
+    may_have_thinking_switch,
+    read_chat_templates,
+    template_error,
+    thinking_kwargs,
+)
 from trellis.studio.studio import Studio
 from trellis.web.app import create_app
 
@@ -63,7 +68,7 @@ def thinker(tmp_path: Path, template: str = QWEN) -> str:
 
 
 async def chatted(studio: Studio, model: str, **more: Any) -> None:
-    speaker = await studio.speakers.find(model)
+    speaker = await studio.chat_targets.find(model)
     request = Chat(turns=(Turn(role="user", text="Hello"),), sampling=Sampling(), seed=0, **more)
     async for _ in speaker.answer(request, "somebody", lambda progress: None):
         pass
@@ -107,14 +112,14 @@ async def test_a_switch_that_the_template_does_not_have_is_told_before_anything_
 ) -> None:
     async with open_studio(tmp_path, fake_spawn) as studio:
         config = {"enable_thinking": "off"}
-        found = await studio.steering.check(config)
+        found = await studio.steering.check_config(config)
         assert [error["field"] for error in found["errors"]] == ["config.enable_thinking"]
         with pytest.raises(Invalid, match="the model “demo” has no switch for it") as raised:
             await studio.steering.create("Test", config)
         assert raised.value.code == "no_thinking_switch"
         assert studio.models.state(ModelOptions()) == "unloaded"
-        assert (await studio.steering.check({"model": thinker(tmp_path), **config}))["errors"] == []
-        assert (await studio.steering.check({"enable_thinking": "auto"}))["errors"] == []
+        assert (await studio.steering.check_config({"model": thinker(tmp_path), **config}))["errors"] == []
+        assert (await studio.steering.check_config({"enable_thinking": "auto"}))["errors"] == []
 
 
 async def test_what_only_running_the_template_shows_is_told_when_the_model_is_there(tmp_path: Path) -> None:
@@ -124,7 +129,7 @@ async def test_what_only_running_the_template_shows_is_told_when_the_model_is_th
         await until(lambda: session.error is not None)
         assert session.error
         assert session.error.code == "no_thinking_switch"
-        found = await studio.steering.check({"model": "thinker", "enable_thinking": "on"})
+        found = await studio.steering.check_config({"model": "thinker", "enable_thinking": "on"})
         assert [error["field"] for error in found["errors"]] == ["config.enable_thinking"]
 
 
@@ -140,9 +145,9 @@ async def test_a_template_that_cannot_be_used_stops_a_session_before_it_begins_a
         assert session.error.message == "The chat template of the model “demo” cannot be used: it fails with “x”."
         assert "“Chat template” off" in session.error.next_step
         assert asked == []
-        found = await studio.steering.check({})
+        found = await studio.steering.check_config({})
         assert [error["field"] for error in found["errors"]] == ["config.chat_template"]
-        (engine,) = (await studio.models.list())[0]["engines"]
+        (engine,) = (await studio.models.list_models())[0]["engines"]
         assert engine["template_problem"]["message"] == session.error.message
         transport = httpx.ASGITransport(app=create_app(studio, Settings(save_dir=tmp_path)))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
@@ -157,16 +162,16 @@ async def test_a_template_that_cannot_be_used_stops_a_session_before_it_begins_a
 @pytest.mark.parametrize(("written", "text"), [("", "<think>\nHm, the sea"), ("<think>\nHm,", "<think>\nHm, the sea")])
 async def test_a_thought_that_the_template_opened_has_its_beginning_in_the_answer(written: str, text: str) -> None:
     class Quiet:
-        async def speak(self, message: Message, answering: Answering) -> None: ...
+        async def speak(self, message: Message, answering: GrowingAnswer) -> None: ...
         async def save(self, message: Message) -> None: ...
         def publish(self, kind: str, **data: Any) -> None: ...
 
     message = Message(id="m", room="r", parent=None, role="assistant", text=written)
-    answering = Answering(Quiet(), message)
+    answering = GrowingAnswer(Quiet(), message)
     await answering.run()
     heard = Heard(read=3, prompt_tokens=3, warm=0, left_out=0, context_length=9, in_thought=not written)
     for event in (heard, heard, Spoke(text=(" the sea" if written else "Hm, the sea"), tokens=3)):
-        await answering.take(event)
+        await answering.handle_event(event)
     await answering.finish()
     assert message.text == text
     assert "<details" in (message.html or "")
@@ -195,28 +200,28 @@ def test_weights_keep_their_names_while_the_option_is_not_used() -> None:
 
 def test_templates_are_found_wherever_a_folder_has_them(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    assert not may_switch(tmp_path)
+    assert not may_have_thinking_switch(tmp_path)
     named = [{"name": "default", "template": "plain"}, {"name": "other", "template": QWEN}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert may_switch(tmp_path)
+    assert may_have_thinking_switch(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ reasoning_effort }}"}))
-    assert not may_switch(tmp_path)
+    assert not may_have_thinking_switch(tmp_path)
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "one.jinja").write_text("{{ thinking }}")
-    assert may_switch(tmp_path)
-    assert may_switch(tmp_path / "not here yet"), "what cannot be seen is not refused"
+    assert may_have_thinking_switch(tmp_path)
+    assert may_have_thinking_switch(tmp_path / "not here yet"), "what cannot be seen is not refused"
 
 
 @pytest.mark.parametrize("content", [b"[1]", b"{", b"\xff\xfe", b'{"chat_template": null}'])
 def test_files_that_are_no_configuration_have_no_template(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer_config.json").write_bytes(content)
     os.mkfifo(tmp_path / "chat_template.jinja")
-    assert not any("{{" in each for each in chat_templates(tmp_path))
+    assert not any("{{" in each for each in read_chat_templates(tmp_path))
 
 
 def test_nothing_is_asked_of_a_template_that_is_off() -> None:
     loaded = Loaded(
         fingerprint="", parameters=0, architecture="", device="", dtype="", bytes=0, seconds=0, template_problem="x"
     )
-    assert template_trouble(SessionConfig(chat_template=False), loaded) is None
-    assert template_trouble(SessionConfig(), loaded) is not None
+    assert template_error(SessionConfig(chat_template=False), loaded) is None
+    assert template_error(SessionConfig(), loaded) is not None

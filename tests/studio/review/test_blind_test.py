@@ -12,7 +12,7 @@ from tests.conftest import open_studio, ready, until
 from tests.studio.steering.test_sessions import choose
 from trellis.errors import Conflict, Invalid, NotFound
 from trellis.store import blind_test as rows
-from trellis.studio.review.journal import journal
+from trellis.studio.review.journal import journal_markdown
 from trellis.studio.steering.session import Session
 from trellis.studio.studio import Studio
 from trellis.workers.worker import Spawn
@@ -28,7 +28,7 @@ async def session(studio: Studio) -> Session:
 
 
 async def start(studio: Studio, session: Session, **options: Any) -> dict[str, Any]:
-    return await studio.blind.start(session.id, session.tree.root.id, session.tree.head_id, **options)
+    return await studio.blind_tests.start(session.id, session.tree.root.id, session.tree.head_id, **options)
 
 
 def as_said(row: dict[str, Any]) -> Any:
@@ -39,7 +39,7 @@ def as_said(row: dict[str, Any]) -> Any:
 async def current(studio: Studio, trial: dict[str, Any]) -> dict[str, Any]:
     """The comparison with a round to judge, or at its end."""
     while True:
-        found = await studio.blind.state(trial["session"], trial["id"])
+        found = await studio.blind_tests.state(trial["session"], trial["id"])
         if found["round"] or found["state"] == "done" or found["error"]:
             return found
         await asyncio.sleep(0.01)
@@ -56,13 +56,13 @@ async def test_a_person_who_knows_one_of_them_by_its_words_is_found_out(studio: 
         orders.append(row["first"])
         prompts.append(found["round"]["prompt"])
         said = "second" if liked else "first"
-        found = await studio.blind.judge(session.id, trial["id"], found["round"]["number"], said)
+        found = await studio.blind_tests.judge(session.id, trial["id"], found["round"]["number"], said)
     result = found["result"]
     assert (result["left"], result["right"], result["rate"], result["enough"]) == (0, 12, 1.0, True)
     assert prompts == ["Why?", "How?"] * 6
     assert set(orders) == {"left", "right"}
     assert len({each["left"] for each in result["rounds"]}) > 6
-    text = await journal(studio.store, session)
+    text = await journal_markdown(studio.store, session)
     assert "## Blind comparisons" in text
     assert "Step 0 and Step 1: Step 1 was liked better in 12 of 12 decided rounds" in text
 
@@ -77,36 +77,36 @@ async def test_the_prompts_are_those_that_come_next_where_none_are_named(studio:
 async def test_a_round_is_judged_once(studio: Studio, session: Session) -> None:
     trial = await start(studio, session, planned=3)
     await current(studio, trial)
-    saying = [studio.blind.judge(session.id, trial["id"], 0, said) for said in ("tie", "first", "second", "tie")]  # type: ignore[arg-type]
+    saying = [studio.blind_tests.judge(session.id, trial["id"], 0, said) for said in ("tie", "first", "second", "tie")]  # type: ignore[arg-type]
     found = await asyncio.gather(*saying, return_exceptions=True)
     assert sum(isinstance(each, Conflict) for each in found) >= 2
     rounds = await studio.store.read(rows.get_rounds, trial["id"])
     assert [each["number"] for each in rounds if each["verdict"]] == [0]
-    assert (await studio.blind.judge(session.id, trial["id"], 0, as_said(rounds[0])))["judged"] == 1
+    assert (await studio.blind_tests.judge(session.id, trial["id"], 0, as_said(rounds[0])))["judged"] == 1
     with pytest.raises(Conflict, match="Round 7 is not the one"):
-        await studio.blind.judge(session.id, trial["id"], 7, "first")
+        await studio.blind_tests.judge(session.id, trial["id"], 7, "first")
 
 
 async def test_a_verdict_can_be_taken_back_until_the_end(studio: Studio, session: Session) -> None:
     trial = await start(studio, session, planned=2)
     with pytest.raises(Conflict, match="no verdict to take back"):
-        await studio.blind.take_back(session.id, trial["id"])
+        await studio.blind_tests.undo_verdict(session.id, trial["id"])
     first = (await current(studio, trial))["round"]
-    assert (await studio.blind.judge(session.id, trial["id"], 0, "first"))["can_undo"]
-    back = await studio.blind.take_back(session.id, trial["id"])
+    assert (await studio.blind_tests.judge(session.id, trial["id"], 0, "first"))["can_undo"]
+    back = await studio.blind_tests.undo_verdict(session.id, trial["id"])
     assert (back["judged"], back["round"], back["can_undo"]) == (0, first, False)
     for number in range(2):
         await current(studio, trial)
-        await studio.blind.judge(session.id, trial["id"], number, "second")
+        await studio.blind_tests.judge(session.id, trial["id"], number, "second")
     with pytest.raises(Conflict, match="no verdict to take back"):
-        await studio.blind.take_back(session.id, trial["id"])
+        await studio.blind_tests.undo_verdict(session.id, trial["id"])
 
 
 async def test_the_prompts_are_new_to_every_branch_of_the_session(studio: Studio, session: Session) -> None:
     head = session.tree.head_id
     await choose(session, 0)
     furthest = session.tree.head.position
-    await session.goto(head, "back")
+    await session.go_to(head, "back")
     trial = await start(studio, session, planned=1)
     found = await current(studio, trial)
     assert session.prompts
@@ -116,11 +116,11 @@ async def test_the_prompts_are_new_to_every_branch_of_the_session(studio: Studio
 async def test_it_can_be_ended_early_and_then_nothing_more_is_drawn(studio: Studio, session: Session) -> None:
     trial = await start(studio, session, planned=50)
     await current(studio, trial)
-    await studio.blind.judge(session.id, trial["id"], 0, "tie")
-    found = await studio.blind.end(session.id, trial["id"])
+    await studio.blind_tests.judge(session.id, trial["id"], 0, "tie")
+    found = await studio.blind_tests.end(session.id, trial["id"])
     assert (found["state"], found["judged"], found["result"]["ties"]) == ("done", 1, 1)
     with pytest.raises(Conflict):
-        await studio.blind.judge(session.id, trial["id"], 1, "first")
+        await studio.blind_tests.judge(session.id, trial["id"], 1, "first")
     drawn = len(await studio.store.read(rows.get_rounds, trial["id"]))
     await asyncio.sleep(0.2)
     assert len(await studio.store.read(rows.get_rounds, trial["id"])) == drawn < 10
@@ -130,14 +130,14 @@ async def test_a_round_that_is_still_drawn_at_the_end_does_not_change_the_result
     studio: Studio, session: Session
 ) -> None:
     trial = await start(studio, session, planned=3)
-    found = await studio.blind.end(session.id, trial["id"])
+    found = await studio.blind_tests.end(session.id, trial["id"])
     late = {
         "trial": trial["id"], "number": 2, "prompt": "Why?", "first": "left", "left": "A", "right": "A",
         "verdict": "same", "created": 0.0,
     }  # fmt: skip
     await studio.store.write(rows.add_round, late)
     await studio.store.write(rows.add_round, late | {"trial": "b404"})
-    assert await studio.blind.state(session.id, trial["id"]) == found
+    assert await studio.blind_tests.state(session.id, trial["id"]) == found
 
 
 async def test_answers_that_are_the_same_are_ties_that_nobody_is_asked_about(
@@ -155,28 +155,28 @@ async def test_answers_that_are_the_same_are_ties_that_nobody_is_asked_about(
 async def test_what_makes_no_sense_is_refused(studio: Studio, session: Session) -> None:
     root, head = session.tree.root.id, session.tree.head_id
     with pytest.raises(Invalid, match="same weights"):
-        await studio.blind.start(session.id, head, head)
+        await studio.blind_tests.start(session.id, head, head)
     with pytest.raises(Invalid, match="rounds"):
-        await studio.blind.start(session.id, root, head, planned=0)
+        await studio.blind_tests.start(session.id, root, head, planned=0)
     with pytest.raises(NotFound):
-        await studio.blind.start(session.id, root, "n404")
+        await studio.blind_tests.start(session.id, root, "n404")
     with pytest.raises(NotFound):
-        await studio.blind.state(session.id, "b404")
+        await studio.blind_tests.state(session.id, "b404")
     other = await studio.steering.create(None, {})
     trial = await start(studio, session)
     with pytest.raises(NotFound):
-        await studio.blind.state(other.id, trial["id"])
+        await studio.blind_tests.state(other.id, trial["id"])
 
 
 async def test_the_same_request_is_one_comparison(studio: Studio, session: Session) -> None:
     first, second = await start(studio, session, request="r1"), await start(studio, session, request="r1")
     assert first["id"] == second["id"]
-    assert len(await studio.blind.all(session.id)) == 1
+    assert len(await studio.blind_tests.list_trials(session.id)) == 1
     both = await asyncio.gather(*(start(studio, session, request="r2") for _ in range(4)))
     assert len({each["id"] for each in both}) == 1
     other = await studio.steering.create(None, {})
     with pytest.raises(Conflict, match="another action"):
-        await studio.blind.start(other.id, other.tree.root.id, other.tree.root.id, request="r1")
+        await studio.blind_tests.start(other.id, other.tree.root.id, other.tree.root.id, request="r1")
 
 
 async def test_trouble_is_told_and_can_be_tried_again(
@@ -190,8 +190,8 @@ async def test_trouble_is_told_and_can_be_tried_again(
         trial = await start(studio, session, planned=2)
         found = await current(studio, trial)
         assert found["error"]["message"] == "No."
-        assert (await studio.blind.state(session.id, trial["id"]))["error"]
-    await studio.blind.retry(session.id, trial["id"])
+        assert (await studio.blind_tests.state(session.id, trial["id"]))["error"]
+    await studio.blind_tests.retry(session.id, trial["id"])
     assert (await current(studio, trial))["round"]
 
 
@@ -205,7 +205,7 @@ async def test_a_comparison_goes_on_after_a_restart_with_the_same_rounds(tmp_pat
         session = await studio.steering.session(trial["session"])
         await ready(session)
         assert (await current(studio, trial))["round"] == before
-        await studio.blind.judge(session.id, trial["id"], 0, "first")
+        await studio.blind_tests.judge(session.id, trial["id"], 0, "first")
         assert (await current(studio, trial))["round"]["number"] == 1
 
 

@@ -9,7 +9,7 @@ import pytest
 from tests.studio.steering.test_sessions import choose, ready
 from trellis.errors import Invalid
 from trellis.messages import Ranking, Written
-from trellis.studio.review.journal import FORMATS, choices, describe, journal
+from trellis.studio.review.journal import CHOICE_FORMATS, describe_choice, export_choices, journal_markdown
 from trellis.studio.steering.session import Session
 from trellis.studio.studio import Studio
 
@@ -28,11 +28,11 @@ async def session(studio: Studio) -> Session:
 
 
 async def lines(studio: Studio, session: Session, layout: str) -> list[dict[str, object]]:
-    return [json.loads(line) for line in await choices(studio.store, session, layout)]
+    return [json.loads(line) for line in await export_choices(studio.store, session, layout)]
 
 
 async def test_the_journal_tells_every_step(studio: Studio, session: Session) -> None:
-    text = await journal(studio.store, session)
+    text = await journal_markdown(studio.store, session)
     assert text.startswith("# Every kind\n")
     for said in ("chose B", "chose A, C", "none of these", "ranked D › B", "wrote an answer", "skipped"):
         assert said in text
@@ -69,20 +69,20 @@ async def test_unpaired_labels_say_good_or_not(studio: Studio, session: Session)
 
 async def test_an_unknown_format_is_refused(studio: Studio, session: Session) -> None:
     with pytest.raises(Invalid, match="“xml” is not a format"):
-        await choices(studio.store, session, "xml")
-    for layout in FORMATS:
+        await export_choices(studio.store, session, "xml")
+    for layout in CHOICE_FORMATS:
         assert await lines(studio, session, layout)
 
 
 def test_every_choice_has_words() -> None:
-    assert describe(None) == "the beginning"
-    assert len({describe(choice) for choice in [*ALL, "skip", None]}) == 7  # type: ignore[list-item]
+    assert describe_choice(None) == "the beginning"
+    assert len({describe_choice(choice) for choice in [*ALL, "skip", None]}) == 7  # type: ignore[list-item]
 
 
 async def test_an_answer_is_never_worse_than_itself_in_what_is_taken_away(studio: Studio) -> None:
     session = await studio.steering.create("Twice", {})
     await ready(session)
-    await session.prompt("Please repeat yourself.", "the same twice")
+    await session.replace_prompt("Please repeat yourself.", "the same twice")
     await choose(session, 2)
     await ready(session)
     (raw,) = await lines(studio, session, "raw")

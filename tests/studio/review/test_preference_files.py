@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from trellis.errors import Invalid
 from trellis.messages import Lesson, Prompt, Ranking, Written
-from trellis.studio.review.preference_files import MOST_OPTIONS, Read, lessons_from
+from trellis.studio.review.preference_files import MAX_OPTIONS, ParsedPreferences, parse_preferences
 from trellis.text_rules import PROMPT_LIMIT
 
 
-def read(*rows: Any) -> Read:
+def read(*rows: Any) -> ParsedPreferences:
     placed = [(f"line {number}", json.loads(json.dumps(row))) for number, row in enumerate(rows, 1) if row]
-    return lessons_from(placed, 1.0, lambda text, system: Prompt(text=text, system=system))
+    return parse_preferences(placed, 1.0, lambda text, system: Prompt(text=text, system=system))
 
 
 def one(*rows: Any) -> Lesson:
@@ -122,7 +122,7 @@ def test_rows_that_lack_something_or_say_it_oddly_are_left_out() -> None:
     row = {"prompt": "Why?", "completion": "A"}
     found = read(row | {"label": 1}, *(row | {"label": odd} for odd in ("maybe", None, 2, [])))
     assert [lesson.choice for lesson in found.lessons] == [0]
-    assert len(found.left_out) == 4
+    assert len(found.skipped_rows) == 4
     raw = {"prompt": "Why?", "options": ["A", "B"], "choice": 0}
     assert len(read(raw, raw | {"choice": [0, 0]}, raw | {"choice": {"ranking": [1, 1]}}).lessons) == 1
 
@@ -268,7 +268,7 @@ def test_no_pair_is_lost_or_made_up(log: list[tuple[str, list[str]]]) -> None:
     found = read(*({"prompt": prompt, "chosen": better, "rejected": worse} for prompt, better, worse in pairs))
     back = {(lesson.prompt.text, texts(lesson)[0], worse) for lesson in found.lessons for worse in texts(lesson)[1:]}
     assert back == set(pairs)
-    assert all(2 <= len(lesson.options) <= MOST_OPTIONS and lesson.choice == 0 for lesson in found.lessons)
+    assert all(2 <= len(lesson.options) <= MAX_OPTIONS and lesson.choice == 0 for lesson in found.lessons)
 
 
 KEYS = ["prompt", "chosen", "rejected", "completion", "label", "options", "choice", "input", "messages", "role",
@@ -288,4 +288,4 @@ def test_no_row_is_more_than_can_be_told(rows: list[dict[str, Any]]) -> None:
         assert error.message.startswith("file: ")
     else:
         assert found.lessons
-        assert sum(count for count, _ in found.left_out.values()) < found.rows
+        assert sum(count for count, _ in found.skipped_rows.values()) < found.rows

@@ -17,11 +17,11 @@ from trellis.engine.fake import FakeEngine
 from trellis.errors import Conflict, Invalid, NotFound, TrellisError
 from trellis.messages import LOG_FILE, Choice, Fit, Learn, Lesson, Option, Prompt
 from trellis.studio.jobs import Job
-from trellis.studio.review.journal import describe, journal
-from trellis.studio.steering.choice_logs import Logs, teaching_first, told_in_words
-from trellis.studio.steering.retention import prunable
+from trellis.studio.review.journal import describe_choice, journal_markdown
+from trellis.studio.steering.choice_logs import ChoiceLogs, move_refusals_last, without_tokens
+from trellis.studio.steering.retention import prunable_weights
 from trellis.studio.steering.session import Session
-from trellis.studio.steering.tree import Fitted, replayed
+from trellis.studio.steering.tree import Retraining, choices_to_replay
 from trellis.studio.studio import Studio
 from trellis.workers.worker import Spawn
 
@@ -60,52 +60,52 @@ def preferences(studio: Studio, count: int = 3, name: str = "likes.jsonl") -> st
 
 async def test_a_branch_is_fitted_afresh_beside_itself(studio: Studio, session: Session) -> None:
     head = session.tree.head_id
-    result = await done(await studio.fits.refit(session.id))
+    result = await done(await studio.retraining.retrain(session.id))
     node = session.node(result["node"])
-    assert isinstance(node.choice, Fitted)
+    assert isinstance(node.choice, Retraining)
     assert (node.parent, node.choice.kind, node.choice.source) == (session.tree.root.id, "refit", head)
     assert (node.choice.lessons, node.choice.teaching) == (3, 2)
     assert node.metrics
     assert node.metrics.agreed_of == 3
     assert session.tree.head_id == head
-    await session.goto(node.id, "there")
+    await session.go_to(node.id, "there")
     state = await ready(session)
     assert state["offer"]["options"]
-    assert "fitted afresh to 3 choices" in await journal(studio.store, session)
-    assert describe(node.choice) == "fitted afresh to 3 choices"
+    assert "fitted afresh to 3 choices" in await journal_markdown(studio.store, session)
+    assert describe_choice(node.choice) == "fitted afresh to 3 choices"
 
 
 async def test_the_same_branch_fitted_twice_is_one_node(studio: Studio, session: Session) -> None:
-    first = await done(await studio.fits.refit(session.id))
-    second = await done(await studio.fits.refit(session.id))
-    other = await done(await studio.fits.refit(session.id, epochs=2))
+    first = await done(await studio.retraining.retrain(session.id))
+    second = await done(await studio.retraining.retrain(session.id))
+    other = await done(await studio.retraining.retrain(session.id, epochs=2))
     assert first["node"] == second["node"] != other["node"]
 
 
 async def test_the_same_request_is_one_fit_also_after_more_was_said(studio: Studio, session: Session) -> None:
-    first = await studio.fits.refit(session.id, request="r1")
+    first = await studio.retraining.retrain(session.id, request="r1")
     await done(first)
     await choose(session, 0)
-    again = await studio.fits.refit(session.id, request="r1")
+    again = await studio.retraining.retrain(session.id, request="r1")
     assert again.id == first.id
 
 
 async def test_what_comes_after_a_fit_replays_lessons_of_its_log(studio: Studio, session: Session) -> None:
-    result = await done(await studio.fits.take_in(session.id, preferences(studio, 40)))
+    result = await done(await studio.retraining.import_preferences(session.id, preferences(studio, 40)))
     node = session.node(result["node"])
     assert node.parent is not None
-    drawn = replayed(session.config, session.tree.path(node.id))
+    drawn = choices_to_replay(session.config, session.tree.path(node.id))
     assert len(drawn) == session.config.replay
-    assert len(replayed(session.config, session.tree.path(node.parent))) == 2
+    assert len(choices_to_replay(session.config, session.tree.path(node.parent))) == 2
     assert any(each is node and number > 0 for each, number in drawn)
-    await session.goto(node.id, "there")
+    await session.go_to(node.id, "there")
     state = await choose(session, 0)
     assert state["head"]["step"] == node.step + 1
 
 
 async def test_a_branch_that_came_from_a_file_is_fitted_afresh_with_all_of_it(studio: Studio, session: Session) -> None:
-    result = await done(await studio.fits.take_in(session.id, preferences(studio, 5)))
-    again = await done(await studio.fits.refit(session.id, result["node"]))
+    result = await done(await studio.retraining.import_preferences(session.id, preferences(studio, 5)))
+    again = await done(await studio.retraining.retrain(session.id, result["node"]))
     assert again["lessons"] == 3 + 5
 
 
@@ -148,7 +148,7 @@ async def test_choices_are_learned_from_whatever_the_format(studio: Studio, sess
     }[ending.removesuffix(".gz")]()
     name = f"likes.{ending}"
     (prompts_folder(studio) / name).write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
-    job = await studio.fits.take_in(session.id, name)
+    job = await studio.retraining.import_preferences(session.id, name)
     result = await done(job)
     assert result["lessons"] == 1
     (note,) = job.row["body"]["notes"]
@@ -162,24 +162,24 @@ async def test_choices_are_learned_from_whatever_the_format(studio: Studio, sess
 async def test_weights_of_a_fit_are_kept_and_worked_out_again_when_they_are_lost(
     studio: Studio, session: Session, tmp_path: Path
 ) -> None:
-    result = await done(await studio.fits.take_in(session.id, preferences(studio)))
+    result = await done(await studio.retraining.import_preferences(session.id, preferences(studio)))
     node = session.node(result["node"])
-    assert node.weights not in prunable(session.tree, session.config)
+    assert node.weights not in prunable_weights(session.tree, session.config)
     (weights,) = tmp_path.rglob(node.weights)
     shutil.rmtree(weights)
-    await session.goto(node.id, "there")
+    await session.go_to(node.id, "there")
     await ready(session)
     await until(lambda: weights.is_dir())
-    (log,) = (tmp_path / "choices").rglob(node.choice.fitted if isinstance(node.choice, Fitted) else "")
+    (log,) = (tmp_path / "choices").rglob(node.choice.fitted if isinstance(node.choice, Retraining) else "")
     shutil.rmtree(log)
     shutil.rmtree(weights)
-    await session.goto(session.tree.root.id, "away")
+    await session.go_to(session.tree.root.id, "away")
     await ready(session)
-    await session.goto(node.id, "back")
+    await session.go_to(node.id, "back")
     await until(lambda: session.status == "failed")
     assert session.error
     assert session.error.code == "log_missing"
-    await session.goto(session.tree.root.id, "away again")
+    await session.go_to(session.tree.root.id, "away again")
     await ready(session)
 
 
@@ -189,9 +189,9 @@ async def test_a_log_is_replayed_on_another_model(tmp_path: Path, fake_spawn: Sp
     async with open_studio(tmp_path, fake_spawn) as studio:
         session = await studio.steering.create("Test", {"system_prompt": "Be kind."})
         await choose(session, 1)
-        models = [model["id"] for model in await studio.models.list()]
+        models = [model["id"] for model in await studio.models.list_models()]
         name = next(model for model in models if model != "demo")
-        job = await studio.fits.replay(session.id, name, request="r1")
+        job = await studio.retraining.replay_on_model(session.id, name, request="r1")
         result = await done(job)
         assert result["session"] != session.id
         new = await studio.steering.session(result["session"])
@@ -202,9 +202,9 @@ async def test_a_log_is_replayed_on_another_model(tmp_path: Path, fake_spawn: Sp
         lessons = await new.lessons(new.node(result["node"]))
         assert [lesson.choice for lesson in lessons] == [1]
         assert all(option.tokens == () and option.text for option in lessons[0].options)
-        assert [each["id"] for each in await studio.fits.of(session.id)] == [job.id]
-        assert [each["id"] for each in await studio.fits.of(new.id)] == [job.id]
-        again = await studio.fits.replay(session.id, name, request="r1")
+        assert [each["id"] for each in await studio.retraining.list_jobs(session.id)] == [job.id]
+        assert [each["id"] for each in await studio.retraining.list_jobs(new.id)] == [job.id]
+        again = await studio.retraining.replay_on_model(session.id, name, request="r1")
         assert again.id == job.id
 
 
@@ -216,27 +216,29 @@ async def test_logs_that_no_node_names_go_when_the_studio_starts(tmp_path: Path,
         await ready(second)
         shared, own = preferences(studio), preferences(studio, 4, "more.jsonl")
         for session, file in ((first, shared), (second, shared), (first, own)):
-            await done(await studio.fits.take_in(session.id, file))
+            await done(await studio.retraining.import_preferences(session.id, file))
         await studio.steering.delete(first.id)
         assert len(list(folder.iterdir())) == 2
     async with open_studio(tmp_path, fake_spawn) as studio:
         (kept,) = (place.name for place in folder.iterdir())
         session = await studio.steering.session(second.id)
-        assert [node.choice.fitted for node in session.tree.nodes.values() if isinstance(node.choice, Fitted)] == [kept]
+        assert [node.choice.fitted for node in session.tree.nodes.values() if isinstance(node.choice, Retraining)] == [
+            kept
+        ]
 
 
 async def test_a_session_at_work_on_a_fit_stays_in_memory(studio: Studio, session: Session) -> None:
-    job = await studio.fits.refit(session.id, epochs=50)
+    job = await studio.retraining.retrain(session.id, epochs=50)
     await until(lambda: job.row["progress"] and job.row["progress"]["stage"] == "fitting")
-    assert not session.idle
+    assert not session.is_idle
     await studio.jobs.cancel(job.id)
-    await until(lambda: session.idle)
+    await until(lambda: session.is_idle)
 
 
 async def test_undo_from_a_fit_brings_back_what_was_shown(studio: Studio, session: Session) -> None:
-    result = await done(await studio.fits.take_in(session.id, preferences(studio)))
+    result = await done(await studio.retraining.import_preferences(session.id, preferences(studio)))
     shown = session.state()["offer"]["id"]
-    await session.goto(result["node"], "there")
+    await session.go_to(result["node"], "there")
     await ready(session)
     await session.undo("back")
     assert (await ready(session))["offer"]["id"] == shown
@@ -245,13 +247,13 @@ async def test_undo_from_a_fit_brings_back_what_was_shown(studio: Studio, sessio
 async def test_what_cannot_be_learned_from_is_refused(studio: Studio, session: Session) -> None:
     empty = await studio.steering.create(None, {})
     with pytest.raises(Conflict, match="Nothing was said"):
-        await studio.fits.refit(empty.id)
+        await studio.retraining.retrain(empty.id)
     with pytest.raises(NotFound):
-        await studio.fits.refit(session.id, "n404")
+        await studio.retraining.retrain(session.id, "n404")
     with pytest.raises(NotFound):
-        await studio.fits.replay(session.id, "nope")
+        await studio.retraining.replay_on_model(session.id, "nope")
     with pytest.raises(Invalid, match="there is no file"):
-        await studio.fits.take_in(session.id, "../../etc/passwd")
+        await studio.retraining.import_preferences(session.id, "../../etc/passwd")
     for name, content, words in (
         ("odd.txt", b"a\n", "“odd.txt” is no table of choices"),
         ("bytes.jsonl", b"\xff\xfe\x00", "cannot be read: it is not UTF-16"),
@@ -262,7 +264,7 @@ async def test_what_cannot_be_learned_from_is_refused(studio: Studio, session: S
     ):
         (prompts_folder(studio) / name).write_bytes(content)
         with pytest.raises(Invalid) as raised:
-            await studio.fits.take_in(session.id, name)
+            await studio.retraining.import_preferences(session.id, name)
         assert words in raised.value.message
         assert raised.value.message.startswith("file: ")
         assert raised.value.field == "file"
@@ -271,7 +273,7 @@ async def test_what_cannot_be_learned_from_is_refused(studio: Studio, session: S
 
 
 async def test_a_fit_can_be_cancelled_and_leaves_nothing(studio: Studio, session: Session) -> None:
-    job = await studio.fits.refit(session.id, epochs=50)
+    job = await studio.retraining.retrain(session.id, epochs=50)
     await until(lambda: job.row["progress"] and job.row["progress"]["stage"] == "fitting")
     await studio.jobs.cancel(job.id)
     assert job.row["state"] == "cancelled"
@@ -279,7 +281,7 @@ async def test_a_fit_can_be_cancelled_and_leaves_nothing(studio: Studio, session
 
 
 async def test_a_person_does_not_wait_for_a_fit(studio: Studio, session: Session) -> None:
-    job = await studio.fits.refit(session.id, epochs=50)
+    job = await studio.retraining.retrain(session.id, epochs=50)
     await until(lambda: job.row["progress"] and job.row["progress"]["stage"] == "fitting")
     await choose(session, 0)
     assert job.row["state"] == "running"
@@ -311,7 +313,7 @@ async def test_the_engine_is_asked_for_whole_logs_in_the_sessions_own_words(tmp_
         ]  # fmt: skip
         file = prompts_folder(studio) / "likes.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        await done(await studio.fits.take_in(session.id, "likes.jsonl"))
+        await done(await studio.retraining.import_preferences(session.id, "likes.jsonl"))
     (lessons,) = asked
     assert [lesson["prompt"] for lesson in lessons] == [
         {"text": "Q: Why?", "system": "Be rude.", "template": False, "opening": "", "template_kwargs": {}},
@@ -326,7 +328,7 @@ async def test_the_page_says_how_many_of_the_last_choices_the_model_agrees_with(
     await until(lambda: session.tree.head.metrics and session.tree.head.metrics.agreed is not None)
     assert session.tree.head.metrics
     assert (session.tree.head.metrics.agreed, session.tree.head.metrics.agreed_of) == (3, 3)
-    assert session.figures()["agreed"] == 3
+    assert session.current_metrics()["agreed"] == 3
 
 
 async def test_a_figure_that_cannot_be_had_stops_nothing(tmp_path: Path) -> None:
@@ -341,9 +343,9 @@ async def test_a_figure_that_cannot_be_had_stops_nothing(tmp_path: Path) -> None
         await choose(session, 1)
         state = await choose(session, 1)
         assert state["head"]["step"] == 2
-        await until(lambda: session.tree.head_id in session._not_assessed)
+        await until(lambda: session.tree.head_id in session._failed_assessments)
         assert session.status == "ready"
-        assert session.figures()["agreed"] is None
+        assert session.current_metrics()["agreed"] is None
 
 
 def lesson(text: str, choice: Choice) -> Lesson:
@@ -352,8 +354,8 @@ def lesson(text: str, choice: Choice) -> Lesson:
 
 
 def test_a_log_is_named_by_its_content_and_read_by_number(tmp_path: Path) -> None:
-    logs = Logs(tmp_path)
-    lessons, teaching = teaching_first([lesson("a", "none"), lesson("b", 0), lesson("c", 1)])
+    logs = ChoiceLogs(tmp_path)
+    lessons, teaching = move_refusals_last([lesson("a", "none"), lesson("b", 0), lesson("c", 1)])
     assert (teaching, [each.options[0].text for each in lessons]) == (2, ["b", "c", "a"])
     log = logs.write(lessons)
     assert logs.write(lessons) == log != logs.write(lessons[::-1])
@@ -363,5 +365,5 @@ def test_a_log_is_named_by_its_content_and_read_by_number(tmp_path: Path) -> Non
     logs.discard(log)
     with pytest.raises(Conflict, match="not on disk"):
         logs.read(log, [0])
-    words = told_in_words(lessons[0]).options[0]
+    words = without_tokens(lessons[0]).options[0]
     assert (words.text, words.tokens, words.finish) == ("b", (), "length")

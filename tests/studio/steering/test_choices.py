@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from trellis.messages import Choice, Option, Ranking, Written
-from trellis.studio.steering.choices import equal_options, including_equals
-from trellis.studio.steering.likely_choices import likely
+from trellis.studio.steering.choices import equal_options, with_equal_options
+from trellis.studio.steering.likely_choices import likely_choices
 
 
 def options(*texts: str) -> tuple[Option, ...]:
@@ -38,14 +38,14 @@ TWICE = options("Yes.", "No.", "Yes.", "Maybe.")
     ],
 )
 def test_a_choice_means_all_options_that_are_the_same(choice: Choice, meant: Choice) -> None:
-    assert including_equals(choice, TWICE) == meant
+    assert with_equal_options(choice, TWICE) == meant
 
 
 def test_an_answer_that_was_cut_off_is_not_one_that_ended() -> None:
     offered = options("Yes", "Yes…")
     assert equal_options(offered) == [(0,), (1,)]
-    assert including_equals(Written(written="Yes"), offered) == 0
+    assert with_equal_options(Written(written="Yes"), offered) == 0
 
 
 def test_what_is_the_same_is_foreseen_once_and_as_it_will_be_chosen() -> None:
-    assert [guess for guess in likely([], TWICE) if guess not in ("none", "skip")] == [(0, 2), 1, 3]
+    assert [guess for guess in likely_choices([], TWICE) if guess not in ("none", "skip")] == [(0, 2), 1, 3]

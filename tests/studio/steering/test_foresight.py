@@ -19,9 +19,9 @@ from trellis.messages import Cancel, Down, Event, Learn, Offer, Request, Status,
 from trellis.params import ModelOptions
 from trellis.store.steering import commit_node
 from trellis.store.tables import intents, nodes, offers
-from trellis.studio.models.devices import may_foresee, on_mains
-from trellis.studio.steering.foresight import Ahead, last
-from trellis.studio.steering.session import CONTROL, Session
+from trellis.studio.models.devices import has_mains_power, make_foresight_check
+from trellis.studio.steering.foresight import ForesightRequest, last_event
+from trellis.studio.steering.session import CONTROL_SAMPLING, Session
 from trellis.studio.studio import Studio
 from trellis.workers.channel import Channel
 from trellis.workers.processes import ProcessSpawner
@@ -56,7 +56,7 @@ class Listening:
         """The priorities of what was asked for of a kind, control prompts left out."""
         return [
             priority for request, priority in self.asked
-            if isinstance(request, kind) and not (isinstance(request, Offer) and request.sampling == CONTROL)
+            if isinstance(request, kind) and not (isinstance(request, Offer) and request.sampling == CONTROL_SAMPLING)
         ]  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def spawner(folder: Path) -> Spawn:
 
 def foreseen(session: Session) -> bool:
     """Whether everything that may be chosen next is worked out."""
-    return session.status == "ready" and not session._to_foresee() and (not session._task or session._task.done())
+    return session.status == "ready" and not session._foresight_steps() and (not session._task or session._task.done())
 
 
 async def choose(session: Session, choice: Any, request: str) -> None:
@@ -89,7 +89,7 @@ async def choose(session: Session, choice: Any, request: str) -> None:
 async def test_a_choice_that_was_foreseen_asks_the_engine_for_nothing_and_is_there_at_once(
     session: Session, listening: Listening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session.look()
+    session.add_watcher()
     await until(lambda: foreseen(session))
     published: list[str] = []
     publish = session._hub.publish
@@ -134,7 +134,7 @@ async def test_nothing_is_foreseen_for_a_session_that_nobody_looks_at_or_when_it
     assert 3 not in listening.of(Learn) + listening.of(Offer)
     async with open_studio(tmp_path / "other", spawner(tmp_path / "other"), foresight="off") as studio:
         quiet = await studio.steering.create(None, {})
-        quiet.look()
+        quiet.add_watcher()
         await ready(quiet)
         await until(lambda: quiet._task is None or quiet._task.done())
     assert 3 not in listening.of(Learn) + listening.of(Offer)
@@ -145,12 +145,12 @@ def test_on_mains_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         power_plugged: bool | None = False
 
     monkeypatch.setattr("psutil.sensors_battery", lambda: Battery, raising=False)
-    assert not on_mains()
-    assert [may_foresee(setting)() for setting in ("on", "mains", "off")] == [True, False, False]
+    assert not has_mains_power()
+    assert [make_foresight_check(setting)() for setting in ("on", "mains", "off")] == [True, False, False]
     Battery.power_plugged = True
-    assert may_foresee("mains")()
+    assert make_foresight_check("mains")()
     monkeypatch.setattr("psutil.sensors_battery", lambda: None, raising=False)
-    assert on_mains()
+    assert has_mains_power()
 
 
 @pytest.mark.parametrize("stage", [Learn, Offer])
@@ -158,9 +158,9 @@ async def test_what_is_being_worked_out_when_it_is_chosen_goes_on_and_is_urgent(
     session: Session, listening: Listening, monkeypatch: pytest.MonkeyPatch, stage: type[Request]
 ) -> None:
     monkeypatch.setattr(fake, "STEP_SECONDS", 0.02)
-    session.look()
+    session.add_watcher()
     await until(lambda: listening.of(stage))
-    first = session._likely()[0]
+    first = session._likely_choices()[0]
     await choose(session, first, "r1")
     state = await ready(session)
     assert state["head"]["step"] == 1
@@ -172,9 +172,9 @@ async def test_what_is_being_worked_out_when_it_is_chosen_goes_on_and_is_urgent(
 
 async def test_what_becomes_urgent_before_it_was_sent_is_sent_as_urgent(tmp_path: Path, listening: Listening) -> None:
     worker = await Worker.start(spawner(tmp_path))
-    ahead = Ahead(worker, "s", Status(), "n")
-    await ahead.urge()
-    assert isinstance(await last(ahead.follow()), StatusReport)
+    ahead = ForesightRequest(worker, "s", Status(), "n")
+    await ahead.raise_priority()
+    assert isinstance(await last_event(ahead.follow()), StatusReport)
     assert listening.asked == [(Status(), 0)]
     await worker.stop()
 
@@ -183,9 +183,9 @@ async def test_what_was_not_chosen_gives_way_at_once(
     session: Session, listening: Listening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fake, "STEP_SECONDS", 0.02)
-    session.look()
+    session.add_watcher()
     await until(lambda: len(listening.of(Learn)) >= 2)  # one for each lane
-    last = session._likely()[-2]
+    last = session._likely_choices()[-2]
     await choose(session, last, "r1")
     await ready(session)
     assert any(isinstance(told, Cancel) for told in listening.told)
@@ -197,7 +197,7 @@ async def story(studio: Studio, seed: int, looked_at: bool, longest: float = 0.1
     """What a person sees who says the same things, at random moments: the weights and the options after each."""
     session = await studio.steering.create(None, {"seed": 3, "group_size": 3, "inner_steps": 2} | config)
     if looked_at:
-        session.look()
+        session.add_watcher()
     said, pauses, seen = random.Random(seed), random.Random(seed + 1000), []
     for number in range(8):
         state = await ready(session, 60)
@@ -205,7 +205,7 @@ async def story(studio: Studio, seed: int, looked_at: bool, longest: float = 0.1
         if looked_at:
             await asyncio.sleep(longest * pauses.choice([0.0, 0.05, 0.2, 1.0]))
         what = said.choice(["choose", "choose", "choose", "none", "skip", "undo", "written", "prompt", "many"])
-        if what == "undo" and not session.tree.undo:
+        if what == "undo" and not session.tree.undo_target:
             what = "choose"
         match what:
             case "choose":
@@ -219,9 +219,9 @@ async def story(studio: Studio, seed: int, looked_at: bool, longest: float = 0.1
             case "undo":
                 await session.undo(f"r{number}")
             case "prompt":
-                await session.prompt(f"Question {number}?", f"r{number}")
+                await session.replace_prompt(f"Question {number}?", f"r{number}")
     await ready(session, 60)
-    await until(lambda: not session._growth.unwritten, 60)  # weights are written behind the click
+    await until(lambda: not session._engine_requests.unsaved_nodes, 60)  # weights are written behind the click
     return [*seen, await studio.store.read(written_of, session.id)]
 
 
@@ -285,7 +285,7 @@ async def test_weights_are_written_behind_the_click_and_made_again_where_the_eng
     blobs = Blobs(tmp_path / "weights")
     async with open_studio(tmp_path, spawn) as studio:
         session = await studio.steering.create(None, {})
-        session.look()
+        session.add_watcher()
         await ready(session)
         await until(lambda: foreseen(session))
         before = {path.name for path in blobs.root.iterdir()}
@@ -307,7 +307,7 @@ async def test_a_model_that_is_unloaded_meanwhile_stays_unloaded_until_somebody_
     studio: Studio, session: Session, listening: Listening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fake, "STEP_SECONDS", 0.02)
-    session.look()
+    session.add_watcher()
     await until(lambda: listening.of(Learn))
     await studio.models.unload("demo")
     await until(lambda: session._task is None or session._task.done())

@@ -50,7 +50,9 @@ async def test_who_waits_for_others_is_told_their_place_until_it_is_their_turn(
 
     await asyncio.gather(*(choose(number) for number in range(6)))
     # Two are being learned from, and four wait.
-    await until(lambda: sorted(session.queue for session in sessions if session.queue) == [1, 2, 3, 4])
+    await until(
+        lambda: sorted(session.queue_position for session in sessions if session.queue_position) == [1, 2, 3, 4]
+    )
     assert sorted(session.state()["queue"] or 0 for session in sessions) == [0, 0, 1, 2, 3, 4]
     gate.set()
     for session in sessions:

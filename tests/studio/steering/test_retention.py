@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.conftest import open_studio, ready, until
 from trellis.messages import Metrics
 from trellis.params import SessionConfig
-from trellis.studio.steering.retention import kept, prunable
+from trellis.studio.steering.retention import prunable_weights, retained_weights
 from trellis.studio.steering.session import Session
 from trellis.studio.steering.tree import Node, Tree
 from trellis.studio.studio import Studio
@@ -39,9 +39,9 @@ def test_from_any_node_few_steps_lead_to_what_is_kept(moves: list[tuple[int, Any
     for number, (at, choice) in enumerate(moves, 1):
         nodes.append(node(str(number), nodes[at % len(nodes)], choice))
     tree = Tree(nodes, data.draw(st.sampled_from(nodes)).id)
-    keep = kept(tree, config)
-    assert keep | prunable(tree, config) == {each.weights for each in nodes}
-    assert not keep & prunable(tree, config)
+    keep = retained_weights(tree, config)
+    assert keep | prunable_weights(tree, config) == {each.weights for each in nodes}
+    assert not keep & prunable_weights(tree, config)
     assert {tree.root.weights, tree.head.weights} <= keep
     for each in nodes:
         steps = {
@@ -56,9 +56,9 @@ def test_a_step_with_a_name_is_kept() -> None:
         nodes.append(node(str(number), nodes[-1]))
     tree = Tree(nodes, "19")
     config = SessionConfig(max_undos=1, checkpoint_interval=1000)
-    assert "w7" in prunable(tree, config)
-    tree.note("7", name="The good one")
-    assert "w7" not in prunable(tree, config)
+    assert "w7" in prunable_weights(tree, config)
+    tree.update("7", name="The good one")
+    assert "w7" not in prunable_weights(tree, config)
 
 
 async def choose(session: Session, count: int) -> None:
@@ -85,8 +85,8 @@ async def test_old_weights_go_and_come_back_with_progress(tmp_path: Path, studio
     texts = session.offer and session.offer.texts
     target = path[7]
     told: list[str] = []
-    watching = studio.hub.subscribe(session.topic, studio.hub.last(session.topic), lambda: ("state", {}))
-    await session.goto(target.id, "back")
+    watching = studio.hub.subscribe(session.topic, studio.hub.last_event_id(session.topic), lambda: ("state", {}))
+    await session.go_to(target.id, "back")
     await until(lambda: session.status == "ready" and target.weights in on_disk(tmp_path))
     async for event in watching:
         if event.name == "load_progress":
@@ -95,7 +95,7 @@ async def test_old_weights_go_and_come_back_with_progress(tmp_path: Path, studio
             break
     assert told == [f"Working out step {step} again: {step - 4} of 3" for step in (5, 6, 7)]
     await until(lambda: path[10].weights not in on_disk(tmp_path))  # the window of kept steps moves with the head
-    await session.goto(path[-1].id, "forth")
+    await session.go_to(path[-1].id, "forth")
     assert (await ready(session))["head"]["step"] == 11
     assert session.offer is not None
     assert session.offer.texts == texts
@@ -154,7 +154,7 @@ async def test_weights_that_are_being_taken_away_are_not_pruned(tmp_path: Path, 
     await choose(session, 7)
     old = session.tree.path(session.tree.head_id)[2]
     assert old.weights not in on_disk(tmp_path)
-    async with session.holding(old):
+    async with session.hold_weights(old):
         assert old.weights in on_disk(tmp_path)
         await choose(session, 2)
         assert old.weights in on_disk(tmp_path)

@@ -17,7 +17,7 @@ from trellis.errors import Conflict, Invalid, NotFound, TrellisError
 from trellis.messages import Event, Offer, Ranking, Request, Written
 from trellis.params import ModelOptions, Sampling, default_learning_rate
 from trellis.store import steering as rows
-from trellis.studio.steering.session import CONTROL, Session
+from trellis.studio.steering.session import CONTROL_SAMPLING, Session
 from trellis.studio.studio import Studio
 from trellis.workers.processes import ProcessSpawner
 from trellis.workers.worker import Spawn, Worker
@@ -39,7 +39,7 @@ def texts(state: dict[str, Any]) -> list[str]:
 async def choose(session: Session, choice: Any, request: str | None = None) -> dict[str, Any]:
     state = await ready(session)
     await session.choose(state["offer"]["id"], choice, request or uuid.uuid4().hex)
-    await until(lambda: not session.busy)
+    await until(lambda: not session.is_busy)
     return await ready(session)
 
 
@@ -89,10 +89,10 @@ async def test_after_a_refusal_options_are_chosen_from_more_openings(
         await choose(session, choice)
     await session.sample("Why?", None, 2, Sampling(), 1)
     await session.undo("u1")
-    await session.prompt("And now?", "p1")
+    await session.replace_prompt("And now?", "p1")
     await ready(session)
-    assert [offer.openings for offer in asked if offer.sampling != CONTROL] == [1, 3, 1, 1, 1, 1]
-    assert all(offer.openings == 1 for offer in asked if offer.sampling == CONTROL)
+    assert [offer.openings for offer in asked if offer.sampling != CONTROL_SAMPLING] == [1, 3, 1, 1, 1, 1]
+    assert all(offer.openings == 1 for offer in asked if offer.sampling == CONTROL_SAMPLING)
 
 
 async def test_skip_moves_on_without_learning(session: Session) -> None:
@@ -137,7 +137,7 @@ async def test_another_choice_after_an_undo_is_a_branch_and_loses_nothing(sessio
     second = await choose(session, 1)
     assert second["head"]["node"] != first["head"]["node"]
     assert len(session.tree.children(session.tree.root.id)) == 2
-    await session.goto(first["head"]["node"], "g1")
+    await session.go_to(first["head"]["node"], "g1")
     assert texts(await ready(session)) == texts(first)
     await session.undo("u2")
     await session.redo("r2")
@@ -160,7 +160,7 @@ async def test_two_sessions_with_the_same_seed_and_choices_are_the_same(studio: 
 
 async def test_a_prompt_can_be_replaced(session: Session) -> None:
     before = session.state()
-    await session.prompt("What is rain?", "p1")
+    await session.replace_prompt("What is rain?", "p1")
     after = await ready(session)
     assert after["offer"]["prompt"] == "What is rain?"
     assert texts(after) != texts(before)
@@ -215,8 +215,8 @@ async def test_nothing_else_is_taken_while_learning(session: Session) -> None:
     offer = session.state()["offer"]["id"]
     await session.choose(offer, 0, "r1")
     for again in (
-        session.choose(offer, 1, "r2"), session.skip("r3"), session.undo("r4"), session.prompt("x", "r5"),
-        session.goto(session.tree.root.id, "r6"),
+        session.choose(offer, 1, "r2"), session.skip("r3"), session.undo("r4"), session.replace_prompt("x", "r5"),
+        session.go_to(session.tree.root.id, "r6"),
     ):  # fmt: skip
         with pytest.raises(Conflict) as raised:
             await again
@@ -240,7 +240,7 @@ async def test_there_is_no_undo_at_the_beginning_and_no_redo_at_the_end(session:
     with pytest.raises(Conflict, match="nothing to redo"):
         await session.redo("r2")
     with pytest.raises(NotFound, match="no node"):
-        await session.goto("n123", "r3")
+        await session.go_to("n123", "r3")
 
 
 async def test_unknown_things_are_refused(studio: Studio) -> None:
@@ -256,7 +256,7 @@ async def test_the_same_request_is_one_action(studio: Studio, session: Session) 
     offer = session.state()["offer"]["id"]
     await session.choose(offer, 0, "once")
     await session.choose(offer, 0, "once")
-    await until(lambda: not session.busy)
+    await until(lambda: not session.is_busy)
     await session.choose(offer, 1, "once")
     await ready(session)
     await session.skip("skip once")
@@ -268,24 +268,24 @@ async def test_the_same_request_is_one_action(studio: Studio, session: Session) 
 
 
 async def test_a_prompt_that_does_not_fit_fails_openly_and_can_be_replaced(session: Session) -> None:
-    await session.prompt("word " * 2000, "p1")
+    await session.replace_prompt("word " * 2000, "p1")
     await until(lambda: session.error)
     state = session.state()
     assert state["status"] == "failed"
     assert state["error"]["code"] == "prompt_too_long"
-    await session.prompt("What is rain?", "p2")
+    await session.replace_prompt("What is rain?", "p2")
     assert (await ready(session))["offer"]["prompt"] == "What is rain?"
 
 
 async def test_a_session_can_be_renamed_and_deleted(studio: Studio, session: Session, tmp_path: Path) -> None:
     await choose(session, 0)
     await session.rename("Other")
-    assert [row["name"] for row in await studio.steering.sessions()] == ["Other"]
+    assert [row["name"] for row in await studio.steering.list_sessions()] == ["Other"]
     twin = await studio.steering.create("Twin", {"seed": 5})
     await ready(twin)
     own = {node.weights for node in session.tree.nodes.values()}
     await studio.steering.delete(session.id)
-    assert [row["name"] for row in await studio.steering.sessions()] == ["Twin"]
+    assert [row["name"] for row in await studio.steering.list_sessions()] == ["Twin"]
     left = {name for name in own if name in Blobs(tmp_path / "weights")}
     assert left == {twin.tree.root.weights}, "weights that another session names stay, the others go"
     with pytest.raises(NotFound):
@@ -400,7 +400,7 @@ async def test_a_model_that_was_exchanged_is_noticed(tmp_path: Path) -> None:
         await again.choose(state["offer"]["id"], 0, "r1")
         await until(lambda: again.error)
         assert again.state()["error"]["code"] == "model_changed"
-        await again.undo("u1") if again.tree.undo else await again.skip("s1")
+        await again.undo("u1") if again.tree.undo_target else await again.skip("s1")
         assert again.error is None or again.error.code == "model_changed"
 
 
@@ -420,8 +420,8 @@ async def test_a_model_that_was_exchanged_is_refused_before_a_choice(how: str, t
         if how == "resumed":
             await again.resume()
         else:
-            again.look()
-            again.warm()
+            again.add_watcher()
+            again.preload_model()
         await until(lambda: again.error)
         assert again.error is not None
         assert again.error.code == "model_changed"
@@ -476,7 +476,7 @@ async def test_a_bug_is_shown_as_one_and_the_session_lives(session: Session, mon
     async def broken(*arguments: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(session._growth, "learn", broken)
+    monkeypatch.setattr(session._engine_requests, "learn", broken)
     await session.choose(session.state()["offer"]["id"], 0, "r1")
     await until(lambda: session.error)
     assert session.state()["error"]["code"] == "internal"
@@ -504,7 +504,7 @@ async def test_a_log_that_no_longer_leads_to_the_weights_is_an_error_and_not_a_l
         blobs.discard(node.weights)
     async with open_studio(tmp_path, fake_spawn) as studio:
         again = await studio.steering.session(session.id)
-        again._growth._config = again.config.model_copy(update={"kl_beta": 5.0})
+        again._engine_requests._config = again.config.model_copy(update={"kl_beta": 5.0})
         await again.skip("s1")
         await until(lambda: again.error)
         assert again.state()["error"]["code"] == "weights_changed"
@@ -564,20 +564,23 @@ async def test_sessions_that_nobody_uses_leave_memory_and_come_back(
     from trellis.studio.steering import sessions
 
     after = await choose(session, 1)
-    await until(lambda: session.state()["control"]["current"] is not None and session.idle)
+    await until(lambda: session.state()["control"]["current"] is not None and session.is_idle)
     monkeypatch.setattr(sessions, "IDLE_SECONDS", 0.0)
     other = await studio.steering.create(None, {})
     await studio.steering.delete(other.id)
     with pytest.raises(NotFound):
         await studio.steering.session(other.id)
     found = await studio.steering.session(session.id)
-    last = studio.hub.last(session.topic)
+    last = studio.hub.last_event_id(session.topic)
     # opening another one lets the idle ones go
     studio.steering._sessions.pop(session.id)
     again = await studio.steering.session(session.id)
     assert again is not found
     assert again.state()["offer"] == after["offer"]
-    assert studio.hub.last(session.topic) == last or last.split("-")[0] != studio.hub.last(session.topic).split("-")[0]
+    assert (
+        studio.hub.last_event_id(session.topic) == last
+        or last.split("-")[0] != studio.hub.last_event_id(session.topic).split("-")[0]
+    )
 
 
 async def test_a_deleted_session_can_be_neither_renamed_nor_woken(studio: Studio, session: Session) -> None:
@@ -585,4 +588,4 @@ async def test_a_deleted_session_can_be_neither_renamed_nor_woken(studio: Studio
     with pytest.raises(NotFound):
         await session.rename("x")
     session.wake()
-    assert session.idle
+    assert session.is_idle

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from trellis.params import Dataset, SessionConfig
 from trellis.studio.datasets.datasets import Prompts
-from trellis.studio.datasets.shuffling import shuffled
+from trellis.studio.datasets.shuffling import shuffled_index
 from trellis.studio.steering.tree import (
     Node,
     Tree,
     child_id,
+    choices_to_replay,
     offer_id,
     offer_seed,
-    replayed,
     root_id,
 )
 from trellis.web.pages.steering.tree_layout import layout_tree, polyline_points
@@ -56,13 +56,13 @@ def test_a_path_leads_from_the_root_along_children(tree: Tree) -> None:
 def test_undo_and_redo_are_each_others_inverse(tree: Tree) -> None:
     start = tree.head_id
     steps = 0
-    while (target := tree.undo) is not None:
-        tree.note(target.id, forward=tree.head_id)
+    while (target := tree.undo_target) is not None:
+        tree.update(target.id, forward=tree.head_id)
         tree.head_id = target.id
         steps += 1
     for _ in range(steps):
-        assert tree.redo is not None
-        tree.head_id = tree.redo.id
+        assert tree.redo_target is not None
+        tree.head_id = tree.redo_target.id
     assert tree.head_id == start
 
 
@@ -95,9 +95,9 @@ def test_each_lane_holds_one_branch_so_that_no_stem_runs_through_a_stranger(tree
 def test_replay_draws_earlier_choices_of_this_branch_the_same_each_time(tree: Tree, count: int) -> None:
     config = SessionConfig(replay=count)
     path = tree.path(tree.head_id)
-    drawn = replayed(config, path)
-    assert replayed(config, path) == drawn
-    fit = [(step, 0) for step in path if step.learned and step.choice != "none"]
+    drawn = choices_to_replay(config, path)
+    assert choices_to_replay(config, path) == drawn
+    fit = [(step, 0) for step in path if step.has_learned and step.choice != "none"]
     assert all(earlier in fit for earlier in drawn)
     assert len(drawn) == len(set(drawn)) == min(count, len(fit))
 
@@ -111,11 +111,11 @@ def test_every_prompt_comes_once_in_each_round(seed: int, total: int, round_numb
 
 @given(st.integers(0, 2**63), st.integers(1, 3000))
 def test_a_permutation_takes_every_place_once(seed: int, total: int) -> None:
-    assert sorted(shuffled(place, total, seed) for place in range(total)) == list(range(total))
+    assert sorted(shuffled_index(place, total, seed) for place in range(total)) == list(range(total))
 
 
 def test_a_million_prompts_are_shuffled_without_a_list() -> None:
-    places = [shuffled(place, 1_000_000, 7) for place in range(1000)]
+    places = [shuffled_index(place, 1_000_000, 7) for place in range(1000)]
     assert len(set(places)) == 1000
     assert min(places) < 10_000
     assert max(places) > 990_000
@@ -139,9 +139,9 @@ def test_names_follow_from_what_they_name() -> None:
 def test_seeds_owe_nothing_to_global_state() -> None:
     config, root = SessionConfig(seed=1), node("n0", None)
     random.seed(1)
-    first = offer_seed(config, root, 0, "x"), shuffled(7, 50, 1)
+    first = offer_seed(config, root, 0, "x"), shuffled_index(7, 50, 1)
     random.seed(2)
-    assert (offer_seed(config, root, 0, "x"), shuffled(7, 50, 1)) == first
+    assert (offer_seed(config, root, 0, "x"), shuffled_index(7, 50, 1)) == first
 
 
 def test_a_curve_needs_two_points_and_stays_in_its_box() -> None:

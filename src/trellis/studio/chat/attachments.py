@@ -21,13 +21,13 @@ from ...store.store import Store
 from ...text_rules import require_storable
 
 TEXT, PDF, PICTURE = "text", "pdf", "picture"
-MOST_BYTES = {TEXT: 1_000_000, PDF: 10_000_000, PICTURE: 5_000_000}
-MOST_CHARACTERS = 400_000
-MOST_FILES = 500
+MAX_BYTES = {TEXT: 1_000_000, PDF: 10_000_000, PICTURE: 5_000_000}
+MAX_CHARACTERS = 400_000
+MAX_FILES = 500
 PDF_SECONDS = 40.0
-CONTENT = "content"
+CONTENT_FILE_NAME = "content"
 
-PICTURES = {
+PICTURE_SIGNATURES = {
     b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF87a": "image/gif", b"GIF89a": "image/gif",
 }  # fmt: skip
 
@@ -37,117 +37,116 @@ class Attachments:
 
     def __init__(self, store: Store, blobs: Blobs) -> None:
         self._store, self._blobs = store, blobs
-        self._reading = asyncio.Semaphore(2)
+        self._pdf_semaphore = asyncio.Semaphore(2)
 
     async def read(self, name: str, data: bytes) -> dict[str, Any]:
         """What a file would be with a message. Raises Invalid for what cannot be read."""
         if not data:
-            raise self._refusal(name, "is empty", "Choose another file.")
-        kind = kind_of(data)
-        if len(data) > MOST_BYTES[kind]:
-            most = MOST_BYTES[kind] / 1e6
-            what = (
-                f"has {len(data) / 1e6:.1f} MB; {most:.0f} MB are the most for {'a ' + kind if kind != TEXT else kind}"
-            )
-            raise self._refusal(name, what, "Choose a smaller file, or a part of it.")
-        text = "" if kind == PICTURE else await self._text_of(name, kind, data)
-        return {"name": safe_name(name), "kind": kind, "bytes": len(data), "text": text}
+            raise self._file_error(name, "is empty", "Choose another file.")
+        kind = detect_kind(data)
+        if len(data) > MAX_BYTES[kind]:
+            max_megabytes = MAX_BYTES[kind] / 1e6
+            named_kind = kind if kind == TEXT else f"a {kind}"
+            problem = f"has {len(data) / 1e6:.1f} MB; {max_megabytes:.0f} MB are the most for {named_kind}"
+            raise self._file_error(name, problem, "Choose a smaller file, or a part of it.")
+        text = "" if kind == PICTURE else await self._extract_text(name, kind, data)
+        return {"name": safe_file_name(name), "kind": kind, "bytes": len(data), "text": text}
 
     async def add(self, room_id: str, name: str, data: bytes) -> dict[str, Any]:
         """Take a file for a room. Raises Invalid for what cannot be read."""
-        if len(await self._store.read(rows.get_files, room_id)) >= MOST_FILES:
-            raise self._refusal(name, f"is too many: a room has {MOST_FILES} files at most", "Start a new room.")
+        if len(await self._store.read(rows.get_files, room_id)) >= MAX_FILES:
+            raise self._file_error(name, f"is too many: a room has {MAX_FILES} files at most", "Start a new room.")
         row: dict[str, Any] = {
             "id": f"f{secrets.token_hex(8)}",
             "room": room_id,
             "created": time.time(),
         } | await self.read(name, data)
-        await asyncio.to_thread(self._write, row["id"], data)
+        await asyncio.to_thread(self._write_content, row["id"], data)
         if not await self._store.write(rows.add_file, row):
             await self.discard(row["id"])
             raise NotFound("This room is not there any more.", next_step="Start a new room.")
         return {name: row[name] for name in ("id", "name", "kind", "bytes")} | {"characters": len(row["text"])}
 
-    async def content(self, file_id: str) -> bytes:
+    async def read_content(self, file_id: str) -> bytes:
         """What was sent. Raises TrellisError when it is gone."""
         try:
-            return await asyncio.to_thread((self._blobs.path(file_id) / CONTENT).read_bytes)
+            return await asyncio.to_thread((self._blobs.path(file_id) / CONTENT_FILE_NAME).read_bytes)
         except (OSError, ValueError):
             raise TrellisError(
                 "This file is not on the disk any more.", code="not_found", next_step="Add it again."
             ) from None
 
-    async def as_data(self, file_id: str) -> str:
+    async def picture_data_url(self, file_id: str) -> str:
         """A picture as a `data:` address."""
-        data = await self.content(file_id)
-        return f"data:{picture_type(data) or 'image/png'};base64,{base64.b64encode(data).decode()}"
+        data = await self.read_content(file_id)
+        return f"data:{picture_media_type(data) or 'image/png'};base64,{base64.b64encode(data).decode()}"
 
     async def discard(self, file_id: str) -> None:
         await asyncio.to_thread(self._blobs.discard, file_id)
 
-    def _write(self, file_id: str, data: bytes) -> None:
+    def _write_content(self, file_id: str, data: bytes) -> None:
         with self._blobs.writing(file_id) as folder:
-            (folder / CONTENT).write_bytes(data)
+            (folder / CONTENT_FILE_NAME).write_bytes(data)
 
-    async def _text_of(self, name: str, kind: str, data: bytes) -> str:
+    async def _extract_text(self, name: str, kind: str, data: bytes) -> str:
         if kind == PDF:
-            text = await self._text_of_pdf(name, data)
+            text = await self._extract_pdf_text(name, data)
         else:
             try:
                 text = require_storable(data.decode("utf-8-sig"))
             except ValueError:
-                raise self._refusal(
+                raise self._file_error(
                     name, "is neither text in UTF-8, nor a PDF, nor a picture", "Save it as text, and add that."
                 ) from None
         if not text.strip():
-            raise self._refusal(name, "has no text in it", "If it holds scanned pages, have them read first.")
-        if len(text) > MOST_CHARACTERS:
-            raise self._refusal(
-                name, f"has {len(text)} characters of text; {MOST_CHARACTERS} are the most", "Add a part of it."
+            raise self._file_error(name, "has no text in it", "If it holds scanned pages, have them read first.")
+        if len(text) > MAX_CHARACTERS:
+            raise self._file_error(
+                name, f"has {len(text)} characters of text; {MAX_CHARACTERS} are the most", "Add a part of it."
             )
         return text
 
-    async def _text_of_pdf(self, name: str, data: bytes) -> str:
+    async def _extract_pdf_text(self, name: str, data: bytes) -> str:
         """Read in a process of its own, with limits: a file may be made to harm who reads it."""
-        async with self._reading:
+        async with self._pdf_semaphore:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "trellis.reader.pdf", str(MOST_CHARACTERS), stdin=asyncio.subprocess.PIPE,
+                sys.executable, "-m", "trellis.reader.pdf", str(MAX_CHARACTERS), stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
             )  # fmt: skip
             try:
-                said, _ = await asyncio.wait_for(process.communicate(data), PDF_SECONDS)
+                output, _ = await asyncio.wait_for(process.communicate(data), PDF_SECONDS)
             except TimeoutError:
-                raise self._refusal(name, "takes too long to read", "Save its text, and add that.") from None
+                raise self._file_error(name, "takes too long to read", "Save its text, and add that.") from None
             finally:
                 if process.returncode is None:
                     process.kill()
                     await process.wait()
         try:
-            found = json.loads(said)
+            result = json.loads(output)
         except ValueError:
-            raise self._refusal(name, "could not be read as a PDF", "Save its text, and add that.") from None
-        if "problem" in found:
-            raise self._refusal(name, str(found["problem"]), "Save its text, and add that.")
-        return str(found["text"]).replace("\x00", "").encode("utf-8", "replace").decode()
+            raise self._file_error(name, "could not be read as a PDF", "Save its text, and add that.") from None
+        if "problem" in result:
+            raise self._file_error(name, str(result["problem"]), "Save its text, and add that.")
+        return str(result["text"]).replace("\x00", "").encode("utf-8", "replace").decode()
 
-    def _refusal(self, name: str, what: str, next_step: str) -> Invalid:
-        return Invalid(f"“{shorten(name)}” {what}.", field="file", code="bad_file", next_step=next_step)
+    def _file_error(self, name: str, problem: str, next_step: str) -> Invalid:
+        return Invalid(f"“{shorten(name)}” {problem}.", field="file", code="bad_file", next_step=next_step)
 
 
-def kind_of(data: bytes) -> str:
+def detect_kind(data: bytes) -> str:
     if data[:1024].lstrip().startswith(b"%PDF-"):
         return PDF
-    return PICTURE if picture_type(data) else TEXT
+    return PICTURE if picture_media_type(data) else TEXT
 
 
-def picture_type(data: bytes) -> str | None:
+def picture_media_type(data: bytes) -> str | None:
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "image/webp"
-    return next((kind for mark, kind in PICTURES.items() if data.startswith(mark)), None)
+    return next((kind for signature, kind in PICTURE_SIGNATURES.items() if data.startswith(signature)), None)
 
 
-def safe_name(name: str) -> str:
+def safe_file_name(name: str) -> str:
     """A file's name without what is a path or no letter; never empty."""
     last = re.split(r"[/\\]", name)[-1]
-    kept = "".join(letter for letter in last if letter.isprintable() and letter not in '<>:"|?*').strip(". ")
-    return kept.encode("utf-8", "ignore").decode()[-120:] or "file"
+    printable = "".join(letter for letter in last if letter.isprintable() and letter not in '<>:"|?*').strip(". ")
+    return printable.encode("utf-8", "ignore").decode()[-120:] or "file"

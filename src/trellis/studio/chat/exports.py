@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..jobs import timestamp
-from .formats import HEADING, MARK
+from .formats import MESSAGE_HEADING, ROOM_FORMAT
 from .message import Message
 from .room import Room
 
-FORMATS: Mapping[str, tuple[str, str]] = {
+EXPORT_FORMATS: Mapping[str, tuple[str, str]] = {
     "json": ("application/json", "json"),
     "markdown": ("text/markdown; charset=utf-8", "md"),
     "open-webui": ("application/json", "open-webui.json"),
@@ -19,25 +19,26 @@ FORMATS: Mapping[str, tuple[str, str]] = {
 """The media type of each, and how its file's name ends."""
 
 
-def written(room: Room, format: str) -> str:
+def export_room(room: Room, format: str) -> str:
     """A room as a file."""
     if format == "markdown":
-        return _markdown(room)
-    found = _open_webui(room) if format == "open-webui" else _ours(room)
-    return json.dumps(found, ensure_ascii=False, indent=1)
+        return _room_markdown(room)
+    data = _open_webui_json(room) if format == "open-webui" else _trellis_json(room)
+    return json.dumps(data, ensure_ascii=False, indent=1)
 
 
-def _ours(room: Room) -> dict[str, Any]:
+def _trellis_json(room: Room) -> dict[str, Any]:
     return {
-        "format": MARK, "title": room.title, "system": room.system, "models": room.models, "sampling": room.sampling,
+        "format": ROOM_FORMAT, "title": room.title, "system": room.system, "models": room.models,
+        "sampling": room.sampling,
         "head": room.head, "created": timestamp(room.created),
         "messages": [message.as_json() for message in list(room.messages.values())],
     }  # fmt: skip
 
 
-def _open_webui(room: Room) -> list[dict[str, Any]]:
-    def told(message: Message) -> dict[str, Any]:
-        about: dict[str, Any] = {
+def _open_webui_json(room: Room) -> list[dict[str, Any]]:
+    def message_json(message: Message) -> dict[str, Any]:
+        entry: dict[str, Any] = {
             "id": message.id,
             "parentId": message.parent,
             "childrenIds": [each.id for each in room.children(message.id)],
@@ -45,14 +46,15 @@ def _open_webui(room: Room) -> list[dict[str, Any]]:
             "content": message.text,
             "timestamp": int(message.created),
         }
-        return about | (
+        return entry | (
             {"model": message.model, "done": True} if message.role == "assistant" else {"models": room.models}
         )
 
     chat = {
         "title": room.title, "models": room.models, "system": room.system,
-        "history": {"messages": {each.id: told(each) for each in list(room.messages.values())}, "currentId": room.head},
-        "messages": [told(each) for each in room.path(room.head)],
+        "history": {"messages": {each.id: message_json(each) for each in list(room.messages.values())},
+        "currentId": room.head},
+        "messages": [message_json(each) for each in room.path(room.head)],
         "timestamp": int(room.created * 1000),
     }  # fmt: skip
     return [{
@@ -61,7 +63,7 @@ def _open_webui(room: Room) -> list[dict[str, Any]]:
     }]  # fmt: skip
 
 
-def _markdown(room: Room) -> str:
+def _room_markdown(room: Room) -> str:
     """The branch that is looked at. A heading of ours inside a message is set one deeper, so that it stays inside."""
     parts = [f"# {room.title}\n"]
     if room.system:
@@ -69,6 +71,6 @@ def _markdown(room: Room) -> str:
     for message in room.path(room.head):
         who = "User" if message.role == "user" else "Assistant" + (f" ({message.model})" if message.model else "")
         names = "".join(f"*{each['name']}*\n\n" for each in message.files)
-        text = HEADING.sub(lambda found: f"#{found[0]}", message.text)
+        text = MESSAGE_HEADING.sub(lambda found: f"#{found[0]}", message.text)
         parts.append(f"## {who}\n\n{names}{text}\n")
     return "\n".join(parts)

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-MARK = "trellis-room-1"
-HEADING = re.compile(r"^## (User|Assistant)(?: \((.*)\))?[ \t]*$", re.MULTILINE)
+ROOM_FORMAT = "trellis-room-1"
+MESSAGE_HEADING = re.compile(r"^## (User|Assistant)(?: \((.*)\))?[ \t]*$", re.MULTILINE)
 
-WRAPPERS = ("conversations", "chats", "rooms", "data")
+LIST_KEYS = ("conversations", "chats", "rooms", "data")
 """Names under which a file may hold a list of conversations."""
 
-ROLES = {"human": "user", "prompter": "user", "developer": "system", "ai": "assistant", "bot": "assistant",
+ROLE_ALIASES = {"human": "user", "prompter": "user", "developer": "system", "ai": "assistant", "bot": "assistant",
          "gpt": "assistant", "model": "assistant", "chatgpt": "assistant"}  # fmt: skip
 """What other programs call a role."""
 
@@ -28,7 +28,7 @@ class Unreadable(Exception):
 
 
 @dataclass
-class Said:
+class ImportedMessage:
     """One message as a file has it: `content` may be text, or a list of parts. A `parent` that is no text is none."""
 
     id: Any
@@ -53,17 +53,17 @@ class Conversation:
     """One conversation as a file has it. Of a foreign one, steps in which nothing was said may be left out."""
 
     title: str
-    messages: list[Said]
+    messages: list[ImportedMessage]
     head: Any
     system: Any = ""
     models: Any = ()
     sampling: dict[str, Any] = field(default_factory=dict)
-    foreign: bool = True
+    is_foreign: bool = True
 
 
-def conversations_in(body: bytes) -> list[tuple[str, Any]]:
+def split_conversations(body: bytes) -> list[tuple[str, Any]]:
     """The conversations of a file, each with what to call it, not read yet. Raises Unreadable."""
-    text = _decoded(body)
+    text = _decode(body)
     if text.lstrip()[:1] not in ("{", "["):
         return [("", text)]
     try:
@@ -74,16 +74,16 @@ def conversations_in(body: bytes) -> list[tuple[str, Any]]:
         lines = [line for line in text.splitlines() if line.strip()]
         if len(lines) < 2 or not all(line.lstrip().startswith("{") for line in lines):
             raise Unreadable(f"it is not whole JSON ({error})") from None
-        return [(f"line {number}", _line(line)) for number, line in enumerate(lines, 1)]
-    if isinstance(data, dict) and not _kind_of(data):
-        data = next((data[name] for name in WRAPPERS if isinstance(data.get(name), list)), data)
-    found = data if isinstance(data, list) else [data]
-    if found and all(isinstance(each, dict) and "role" in each and "content" in each for each in found):
-        found = [{"messages": found}]  # one conversation, as the OpenAI API takes it
-    return [(_title_of(each) or f"number {number}", each) for number, each in enumerate(found, 1)]
+        return [(f"line {number}", _parse_line(line)) for number, line in enumerate(lines, 1)]
+    if isinstance(data, dict) and not _find_parser(data):
+        data = next((data[name] for name in LIST_KEYS if isinstance(data.get(name), list)), data)
+    conversations = data if isinstance(data, list) else [data]
+    if conversations and all(isinstance(each, dict) and "role" in each and "content" in each for each in conversations):
+        conversations = [{"messages": conversations}]  # one conversation, as the OpenAI API takes it
+    return [(_find_title(each) or f"number {number}", each) for number, each in enumerate(conversations, 1)]
 
 
-def _decoded(body: bytes) -> str:
+def _decode(body: bytes) -> str:
     if body.startswith(b"PK\x03\x04"):
         raise Unreadable("it is a ZIP archive; unpack it, and choose the file “conversations.json” in it")
     try:
@@ -92,140 +92,149 @@ def _decoded(body: bytes) -> str:
         raise Unreadable("it is not UTF-8 text") from None
 
 
-def _line(text: str) -> Any:
+def _parse_line(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         return Unreadable(f"it is not whole JSON ({error})")
 
 
-def _title_of(data: Any) -> str:
+def _find_title(data: Any) -> str:
     if not isinstance(data, dict):
         return ""
-    inside = data["chat"] if isinstance(data.get("chat"), dict) else {}
-    title = data.get("title") or inside.get("title") or data.get("name")
+    chat = data["chat"] if isinstance(data.get("chat"), dict) else {}
+    title = data.get("title") or chat.get("title") or data.get("name")
     return title if isinstance(title, str) else ""
 
 
-def conversation_from(data: Any) -> Conversation:
+def parse_conversation(data: Any) -> Conversation:
     """Raises Unreadable."""
     if isinstance(data, Unreadable):
         raise data
     if isinstance(data, str):
-        return from_markdown(data)
-    read = _kind_of(data)
-    if read is None:
+        return parse_markdown(data)
+    parse = _find_parser(data)
+    if parse is None:
         raise Unreadable("it is no conversation in a format that is known")
-    return read(data)
+    return parse(data)
 
 
-def _kind_of(data: Any) -> Callable[[dict[str, Any]], Conversation] | None:
+def _find_parser(data: Any) -> Callable[[dict[str, Any]], Conversation] | None:
     """The function that reads a conversation; None where none does."""
     if not isinstance(data, dict):
         return None
-    if data.get("format") == MARK:
-        return _from_ours
+    if data.get("format") == ROOM_FORMAT:
+        return _parse_trellis
     if isinstance(data.get("mapping"), dict):
-        return _from_chatgpt
+        return _parse_chatgpt
     if isinstance(data.get("chat_messages"), list):
-        return _from_claude
+        return _parse_claude
     chat = data.get("chat", data)
     if isinstance(chat, dict) and isinstance(chat.get("history"), dict):
-        return _from_open_webui
+        return _parse_open_webui
     messages = chat.get("messages") if isinstance(chat, dict) else None
     if isinstance(messages, list):
         is_lm_studio = any(isinstance(each, dict) and isinstance(each.get("versions"), list) for each in messages)
-        return _from_lm_studio if is_lm_studio else _from_messages
+        return _parse_lm_studio if is_lm_studio else _parse_messages
     return None
 
 
-def _from_ours(data: dict[str, Any]) -> Conversation:
-    said = [
-        Said(each.get("id"), each.get("parent"), each.get("role"), each.get("text"), each.get("model"),
-             time_of(each.get("created")), each.get("group"), each.get("rating"), each.get("usage"),
+def _parse_trellis(data: dict[str, Any]) -> Conversation:
+    messages = [
+        ImportedMessage(each.get("id"), each.get("parent"), each.get("role"), each.get("text"), each.get("model"),
+             parse_time(each.get("created")), each.get("group"), each.get("rating"), each.get("usage"),
              each.get("finish"))
-        for each in _messages(data.get("messages"))
+        for each in _require_messages(data.get("messages"))
     ]  # fmt: skip
     sampling = data["sampling"] if isinstance(data.get("sampling"), dict) else {}
     return Conversation(
-        _title_of(data), said, data.get("head"), data.get("system"), data.get("models"), sampling, False
+        _find_title(data), messages, data.get("head"), data.get("system"), data.get("models"), sampling, False
     )
 
 
-def _from_open_webui(data: dict[str, Any]) -> Conversation:
+def _parse_open_webui(data: dict[str, Any]) -> Conversation:
     chat = data.get("chat", data)
     history = chat["history"]
-    found = history.get("messages")
-    if not isinstance(found, dict):
+    message_map = history.get("messages")
+    if not isinstance(message_map, dict):
         raise Unreadable("its history has no messages")
-    said = [
-        Said(each.get("id"), each.get("parentId"), each.get("role"), each.get("content"), each.get("model"),
-             time_of(each.get("timestamp")), files=_names_of(each.get("files")))
-        for each in _messages(list(found.values()))
+    messages = [
+        ImportedMessage(each.get("id"), each.get("parentId"), each.get("role"), each.get("content"), each.get("model"),
+             parse_time(each.get("timestamp")), files=_file_names(each.get("files")))
+        for each in _require_messages(list(message_map.values()))
     ]  # fmt: skip
-    return Conversation(_title_of(data), said, history.get("currentId"), chat.get("system"), chat.get("models"))
+    return Conversation(_find_title(data), messages, history.get("currentId"), chat.get("system"), chat.get("models"))
 
 
-def _from_messages(data: dict[str, Any]) -> Conversation:
+def _parse_messages(data: dict[str, Any]) -> Conversation:
     """A list of messages, one after the other."""
     chat = data.get("chat", data)
-    said = [
-        Said(str(place), str(place - 1) if place else None, each.get("role", each.get("sender", each.get("from"))),
-             _first_of(each, "content", "text", "value"), each.get("model"),
-             time_of(_first_of(each, "timestamp", "created_at", "created")), files=_names_of(each.get("files")))
-        for place, each in enumerate(_messages(chat.get("messages")))
+    messages = [
+        ImportedMessage(str(index), str(index - 1) if index else None, each.get("role", each.get("sender",
+        each.get("from"))),
+             _first_value(each, "content", "text", "value"), each.get("model"),
+             parse_time(_first_value(each, "timestamp", "created_at", "created")), files=_file_names(each.get("files")))
+        for index, each in enumerate(_require_messages(chat.get("messages")))
     ]  # fmt: skip
     models = chat.get("models") or [chat.get("model")]
-    return Conversation(_title_of(data), said, str(len(said) - 1), chat.get("system"), models)
+    return Conversation(_find_title(data), messages, str(len(messages) - 1), chat.get("system"), models)
 
 
-def _from_claude(data: dict[str, Any]) -> Conversation:
-    said: list[Said] = []
+def _parse_claude(data: dict[str, Any]) -> Conversation:
+    messages: list[ImportedMessage] = []
     ids = {uuid for each in _dicts(data["chat_messages"]) if isinstance(uuid := each.get("uuid"), str)}
-    for place, each in enumerate(_messages(data["chat_messages"])):
-        above = each.get("parent_message_uuid")
-        parent = above if isinstance(above, str) and above in ids else said[-1].id if said and above is None else None
-        files = _names_of(each.get("attachments")) + _names_of(each.get("files"))
-        said.append(Said(each.get("uuid") or str(place), parent, each.get("sender"), _first_of(each, "content", "text"),
-                         created=time_of(each.get("created_at")), files=files))  # fmt: skip
-    head = data.get("current_leaf_message_uuid") or (said[-1].id if said else None)
-    return Conversation(_title_of(data), said, head)
+    for index, each in enumerate(_require_messages(data["chat_messages"])):
+        parent_id = each.get("parent_message_uuid")
+        parent = (
+            parent_id
+            if isinstance(parent_id, str) and parent_id in ids
+            else messages[-1].id
+            if messages and parent_id is None
+            else None
+        )
+        files = _file_names(each.get("attachments")) + _file_names(each.get("files"))
+        messages.append(ImportedMessage(each.get("uuid") or str(index), parent, each.get("sender"),
+        _first_value(each, "content", "text"),
+                         created=parse_time(each.get("created_at")), files=files))  # fmt: skip
+    head = data.get("current_leaf_message_uuid") or (messages[-1].id if messages else None)
+    return Conversation(_find_title(data), messages, head)
 
 
-def _from_chatgpt(data: dict[str, Any]) -> Conversation:
-    said: list[Said] = []
+def _parse_chatgpt(data: dict[str, Any]) -> Conversation:
+    messages: list[ImportedMessage] = []
     for name, node in data["mapping"].items():
         message = node.get("message") if isinstance(node, dict) else None
         message = message if isinstance(message, dict) else {}
         author = message["author"] if isinstance(message.get("author"), dict) else {}
-        about = message["metadata"] if isinstance(message.get("metadata"), dict) else {}
+        metadata = message["metadata"] if isinstance(message.get("metadata"), dict) else {}
         content = message["content"] if isinstance(message.get("content"), dict) else {}
         role: Any = author.get("role") if message else "node"
         recipient = message.get("recipient")
         if role == "assistant" and (recipient not in (None, "all") or content.get("content_type") == "code"):
             role = "tool call"
-        if about.get("is_visually_hidden_from_conversation"):
+        if metadata.get("is_visually_hidden_from_conversation"):
             role = "hidden"
         parent = node.get("parent") if isinstance(node, dict) else None
-        said.append(Said(name, parent, role, _content_of_chatgpt(content), about.get("model_slug"),
-                         time_of(message.get("create_time")), files=_names_of(about.get("attachments"))))  # fmt: skip
-    return Conversation(_title_of(data), said, data.get("current_node"), models=[data.get("default_model_slug")])
+        messages.append(ImportedMessage(name, parent, role, _chatgpt_content(content), metadata.get("model_slug"),
+                         parse_time(message.get("create_time")),
+                         files=_file_names(metadata.get("attachments"))))  # fmt: skip
+    return Conversation(_find_title(data), messages, data.get("current_node"), models=[data.get("default_model_slug")])
 
 
-def _content_of_chatgpt(content: dict[str, Any]) -> Any:
+def _chatgpt_content(content: dict[str, Any]) -> Any:
     """The parts of a message, of which there are many kinds."""
     if isinstance(content.get("parts"), list):
         return content["parts"]
     if isinstance(content.get("thoughts"), list):
-        thoughts = [_first_of(each, "content", "summary") for each in _dicts(content["thoughts"])]
+        thoughts = [_first_value(each, "content", "summary") for each in _dicts(content["thoughts"])]
         return [{"type": "thinking", "thinking": "\n\n".join(each for each in thoughts if isinstance(each, str))}]
-    return _first_of(content, "text", "result") if content.get("content_type") != "reasoning_recap" else ""
+    return _first_value(content, "text", "result") if content.get("content_type") != "reasoning_recap" else ""
 
 
-def _from_lm_studio(data: dict[str, Any]) -> Conversation:
-    said: list[Said] = []
+def _parse_lm_studio(data: dict[str, Any]) -> Conversation:
+    messages: list[ImportedMessage] = []
     parent: str | None = None
-    for place, each in enumerate(_messages(data["messages"])):
+    for index, each in enumerate(_require_messages(data["messages"])):
         versions = _dicts(each.get("versions"))
         chosen = each.get("currentlySelected")
         chosen = chosen if isinstance(chosen, int) and 0 <= chosen < len(versions) else 0
@@ -233,14 +242,16 @@ def _from_lm_studio(data: dict[str, Any]) -> Conversation:
             sender = version["senderInfo"] if isinstance(version.get("senderInfo"), dict) else {}
             content = version.get("content")
             if isinstance(version.get("steps"), list):
-                content = [part for step in _dicts(version["steps"]) for part in _parts_of_step(step)]
-            said.append(Said(f"{place}.{number}", parent, version.get("role"), content, sender.get("senderName")))
+                content = [part for step in _dicts(version["steps"]) for part in _lm_studio_step_parts(step)]
+            messages.append(
+                ImportedMessage(f"{index}.{number}", parent, version.get("role"), content, sender.get("senderName"))
+            )
         if versions:
-            parent = f"{place}.{chosen}"
-    return Conversation(_title_of(data), said, parent, data.get("systemPrompt"))
+            parent = f"{index}.{chosen}"
+    return Conversation(_find_title(data), messages, parent, data.get("systemPrompt"))
 
 
-def _parts_of_step(step: dict[str, Any]) -> list[Any]:
+def _lm_studio_step_parts(step: dict[str, Any]) -> list[Any]:
     style = step["style"] if isinstance(step.get("style"), dict) else {}
     parts = step["content"] if isinstance(step.get("content"), list) else []
     if style.get("type") != "thinking":
@@ -248,26 +259,26 @@ def _parts_of_step(step: dict[str, Any]) -> list[Any]:
     return [{"type": "thinking", "thinking": each.get("text", "")} for each in _dicts(parts)]
 
 
-def from_markdown(text: str) -> Conversation:
+def parse_markdown(text: str) -> Conversation:
     """Raises Unreadable."""
-    found = list(HEADING.finditer(text))
-    if not found:
+    headings = list(MESSAGE_HEADING.finditer(text))
+    if not headings:
         raise Unreadable("it has no heading “## User”")
-    said = []
-    for place, heading in enumerate(found):
-        end = found[place + 1].start() if place + 1 < len(found) else len(text)
-        said.append(Said(str(place), str(place - 1) if place else None, heading[1].lower(),
+    messages = []
+    for index, heading in enumerate(headings):
+        end = headings[index + 1].start() if index + 1 < len(headings) else len(text)
+        messages.append(ImportedMessage(str(index), str(index - 1) if index else None, heading[1].lower(),
                          text[heading.end() : end].strip(), heading[2]))  # fmt: skip
-    before = text[: found[0].start()].strip().splitlines()
-    title = before[0].lstrip("# ") if before and before[0].startswith("# ") else ""
-    system = "\n".join(line.removeprefix("> ").removeprefix(">") for line in before if line.startswith(">"))
-    models = [each.model for each in said if each.model]
-    return Conversation(title, said, str(len(said) - 1), system, models, foreign=False)
+    preamble = text[: headings[0].start()].strip().splitlines()
+    title = preamble[0].lstrip("# ") if preamble and preamble[0].startswith("# ") else ""
+    system = "\n".join(line.removeprefix("> ").removeprefix(">") for line in preamble if line.startswith(">"))
+    models = [each.model for each in messages if each.model]
+    return Conversation(title, messages, str(len(messages) - 1), system, models, is_foreign=False)
 
 
 # ── What a message says ────────────────────────────────────────────────────────────────────────────
 
-TEXTS = ("text", "input_text", "output_text", "markdown", "audio_transcription")
+TEXT_PART_TYPES = ("text", "input_text", "output_text", "markdown", "audio_transcription")
 
 
 @dataclass
@@ -278,7 +289,7 @@ class Content:
     left_out: list[str] = field(default_factory=list)
 
 
-def content_of(value: Any) -> Content:
+def parse_content(value: Any) -> Content:
     """Text, or a list of parts, as text: thoughts between tags in front, and a mark where a picture was. Raises
     Unreadable for what is neither."""
     if value is None or isinstance(value, str):
@@ -287,46 +298,46 @@ def content_of(value: Any) -> Content:
         value = value["parts"] if isinstance(value.get("parts"), list) else [value]
     if not isinstance(value, list):
         raise Unreadable("is neither text nor a list of parts")
-    found, thoughts, said = Content(""), [], []
+    content, thoughts, texts = Content(""), [], []
     for part in value:
-        kind, text = _part(part)
+        kind, text = _parse_part(part)
         if kind == "text":
-            said.append(text)
+            texts.append(text)
         elif kind == "thought":
             thoughts.append(text)
         else:
-            found.left_out.append(kind)
+            content.left_out.append(kind)
             if kind == "picture":
-                said.append("[picture]")
-    found.text = _joined(said)
+                texts.append("[picture]")
+    content.text = _join_lines(texts)
     if thought := "\n\n".join(filter(None, thoughts)):
-        found.text = f"<think>\n{thought}\n</think>\n\n{found.text}"
-    return found
+        content.text = f"<think>\n{thought}\n</think>\n\n{content.text}"
+    return content
 
 
-def _joined(texts: list[str]) -> str:
+def _join_lines(texts: list[str]) -> str:
     """Parts one after the other, each on a line of its own where they are more than one."""
     return "\n".join(text for text in texts if text)
 
 
-def _part(part: Any) -> tuple[str, str]:
+def _parse_part(part: Any) -> tuple[str, str]:
     if isinstance(part, str):
         return "text", part
     if not isinstance(part, dict):
         raise Unreadable("has a part that is neither text nor an object")
     kind = str(part.get("type") or part.get("content_type") or "text")
     if kind in ("thinking", "reasoning", "thoughts"):
-        thought = _first_of(part, "thinking", "text", "content")
+        thought = _first_value(part, "thinking", "text", "content")
         return "thought", thought if isinstance(thought, str) else ""
     if "image" in kind or "picture" in kind:
         return "picture", ""
-    text = _first_of(part, "text", "content")
-    if kind in TEXTS and isinstance(text, str):
+    text = _first_value(part, "text", "content")
+    if kind in TEXT_PART_TYPES and isinstance(text, str):
         return "text", text
     return kind.replace("_", " ")[:40], ""
 
 
-def _first_of(data: dict[str, Any], *names: str) -> Any:
+def _first_value(data: dict[str, Any], *names: str) -> Any:
     """The first value that is there and not empty; else the first that is there."""
     return next((data[name] for name in names if data.get(name)), next((data[n] for n in names if n in data), None))
 
@@ -335,32 +346,32 @@ def _dicts(value: Any) -> list[dict[str, Any]]:
     return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
-def _messages(value: Any) -> list[dict[str, Any]]:
+def _require_messages(value: Any) -> list[dict[str, Any]]:
     """Raises Unreadable for what is no list of objects."""
     if not isinstance(value, list):
         raise Unreadable("it has no list of messages")
-    for place, each in enumerate(value):
+    for index, each in enumerate(value):
         if not isinstance(each, dict):
-            raise Unreadable(f"message {place + 1} is not an object")
+            raise Unreadable(f"message {index + 1} is not an object")
     return value
 
 
-def _names_of(files: Any) -> list[str]:
-    return list(_iterate_names(files))
+def _file_names(files: Any) -> list[str]:
+    return list(_iterate_file_names(files))
 
 
-def _iterate_names(files: Any) -> Iterator[str]:
+def _iterate_file_names(files: Any) -> Iterator[str]:
     for each in _dicts(files):
-        name = _first_of(each, "name", "file_name", "filename")
+        name = _first_value(each, "name", "file_name", "filename")
         yield name if isinstance(name, str) else "a picture" if each.get("type") == "image" else "a file"
 
 
-def time_of(value: Any) -> float | None:
+def parse_time(value: Any) -> float | None:
     """Seconds since 1970 of a number or an ISO date; None for what is neither, or far away."""
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e14:
         return float(value) / (1000 if value > 1e11 else 1)
     try:
-        found = datetime.fromisoformat(value).timestamp() if isinstance(value, str) else 0.0
+        seconds = datetime.fromisoformat(value).timestamp() if isinstance(value, str) else 0.0
     except (ValueError, OverflowError):
         return None
-    return found if 0 < found < 1e11 else None
+    return seconds if 0 < seconds < 1e11 else None

@@ -11,19 +11,27 @@ from typing import Any
 
 from ...errors import Invalid, TrellisError, shorten
 from ...text_rules import PROMPT_LIMIT, require_storable
-from .answer import FIGURES
-from .formats import ROLES, Conversation, Said, Unreadable, content_of, conversation_from, conversations_in
+from .answer import USAGE_FIELDS
+from .formats import (
+    ROLE_ALIASES,
+    Conversation,
+    ImportedMessage,
+    Unreadable,
+    parse_content,
+    parse_conversation,
+    split_conversations,
+)
 from .message import Message
-from .room import MOST_MESSAGES, Room, sampling_from, title_of
+from .room import MAX_MESSAGES, Room, make_title, parse_sampling
 from .rooms import Rooms, new_room_id
 
-MOST_ROOMS = 2000
-LONGEST = 4 * PROMPT_LIMIT
-MOST_SYSTEM = 20_000
+MAX_ROOMS = 2000
+MAX_TEXT_CHARACTERS = 4 * PROMPT_LIMIT
+MAX_SYSTEM_CHARACTERS = 20_000
 
 
 @dataclass
-class Imported:
+class ImportResult:
     """The rooms that were made; a sentence for each conversation that was left out, and for what of others was."""
 
     rooms: list[Room] = field(default_factory=list)
@@ -35,171 +43,193 @@ class Imported:
 
 
 @dataclass
-class Plan:
+class RoomPlan:
     """What a room is to be."""
 
-    room: dict[str, Any]
+    room_arguments: dict[str, Any]
     models: list[str]
     notes: list[str]
 
 
-async def import_rooms(rooms: Rooms, body: bytes) -> Imported:
+async def import_rooms(rooms: Rooms, body: bytes) -> ImportResult:
     """Make rooms of a file. Raises Invalid where none can be made."""
-    imported = Imported()
-    plans, imported.left_out = await asyncio.to_thread(plans_of, body)
-    known: dict[str, bool] = {}
+    imported = ImportResult()
+    plans, imported.left_out = await asyncio.to_thread(plan_rooms, body)
+    known_models: dict[str, bool] = {}
     for plan in plans:
         for name in plan.models:
-            if name not in known:
-                known[name] = await _answers(rooms, name)
-        imported.rooms.append(await rooms.create(models=[name for name in plan.models if known[name]], **plan.room))
+            if name not in known_models:
+                known_models[name] = await _is_known_target(rooms, name)
+        imported.rooms.append(
+            await rooms.create(models=[name for name in plan.models if known_models[name]], **plan.room_arguments)
+        )
         imported.notes += plan.notes
     return imported
 
 
-def plans_of(body: bytes) -> tuple[list[Plan], list[str]]:
+def plan_rooms(body: bytes) -> tuple[list[RoomPlan], list[str]]:
     """What the rooms of a file are to be, and why others cannot be. Raises Invalid where there is none."""
     try:
-        found = conversations_in(body)
-        if len(found) > MOST_ROOMS:
-            raise Unreadable(f"it has {len(found)} conversations, {MOST_ROOMS} are the most")
+        conversations = split_conversations(body)
+        if len(conversations) > MAX_ROOMS:
+            raise Unreadable(f"it has {len(conversations)} conversations, {MAX_ROOMS} are the most")
     except Unreadable as error:
-        raise _refusal(str(error)) from None
+        raise _unreadable_file_error(str(error)) from None
     plans, left_out = [], []
-    for name, data in found:
+    for name, data in conversations:
         try:
-            plans.append(plan_of(conversation_from(data)))
+            plans.append(plan_room(parse_conversation(data)))
         except Unreadable as error:
             left_out.append(f"“{shorten(name)}”: {error}." if name else f"{error}.")
         except Invalid as error:
             left_out.append(f"“{shorten(name)}”: {error.message}")
     if not plans:
         more = f" (and {len(left_out) - 1} others)" if len(left_out) > 1 else ""
-        raise _refusal(left_out[0].rstrip(".") + more if left_out else "it has no conversation in it")
+        raise _unreadable_file_error(left_out[0].rstrip(".") + more if left_out else "it has no conversation in it")
     return plans, left_out
 
 
-async def _answers(rooms: Rooms, name: str) -> bool:
+async def _is_known_target(rooms: Rooms, name: str) -> bool:
     try:
-        await rooms.speakers.find(name)
+        await rooms.targets.find(name)
     except TrellisError:
         return False
     return True
 
 
-def _refusal(why: str) -> Invalid:
+def _unreadable_file_error(reason: str) -> Invalid:
     return Invalid(
-        f"This file has no conversation that can be read: {why}.", field="file", code="unreadable",
+        f"This file has no conversation that can be read: {reason}.", field="file", code="unreadable",
         next_step="Choose what Trellis, open-webui, ChatGPT, Claude or LM Studio has exported, or Markdown with “## "
         "User” and “## Assistant”.",
     )  # fmt: skip
 
 
 @dataclass
-class _Kept:
+class _KeptMessage:
     """A message that becomes one of the room; `inside` is the one that it was joined to."""
 
-    said: Said
+    imported: ImportedMessage
     role: str
     text: str
 
 
-def plan_of(found: Conversation) -> Plan:
+def plan_room(conversation: Conversation) -> RoomPlan:
     """Every message with a new id, under its parent; what cannot be kept is counted. Raises Unreadable, or Invalid for
     its settings."""
-    _require_a_tree(found.messages)
+    _require_tree(conversation.messages)
     losses: Counter[str] = Counter()
     """How much of what was left out, in words."""
-    places: dict[str, str | None] = {}
+    new_ids: dict[str, str | None] = {}
     """Where each message went: the id of the message that has its text now, or of its nearest one above."""
-    kept: dict[str, _Kept] = {}
-    system = [_text(found.system)]
-    children = Counter(each.parent for each in found.messages if isinstance(each.parent, str))
-    straight: dict[Any, bool] = {}
+    kept_messages: dict[str, _KeptMessage] = {}
+    system = [_require_text(conversation.system)]
+    child_counts = Counter(each.parent for each in conversation.messages if isinstance(each.parent, str))
+    is_unbranched: dict[Any, bool] = {}
     """Whether no branch begins between a message and the one that its place is taken by."""
-    for place, said in _parents_first(found.messages):
-        role, text = _read(place, said, found.foreign, losses)
-        above = places.get(said.parent) if isinstance(said.parent, str) else None
-        places[said.id] = above
-        straight[said.id] = children[said.parent] == 1 and (above == said.parent or straight.get(said.parent, False))
-        if role == "system" and above is None and text.strip():
+    for index, imported in _parents_first(conversation.messages):
+        role, text = _parse_message(index, imported, conversation.is_foreign, losses)
+        parent_id = new_ids.get(imported.parent) if isinstance(imported.parent, str) else None
+        new_ids[imported.id] = parent_id
+        is_unbranched[imported.id] = child_counts[imported.parent] == 1 and (
+            parent_id == imported.parent or is_unbranched.get(imported.parent, False)
+        )
+        if role == "system" and parent_id is None and text.strip():
             system.append(text)
         elif role not in ("user", "assistant"):
             if text.strip():
                 losses["hidden message" if role == "hidden" else f"message of the role “{shorten(role)}”"] += 1
-        elif not text.strip() and found.foreign:
+        elif not text.strip() and conversation.is_foreign:
             continue
-        elif found.foreign and above and kept[above].role == role and straight[said.id]:
-            kept[above].text += f"\n\n{text}"  # it spoke twice, with something in between that was left out
+        elif (
+            conversation.is_foreign
+            and parent_id
+            and kept_messages[parent_id].role == role
+            and is_unbranched[imported.id]
+        ):
+            kept_messages[
+                parent_id
+            ].text += f"\n\n{text}"  # it spoke twice, with something in between that was left out
         else:
-            places[said.id] = said.id
-            kept[said.id] = _Kept(said, role, text)
-            kept[said.id].said.parent = above
-    if found.foreign and not kept:
+            new_ids[imported.id] = imported.id
+            kept_messages[imported.id] = _KeptMessage(imported, role, text)
+            kept_messages[imported.id].imported.parent = parent_id
+    if conversation.is_foreign and not kept_messages:
         raise Unreadable("nothing was said in it")
-    order = [kept[each.id] for each in found.messages if each.id in kept]
-    return _planned(found, order, places, "\n\n".join(dict.fromkeys(filter(None, system))), losses)
+    ordered = [kept_messages[each.id] for each in conversation.messages if each.id in kept_messages]
+    return _make_plan(conversation, ordered, new_ids, "\n\n".join(dict.fromkeys(filter(None, system))), losses)
 
 
-def _read(place: int, said: Said, foreign: bool, losses: Counter[str]) -> tuple[str, str]:
+def _parse_message(index: int, imported: ImportedMessage, is_foreign: bool, losses: Counter[str]) -> tuple[str, str]:
     """The role and the text of a message. Raises Unreadable."""
-    role = ROLES.get(said.role, said.role) if isinstance(said.role, str) else None
-    if role is None or (not foreign and role not in ("user", "assistant")):
-        raise Unreadable(f"message {place + 1} is from neither “user” nor “assistant”")
+    role = ROLE_ALIASES.get(imported.role, imported.role) if isinstance(imported.role, str) else None
+    if role is None or (not is_foreign and role not in ("user", "assistant")):
+        raise Unreadable(f"message {index + 1} is from neither “user” nor “assistant”")
     try:
-        content = content_of(said.content)
+        content = parse_content(imported.content)
     except Unreadable as error:
-        raise Unreadable(f"message {place + 1} {error}") from None
-    text = _text(content.text, f"message {place + 1}")
+        raise Unreadable(f"message {index + 1} {error}") from None
+    text = _require_text(content.text, f"message {index + 1}")
     if role in ("user", "assistant"):
         for kind in content.left_out:
             losses[kind if kind == "picture" else f"part of the kind “{shorten(kind)}”"] += 1
-        if foreign and said.files:
-            losses["file"] += len(said.files)
-            text = "\n\n".join([*(f"[{shorten(name)}]" for name in said.files), *([text] if text else [])])
+        if is_foreign and imported.files:
+            losses["file"] += len(imported.files)
+            text = "\n\n".join([*(f"[{shorten(name)}]" for name in imported.files), *([text] if text else [])])
     return role, text
 
 
-def _planned(
-    found: Conversation, order: list[_Kept], places: dict[str, str | None], system: str, losses: Counter[str]
-) -> Plan:
+def _make_plan(
+    conversation: Conversation,
+    ordered: list[_KeptMessage],
+    new_ids: dict[str, str | None],
+    system: str,
+    losses: Counter[str],
+) -> RoomPlan:
     room_id = new_room_id()
-    ids = {each.said.id: f"m{secrets.token_hex(8)}" for each in order}
+    ids = {each.imported.id: f"m{secrets.token_hex(8)}" for each in ordered}
     groups: dict[str, str] = {}
     now = time.time()
     messages: list[Message] = []
-    for place, each in enumerate(order):
-        said = each.said
+    for index, each in enumerate(ordered):
+        imported = each.imported
         message = Message(
-            id=ids[said.id],
+            id=ids[imported.id],
             room=room_id,
-            parent=ids.get(said.parent),
+            parent=ids.get(imported.parent),
             role=each.role,
             text=each.text,
-            model=_text(said.model)[:300] or None,
-            group=groups.setdefault(said.group, f"g{secrets.token_hex(8)}") if isinstance(said.group, str) else None,
-            finish=_text(said.finish)[:20] or None,
-            usage=_figures(said.usage),
-            rating=said.rating if said.rating in (-1, 1) and not isinstance(said.rating, bool) else 0,
-            created=said.created or now + place * 1e-3,
+            model=_require_text(imported.model)[:300] or None,
+            group=groups.setdefault(imported.group, f"g{secrets.token_hex(8)}")
+            if isinstance(imported.group, str)
+            else None,
+            finish=_require_text(imported.finish)[:20] or None,
+            usage=_parse_usage(imported.usage),
+            rating=imported.rating if imported.rating in (-1, 1) and not isinstance(imported.rating, bool) else 0,
+            created=imported.created or now + index * 1e-3,
         )
         if messages:  # in the order in which the file has them
             message.created = max(message.created, messages[-1].created + 1e-4)
         messages.append(message)
-    if len(system) > MOST_SYSTEM:
-        losses["character of the system prompt"] += len(system) - MOST_SYSTEM
+    if len(system) > MAX_SYSTEM_CHARACTERS:
+        losses["character of the system prompt"] += len(system) - MAX_SYSTEM_CHARACTERS
     first = next((message.text for message in messages if message.role == "user"), "")
-    title = _text(found.title).strip()[:200] or title_of(first)
-    head = places.get(found.head) if isinstance(found.head, str) else None
-    sampling = sampling_from(found.sampling).model_dump(include=set(found.sampling)) if found.sampling else {}
+    title = _require_text(conversation.title).strip()[:200] or make_title(first)
+    head = new_ids.get(conversation.head) if isinstance(conversation.head, str) else None
+    sampling = (
+        parse_sampling(conversation.sampling).model_dump(include=set(conversation.sampling))
+        if conversation.sampling
+        else {}
+    )
     room = {
-        "title": title, "system": system[:MOST_SYSTEM], "messages": messages, "sampling": sampling, "room_id": room_id,
+        "title": title, "system": system[:MAX_SYSTEM_CHARACTERS], "messages": messages, "sampling": sampling,
+        "room_id": room_id,
         "head": ids.get(head or "") or (messages[-1].id if messages else None),
     }  # fmt: skip
-    return Plan(room, _names(found.models)[:1], [_sentence(title, losses)] if losses else [])
+    return RoomPlan(room, _model_names(conversation.models)[:1], [_loss_sentence(title, losses)] if losses else [])
 
 
-def _sentence(title: str, losses: Counter[str]) -> str:
+def _loss_sentence(title: str, losses: Counter[str]) -> str:
     counted = [f"{count} {_plural(name) if count > 1 else name}" for name, count in losses.items()]
     together = ", ".join(counted[:-1]) + " and " + counted[-1] if len(counted) > 1 else counted[0]
     return f"“{shorten(title)}”: {together} {'was' if sum(losses.values()) == 1 else 'were'} left out."
@@ -210,61 +240,63 @@ def _plural(name: str) -> str:
     return f"{first}s{space}{rest}"
 
 
-def _require_a_tree(messages: list[Said]) -> None:
+def _require_tree(messages: list[ImportedMessage]) -> None:
     """Raises Unreadable where ids are missing or used twice, or where messages come after each other in a circle."""
-    if len(messages) > MOST_MESSAGES:
-        raise Unreadable(f"it has {len(messages)} messages, {MOST_MESSAGES} are the most")
+    if len(messages) > MAX_MESSAGES:
+        raise Unreadable(f"it has {len(messages)} messages, {MAX_MESSAGES} are the most")
     parents = {message.id: message.parent for message in messages if isinstance(message.id, str)}
     if len(parents) < len(messages):
         raise Unreadable("two of its messages have the same id, or one has none")
-    safe: set[str] = set()
+    checked_ids: set[str] = set()
     for message in messages:
         seen: set[str] = set()
-        at: Any = message.id
-        while isinstance(at, str) and at in parents and at not in safe:
-            if at in seen:
+        current_id: Any = message.id
+        while isinstance(current_id, str) and current_id in parents and current_id not in checked_ids:
+            if current_id in seen:
                 raise Unreadable("its messages come after each other in a circle")
-            seen.add(at)
-            at = parents[at]
-        safe |= seen
+            seen.add(current_id)
+            current_id = parents[current_id]
+        checked_ids |= seen
 
 
-def _parents_first(messages: list[Said]) -> list[tuple[int, Said]]:
+def _parents_first(messages: list[ImportedMessage]) -> list[tuple[int, ImportedMessage]]:
     """Messages of a tree with their places in the file, each after the one that it comes after."""
-    by_id = {each.id: (place, each) for place, each in enumerate(messages)}
-    found: dict[str, tuple[int, Said]] = {}
+    by_id = {each.id: (index, each) for index, each in enumerate(messages)}
+    ordered: dict[str, tuple[int, ImportedMessage]] = {}
     for message in messages:
         branch: list[str] = []
-        at: Any = message.id
-        while isinstance(at, str) and at in by_id and at not in found:
-            branch.append(at)
-            at = by_id[at][1].parent
-        found |= {name: by_id[name] for name in reversed(branch)}
-    return list(found.values())
+        current_id: Any = message.id
+        while isinstance(current_id, str) and current_id in by_id and current_id not in ordered:
+            branch.append(current_id)
+            current_id = by_id[current_id][1].parent
+        ordered |= {name: by_id[name] for name in reversed(branch)}
+    return list(ordered.values())
 
 
-def _figures(usage: Any) -> dict[str, Any] | None:
+def _parse_usage(usage: Any) -> dict[str, Any] | None:
     """What was measured of an answer: figures and nothing else."""
     if not isinstance(usage, dict):
         return None
 
-    def figure(value: Any) -> Any:
-        is_one = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e12
-        return value if is_one else None
+    def parse_number(value: Any) -> Any:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e12
+        return value if is_number else None
 
-    return {name: figure(usage.get(name)) for name in FIGURES}
+    return {name: parse_number(usage.get(name)) for name in USAGE_FIELDS}
 
 
-def _text(value: Any, what: str = "its text") -> str:
+def _require_text(value: Any, what: str = "its text") -> str:
     if not isinstance(value, str):
         return ""
-    if len(value) > LONGEST:
-        raise Unreadable(f"{what} has {len(value)} characters, {LONGEST} are the most")
+    if len(value) > MAX_TEXT_CHARACTERS:
+        raise Unreadable(f"{what} has {len(value)} characters, {MAX_TEXT_CHARACTERS} are the most")
     try:
         return require_storable(value)
     except ValueError as error:
         raise Unreadable(f"{what} {error}") from None
 
 
-def _names(value: Any) -> list[str]:
-    return [_text(each)[:300] for each in value[:20] if isinstance(each, str)] if isinstance(value, list) else []
+def _model_names(value: Any) -> list[str]:
+    return (
+        [_require_text(each)[:300] for each in value[:20] if isinstance(each, str)] if isinstance(value, list) else []
+    )

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...errors import TrellisError, shorten
-from ..egress import Address, Found, is_public
+from ..egress import Address, ResolvedUrl, is_public
 
 
 class LocalServers:
@@ -21,54 +21,59 @@ class LocalServers:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._known: dict[str, list[str]] | None = None
-        self._tried: dict[str, list[str]] = {}
+        self._permitted: dict[str, list[str]] | None = None
+        self._temporarily_permitted: dict[str, list[str]] = {}
 
-    def permits(self, server: str, address: Address) -> bool:
+    def is_permitted(self, server: str, address: Address) -> bool:
         """Whether a server may have a private address."""
-        return any(str(address) in known.get(server, ()) for known in (self._read(), self._tried))
+        return any(str(address) in known.get(server, ()) for known in (self._read(), self._temporarily_permitted))
 
     @contextmanager
-    def trial(self, found: Found | None) -> Iterator[Found | None]:
+    def permit_temporarily(self, resolved: ResolvedUrl | None) -> Iterator[ResolvedUrl | None]:
         """Permit a server within this alone. Gives back what to keep, where it has a private address."""
-        if found is None or all(map(is_public, found.addresses)):
+        if resolved is None or all(map(is_public, resolved.addresses)):
             yield None
             return
-        self._tried = {**self._tried, found.server: [str(each) for each in found.addresses]}
+        self._temporarily_permitted = {
+            **self._temporarily_permitted,
+            resolved.server: [str(each) for each in resolved.addresses],
+        }
         try:
-            yield found
+            yield resolved
         finally:
-            self._tried = {name: value for name, value in self._tried.items() if name != found.server}
+            self._temporarily_permitted = {
+                name: value for name, value in self._temporarily_permitted.items() if name != resolved.server
+            }
 
-    def keep(self, found: Found) -> None:
+    def save(self, resolved: ResolvedUrl) -> None:
         """Remember a permission."""
-        self._write({**self._read(), found.server: [str(each) for each in found.addresses]})
+        self._write({**self._read(), resolved.server: [str(each) for each in resolved.addresses]})
 
-    def keep_only(self, servers: Collection[str]) -> None:
+    def retain_only(self, servers: Collection[str]) -> None:
         """Forget the permissions of all other servers."""
-        left = {name: value for name, value in self._read().items() if name in servers}
-        if left != self._read():
-            self._write(left)
+        retained = {name: value for name, value in self._read().items() if name in servers}
+        if retained != self._read():
+            self._write(retained)
 
     def _read(self) -> dict[str, list[str]]:
-        if self._known is None:
+        if self._permitted is None:
             try:
                 data = json.loads(self._file.read_text("utf-8"))
             except (OSError, ValueError):
                 data = {}
             pairs = data.items() if isinstance(data, dict) else ()
-            self._known = {name: list(map(str, value)) for name, value in pairs if isinstance(value, list)}
-        return self._known
+            self._permitted = {name: list(map(str, value)) for name, value in pairs if isinstance(value, list)}
+        return self._permitted
 
-    def _write(self, known: dict[str, list[str]]) -> None:
+    def _write(self, permitted: dict[str, list[str]]) -> None:
         """Raises TrellisError where it cannot be written down."""
         draft = self._file.with_suffix(".new")
         try:
-            draft.write_text(json.dumps(known, indent=1), "utf-8")
+            draft.write_text(json.dumps(permitted, indent=1), "utf-8")
             os.replace(draft, self._file)
         except OSError as error:
             raise TrellisError(
                 f"The permission could not be written to “{shorten(self._file)}”: {error.strerror}.", code="disk",
                 next_step="Make room on that disk, and add the server again.",
             ) from None  # fmt: skip
-        self._known = known
+        self._permitted = permitted

@@ -32,13 +32,14 @@ class Message:
     created: float = field(default_factory=time.time)
     html: str | None = None
     """The whole blocks as HTML, once somebody has asked for it."""
-    shown: int = 0
+    rendered_length: int = 0
     """Characters that the whole blocks hold."""
 
-    def row(self) -> dict[str, Any]:
-        kept = ("id", "room", "parent", "role", "text", "model", "group", "state", "finish", "usage", "error", "files",
+    def to_row(self) -> dict[str, Any]:
+        columns = ("id", "room", "parent", "role", "text", "model", "group", "state", "finish", "usage", "error",
+        "files",
                 "rating", "request", "created")  # fmt: skip
-        return {name: getattr(self, name) for name in kept} | {"folded": fold_text(self.text)}
+        return {name: getattr(self, name) for name in columns} | {"folded": fold_text(self.text)}
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -49,5 +50,5 @@ class Message:
         }  # fmt: skip
 
 
-def message_from(row: dict[str, Any]) -> Message:
+def message_from_row(row: dict[str, Any]) -> Message:
     return Message(**{name: value for name, value in row.items() if name != "folded"})

@@ -13,13 +13,13 @@ from typing import Any
 from ...errors import TrellisError, shorten
 from ...markdown_blocks import THINK_CLOSE, THINK_OPEN
 
-LINE, WHOLE = 1_000_000, 4_000_000
+MAX_LINE_BYTES, MAX_BODY_BYTES = 1_000_000, 4_000_000
 """Bytes of one line, and of one answer that does not stream, that are read."""
 
-REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Where servers put what a model thinks before it answers. Some send two of these with the same text."""
 
-PICTURES = frozenset({"image", "image_url", "output_image"})
+PICTURE_PART_TYPES = frozenset({"image", "image_url", "output_image"})
 
 
 class NotACompletion(Exception):
@@ -27,7 +27,7 @@ class NotACompletion(Exception):
 
 
 @dataclass
-class Piece:
+class CompletionDelta:
     """One piece of an answer, in any combination of its parts."""
 
     text: str = ""
@@ -38,97 +38,97 @@ class Piece:
     finish: str | None = None
 
 
-class Stream:
+class EventStream:
     """The JSON objects of a response, one for each event. `ended` says whether the server announced the end."""
 
-    def __init__(self, pieces: AsyncIterator[bytes]) -> None:
-        self._pieces = pieces
+    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
+        self._chunks = chunks
         self._data: list[bytes] = []
         self._size = 0
-        self._name = b""
-        self.ended = False
+        self._event_name = b""
+        self.is_done = False
 
     async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
         """Raises NotACompletion for what cannot be read, or is too long."""
         rest, total, started = bytearray(), 0, False
-        async for piece in self._pieces:
-            total += len(piece)
-            rest += piece
+        async for chunk in self._chunks:
+            total += len(chunk)
+            rest += chunk
             if not started:
                 rest = rest.lstrip(b" \t\r\n\xef\xbb\xbf")
                 started = bool(rest)
                 if rest.startswith(b"{"):  # it does not stream, whatever its header says
-                    yield await self._object(rest)
+                    yield await self._read_object(rest)
                     return
-                piece = bytes(rest)
+                chunk = bytes(rest)
             lines: list[bytes] = []
-            if b"\n" in piece:  # a line may come letter by letter
+            if b"\n" in chunk:  # a line may come letter by letter
                 *lines, last = bytes(rest).split(b"\n")
                 rest = bytearray(last)
-            if len(rest) > LINE or total > 20 * WHOLE:
+            if len(rest) > MAX_LINE_BYTES or total > 20 * MAX_BODY_BYTES:
                 raise NotACompletion
             for line in lines:
-                for found in self._take(line.rstrip(b"\r")):
-                    yield found
-                if self.ended:
+                for event in self._parse_line(line.rstrip(b"\r")):
+                    yield event
+                if self.is_done:
                     return
         for line in (bytes(rest).rstrip(b"\r"), b""):  # the last event may lack its line break
-            for found in self._take(line):
-                yield found
+            for event in self._parse_line(line):
+                yield event
 
-    async def _object(self, body: bytearray) -> dict[str, Any]:
-        async for piece in self._pieces:
-            body += piece
-            if len(body) > WHOLE:
+    async def _read_object(self, body: bytearray) -> dict[str, Any]:
+        async for chunk in self._chunks:
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
                 raise NotACompletion
-        self.ended = True
-        return _object(body.decode("utf-8-sig", "replace").encode())
+        self.is_done = True
+        return _parse_object(body.decode("utf-8-sig", "replace").encode())
 
-    def _take(self, line: bytes) -> Iterator[dict[str, Any]]:
+    def _parse_line(self, line: bytes) -> Iterator[dict[str, Any]]:
         name, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
         if not line:
             yield from self._flush()
         elif name == b"event":
-            self._name = value.strip()
+            self._event_name = value.strip()
         elif name == b"error":  # older llama.cpp servers
-            yield {"error": _object(value)}
+            yield {"error": _parse_object(value)}
         elif name == b"data":
             if value.strip() == b"[DONE]":
                 yield from self._flush()
-                self.ended = True
+                self.is_done = True
             elif value.strip():
-                if len(self._data) == 1 and _parsed(self._data[0]) is not None:  # no empty line between two events
+                if len(self._data) == 1 and _parse_json(self._data[0]) is not None:  # no empty line between two events
                     yield from self._flush()
                 self._data.append(value)
                 self._size += len(value)
-                if self._size > WHOLE:
+                if self._size > MAX_BODY_BYTES:
                     raise NotACompletion
         # Comments (an empty name) and other fields say nothing.
 
     def _flush(self) -> Iterator[dict[str, Any]]:
-        data, name = b"\n".join(self._data), self._name
-        self._data, self._size, self._name = [], 0, b""
+        data, name = b"\n".join(self._data), self._event_name
+        self._data, self._size, self._event_name = [], 0, b""
         if data:
-            found = _object(data)
+            found = _parse_object(data)
             yield {"error": found} if name == b"error" and "error" not in found else found
 
 
-def _parsed(data: bytes) -> Any:
+def _parse_json(data: bytes) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
         return None
 
 
-def _object(data: bytes) -> dict[str, Any]:
-    found = _parsed(data)
+def _parse_object(data: bytes) -> dict[str, Any]:
+    found = _parse_json(data)
     if not isinstance(found, dict):
         raise NotACompletion
     return found
 
 
-def error_of(data: dict[str, Any]) -> str | None:
+def error_message(data: dict[str, Any]) -> str | None:
     """What an object says that went wrong; None where it says nothing of the kind."""
     error = data.get("error")
     if not error and "choices" not in data:
@@ -136,148 +136,150 @@ def error_of(data: dict[str, Any]) -> str | None:
     if not error:
         return None
     if isinstance(error, dict):
-        said = error.get("message") or error.get("detail") or error.get("code") or json.dumps(error)
-        return str(said)
+        message = error.get("message") or error.get("detail") or error.get("code") or json.dumps(error)
+        return str(message)
     return str(error)
 
 
-def pieces_of(data: dict[str, Any]) -> Iterator[Piece]:
+def parse_deltas(data: dict[str, Any]) -> Iterator[CompletionDelta]:
     """The pieces of the first answer in an object, streamed or whole."""
     choices = data.get("choices")
     for choice in choices if isinstance(choices, list) else []:
         if isinstance(choice, dict) and choice.get("index") in (None, 0):
-            yield _piece(choice)
+            yield _parse_choice(choice)
 
 
-def _piece(choice: dict[str, Any]) -> Piece:
-    said = next((choice[name] for name in ("delta", "message") if isinstance(choice.get(name), dict)), choice)
+def _parse_choice(choice: dict[str, Any]) -> CompletionDelta:
+    content = next((choice[name] for name in ("delta", "message") if isinstance(choice.get(name), dict)), choice)
     finish = choice.get("finish_reason")
-    piece = Piece(finish=finish if isinstance(finish, str) and finish else None)
-    for part in _parts(said.get("content", said.get("text"))):
+    delta = CompletionDelta(finish=finish if isinstance(finish, str) and finish else None)
+    for part in _content_parts(content.get("content", content.get("text"))):
         kind = part.get("type")
         if kind in ("thinking", "reasoning"):
-            piece.thought += _joined(part.get("thinking", part.get("text")))
+            delta.thought += _join_text(part.get("thinking", part.get("text")))
         elif kind == "refusal":
-            piece.refusal += _joined(part.get("refusal"))
-        elif kind in PICTURES:
-            piece.text += "(A picture, which cannot be shown here.)"
+            delta.refusal += _join_text(part.get("refusal"))
+        elif kind in PICTURE_PART_TYPES:
+            delta.text += "(A picture, which cannot be shown here.)"
         else:
-            piece.text += _joined(part.get("text"))
-    piece.thought += next(filter(None, (_joined(said.get(name)) for name in REASONING)), "")
-    piece.refusal += _joined(said.get("refusal"))
-    calls = said.get("tool_calls") or ([{"function": said["function_call"]}] if said.get("function_call") else [])
+            delta.text += _join_text(part.get("text"))
+    delta.thought += next(filter(None, (_join_text(content.get(name)) for name in REASONING_KEYS)), "")
+    delta.refusal += _join_text(content.get("refusal"))
+    calls = content.get("tool_calls") or (
+        [{"function": content["function_call"]}] if content.get("function_call") else []
+    )
     for call in calls if isinstance(calls, list) else []:
         function = call.get("function") if isinstance(call, dict) else None
-        named = function.get("name") if isinstance(function, dict) else None
-        piece.tool = piece.tool or (named if isinstance(named, str) else "")
-    return piece
+        tool_name = function.get("name") if isinstance(function, dict) else None
+        delta.tool = delta.tool or (tool_name if isinstance(tool_name, str) else "")
+    return delta
 
 
-def _parts(content: Any) -> list[dict[str, Any]]:
+def _content_parts(content: Any) -> list[dict[str, Any]]:
     if isinstance(content, str):
         return [{"text": content}]
     parts = content if isinstance(content, list) else []
     return [{"text": part} if isinstance(part, str) else part for part in parts if isinstance(part, str | dict)]
 
 
-def _joined(value: Any) -> str:
+def _join_text(value: Any) -> str:
     """The text of a value: a string, or a list of parts."""
     if isinstance(value, list):
-        return "".join(_joined(part.get("text") if isinstance(part, dict) else part) for part in value)
+        return "".join(_join_text(part.get("text") if isinstance(part, dict) else part) for part in value)
     return value if isinstance(value, str) else ""
 
 
-class Answer:
+class AnswerAssembler:
     """One answer as it comes: its text, what was thought before it in front, and how it ended."""
 
-    def __init__(self, begun: str = "") -> None:
+    def __init__(self, prefix: str = "") -> None:
         """`begun` is the text that the answer goes on with."""
-        thought, closed, spoken = begun.lstrip().partition(THINK_CLOSE)
-        self._thought = thought.startswith(THINK_OPEN)
-        self._thinks = self._thought and not closed
-        self._spoken = bool(spoken.strip() if self._thought else begun.strip())
-        self._refused = False
+        thought, closed, spoken = prefix.lstrip().partition(THINK_CLOSE)
+        self._has_thought = thought.startswith(THINK_OPEN)
+        self._is_in_thought = self._has_thought and not closed
+        self._has_text = bool(spoken.strip() if self._has_thought else prefix.strip())
+        self._is_refused = False
         self._tool: str | None = None
-        self._half = ""
+        self._pending_surrogate = ""
         self.length = 0
         """Characters that came."""
         self.finish = ""
 
-    def take(self, piece: Piece) -> str:
+    def add(self, delta: CompletionDelta) -> str:
         """The text that the answer grows by. Thoughts stand between tags, as models write them themselves."""
-        self.finish = piece.finish or self.finish
-        if piece.tool is not None:
-            self._tool = self._tool or piece.tool
+        self.finish = delta.finish or self.finish
+        if delta.tool is not None:
+            self._tool = self._tool or delta.tool
         text = ""
-        if piece.thought:
-            if not self._thinks and not self._spoken:
-                text, self._thinks = f"{THINK_OPEN}\n", True
-            text += piece.thought.replace(THINK_CLOSE, "")
-            self._thought = True
-        if spoken := piece.text + piece.refusal:
-            text += self._end_of_thought() + spoken
-            self._spoken = self._spoken or bool(spoken.strip())
-            self._refused = self._refused or bool(piece.refusal.strip())
-        return self._whole(text)
+        if delta.thought:
+            if not self._is_in_thought and not self._has_text:
+                text, self._is_in_thought = f"{THINK_OPEN}\n", True
+            text += delta.thought.replace(THINK_CLOSE, "")
+            self._has_thought = True
+        if new_text := delta.text + delta.refusal:
+            text += self._close_thought() + new_text
+            self._has_text = self._has_text or bool(new_text.strip())
+            self._is_refused = self._is_refused or bool(delta.refusal.strip())
+        return self._clean_text(text)
 
     @property
-    def wants_tool(self) -> bool:
+    def is_tool_call(self) -> bool:
         return self._tool is not None
 
-    def rest(self) -> str:
+    def closing_text(self) -> str:
         """What is left to add when nothing more comes."""
-        return self._end_of_thought()
+        return self._close_thought()
 
-    def _end_of_thought(self) -> str:
-        if not self._thinks:
+    def _close_thought(self) -> str:
+        if not self._is_in_thought:
             return ""
-        self._thinks = False
+        self._is_in_thought = False
         return f"\n{THINK_CLOSE}\n\n"
 
-    def _whole(self, piece: str) -> str:
+    def _clean_text(self, new_text: str) -> str:
         """Text without what no text may hold. Half a character waits for its other half."""
-        text, self._half = self._half + piece.replace("\x00", ""), ""
+        text, self._pending_surrogate = self._pending_surrogate + new_text.replace("\x00", ""), ""
         if text and "\ud800" <= text[-1] <= "\udbff":
-            text, self._half = text[:-1], text[-1]
+            text, self._pending_surrogate = text[:-1], text[-1]
         self.length += len(text)
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
-    def require_good_end(self, model: str, server: str, ended: bool) -> None:
+    def require_complete(self, model: str, server: str, is_done: bool) -> None:
         """Raise TrellisError for an answer that did not end as an answer does: what came of it stays."""
-        who = f"“{shorten(model)}” at “{shorten(server)}”"
+        who_answers = f"“{shorten(model)}” at “{shorten(server)}”"
         if self.finish == "content_filter":
             raise TrellisError(
                 f"The content filter of the server “{shorten(server)}” ended this answer.", code="content_filter",
                 next_step="Ask in other words, or ask another model.",
             )  # fmt: skip
-        if self._refused:
+        if self._is_refused:
             raise TrellisError(
-                f"{who} refused to answer.", code="model_refused",
+                f"{who_answers} refused to answer.", code="model_refused",
                 next_step="Ask in other words, or ask another model.",
             )  # fmt: skip
         if self._tool is not None or self.finish in ("tool_calls", "function_call"):
             called = f"the tool “{shorten(self._tool)}”" if self._tool else "a tool"
             raise TrellisError(
-                f"{who} asked to call {called}, and there are no tools in chat.", code="tool_call",
+                f"{who_answers} asked to call {called}, and there are no tools in chat.", code="tool_call",
                 next_step="Ask in other words, or turn tools off on that server.",
             )  # fmt: skip
-        if not self.finish and not ended:
+        if not self.finish and not is_done:
             raise TrellisError(
                 f"The server “{shorten(server)}” ended the connection before the answer was complete.",
                 code="incomplete_answer", next_step="Go on with the answer, or have it made once more.",
             )  # fmt: skip
-        if self._spoken:
+        if self._has_text:
             return
-        if self._thought:
-            longest = self.finish == "length"
+        if self._has_thought:
+            is_length_limit = self.finish == "length"
             raise TrellisError(
-                f"{who} reached the longest answer while it was still thinking." if longest
-                else f"{who} ended after its thoughts, without an answer.",
+                f"{who_answers} reached the longest answer while it was still thinking." if is_length_limit
+                else f"{who_answers} ended after its thoughts, without an answer.",
                 code="only_thoughts",
-                next_step="Raise “Longest answer” in the settings of this room, and ask again." if longest
+                next_step="Raise “Longest answer” in the settings of this room, and ask again." if is_length_limit
                 else "Ask again, or ask another model.",
             )  # fmt: skip
         raise TrellisError(
-            f"{who} ended without saying anything.", code="empty_answer",
+            f"{who_answers} ended without saying anything.", code="empty_answer",
             next_step="Ask again. If it stays so, look into that server's log.",
         )  # fmt: skip

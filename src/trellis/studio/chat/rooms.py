@@ -16,29 +16,29 @@ from ...messages import Choice, Option, Written
 from ...store import rooms as rows
 from ...store.store import Store
 from ...text_rules import fold_text, search_spellings
-from ..hub import Hub, HubEvent, Listen
+from ..hub import EventListener, Hub, HubEvent
 from ..jobs import timestamp
 from .attachments import Attachments
-from .message import Message, message_from
-from .room import Room, sampling_from
-from .targets import Speakers
+from .message import Message, message_from_row
+from .room import Room, parse_sampling
+from .targets import ChatTargets
 
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 600.0
-MOST_SHOWN = 200
-UNNAMED = "New room"
-MOST_OPTIONS = 8
+MAX_LISTED_ROOMS = 200
+DEFAULT_TITLE = "New room"
+MAX_OPTIONS = 8
 
 
 class Rooms:
     """Every room is in the store; an open one is here too."""
 
-    def __init__(self, store: Store, hub: Hub, speakers: Speakers, attachments: Attachments) -> None:
-        self._store, self._hub, self.speakers, self._attachments = store, hub, speakers, attachments
+    def __init__(self, store: Store, hub: Hub, targets: ChatTargets, attachments: Attachments) -> None:
+        self._store, self._hub, self.targets, self._attachments = store, hub, targets, attachments
         self._rooms: dict[str, Room] = {}
-        self._opening = asyncio.Lock()
-        self._creating = asyncio.Lock()
+        self._open_lock = asyncio.Lock()
+        self._create_lock = asyncio.Lock()
 
     async def open(self) -> None:
         """Say of answers that a crash cut off that they broke off."""
@@ -60,11 +60,11 @@ class Rooms:
         room_id: str | None = None,
     ) -> Room:
         """A new room; the same request makes one. Raises NotFound for a model that is not there, or Invalid."""
-        async with self._creating:  # one request makes one room
-            if request and (known := await self._store.read(rows.room_by_request, request)):
-                return await self.room(known)
+        async with self._create_lock:  # one request makes one room
+            if request and (known_id := await self._store.read(rows.room_by_request, request)):
+                return await self.room(known_id)
             row = await self._new_row(title, models, system, sampling, request, head, room_id)
-            await self._store.write(rows.add_room, row, [message.row() for message in messages])
+            await self._store.write(rows.add_room, row, [message.to_row() for message in messages])
         return await self.room(str(row["id"]))
 
     async def _new_row(
@@ -78,42 +78,49 @@ class Rooms:
         room_id: str | None,
     ) -> dict[str, Any]:
         """Raises NotFound for a model that is not there, or Invalid."""
-        names = [(await self.speakers.find(name)).name for name in models]
-        sampling_from(sampling or {})
+        names = [(await self.targets.find(name)).name for name in models]
+        parse_sampling(sampling or {})
         now = time.time()
         return {
-            "id": room_id or new_room_id(), "request": request, "title": title or UNNAMED,
+            "id": room_id or new_room_id(), "request": request, "title": title or DEFAULT_TITLE,
             "folded": fold_text(title), "named": int(bool(title)), "system": system, "models": names or ["demo"],
             "sampling": sampling or {}, "head": head, "archived": 0, "created": now, "updated": now,
         }  # fmt: skip
 
     async def room(self, room_id: str) -> Room:
         """A room by its id. Raises NotFound."""
-        if known := self._rooms.get(room_id):
-            known.used = time.monotonic()
-            return known
-        async with self._opening:
+        if open_room := self._rooms.get(room_id):
+            open_room.last_used = time.monotonic()
+            return open_room
+        async with self._open_lock:
             if room_id in self._rooms:
                 return self._rooms[room_id]
-            await self._let_idle_ones_go()
-            found = await self._store.read(rows.get_room, room_id)
-            if found is None:
+            await self._close_idle_rooms()
+            room_rows = await self._store.read(rows.get_room, room_id)
+            if room_rows is None:
                 raise NotFound(
                     f"There is no room “{shorten(room_id)}”.", next_step="The rooms are listed on the chat page."
                 )
-            row, messages = found
+            row, messages = room_rows
             room = Room(
-                self._store, self._hub, self.speakers, self._attachments, row, [message_from(each) for each in messages]
+                self._store,
+                self._hub,
+                self.targets,
+                self._attachments,
+                row,
+                [message_from_row(each) for each in messages],
             )
             self._rooms[room_id] = room
             return room
 
-    async def found(self, q: str = "", archived: bool = False, most: int = MOST_SHOWN) -> list[dict[str, Any]]:
+    async def search(
+        self, query: str = "", archived: bool = False, max_rooms: int = MAX_LISTED_ROOMS
+    ) -> list[dict[str, Any]]:
         """Rooms in which all words of `q` occur, the last used first, each with the place where the first one does."""
-        words = [search_spellings(word) for word in q.split()[:10]]
-        found = await self._store.read(rows.list_rooms, words, archived, most)
-        hits = await asyncio.to_thread(lambda: [around(row["hit"], q.split()[0]) if row.get("hit") else None
-                                                for row in found])  # fmt: skip
+        words = [search_spellings(word) for word in query.split()[:10]]
+        room_rows = await self._store.read(rows.list_rooms, words, archived, max_rooms)
+        hits = await asyncio.to_thread(lambda: [snippet_around(row["hit"], query.split()[0]) if row.get("hit") else None
+                                                for row in room_rows])  # fmt: skip
         return [
             {
                 "id": row["id"], "title": row["title"], "models": row["models"], "archived": bool(row["archived"]),
@@ -121,7 +128,7 @@ class Rooms:
                 "growing": row["id"] in self._rooms and bool(self._rooms[row["id"]].as_json()["growing"]),
                 "found": hit,
             }
-            for row, hit in zip(found, hits, strict=True)
+            for row, hit in zip(room_rows, hits, strict=True)
         ]  # fmt: skip
 
     async def delete(self, room_id: str) -> None:
@@ -138,83 +145,87 @@ class Rooms:
 
     def events(self, room: Room, after: int) -> AsyncGenerator[HubEvent, None]:
         """What happens in a room after an event's number. Where that is too old a `snapshot` comes first."""
-        return self._hub.subscribe(room.topic, room.place(after), lambda: ("snapshot", {"seq": room.last}))
+        return self._hub.subscribe(
+            room.topic, room.hub_event_id(after), lambda: ("snapshot", {"seq": room.last_event_number})
+        )
 
-    def listen(self, room: Room, listen: Listen) -> Callable[[], None]:
+    def add_listener(self, room: Room, on_event: EventListener) -> Callable[[], None]:
         """Be told of what happens in a room at once, until the function that is returned is called."""
-        return self._hub.listen(room.topic, listen)
+        return self._hub.add_listener(room.topic, on_event)
 
     @contextmanager
-    def watching(self, room: Room) -> Iterator[None]:
+    def watch(self, room: Room) -> Iterator[None]:
         """Within this the room stays in memory."""
-        room.watched += 1
+        room.watchers += 1
         try:
             yield
         finally:
-            room.watched -= 1
-            room.used = time.monotonic()
+            room.watchers -= 1
+            room.last_used = time.monotonic()
 
-    def said_of(self, room: Room, message_id: str) -> tuple[str, tuple[Option, ...], Choice]:
+    def choice_from_answer(self, room: Room, message_id: str) -> tuple[str, tuple[Option, ...], Choice]:
         """What was said of the answers to one prompt, as a choice: an answer against those beside it; a refusal of one
         that was called bad; an answer to learn where it stands alone and was called good. Raises Conflict where that
         says nothing."""
         answer = room.message(message_id)
         if answer.role != "assistant" or answer.parent is None or not answer.text.strip():
             raise Conflict("Only of an answer something can be said.", code="no_choice", next_step="Choose an answer.")
-        asked = room.message(answer.parent)
-        if asked.parent is not None or room.system or asked.files:
+        prompt_message = room.message(answer.parent)
+        if prompt_message.parent is not None or room.system or prompt_message.files:
             raise Conflict(
                 "A session learns from answers to a single prompt; this one follows others, or has a system prompt or "
                 "files.", code="not_a_prompt", next_step="Ask in a new room, and choose there.",
             )  # fmt: skip
         if answer.state == "growing":
             raise Conflict("This answer is still growing.", code="not_now", next_step="Wait for its end.")
-        others = [each for each in room.children(asked.id) if each.text.strip() and each.text != answer.text]
-        others = [each for each in others if each.state != "growing"]
+        other_answers = [
+            each for each in room.children(prompt_message.id) if each.text.strip() and each.text != answer.text
+        ]
+        other_answers = [each for each in other_answers if each.state != "growing"]
         if answer.rating < 0:
-            return asked.text, (_option(answer),), "none"
-        if not others and answer.rating == 0:
+            return prompt_message.text, (_option_from_message(answer),), "none"
+        if not other_answers and answer.rating == 0:
             raise Conflict(
                 "There is nothing to set this answer against.", code="no_choice",
                 next_step="Call it good or bad, or have another one made beside it.",
             )  # fmt: skip
-        if not others:
-            return asked.text, (), Written(written=answer.text)
-        return asked.text, tuple(map(_option, [answer, *others][:MOST_OPTIONS])), 0
+        if not other_answers:
+            return prompt_message.text, (), Written(written=answer.text)
+        return prompt_message.text, tuple(map(_option_from_message, [answer, *other_answers][:MAX_OPTIONS])), 0
 
-    async def prompts(self) -> list[dict[str, Any]]:
+    async def list_prompts(self) -> list[dict[str, Any]]:
         """The prompt library."""
         return [{"id": row["id"], "name": row["name"], "text": row["text"]} for row in
                 await self._store.read(rows.list_prompts)]  # fmt: skip
 
-    async def keep_prompt(self, name: str, text: str) -> None:
+    async def save_prompt(self, name: str, text: str) -> None:
         row = {"id": f"p{secrets.token_hex(8)}", "name": name, "text": text, "created": time.time()}
-        await self._store.write(rows.put_prompt, row)
+        await self._store.write(rows.save_prompt, row)
 
-    async def drop_prompt(self, prompt_id: str) -> None:
+    async def delete_prompt(self, prompt_id: str) -> None:
         await self._store.write(rows.delete_prompt, prompt_id)
 
-    async def _let_idle_ones_go(self) -> None:
+    async def _close_idle_rooms(self) -> None:
         now = time.monotonic()
         for room in list(self._rooms.values()):
-            if room.idle and now - room.used > IDLE_SECONDS:
+            if room.is_idle and now - room.last_used > IDLE_SECONDS:
                 del self._rooms[room.id]
                 await room.close()
 
 
-def _option(message: Message) -> Option:
-    whole = message.state == "done" and message.finish != "length"
-    return Option(text=message.text, tokens=(), finish="stop" if whole else "length")
+def _option_from_message(message: Message) -> Option:
+    is_complete = message.state == "done" and message.finish != "length"
+    return Option(text=message.text, tokens=(), finish="stop" if is_complete else "length")
 
 
 def new_room_id() -> str:
     return f"r{secrets.token_hex(8)}"
 
 
-def around(text: str, word: str, width: int = 120) -> str:
+def snippet_around(text: str, word: str, width: int = 120) -> str:
     """The words around the first place where a word stands, whatever its case and however its letters are composed."""
-    place = max(fold_text(text).find(fold_text(word)), 0)
+    position = max(fold_text(text).find(fold_text(word)), 0)
     # Folding may change how long the text is: the place is where as much of it has been folded.
-    place = bisect_left(range(len(text)), place, key=lambda end: len(fold_text(text[:end])))
-    start = max(0, place - width // 3)
+    position = bisect_left(range(len(text)), position, key=lambda end: len(fold_text(text[:end])))
+    start = max(0, position - width // 3)
     return ("…" if start else "") + " ".join(text[start : start + width].split())

@@ -7,22 +7,22 @@ from collections.abc import AsyncGenerator, Callable
 
 from ...messages import Chat, Event, Progress
 
-Follow = Callable[[Progress], None]
+OnProgress = Callable[[Progress], None]
 
 
-class Speaker(ABC):
+class ChatTarget(ABC):
     """Somebody who answers. `name` finds them again, `label` is for people."""
 
     name: str
     label: str
-    sees = False
+    supports_pictures = False
     """Whether pictures can be shown to them."""
 
     @property
-    def exactly(self) -> str:
+    def exact_name(self) -> str:
         """The name of who would answer now: of a session as it stands, the step that it stands at."""
         return self.name
 
     @abstractmethod
-    def answer(self, request: Chat, owner: str, follow: Follow) -> AsyncGenerator[Event, None]:
+    def answer(self, request: Chat, owner: str, on_progress: OnProgress) -> AsyncGenerator[Event, None]:
         """Answer a conversation: how loading goes is followed, then the events of a Chat come."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 
-def shuffled(place: int, total: int, seed: int) -> int:
+def shuffled_index(index: int, total: int, seed: int) -> int:
     """Where a seeded permutation of `total` things takes one of them, without making a list of all.
 
     A Feistel network over the next power of four, walked until it lands inside (Black and Rogaway 2002, "Ciphers
@@ -13,12 +13,12 @@ def shuffled(place: int, total: int, seed: int) -> int:
     """
     half = max(1, ((total - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
-    at = place
+    current = index
     while True:
-        left, right = at >> half, at & mask
-        for turn in range(4):
-            digest = hashlib.blake2b(f"{seed}.{turn}.{right}".encode(), digest_size=8).digest()
+        left, right = current >> half, current & mask
+        for round_number in range(4):
+            digest = hashlib.blake2b(f"{seed}.{round_number}.{right}".encode(), digest_size=8).digest()
             left, right = right, left ^ (int.from_bytes(digest, "big") & mask)
-        at = left << half | right
-        if at < total:
-            return at
+        current = left << half | right
+        if current < total:
+            return current

@@ -26,17 +26,17 @@ from ...params import Precision
 from ...safetensors_files import UNREADABLE, shapes_in
 
 DEMO = "demo"
-FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-HEADER_LIMIT = 16 * 1024 * 1024
+FOLDER_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+MAX_HEADER_BYTES = 16 * 1024 * 1024
 """Bytes of a header that is read to list a model; the largest known ones have a tenth of it."""
-LISTED_NAME = re.compile(r"(?!\.)[^\x00-\x1f\x7f/\\\ud800-\udfff]{1,200}")
+LISTED_NAME_PATTERN = re.compile(r"(?!\.)[^\x00-\x1f\x7f/\\\ud800-\udfff]{1,200}")
 """What a folder may be called to be listed: text, which bytes that are not UTF-8 are not; only an upload makes one with
 a plainer name."""
 UNREADABLE_CONFIG = "unreadable"
 """The architecture of a model whose configuration cannot be read."""
-RESERVED = ("session:", "remote:")
+RESERVED_PREFIXES = ("session:", "remote:")
 """How the names of others begin that can be talked to."""
-_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_REPOSITORY_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
 @dataclass(frozen=True)
@@ -64,39 +64,43 @@ class ModelEntry:
 class Catalog:
     """`folders` hold a folder for each model; `hub` is where downloads are kept."""
 
-    def __init__(self, folders: Sequence[Path], hub: Path) -> None:
+    def __init__(self, folders: Sequence[Path], downloads_folder: Path) -> None:
         self._folders = folders
-        self._hub = hub
+        self._downloads_folder = downloads_folder
 
     async def find(self, model_id: str, field: str | None = None) -> ModelEntry:
         """Raises NotFound, which lists what there is."""
         return await asyncio.to_thread(self._find, model_id, field)
 
-    async def all(self) -> list[ModelEntry]:
-        return await asyncio.to_thread(lambda: [_read_entry(*found) for found in self._known()])
+    async def list_models(self) -> list[ModelEntry]:
+        return await asyncio.to_thread(lambda: [_read_entry(*found) for found in self._iter_models()])
 
-    async def names(self) -> list[str]:
+    async def list_names(self) -> list[str]:
         """The ids of all models that are here and look as if they could be loaded; no file of theirs is read."""
         return await asyncio.to_thread(
-            lambda: [name for name, source, look, _ in self._known() if source != "folder" or not _problem(look)]
+            lambda: [
+                name
+                for name, source, look, _ in self._iter_models()
+                if source != "folder" or not _find_name_problem(look)
+            ]
         )
 
-    async def revision_here(self, repository: str) -> str | None:
+    async def downloaded_revision(self, repository: str) -> str | None:
         """The revision that a repository was fetched at: the main branch, as an empty name, where that is among them,
         else the one fetched last; None where nothing of it is here."""
-        return await asyncio.to_thread(self._revision_here, repository)
+        return await asyncio.to_thread(self._downloaded_revision, repository)
 
-    def _revision_here(self, repository: str) -> str | None:
-        found: list[tuple[bool, float, str]] = []
-        for file in (self._hub / "complete").glob(f"{repository.replace('/', '--')}@*.json"):
+    def _downloaded_revision(self, repository: str) -> str | None:
+        revisions: list[tuple[bool, float, str]] = []
+        for file in (self._downloads_folder / "complete").glob(f"{repository.replace('/', '--')}@*.json"):
             with suppress(*UNREADABLE):
-                about = json.loads(file.read_text())
-                if about["repository"] == repository and Path(about["folder"]).is_dir():
-                    revision = str(about["revision"])
-                    found.append((revision == "main", file.stat().st_mtime, revision))
-        if not found:
+                manifest = json.loads(file.read_text())
+                if manifest["repository"] == repository and Path(manifest["folder"]).is_dir():
+                    revision = str(manifest["revision"])
+                    revisions.append((revision == "main", file.stat().st_mtime, revision))
+        if not revisions:
             return None
-        is_main, _, revision = max(found)
+        is_main, _, revision = max(revisions)
         return "" if is_main else revision
 
     async def delete(self, model_id: str) -> None:
@@ -117,124 +121,135 @@ class Catalog:
             if entry.repository and entry.bytes == 0:
                 await asyncio.to_thread(self._remove, entry)
 
-    def fetched(self, repository: str, revision: str) -> Path | None:
+    def downloaded_folder(self, repository: str, revision: str) -> Path | None:
         """The folder of what was fetched of a repository last, at a revision where one is named."""
-        found: list[tuple[float, Path]] = []
-        for file in (self._hub / "complete").glob(f"{repository.replace('/', '--')}@*.json"):
+        folders: list[tuple[float, Path]] = []
+        for file in (self._downloads_folder / "complete").glob(f"{repository.replace('/', '--')}@*.json"):
             with suppress(*UNREADABLE):
-                about = json.loads(file.read_text())
-                if about["repository"] == repository and (revision or "main") in (about["revision"], about["commit"]):
-                    found.append((file.stat().st_mtime, Path(about["folder"])))
-        return max(found)[1] if found else None
+                manifest = json.loads(file.read_text())
+                if manifest["repository"] == repository and (revision or "main") in (
+                    manifest["revision"],
+                    manifest["commit"],
+                ):
+                    folders.append((file.stat().st_mtime, Path(manifest["folder"])))
+        return max(folders)[1] if folders else None
 
-    async def problem(
+    async def find_problem(
         self, entry: ModelEntry, revision: str = "", precision: Precision = "auto", remote_code: bool = False
     ) -> Problem | None:
         """What keeps a model from being loaded, as far as the files that are here say; None for one that is not."""
 
-        def look() -> Problem | None:
-            folder = self.fetched(entry.repository, revision) if entry.repository else entry.path
+        def check_files() -> Problem | None:
+            folder = self.downloaded_folder(entry.repository, revision) if entry.repository else entry.path
             return first_problem(folder, precision, remote_code) if folder else None
 
-        return await asyncio.to_thread(look)
+        return await asyncio.to_thread(check_files)
 
     def _find(self, model_id: str, field: str | None) -> ModelEntry:
-        known = {found[0]: found for found in self._known()}
-        if model_id in known:
-            return _read_entry(*known[model_id])
-        if _REPOSITORY.fullmatch(model_id) and ".." not in model_id and "--" not in model_id:
-            return ModelEntry(model_id, "hub", self._hub, repository=model_id)
+        models = {found[0]: found for found in self._iter_models()}
+        if model_id in models:
+            return _read_entry(*models[model_id])
+        if _REPOSITORY_PATTERN.fullmatch(model_id) and ".." not in model_id and "--" not in model_id:
+            return ModelEntry(model_id, "hub", self._downloads_folder, repository=model_id)
         raise NotFound(
-            f"There is no model “{shorten(model_id)}”. Known: {shorten(', '.join(known), 400)}.",
+            f"There is no model “{shorten(model_id)}”. Known: {shorten(', '.join(models), 400)}.",
             code="model_not_found",
             field=field,
             next_step=f"Choose one of these, name one on the hub such as “org/name”, or put a model's folder into "
             f"{self._folders[0]}.",
         )
 
-    def _known(self) -> Iterator[tuple[str, str, Path, Path]]:
+    def _iter_models(self) -> Iterator[tuple[str, str, Path, Path]]:
         """(id, source, folder to look into, folder to load from). An id is never a path."""
         demo = Path(str(importlib.resources.files("trellis.demo.text"))) / "model"
         yield DEMO, "shipped", demo, demo
-        seen = {DEMO}
-        for place in self._folders:
+        seen_names = {DEMO}
+        for models_folder in self._folders:
             with suppress(OSError):
-                for folder in sorted(place.iterdir()):
-                    if LISTED_NAME.fullmatch(folder.name) and folder.name not in seen and _is_model(folder):
-                        seen.add(folder.name)
+                for folder in sorted(models_folder.iterdir()):
+                    if (
+                        LISTED_NAME_PATTERN.fullmatch(folder.name)
+                        and folder.name not in seen_names
+                        and _looks_like_model(folder)
+                    ):
+                        seen_names.add(folder.name)
                         yield folder.name, "folder", folder, folder
-        fetched: dict[str, Path] = {}
+        downloads: dict[str, Path] = {}
         with suppress(OSError):
-            for file in sorted((self._hub / "complete").glob("*.json"), key=lambda file: file.stat().st_mtime):
+            for file in sorted(
+                (self._downloads_folder / "complete").glob("*.json"), key=lambda file: file.stat().st_mtime
+            ):
                 with suppress(*UNREADABLE):
-                    about = json.loads(file.read_text())
-                    if _REPOSITORY.fullmatch(about["repository"]) and Path(about["folder"]).is_dir():
-                        fetched[about["repository"]] = Path(about["folder"])
-        for repository in sorted(fetched):
-            yield repository, "hub", fetched[repository], self._hub
+                    manifest = json.loads(file.read_text())
+                    if _REPOSITORY_PATTERN.fullmatch(manifest["repository"]) and Path(manifest["folder"]).is_dir():
+                        downloads[manifest["repository"]] = Path(manifest["folder"])
+        for repository in sorted(downloads):
+            yield repository, "hub", downloads[repository], self._downloads_folder
 
     def _remove(self, entry: ModelEntry) -> None:
         if entry.repository:
             name = entry.repository.replace("/", "--")
-            for file in (self._hub / "complete").glob(f"{name}@*.json"):
+            for file in (self._downloads_folder / "complete").glob(f"{name}@*.json"):
                 file.unlink()
-            shutil.rmtree(self._hub / name, ignore_errors=True)
+            shutil.rmtree(self._downloads_folder / name, ignore_errors=True)
             return
-        aside = entry.path.with_name(f".deleted-{uuid.uuid4().hex}")
+        trash_path = entry.path.with_name(f".deleted-{uuid.uuid4().hex}")
         with suppress(FileNotFoundError):  # deleted twice at once is deleted
-            entry.path.rename(aside)
-        if aside.is_file():
-            aside.unlink()
-        shutil.rmtree(aside, ignore_errors=True)
+            entry.path.rename(trash_path)
+        if trash_path.is_file():
+            trash_path.unlink()
+        shutil.rmtree(trash_path, ignore_errors=True)
 
 
-def _is_model(place: Path) -> bool:
+def _looks_like_model(path: Path) -> bool:
     """Whether a folder or a file is meant to be a model, by the names of what it holds."""
-    if place.is_file():
-        return place.suffix in (".gguf", ".safetensors")
+    if path.is_file():
+        return path.suffix in (".gguf", ".safetensors")
     with suppress(OSError):
-        names = {file.name for file in place.iterdir()}
-        marks = {"config.json", "adapter_config.json", "params.json", "model_index.json"}
-        return bool(names & marks) or any(name.endswith((".safetensors", ".gguf")) for name in names)
+        names = {file.name for file in path.iterdir()}
+        model_file_names = {"config.json", "adapter_config.json", "params.json", "model_index.json"}
+        return bool(names & model_file_names) or any(name.endswith((".safetensors", ".gguf")) for name in names)
     return False
 
 
-def _problem(place: Path) -> LoadFailed | None:
+def _find_name_problem(path: Path) -> LoadFailed | None:
     """Why a model cannot be loaded, as far as its name and the names of its files say."""
 
-    def why(message: str, next_step: str) -> LoadFailed:
-        return LoadFailed(f"“{shorten(place.name)}” {message}", code="unsupported_format", next_step=next_step)
+    def make_error(message: str, next_step: str) -> LoadFailed:
+        return LoadFailed(f"“{shorten(path.name)}” {message}", code="unsupported_format", next_step=next_step)
 
-    if place.name != place.name.strip() or place.name.startswith(RESERVED):
-        return why("has a name that cannot be used for a model.", "Rename it, for example to letters and hyphens.")
+    if path.name != path.name.strip() or path.name.startswith(RESERVED_PREFIXES):
+        return make_error(
+            "has a name that cannot be used for a model.", "Rename it, for example to letters and hyphens."
+        )
     folder_wanted = "Choose a folder with a Hugging Face config.json and safetensors files."
-    if place.is_file():
-        kind = "a GGUF file" if place.suffix == ".gguf" else "a single file"
-        return why(f"is {kind}; a model is loaded from a folder with its config and tokenizer.", folder_wanted)
-    if (place / "model_index.json").is_file():
-        return why("is a diffusion pipeline for pictures, not a language model.", folder_wanted)
-    found = problem_from_file_names(place)
-    return found.to_error() if found else None
+    if path.is_file():
+        kind = "a GGUF file" if path.suffix == ".gguf" else "a single file"
+        return make_error(f"is {kind}; a model is loaded from a folder with its config and tokenizer.", folder_wanted)
+    if (path / "model_index.json").is_file():
+        return make_error("is a diffusion pipeline for pictures, not a language model.", folder_wanted)
+    problem = problem_from_file_names(path)
+    return problem.to_error() if problem else None
 
 
-def _read_entry(name: str, source: str, look: Path, load: Path) -> ModelEntry:
+def _read_entry(name: str, source: str, inspect_folder: Path, load_folder: Path) -> ModelEntry:
     """What a folder says of itself. One that cannot be read is listed all the same; loading it says what is wrong."""
     files: list[Path] = []
-    marks = []
+    file_stats = []
     with suppress(OSError):  # a folder that is being deleted has no files
-        files = sorted(look.glob("*.safetensors"))
-    for file in (look / "config.json", *files):
+        files = sorted(inspect_folder.glob("*.safetensors"))
+    for file in (inspect_folder / "config.json", *files):
         with suppress(OSError):
             stat = file.stat()
-            marks.append((str(file), stat.st_size, stat.st_mtime_ns))
-    size = sum(mark[1] for mark in marks if mark[0].endswith(".safetensors"))
-    architecture, shape = _look_at(look, tuple(marks))
-    problem = _problem(look) if source == "folder" else None
-    return ModelEntry(name, source, load, name if source == "hub" else "", size, shape, architecture, problem)
+            file_stats.append((str(file), stat.st_size, stat.st_mtime_ns))
+    size = sum(mark[1] for mark in file_stats if mark[0].endswith(".safetensors"))
+    architecture, shape = _read_headers(inspect_folder, tuple(file_stats))
+    problem = _find_name_problem(inspect_folder) if source == "folder" else None
+    return ModelEntry(name, source, load_folder, name if source == "hub" else "", size, shape, architecture, problem)
 
 
 @lru_cache(maxsize=256)
-def _look_at(folder: Path, marks: tuple[tuple[str, int, int], ...]) -> tuple[str, Shape]:
+def _read_headers(folder: Path, file_stats: tuple[tuple[str, int, int], ...]) -> tuple[str, Shape]:
     """Architecture and shape from the headers of files, read once for each change of them."""
     architecture, shape = UNREADABLE_CONFIG, Shape()
     config: dict[str, Any] = {}
@@ -243,9 +258,9 @@ def _look_at(folder: Path, marks: tuple[tuple[str, int, int], ...]) -> tuple[str
         architecture = str((config.get("architectures") or [config.get("model_type", "unknown")])[0])[:100]
     with suppress(*UNREADABLE):
         tensors: dict[str, list[int]] = {}
-        for name, _, _ in marks:
+        for name, _, _ in file_stats:
             if name.endswith(".safetensors"):
-                tensors |= shapes_in(Path(name), HEADER_LIMIT)
+                tensors |= shapes_in(Path(name), MAX_HEADER_BYTES)
         shape = shape_of(config, tensors)
         if shape.parameters > 10**15:  # no model is that large
             shape = Shape()

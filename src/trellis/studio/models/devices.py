@@ -19,8 +19,8 @@ def free_memory(limit: int = 0) -> int:
     """Bytes that a new engine may take. `limit` is the most that one engine is allowed; 0 is no limit."""
     free: int = psutil.virtual_memory().available
     with suppress(OSError, ValueError):
-        most = int((CGROUP / "memory.max").read_text())  # “max” is not a number: no limit
-        free = min(free, max(0, most - int((CGROUP / "memory.current").read_text())))
+        container_limit = int((CGROUP / "memory.max").read_text())  # “max” is not a number: no limit
+        free = min(free, max(0, container_limit - int((CGROUP / "memory.current").read_text())))
     return min(free, limit) if limit else free
 
 
@@ -35,16 +35,16 @@ def free_gpu_memory() -> int | None:
         return None
 
 
-def may_foresee(setting: Literal["on", "mains", "off"]) -> Callable[[], bool]:
+def make_foresight_check(setting: Literal["on", "mains", "off"]) -> Callable[[], bool]:
     """Whether the studio may work at what nobody asked for yet, as it is asked each time."""
 
-    def may() -> bool:
-        return setting == "on" or (setting == "mains" and on_mains())
+    def is_allowed() -> bool:
+        return setting == "on" or (setting == "mains" and has_mains_power())
 
-    return may
+    return is_allowed
 
 
-def on_mains() -> bool:
+def has_mains_power() -> bool:
     """Whether this computer is plugged in, or has no battery."""
     battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
     return battery is None or battery.power_plugged is not False

@@ -22,13 +22,13 @@ from ...workers.worker import Spawn, Worker
 from ..jobs import Job, Jobs
 from .catalog import Catalog, ModelEntry
 from .devices import free_gpu_memory, free_memory
-from .template_options import broken_template
+from .template_options import broken_template_error
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class Held:
+class ModelInstance:
     """A model that is loaded or being loaded."""
 
     entry: ModelEntry
@@ -36,10 +36,10 @@ class Held:
     job: Job
     worker: Worker | None = None
     loaded: Loaded | None = None
-    used: float = field(default_factory=time.monotonic)
+    last_used: float = field(default_factory=time.monotonic)
 
     @property
-    def in_use(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether its engine lives, or is still on its way."""
         if self.worker:
             return self.worker.alive
@@ -61,30 +61,32 @@ class Models:
         self._spawn = spawn
         self._memory_limit = memory_limit
         self._idle_seconds = idle_seconds
-        self._held: dict[ModelOptions, Held] = {}
-        self._dismissals: Counter[ModelOptions] = Counter()
+        self._instances: dict[ModelOptions, ModelInstance] = {}
+        self._unload_counts: Counter[ModelOptions] = Counter()
         self._lock = asyncio.Lock()
-        self._watch: asyncio.Task[None] | None = None
-        self.changed: Callable[[ModelOptions], None] = lambda options: None
+        self._idle_task: asyncio.Task[None] | None = None
+        self.on_changed: Callable[[ModelOptions], None] = lambda options: None
 
     async def open(self) -> None:
         if self._idle_seconds:
-            self._watch = asyncio.create_task(self._unload_idle_ones(), name="idle models")
+            self._idle_task = asyncio.create_task(self._unload_idle_models(), name="idle models")
 
     async def close(self) -> None:
-        if self._watch:
-            self._watch.cancel()
-        await asyncio.gather(*(held.worker.stop() for held in self._held.values() if held.worker))
-        self._held.clear()
+        if self._idle_task:
+            self._idle_task.cancel()
+        await asyncio.gather(*(instance.worker.stop() for instance in self._instances.values() if instance.worker))
+        self._instances.clear()
 
-    async def list(self) -> list[dict[str, Any]]:
+    async def list_models(self) -> list[dict[str, Any]]:
         """All models, each with the engines that hold it."""
-        entries = await self.catalog.all()
-        known = {entry.id for entry in entries}
-        coming = [held.entry for held in self._held.values() if held.entry.id not in known]
-        return [await self._describe(entry) for entry in [*entries, *dict.fromkeys(coming)]]
+        entries = await self.catalog.list_models()
+        known_ids = {entry.id for entry in entries}
+        loading_entries = [
+            instance.entry for instance in self._instances.values() if instance.entry.id not in known_ids
+        ]
+        return [await self._model_json(entry) for entry in [*entries, *dict.fromkeys(loading_entries)]]
 
-    async def load(self, options: ModelOptions, request: str | None = None, fetches: bool = True) -> Job:
+    async def load(self, options: ModelOptions, request: str | None = None, allow_download: bool = True) -> Job:
         """Start loading, or return the job that is at it or has done it. Unless it `fetches`, the hub is not asked.
 
         Raises NotFound, or LoadFailed for a model that cannot be loaded or does not fit into the memory that is free.
@@ -93,31 +95,35 @@ class Models:
         if entry.problem:
             raise entry.problem
         async with self._lock:
-            held = self._held.get(options)
-            if held and held.in_use:
-                return held.job
-            self._require_room(entry, options)
+            instance = self._instances.get(options)
+            if instance and instance.is_alive:
+                return instance.job
+            self._require_memory(entry, options)
             body = options.model_dump(mode="json", exclude_defaults=True) | {"model": options.model}
-            job = await self._jobs.start("load", body, lambda job: self._load(entry, options, job, fetches), request)
+            job = await self._jobs.start(
+                "load", body, lambda job: self._load(entry, options, job, allow_download), request
+            )
             if job.task is not None and not job.task.done():  # a repeated request is answered with its old job
-                self._held[options] = Held(entry, options, job)
+                self._instances[options] = ModelInstance(entry, options, job)
             return job
 
-    async def engine(self, options: ModelOptions, follow: Callable[[Progress], None], fetches: bool = True) -> Worker:
+    async def engine(
+        self, options: ModelOptions, on_progress: Callable[[Progress], None], allow_download: bool = True
+    ) -> Worker:
         """A loaded engine of a model, loading it if need be; from what is here alone, unless it `fetches`. Raises the
         reason when that fails."""
         for _ in range(3):
-            if (worker := self._worker(options)) is not None:
+            if (worker := self._running_worker(options)) is not None:
                 return worker
-            job = await self.load(options, fetches=fetches)
-            job.followers.append(follow)
+            job = await self.load(options, allow_download=allow_download)
+            job.progress_callbacks.append(on_progress)
             try:
                 if job.task and not job.task.done():
                     await asyncio.wait([job.task])
             finally:
                 with suppress(ValueError):
-                    job.followers.remove(follow)
-            if (worker := self._worker(options)) is not None:
+                    job.progress_callbacks.remove(on_progress)
+            if (worker := self._running_worker(options)) is not None:
                 return worker
             if job.failure:
                 raise job.failure
@@ -127,37 +133,37 @@ class Models:
 
     async def unload(self, model_id: str) -> None:
         """End all engines of a model and give their memory back. Raises Conflict when there is none."""
-        held = [each for each in self._held.values() if each.entry.id == model_id]
-        if not held:
+        instances = [each for each in self._instances.values() if each.entry.id == model_id]
+        if not instances:
             await self.catalog.find(model_id)
             raise Conflict(
                 f"The model “{model_id}” is not loaded.",
                 code="not_loaded",
                 next_step="There is nothing to unload.",
             )
-        for each in held:
-            self._dismissals[each.options] += 1
-            await self._end(each)
+        for each in instances:
+            self._unload_counts[each.options] += 1
+            await self._stop_instance(each)
 
     async def delete(self, model_id: str) -> None:
         """Remove a model's files. Raises NotFound, or Conflict while it is loaded or when it is the demo."""
-        if any(held.entry.id == model_id for held in self._held.values()):
+        if any(instance.entry.id == model_id for instance in self._instances.values()):
             raise Conflict(f"The model “{model_id}” is loaded.", code="loaded", next_step="Unload it first.")
         await self.catalog.delete(model_id)
 
-    async def failed_loads(self) -> dict[str, dict[str, Any]]:
+    async def list_failed_loads(self) -> dict[str, dict[str, Any]]:
         """By model the last load of it, as a job, where that one failed."""
-        last: dict[str, dict[str, Any]] = {}
+        last_loads: dict[str, dict[str, Any]] = {}
         for job in await self._jobs.list(["load"]):
-            last.setdefault(job["about"]["model"], job)
-        return {model: job for model, job in last.items() if job["state"] == "failed"}
+            last_loads.setdefault(job["about"]["model"], job)
+        return {model: job for model, job in last_loads.items() if job["state"] == "failed"}
 
-    async def forget_failed_loads(self, model_id: str) -> None:
+    async def delete_failed_loads(self, model_id: str) -> None:
         """Remove the loads of a model that failed, and what a download that was never finished has left on the disk.
 
         Raises NotFound where none failed, or Conflict while the model is loading.
         """
-        if any(held.entry.id == model_id for held in self._held.values()):
+        if any(instance.entry.id == model_id for instance in self._instances.values()):
             raise Conflict(f"The model “{model_id}” is loading or loaded.", code="loaded", next_step="Unload it first.")
         failed = [
             job["id"]
@@ -168,174 +174,176 @@ class Models:
             raise NotFound(
                 f"No load of “{shorten(model_id)}” has failed.", next_step="The models are listed on the Models page."
             )
-        await self._jobs.forget(failed)
+        await self._jobs.delete_ended(failed)
         await self.catalog.delete_partial(model_id)
 
-    def dismissals(self, options: ModelOptions) -> int:
+    def unload_count(self, options: ModelOptions) -> int:
         """How often a person has unloaded it: who was at work with it then must not load it again by itself."""
-        return self._dismissals[options]
+        return self._unload_counts[options]
 
     def state(self, options: ModelOptions) -> str:
-        held = self._held.get(options)
-        if held is None:
+        instance = self._instances.get(options)
+        if instance is None:
             return "unloaded"
-        return "loaded" if held.worker else "loading"
+        return "loaded" if instance.worker else "loading"
 
-    def options_of(self, model_id: str) -> ModelOptions:
+    def current_options(self, model_id: str) -> ModelOptions:
         """How a model is loaded at present, the one used last where that is in several ways; else the defaults."""
-        held = sorted((each for each in self._held.values() if each.entry.id == model_id), key=lambda each: each.used)
-        return held[-1].options if held else ModelOptions(model=model_id)
+        instances = sorted(
+            (each for each in self._instances.values() if each.entry.id == model_id), key=lambda each: each.last_used
+        )
+        return instances[-1].options if instances else ModelOptions(model=model_id)
 
-    def loaded(self, options: ModelOptions) -> Loaded | None:
+    def loaded_info(self, options: ModelOptions) -> Loaded | None:
         """What its engine said of the model, None while it is not loaded."""
-        held = self._held.get(options)
-        return held.loaded if held else None
+        instance = self._instances.get(options)
+        return instance.loaded if instance else None
 
-    def lanes(self, options: ModelOptions) -> int:
+    def concurrency(self, options: ModelOptions) -> int:
         """How many requests its engine works on at once."""
-        held = self._held.get(options)
-        return held.loaded.lanes if held and held.loaded else 1
+        instance = self._instances.get(options)
+        return instance.loaded.lanes if instance and instance.loaded else 1
 
-    async def problem(self, entry: ModelEntry, options: ModelOptions) -> Problem | None:
+    async def find_problem(self, entry: ModelEntry, options: ModelOptions) -> Problem | None:
         """What keeps a model from being loaded with these options, as far as its files say."""
-        precision = self.precision(options)
-        return await self.catalog.problem(entry, options.revision, precision, options.remote_code)
+        precision = self.resolve_precision(options)
+        return await self.catalog.find_problem(entry, options.revision, precision, options.remote_code)
 
-    def fits(self, entry: ModelEntry, config: SessionConfig) -> dict[str, Any]:
+    def estimate_fit(self, entry: ModelEntry, config: SessionConfig) -> dict[str, Any]:
         """What a session would need, what is free, and under which options it would fit if it does not."""
-        precision, free = self.precision(config), self.free(config)
+        precision, free = self.resolve_precision(config), self.available_memory(config)
         needed = estimate(entry.shape, config, precision)
-        held = self._held.get(config.extract(ModelOptions))
-        missing = needed.total - (needed.loading if held and held.worker else 0)
+        instance = self._instances.get(config.extract(ModelOptions))
+        missing = needed.total - (needed.loading if instance and instance.worker else 0)
         fits = missing <= free or not entry.parameters
-        ways = [] if fits else list(what_would_fit(entry.shape, config, precision, free))
+        alternatives = [] if fits else list(what_would_fit(entry.shape, config, precision, free))
         return {
             "known": entry.parameters > 0,
             "precision": precision,
             "needed": needed.as_json(),
-            "loaded": bool(held and held.worker),
+            "loaded": bool(instance and instance.worker),
             "free": free,
             "fits": fits,
-            "would_fit": [{"change": change, "total": found.total} for change, found in ways],
+            "would_fit": [{"change": change, "total": found.total} for change, found in alternatives],
         }
 
-    def precision(self, options: ModelOptions) -> Precision:
+    def resolve_precision(self, options: ModelOptions) -> Precision:
         """What “auto” will be, as far as can be told from here."""
         if options.precision != "auto":
             return options.precision
         on_gpu = options.device in ("cuda", "mps") or (options.device == "auto" and free_gpu_memory() is not None)
         return "16-bit" if on_gpu else "32-bit"
 
-    def free(self, options: ModelOptions) -> int:
+    def available_memory(self, options: ModelOptions) -> int:
         on_gpu = free_gpu_memory() if options.device in ("auto", "cuda") else None
         return on_gpu if on_gpu is not None else free_memory(self._memory_limit)
 
-    def _require_room(self, entry: ModelEntry, options: ModelOptions) -> None:
+    def _require_memory(self, entry: ModelEntry, options: ModelOptions) -> None:
         """Raises LoadFailed for a model whose weights alone cannot fit."""
         if not entry.parameters:
             return
         config = SessionConfig().model_copy(update=options.model_dump())
-        precision, free = self.precision(options), self.free(options)
+        precision, free = self.resolve_precision(options), self.available_memory(options)
         needed = estimate(entry.shape, config, precision).loading
         if needed > free:
             raise LoadFailed(
                 f"“{entry.id}” needs about {needed / 1e9:.1f} GB in {precision}, and {free / 1e9:.1f} GB are free.",
                 code="out_of_memory",
-                next_step=self._smaller(entry, options) or "Close other programs, or choose a smaller model.",
+                next_step=self._suggest_precision(entry, options) or "Close other programs, or choose a smaller model.",
             )
 
-    def _smaller(self, entry: ModelEntry, options: ModelOptions) -> str:
+    def _suggest_precision(self, entry: ModelEntry, options: ModelOptions) -> str:
         """A way to load it with less, where there is one."""
-        precision, free = self.precision(options), self.free(options)
-        for less in ("16-bit", "8-bit", "4-bit"):
-            needed = estimate(entry.shape, SessionConfig(), less).loading
-            if int(less.split("-")[0]) < int(precision.split("-")[0]) and needed <= free:
-                return f"Load it in {less}, which needs about {needed / 1e9:.1f} GB."
+        precision, free = self.resolve_precision(options), self.available_memory(options)
+        for smaller_precision in ("16-bit", "8-bit", "4-bit"):
+            needed = estimate(entry.shape, SessionConfig(), smaller_precision).loading
+            if int(smaller_precision.split("-")[0]) < int(precision.split("-")[0]) and needed <= free:
+                return f"Load it in {smaller_precision}, which needs about {needed / 1e9:.1f} GB."
         return ""
 
-    def _worker(self, options: ModelOptions) -> Worker | None:
-        held = self._held.get(options)
-        if held and held.worker and held.worker.alive:
-            held.used = time.monotonic()
-            return held.worker
+    def _running_worker(self, options: ModelOptions) -> Worker | None:
+        instance = self._instances.get(options)
+        if instance and instance.worker and instance.worker.alive:
+            instance.last_used = time.monotonic()
+            return instance.worker
         return None
 
-    async def _end(self, held: Held) -> None:
-        if held.worker is None:
+    async def _stop_instance(self, instance: ModelInstance) -> None:
+        if instance.worker is None:
             with suppress(Conflict):  # it has ended meanwhile
-                await self._jobs.cancel(held.job.id)
+                await self._jobs.cancel(instance.job.id)
             return
-        self._held.pop(held.options, None)
-        self.changed(held.options)
-        await held.worker.stop()
+        self._instances.pop(instance.options, None)
+        self.on_changed(instance.options)
+        await instance.worker.stop()
 
-    async def _unload_idle_ones(self) -> None:
+    async def _unload_idle_models(self) -> None:
         while True:
             await asyncio.sleep(min(30.0, self._idle_seconds / 4))
-            for held in list(self._held.values()):
-                if held.worker and held.worker.busy:
-                    held.used = time.monotonic()
-                elif held.worker and time.monotonic() - held.used > self._idle_seconds:
-                    log.info("unloading %s, which nobody has used for a while", held.entry.id)
-                    await self._end(held)
+            for instance in list(self._instances.values()):
+                if instance.worker and instance.worker.busy:
+                    instance.last_used = time.monotonic()
+                elif instance.worker and time.monotonic() - instance.last_used > self._idle_seconds:
+                    log.info("unloading %s, which nobody has used for a while", instance.entry.id)
+                    await self._stop_instance(instance)
 
-    async def _load(self, entry: ModelEntry, options: ModelOptions, job: Job, fetches: bool) -> dict[str, Any]:
-        job.progress(Progress(stage="connecting", fraction=0.0, message="Starting an engine"))
+    async def _load(self, entry: ModelEntry, options: ModelOptions, job: Job, allow_download: bool) -> dict[str, Any]:
+        job.report_progress(Progress(stage="connecting", fraction=0.0, message="Starting an engine"))
         worker: Worker | None = None
-        ready = False
+        is_ready = False
         try:
             worker = started = await Worker.start(self._spawn)
-            job.progress(Progress(stage="initializing", fraction=0.01, message="Starting the engine"))
+            job.report_progress(Progress(stage="initializing", fraction=0.01, message="Starting the engine"))
             loaded: Loaded | None = None
-            async for event in worker.stream(_request(entry, options, fetches)):
+            async for event in worker.stream(_load_request(entry, options, allow_download)):
                 if isinstance(event, Progress):
-                    job.progress(event)
+                    job.report_progress(event)
                 elif isinstance(event, Loaded):
                     loaded = event
             assert loaded is not None
-            held = self._held[options]
-            held.worker, held.loaded = worker, loaded
-            held.used = time.monotonic()
-            worker.on_death = lambda error: self._lost(options, started)
-            ready = True
-            self.changed(options)
-            job.progress(Progress(stage="ready", fraction=1.0, message="Ready"))
+            instance = self._instances[options]
+            instance.worker, instance.loaded = worker, loaded
+            instance.last_used = time.monotonic()
+            worker.on_death = lambda error: self._on_engine_death(options, started)
+            is_ready = True
+            self.on_changed(options)
+            job.report_progress(Progress(stage="ready", fraction=1.0, message="Ready"))
             return loaded.model_dump(exclude={"type"})
         except EngineError as error:
-            raise self._explained(error, entry, options) from error
+            raise self._explain_load_error(error, entry, options) from error
         finally:
-            if not ready:
-                self._held.pop(options, None)
+            if not is_ready:
+                self._instances.pop(options, None)
                 if worker:
-                    before = resident(worker)
+                    memory_before = resident_bytes(worker)
                     await asyncio.shield(worker.stop(patience=0.2))
-                    job.row["result"] = {"memory_before": before, "memory_after": resident(worker)}
+                    job.row["result"] = {"memory_before": memory_before, "memory_after": resident_bytes(worker)}
 
-    def _explained(self, error: EngineError, entry: ModelEntry, options: ModelOptions) -> TrellisError:
+    def _explain_load_error(self, error: EngineError, entry: ModelEntry, options: ModelOptions) -> TrellisError:
         """A load that ran out of memory names a smaller way, where there is one."""
         if error.code == "engine_died" and "killed" in error.message:
             return EngineDied(  # which is tried again, since it may have been killed for another reason
                 f"The engine was killed while it loaded “{entry.id}”, most often because memory ran out.",
                 code="out_of_memory",
-                next_step=self._smaller(entry, options) or error.next_step,
+                next_step=self._suggest_precision(entry, options) or error.next_step,
             )
-        if error.code == "out_of_memory" and (smaller := self._smaller(entry, options)):
+        if error.code == "out_of_memory" and (smaller := self._suggest_precision(entry, options)):
             return LoadFailed(error.message, code=error.code, next_step=smaller)
         return error
 
-    def _lost(self, options: ModelOptions, worker: Worker) -> None:
-        held = self._held.get(options)
-        if held and held.worker is worker:
-            del self._held[options]
-            self.changed(options)
+    def _on_engine_death(self, options: ModelOptions, worker: Worker) -> None:
+        instance = self._instances.get(options)
+        if instance and instance.worker is worker:
+            del self._instances[options]
+            self.on_changed(options)
 
-    async def _describe(self, entry: ModelEntry) -> dict[str, Any]:
-        held = [each for each in self._held.values() if each.entry.id == entry.id]
-        engines = [await self._engine_of(each) for each in held]
+    async def _model_json(self, entry: ModelEntry) -> dict[str, Any]:
+        instances = [each for each in self._instances.values() if each.entry.id == entry.id]
+        engines = [await self._engine_json(each) for each in instances]
         states = [engine["state"] for engine in engines]
         state = "loaded" if "loaded" in states else states[0] if states else "unloaded"
         first = next((engine for engine in engines if engine["state"] == state), None)
-        precision = self.precision(held[0].options if held else ModelOptions(model=entry.id))
+        precision = self.resolve_precision(instances[0].options if instances else ModelOptions(model=entry.id))
         needed = estimate(entry.shape, SessionConfig(), precision)
         return {
             "id": entry.id,
@@ -353,26 +361,26 @@ class Models:
             "engines": engines,
         }
 
-    async def _engine_of(self, held: Held) -> dict[str, Any]:
+    async def _engine_json(self, instance: ModelInstance) -> dict[str, Any]:
         memory = None
-        if held.worker and held.worker.alive:
+        if instance.worker and instance.worker.alive:
             with suppress(EngineError, asyncio.TimeoutError):
-                report = await asyncio.wait_for(held.worker.ask(Status(), priority=-1), 0.25)
+                report = await asyncio.wait_for(instance.worker.ask(Status(), priority=-1), 0.25)
                 memory = report.resident_bytes if isinstance(report, StatusReport) else None
-        loaded = held.loaded
-        broken = broken_template(held.entry.id, loaded) if loaded else None
+        loaded = instance.loaded
+        template_problem = broken_template_error(instance.entry.id, loaded) if loaded else None
         return {
-            "state": "loaded" if held.worker else "loading",
-            "precision": held.options.precision if not loaded else loaded.dtype,
-            "revision": held.options.revision,
+            "state": "loaded" if instance.worker else "loading",
+            "precision": instance.options.precision if not loaded else loaded.dtype,
+            "revision": instance.options.revision,
             "device": loaded.device if loaded else None,
             "memory": memory,
-            "template_problem": broken.as_json() if broken else None,
-            "job": held.job.id,
+            "template_problem": template_problem.as_json() if template_problem else None,
+            "job": instance.job.id,
         }
 
 
-def resident(worker: Worker) -> int:
+def resident_bytes(worker: Worker) -> int:
     """Bytes of memory that an engine takes; 0 when it is gone."""
     try:
         return int(psutil.Process(worker.pid).memory_info().rss) if worker.pid else 0
@@ -380,8 +388,8 @@ def resident(worker: Worker) -> int:
         return 0
 
 
-def _request(entry: ModelEntry, options: ModelOptions, fetches: bool) -> Load:
+def _load_request(entry: ModelEntry, options: ModelOptions, allow_download: bool) -> Load:
     return Load(
         path=str(entry.path), repository=entry.repository, revision=options.revision, precision=options.precision,
-        device=options.device, engine=options.engine, remote_code=options.remote_code, fetches=fetches,
+        device=options.device, engine=options.engine, remote_code=options.remote_code, fetches=allow_download,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from ...errors import Invalid, shorten
 from ...messages import Loaded, TemplateKwargs
 from ...params import THINKING_SWITCHES, SessionConfig
 
-LARGEST = 4_000_000
+MAX_FILE_BYTES = 4_000_000
 """Bytes of a file that is looked into; templates have some tens of thousands."""
 
 
@@ -23,16 +23,20 @@ def thinking_kwargs(config: SessionConfig) -> TemplateKwargs:
     return {} if config.enable_thinking == "auto" else {"enable_thinking": config.enable_thinking == "on"}
 
 
-def template_trouble(config: SessionConfig, loaded: Loaded) -> Invalid | None:
+def template_error(config: SessionConfig, loaded: Loaded) -> Invalid | None:
     """What the chat template of a loaded model cannot do of what a session's options ask."""
     if not config.chat_template:
         return None
-    if broken := broken_template(config.model, loaded):
-        return broken
-    return no_switch(config) if config.enable_thinking != "auto" and not loaded.can_switch_thinking else None
+    if problem := broken_template_error(config.model, loaded):
+        return problem
+    return (
+        no_thinking_switch_error(config)
+        if config.enable_thinking != "auto" and not loaded.can_switch_thinking
+        else None
+    )
 
 
-def broken_template(model: str, loaded: Loaded) -> Invalid | None:
+def broken_template_error(model: str, loaded: Loaded) -> Invalid | None:
     """Why the chat template of a loaded model cannot be used, where that is so."""
     if not loaded.template_problem:
         return None
@@ -45,13 +49,13 @@ def broken_template(model: str, loaded: Loaded) -> Invalid | None:
     )
 
 
-def template_trouble_in(config: SessionConfig, folder: Path) -> Invalid | None:
+def template_error_from_files(config: SessionConfig, folder: Path) -> Invalid | None:
     """The same of a model that is not loaded, as far as its files show. Reads files."""
-    asked = config.chat_template and config.enable_thinking != "auto"
-    return no_switch(config) if asked and not may_switch(folder) else None
+    is_switch_needed = config.chat_template and config.enable_thinking != "auto"
+    return no_thinking_switch_error(config) if is_switch_needed and not may_have_thinking_switch(folder) else None
 
 
-def no_switch(config: SessionConfig) -> Invalid:
+def no_thinking_switch_error(config: SessionConfig) -> Invalid:
     return Invalid(
         f"Thinking is “{config.enable_thinking}”, and the chat template of the model “{shorten(config.model)}” has no "
         "switch for it.",
@@ -61,26 +65,26 @@ def no_switch(config: SessionConfig) -> Invalid:
     )
 
 
-def may_switch(folder: Path) -> bool:
+def may_have_thinking_switch(folder: Path) -> bool:
     """Whether a model's chat template may have a switch for thinking; True where its files do not say. Reads files."""
-    templates = chat_templates(folder)
-    names = rf"\b({'|'.join(THINKING_SWITCHES)})\b"
-    return not (folder / "config.json").is_file() or any(re.search(names, each) for each in templates)
+    templates = read_chat_templates(folder)
+    switch_pattern = rf"\b({'|'.join(THINKING_SWITCHES)})\b"
+    return not (folder / "config.json").is_file() or any(re.search(switch_pattern, each) for each in templates)
 
 
-def chat_templates(folder: Path) -> list[str]:
+def read_chat_templates(folder: Path) -> list[str]:
     """The chat templates of a model's folder, as text."""
     found = []
     for file in (folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))):
-        found.append(_text_of(file))
+        found.append(_read_text(file))
     for name in ("tokenizer_config.json", "chat_template.json"):
         with suppress(ValueError, AttributeError):
-            found.append(json.dumps(json.loads(_text_of(folder / name)).get("chat_template")))
+            found.append(json.dumps(json.loads(_read_text(folder / name)).get("chat_template")))
     return found
 
 
-def _text_of(file: Path) -> str:
+def _read_text(file: Path) -> str:
     with suppress(OSError, UnicodeDecodeError):
-        if file.is_file() and file.stat().st_size < LARGEST:
+        if file.is_file() and file.stat().st_size < MAX_FILE_BYTES:
             return file.read_text(encoding="utf-8")
     return ""

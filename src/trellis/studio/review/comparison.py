@@ -7,16 +7,16 @@ from typing import Any
 from ...errors import Invalid
 from ...messages import Progress
 from ..jobs import Job, Jobs
-from ..steering.sessions import Steering
-from .journal import describe
+from ..steering.sessions import Sessions
+from .journal import describe_choice
 
-MOST_PROMPTS = 12
+MAX_PROMPTS = 12
 
 
 class Comparisons:
     """Starts comparisons and shows them."""
 
-    def __init__(self, jobs: Jobs, steering: Steering) -> None:
+    def __init__(self, jobs: Jobs, steering: Sessions) -> None:
         self._jobs = jobs
         self._steering = steering
 
@@ -27,26 +27,26 @@ class Comparisons:
         session = await self._steering.session(session_id)
         session.node(left), session.node(right)
         prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
-        if not 1 <= len(prompts) <= MOST_PROMPTS:
+        if not 1 <= len(prompts) <= MAX_PROMPTS:
             raise Invalid(
-                f"prompts: there are {len(prompts)}; 1 to {MOST_PROMPTS} can be compared at once.",
+                f"prompts: there are {len(prompts)}; 1 to {MAX_PROMPTS} can be compared at once.",
                 field="prompts",
                 next_step="Write one prompt a line.",
             )
-        known = await self._jobs.by_request(request, "compare") if request else None
-        if known and known["body"]["session"] == session_id:
-            prompts = known["body"]["prompts"]  # those that come next may be others by now
+        known_job = await self._jobs.find_row_by_request(request, "compare") if request else None
+        if known_job and known_job["body"]["session"] == session_id:
+            prompts = known_job["body"]["prompts"]  # those that come next may be others by now
         body = {"session": session_id, "left": left, "right": right, "prompts": prompts}
         return await self._jobs.start("compare", body, lambda job: self._run(job, body), request)
 
-    async def usual_prompts(self, session_id: str, count: int = 3) -> list[str]:
+    async def default_prompts(self, session_id: str, count: int = 3) -> list[str]:
         """What to compare on, where nobody says: the control prompt, and the prompts that come next."""
         session = await self._steering.session(session_id)
-        found = [session.config.control_prompt] if session.config.control_prompt else []
+        prompts = [session.config.control_prompt] if session.config.control_prompt else []
         if session.prompts:
-            at = session.tree.head.position
-            found += [session.prompts.at(at + step) for step in range(1, count + 1)]
-        return list(dict.fromkeys(" ".join(prompt.split()) for prompt in found))[:count]
+            position = session.tree.head.position
+            prompts += [session.prompts.at(position + step) for step in range(1, count + 1)]
+        return list(dict.fromkeys(" ".join(prompt.split()) for prompt in prompts))[:count]
 
     async def _run(self, job: Job, body: dict[str, Any]) -> dict[str, Any]:
         session = await self._steering.session(body["session"])
@@ -55,16 +55,16 @@ class Comparisons:
         for prompt in body["prompts"]:
             pair: dict[str, str] = {"prompt": prompt}
             for side in ("left", "right"):
-                done = 2 * len(rounds) + (side == "right")
+                finished = 2 * len(rounds) + (side == "right")
                 step = session.node(body[side]).step
                 message = f"Step {step} answers prompt {len(rounds) + 1} of {len(body['prompts'])}"
-                job.progress(Progress(stage="checking", fraction=done / total, message=message))
+                job.report_progress(Progress(stage="checking", fraction=finished / total, message=message))
                 seed = {"seed": session.config.seed}
-                (pair[side],) = await self._steering.sample(session.id, prompt, body[side], 1, seed, key="compare")
+                (pair[side],) = await self._steering.sample(session.id, prompt, body[side], 1, seed, seed_key="compare")
             rounds.append(pair)
-        names = {side: session.node(body[side]) for side in ("left", "right")}
+        nodes = {side: session.node(body[side]) for side in ("left", "right")}
         about = {
-            side: {"node": node.id, "step": node.step, "what": node.name or describe(node.choice)}
-            for side, node in names.items()
+            side: {"node": node.id, "step": node.step, "what": node.name or describe_choice(node.choice)}
+            for side, node in nodes.items()
         }
         return about | {"rounds": rounds}

@@ -12,17 +12,21 @@ from ...store import blind_test as blind_rows
 from ...store import steering as rows
 from ...store.store import Store
 from ..jobs import timestamp
-from ..steering.offer import options_from
+from ..steering.offer import parse_options
 from ..steering.session import Session
-from ..steering.tree import Fitted, Node, node_row
-from .win_rate import in_words, names_of, result_json
+from ..steering.tree import Node, Retraining, node_row
+from .win_rate import distinct_names, win_rate_json, win_rate_sentence
 
-FORMATS = ("raw", "trl-preference", "trl-unpaired", "openai-dpo")
+CHOICE_FORMATS = ("raw", "trl-preference", "trl-unpaired", "openai-dpo")
 LETTERS = "ABCDEFGH"
-FITTED = {"refit": "fitted afresh to", "import": "learned from a file of", "replay": "fitted to another model's"}
+RETRAINING_PHRASES = {
+    "refit": "fitted afresh to",
+    "import": "learned from a file of",
+    "replay": "fitted to another model's",
+}
 
 
-async def journal(store: Store, session: Session, last: int | None = None) -> str:
+async def journal_markdown(store: Store, session: Session, last: int | None = None) -> str:
     """The branch to the head: every prompt, all options, the choice, the figures. Markdown, for people.
 
     `last` leaves out all but so many steps.
@@ -39,59 +43,60 @@ async def journal(store: Store, session: Session, last: int | None = None) -> st
     ]
     for node in path[1:]:
         offer = offers.get(node.answered or "")
-        named = f" ({_inline(node.name)})" if node.name else ""
-        lines += [f"## Step {node.step}: {describe(node.choice)}{named}", ""]
+        name_suffix = f" ({_inline(node.name)})" if node.name else ""
+        lines += [f"## Step {node.step}: {describe_choice(node.choice)}{name_suffix}", ""]
         lines += [_quote(offer["prompt"]), ""] if offer else []
-        good = _good(node.choice)
-        for index, option in enumerate(options_from(offer) or () if offer else ()):
-            mark = " **(chosen)**" if index in good else ""
+        chosen_indexes = _chosen_indexes(node.choice)
+        for index, option in enumerate(parse_options(offer) or () if offer else ()):
+            mark = " **(chosen)**" if index in chosen_indexes else ""
             lines += [f"**{LETTERS[index]}**{mark}", "", _quote(option.text), ""]
         if isinstance(node.choice, Written):
             lines += ["**Written**", "", _quote(node.choice.written), ""]
         if node.metrics:
-            m = node.metrics
+            metrics = node.metrics
             lines += [
-                f"Share of what was chosen {m.share_before:.1%} → {m.share_after:.1%}, loss {m.loss:.3f}, "
-                f"KL {m.kl:.4f}, drift {m.drift:.2%}, {m.inner_steps} inner steps.",
+                f"Share of what was chosen {metrics.share_before:.1%} → {metrics.share_after:.1%}, "
+                f"loss {metrics.loss:.3f}, KL {metrics.kl:.4f}, drift {metrics.drift:.2%}, "
+                f"{metrics.inner_steps} inner steps.",
                 "",
             ]
-    return "\n".join([*lines, *await _blind(store, session)])
+    return "\n".join([*lines, *await _blind_test_lines(store, session)])
 
 
-async def _blind(store: Store, session: Session) -> list[str]:
+async def _blind_test_lines(store: Store, session: Session) -> list[str]:
     """The blind comparisons that were brought to an end, oldest first."""
     trials = [trial for trial in await store.read(blind_rows.list_trials, session.id) if trial["state"] == "done"]
     lines = ["## Blind comparisons", ""] if trials else []
     for trial in reversed(trials):
         rounds = await store.read(blind_rows.get_rounds, trial["id"])
-        result = result_json([each["verdict"] for each in rounds if each["verdict"]])
-        left, right = names_of(*(place_of(session.node(trial[side])) for side in ("left", "right")))
-        lines += [f"- {timestamp(trial['created'])[:10]}, {left} and {right}: {in_words(result, left, right)}"]
+        result = win_rate_json([each["verdict"] for each in rounds if each["verdict"]])
+        left, right = distinct_names(*(node_summary(session.node(trial[side])) for side in ("left", "right")))
+        lines += [f"- {timestamp(trial['created'])[:10]}, {left} and {right}: {win_rate_sentence(result, left, right)}"]
     return [*lines, ""] if lines else []
 
 
-async def choices(store: Store, session: Session, layout: str) -> Iterator[str]:
+async def export_choices(store: Store, session: Session, layout: str) -> Iterator[str]:
     """Every choice of the session, one JSON object a line. Raises Invalid for an unknown layout.
 
     Layouts: our own log; TRL's preference and unpaired preference types (conversational); OpenAI's
     preference fine-tuning file. Skips teach nothing and appear in the log only.
     """
-    if layout not in FORMATS:
+    if layout not in CHOICE_FORMATS:
         raise Invalid(
             f"format: “{shorten(layout)}” is not a format.",
             field="format",
-            next_step=f"Use one of {', '.join(FORMATS)}.",
+            next_step=f"Use one of {', '.join(CHOICE_FORMATS)}.",
         )
     nodes = [node for node in session.tree.nodes.values() if node.answered]
     offers = await store.read(rows.get_offers, [node.answered for node in nodes if node.answered])
     return (
         json.dumps(line, ensure_ascii=False) + "\n"
         for node in nodes
-        for line in _lines(session, node, offers[node.answered or ""], layout)
+        for line in _choice_lines(session, node, offers[node.answered or ""], layout)
     )
 
 
-def describe(choice: Choice | Fitted | None) -> str:
+def describe_choice(choice: Choice | Retraining | None) -> str:
     """A choice in a few words."""
     match choice:
         case None:
@@ -106,21 +111,23 @@ def describe(choice: Choice | Fitted | None) -> str:
             return "ranked " + " › ".join(LETTERS[index] for index in choice.ranking)
         case Written():
             return "wrote an answer"
-        case Fitted():
-            return f"{FITTED[choice.kind]} {choice.lessons} choice{'s' if choice.lessons != 1 else ''}"
+        case Retraining():
+            return f"{RETRAINING_PHRASES[choice.kind]} {choice.lessons} choice{'s' if choice.lessons != 1 else ''}"
         case _:
             return "chose " + ", ".join(LETTERS[index] for index in choice)
 
 
-def place_of(node: Node) -> dict[str, Any]:
+def node_summary(node: Node) -> dict[str, Any]:
     """A node as a comparison names it."""
-    return {"node": node.id, "step": node.step, "what": node.name or describe(node.choice)}
+    return {"node": node.id, "step": node.step, "what": node.name or describe_choice(node.choice)}
 
 
-def _lines(session: Session, node: Node, offer: dict[str, Any], layout: str) -> Iterator[dict[str, Any]]:
-    options = options_from(offer) or ()
-    asked = [{"role": "system", "content": session.config.system_prompt}] if session.config.system_prompt else []
-    asked = [*asked, {"role": "user", "content": offer["prompt"]}]
+def _choice_lines(session: Session, node: Node, offer: dict[str, Any], layout: str) -> Iterator[dict[str, Any]]:
+    options = parse_options(offer) or ()
+    prompt_messages = (
+        [{"role": "system", "content": session.config.system_prompt}] if session.config.system_prompt else []
+    )
+    prompt_messages = [*prompt_messages, {"role": "user", "content": offer["prompt"]}]
     if layout == "raw":
         yield {
             "node": node.id, "parent": node.parent, "step": node.step, "prompt": offer["prompt"],
@@ -129,25 +136,29 @@ def _lines(session: Session, node: Node, offer: dict[str, Any], layout: str) -> 
             "metrics": node.metrics.model_dump() if node.metrics else None, "created": timestamp(node.created),
         }  # fmt: skip
     elif layout == "trl-unpaired":
-        for text, label in _labels(options, node.choice):
-            yield {"prompt": asked, "completion": [_answer(text)], "label": label}
+        for text, label in _labelled_answers(options, node.choice):
+            yield {"prompt": prompt_messages, "completion": [_assistant_message(text)], "label": label}
     else:
-        for better, worse in _pairs(options, node.choice):
+        for better, worse in _preference_pairs(options, node.choice):
             if layout == "trl-preference":
-                yield {"prompt": asked, "chosen": [_answer(better)], "rejected": [_answer(worse)]}
+                yield {
+                    "prompt": prompt_messages,
+                    "chosen": [_assistant_message(better)],
+                    "rejected": [_assistant_message(worse)],
+                }
             else:
                 yield {
-                    "input": {"messages": asked, "tools": [], "parallel_tool_calls": True},
-                    "preferred_output": [_answer(better)],
-                    "non_preferred_output": [_answer(worse)],
+                    "input": {"messages": prompt_messages, "tools": [], "parallel_tool_calls": True},
+                    "preferred_output": [_assistant_message(better)],
+                    "non_preferred_output": [_assistant_message(worse)],
                 }
 
 
-def _answer(text: str) -> dict[str, str]:
+def _assistant_message(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def _good(choice: Choice | Fitted | None) -> list[int]:
+def _chosen_indexes(choice: Choice | Retraining | None) -> list[int]:
     match choice:
         case int():
             return [choice]
@@ -159,27 +170,27 @@ def _good(choice: Choice | Fitted | None) -> list[int]:
             return []
 
 
-def _labels(options: tuple[Option, ...], choice: Choice | Fitted | None) -> Iterator[tuple[str, bool]]:
+def _labelled_answers(options: tuple[Option, ...], choice: Choice | Retraining | None) -> Iterator[tuple[str, bool]]:
     if choice is None or choice == "skip":
         return
     written = [choice.written] if isinstance(choice, Written) else []
-    good = {*written, *(options[index].text for index in _good(choice))}
+    good_texts = {*written, *(options[index].text for index in _chosen_indexes(choice))}
     for text in dict.fromkeys([*(option.text for option in options), *written]):  # what was drawn twice is one answer
-        yield text, text in good
+        yield text, text in good_texts
 
 
-def _pairs(options: tuple[Option, ...], choice: Choice | Fitted | None) -> Iterator[tuple[str, str]]:
+def _preference_pairs(options: tuple[Option, ...], choice: Choice | Retraining | None) -> Iterator[tuple[str, str]]:
     """(better, worse) pairs that a choice implies, each once; none of these and skip imply none. An answer is never
     worse than itself, drawn a second time."""
     if isinstance(choice, Written):
         better = [choice.written]
     else:
-        named = list(choice.ranking) if isinstance(choice, Ranking) else _good(choice)
-        better = list(dict.fromkeys(options[index].text for index in named))
-    rest = [text for text in dict.fromkeys(option.text for option in options) if text not in better]
-    for place, text in enumerate(better):
-        below = better[place + 1 :] if isinstance(choice, Ranking) else []
-        yield from ((text, worse) for worse in [*below, *rest])
+        chosen_indexes = list(choice.ranking) if isinstance(choice, Ranking) else _chosen_indexes(choice)
+        better = list(dict.fromkeys(options[index].text for index in chosen_indexes))
+    unchosen = [text for text in dict.fromkeys(option.text for option in options) if text not in better]
+    for rank, text in enumerate(better):
+        ranked_lower = better[rank + 1 :] if isinstance(choice, Ranking) else []
+        yield from ((text, worse) for worse in [*ranked_lower, *unchosen])
 
 
 def _quote(text: str) -> str:

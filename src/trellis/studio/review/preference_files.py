@@ -18,34 +18,35 @@ from ...conversation_formats import NotJSON, Turn, parse_turns
 from ...errors import Invalid, shorten
 from ...messages import CHOICE, Choice, Lesson, Option, Prompt, Ranking
 from ...text_rules import PROMPT_LIMIT, require_storable
-from ..steering.choices import including_equals
+from ..steering.choices import with_equal_options
 
 Layout = Literal["raw", "trl-preference", "trl-unpaired", "openai-dpo"]
 Row = dict[str, Any]
-MOST_OPTIONS = 8
-MOST_LESSONS = 20_000
-KEYS: dict[Layout, frozenset[str]] = {
+MAX_OPTIONS = 8
+MAX_LESSONS = 20_000
+LAYOUT_KEYS: dict[Layout, frozenset[str]] = {
     "raw": frozenset({"prompt", "options", "choice"}),
     "openai-dpo": frozenset({"input", "preferred_output", "non_preferred_output"}),
     "trl-preference": frozenset({"chosen", "rejected"}),
     "trl-unpaired": frozenset({"completion", "label"}),
 }
-PROMPTS = ("prompt", "question", "instruction", "query", "input")
-COMPLETIONS = ("completion", "response", "answer", "output")
-SYSTEMS = ("system", "system_prompt")
-ABOUT = ("input", "context")
-GOOD = {"true", "1", "1.0", "+1", "yes", "good", "chosen", "desirable", "positive", "accept", "accepted", "like",
+PROMPT_KEYS = ("prompt", "question", "instruction", "query", "input")
+COMPLETION_KEYS = ("completion", "response", "answer", "output")
+SYSTEM_KEYS = ("system", "system_prompt")
+CONTEXT_KEYS = ("input", "context")
+GOOD_LABELS = {"true", "1", "1.0", "+1", "yes", "good", "chosen", "desirable", "positive", "accept", "accepted", "like",
         "thumbs_up", "up"}  # fmt: skip
-BAD = {"false", "0", "0.0", "-1", "-1.0", "no", "bad", "rejected", "undesirable", "negative", "reject", "dislike",
+BAD_LABELS = {"false", "0", "0.0", "-1", "-1.0", "no", "bad", "rejected", "undesirable", "negative", "reject",
+"dislike",
        "thumbs_down", "down"}  # fmt: skip
 
 
-class Unusable(Exception):
+class UnusableRow(Exception):
     """A row that cannot be a choice; its words say why."""
 
 
 @dataclass(frozen=True)
-class Asked:
+class Question:
     """What a row's answers answer: the last thing a person said, and the system prompt before it."""
 
     text: str
@@ -53,254 +54,268 @@ class Asked:
 
 
 @dataclass
-class Read:
+class ParsedPreferences:
     """What a file came to. `left_out` says for each reason how often, and where first."""
 
     layout: Layout
     lessons: list[Lesson] = field(default_factory=list)
     rows: int = 0
-    left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
+    skipped_rows: dict[str, tuple[int, str]] = field(default_factory=dict)
 
-    def leave_out(self, why: str, place: str) -> None:
-        count, first = self.left_out.get(why, (0, place))
-        self.left_out[why] = (count + 1, first)
+    def skip_row(self, reason: str, location: str) -> None:
+        count, first = self.skipped_rows.get(reason, (0, location))
+        self.skipped_rows[reason] = (count + 1, first)
 
     def sentences(self) -> list[str]:
         return [
             f"{count} of {self.rows} rows left out, the first in {place}: {why}."
-            for why, (count, place) in self.left_out.items()
+            for why, (count, place) in self.skipped_rows.items()
         ]
 
 
-def lessons_from(
-    placed: Iterable[tuple[str, Row]], temperature: float, prompt_of: Callable[[str, str], Prompt]
-) -> Read:
+def parse_preferences(
+    located_rows: Iterable[tuple[str, Row]], temperature: float, make_prompt: Callable[[str, str], Prompt]
+) -> ParsedPreferences:
     """The lessons of rows with their places, whose layout the first row shows. `prompt_of(text, system)` makes the
     prompts; an empty system prompt is the session's own.
 
     Rows that cannot be choices (several turns, an empty answer) are left out and counted. Raises Invalid for what is
     no such file, or has no row that can be used.
     """
-    found: Read | None = None
+    parsed: ParsedPreferences | None = None
 
     def rows() -> Iterator[tuple[str, Any, Row]]:
-        nonlocal found
-        for place, row in placed:
-            row = _named(row)
-            found = found or Read(layout_of(row, place))
-            found.rows += 1
+        nonlocal parsed
+        for place, row in located_rows:
+            row = _normalize_keys(row)
+            parsed = parsed or ParsedPreferences(detect_layout(row, place))
+            parsed.rows += 1
             try:
-                key = _key(found.layout, row, place)
+                key = _group_key(parsed.layout, row, place)
                 yield place, key, row
-            except Unusable as why:
-                found.leave_out(str(why), place)
+            except UnusableRow as why:
+                parsed.skip_row(str(why), place)
 
     for _, group in groupby(rows(), key=lambda each: each[1]):
-        together = [(place, row) for place, _, row in group]
-        assert found is not None
+        group_rows = [(place, row) for place, _, row in group]
+        assert parsed is not None
         try:
-            choices = _choices(found.layout, [row for _, row in together])
-        except Unusable as why:
-            found.leave_out(str(why), together[0][0])
+            choices = _choices_of_group(parsed.layout, [row for _, row in group_rows])
+        except UnusableRow as why:
+            parsed.skip_row(str(why), group_rows[0][0])
             continue
-        for asked, options, choice in choices:
-            prompt = prompt_of(asked.text, asked.system)
-            found.lessons.append(Lesson(prompt=prompt, options=options, choice=choice, temperature=temperature))
-            if len(found.lessons) > MOST_LESSONS:
+        for question, options, choice in choices:
+            prompt = make_prompt(question.text, question.system)
+            parsed.lessons.append(Lesson(prompt=prompt, options=options, choice=choice, temperature=temperature))
+            if len(parsed.lessons) > MAX_LESSONS:
                 raise Invalid(
-                    f"file: has more than {MOST_LESSONS} choices, which is the most that can be learned from at once.",
+                    f"file: has more than {MAX_LESSONS} choices, which is the most that can be learned from at once.",
                     field="file",
                     next_step="Split the file.",
                 )
-    if found is None:
+    if parsed is None:
         raise Invalid("file: is empty.", field="file", next_step="Choose a file with a choice in each row.")
-    if not found.lessons:
+    if not parsed.lessons:
         raise Invalid(
-            f"file: none of its {found.rows} rows is a choice. {' '.join(found.sentences())}".strip(),
+            f"file: none of its {parsed.rows} rows is a choice. {' '.join(parsed.sentences())}".strip(),
             field="file",
             next_step="See docs/files.md for the layouts.",
         )
-    return found
+    return parsed
 
 
-def _named(row: Row) -> Row:
+def _normalize_keys(row: Row) -> Row:
     """A row under the names of our layouts: in small letters, with the usual other words for a prompt, a completion and
     a system prompt."""
     named = {str(name).strip().lower(): value for name, value in row.items()}
     named |= {name: value for name, value in row.items() if name in named}
-    if not named.get("prompt") and "preferred_output" not in named and (name := _first(named, PROMPTS)):
+    if not named.get("prompt") and "preferred_output" not in named and (name := _first_filled_key(named, PROMPT_KEYS)):
         named["prompt"] = named[name]
-        about = named.get(_first(named, ABOUT))
-        if name == "instruction" and isinstance(named[name], str) and isinstance(about, str) and about.strip():
-            named["prompt"] = f"{named[name].strip()}\n\n{about.strip()}"
-    if name := _first(named, COMPLETIONS):
+        context = named.get(_first_filled_key(named, CONTEXT_KEYS))
+        if name == "instruction" and isinstance(named[name], str) and isinstance(context, str) and context.strip():
+            named["prompt"] = f"{named[name].strip()}\n\n{context.strip()}"
+    if name := _first_filled_key(named, COMPLETION_KEYS):
         named["completion"] = named[name]
-    if name := _first(named, SYSTEMS):
+    if name := _first_filled_key(named, SYSTEM_KEYS):
         named["system"] = named[name]
     return named
 
 
-def _first(row: Row, names: tuple[str, ...]) -> str:
+def _first_filled_key(row: Row, names: tuple[str, ...]) -> str:
     """The first of some names under which there is anything; empty where there is none."""
     return next((name for name in names if row.get(name)), "")
 
 
-def layout_of(row: Row, place: str) -> Layout:
+def detect_layout(row: Row, location: str) -> Layout:
     """Which layout a row has, by its keys. Raises Invalid."""
-    for layout, keys in KEYS.items():
+    for layout, keys in LAYOUT_KEYS.items():
         if keys <= row.keys():
             return layout
     raise Invalid(
-        f"file: {place} has the keys {shorten(', '.join(sorted(map(str, row))), 120)}; no layout has these.",
+        f"file: {location} has the keys {shorten(', '.join(sorted(map(str, row))), 120)}; no layout has these.",
         field="file",
         next_step="Use TRL's prompt, chosen, rejected or prompt, completion, label; OpenAI's input, preferred_output, "
         "non_preferred_output; or choices exported by Trellis.",
     )
 
 
-def _key(layout: Layout, row: Row, place: str) -> Any:
+def _group_key(layout: Layout, row: Row, location: str) -> Any:
     """What neighbouring rows of one choice have in common. Raises Unusable for a row that is none of the layout's."""
-    if not KEYS[layout] <= row.keys():
-        raise Unusable(f"it lacks {' or '.join(sorted(KEYS[layout] - row.keys()))}")
+    if not LAYOUT_KEYS[layout] <= row.keys():
+        raise UnusableRow(f"it lacks {' or '.join(sorted(LAYOUT_KEYS[layout] - row.keys()))}")
     if layout == "raw":
-        _raw(row)
-        return place
+        _parse_raw_row(row)
+        return location
     if layout == "trl-unpaired":
-        _label(row)
-        return _labelled(row)[0]
-    asked, better, _ = _pair(layout, row)
-    return asked, better
+        _parse_label(row)
+        return _parse_labelled_answer(row)[0]
+    question, better, _ = _parse_pair(layout, row)
+    return question, better
 
 
-Said = tuple[Asked, tuple[Option, ...], Choice]
+ParsedChoice = tuple[Question, tuple[Option, ...], Choice]
 
 
-def _choices(layout: Layout, rows: list[Row]) -> list[Said]:
+def _choices_of_group(layout: Layout, rows: list[Row]) -> list[ParsedChoice]:
     """The choices that rows which belong together make up: one, or more where they are too many for one.
     Raises Unusable."""
     if layout == "raw":
-        return [_raw(rows[0])]
+        return [_parse_raw_row(rows[0])]
     if layout == "trl-unpaired":
-        labelled = [(_labelled(row)[1], _label(row)) for row in rows]
+        labelled = [(_parse_labelled_answer(row)[1], _parse_label(row)) for row in rows]
         good = [text for text, is_good in labelled if is_good]
         bad = [text for text, is_good in labelled if not is_good]
-        asked = _labelled(rows[0])[0]
-        if len(rows) <= MOST_OPTIONS:
-            options = tuple(_option(text) for text, _ in labelled)
-            called = tuple(number for number, (_, is_good) in enumerate(labelled) if is_good)
-            return [(asked, options, called if len(called) > 1 else called[0] if called else "none")]
+        question = _parse_labelled_answer(rows[0])[0]
+        if len(rows) <= MAX_OPTIONS:
+            options = tuple(_make_option(text) for text, _ in labelled)
+            good_indexes = tuple(number for number, (_, is_good) in enumerate(labelled) if is_good)
+            return [
+                (
+                    question,
+                    options,
+                    good_indexes if len(good_indexes) > 1 else good_indexes[0] if good_indexes else "none",
+                )
+            ]
         if not good:
-            return [(asked, tuple(map(_option, part)), "none") for part in _parts(bad, MOST_OPTIONS)]
-        against = _parts(bad, MOST_OPTIONS - 1) or [[]]
-        rounds = max(len(good), len(against))
+            return [(question, tuple(map(_make_option, part)), "none") for part in _chunks(bad, MAX_OPTIONS)]
+        bad_chunks = _chunks(bad, MAX_OPTIONS - 1) or [[]]
+        rounds = max(len(good), len(bad_chunks))
         return [
-            (asked, tuple(map(_option, [good[number % len(good)], *against[number % len(against)]])), 0)
+            (question, tuple(map(_make_option, [good[number % len(good)], *bad_chunks[number % len(bad_chunks)]])), 0)
             for number in range(rounds)
         ]
-    asked, better, _ = _pair(layout, rows[0])
-    worse = list(dict.fromkeys(_pair(layout, row)[2] for row in rows))
-    return [(asked, tuple(map(_option, [better, *part])), 0) for part in _parts(worse, MOST_OPTIONS - 1)]
+    question, better, _ = _parse_pair(layout, rows[0])
+    worse = list(dict.fromkeys(_parse_pair(layout, row)[2] for row in rows))
+    return [(question, tuple(map(_make_option, [better, *part])), 0) for part in _chunks(worse, MAX_OPTIONS - 1)]
 
 
-def _parts(texts: list[str], size: int) -> list[list[str]]:
+def _chunks(texts: list[str], size: int) -> list[list[str]]:
     return [texts[begin : begin + size] for begin in range(0, len(texts), size)]
 
 
-def _label(row: Row) -> bool:
+def _parse_label(row: Row) -> bool:
     """Whether an answer was called good: true and false, 1 and 0, or a word for it. Raises Unusable."""
     label = row["label"]
     word = str(label).strip().lower() if isinstance(label, (str, int, float)) else ""
-    if word not in GOOD | BAD:
-        raise Unusable(f"its label is {shorten(json.dumps(label))}, which says neither good nor bad")
-    return word in GOOD
+    if word not in GOOD_LABELS | BAD_LABELS:
+        raise UnusableRow(f"its label is {shorten(json.dumps(label))}, which says neither good nor bad")
+    return word in GOOD_LABELS
 
 
-def _pair(layout: Layout, row: Row) -> tuple[Asked, str, str]:
+def _parse_pair(layout: Layout, row: Row) -> tuple[Question, str, str]:
     if layout == "openai-dpo":
-        asked = _openais(_parsed(row["input"]))
-        better, worse = _text(row["preferred_output"]), _text(row["non_preferred_output"])
+        question = _parse_openai_input(_parse_json_cell(row["input"]))
+        better, worse = _require_text(row["preferred_output"]), _require_text(row["non_preferred_output"])
     else:
-        before, better = _ending(row["chosen"])
-        before_worse, worse = _ending(row["rejected"])
-        if _same(before) != _same(before_worse):
-            raise Unusable("the two answers do not end the same conversation")
-        asked = _asked(row, before)
+        before, better = _split_last_answer(row["chosen"])
+        before_worse, worse = _split_last_answer(row["rejected"])
+        if _comparable(before) != _comparable(before_worse):
+            raise UnusableRow("the two answers do not end the same conversation")
+        question = _parse_question(row, before)
     if better == worse:
-        raise Unusable("both answers are the same")
-    return asked, better, worse
+        raise UnusableRow("both answers are the same")
+    return question, better, worse
 
 
-def _labelled(row: Row) -> tuple[Asked, str]:
+def _parse_labelled_answer(row: Row) -> tuple[Question, str]:
     """What is asked in a row of one answer with a label, and the answer. Raises Unusable."""
-    before, text = _ending(row["completion"])
-    return _asked(row, before), text
+    before, text = _split_last_answer(row["completion"])
+    return _parse_question(row, before), text
 
 
-def _openais(body: Any) -> Asked:
+def _parse_openai_input(body: Any) -> Question:
     if not isinstance(body, dict):
-        raise Unusable("its input is not an object with messages")
+        raise UnusableRow("its input is not an object with messages")
     if body.get("tools"):
-        raise Unusable("it offers tools to the model, which cannot be learned with")
-    turns = _turns(body.get("messages"))
+        raise UnusableRow("it offers tools to the model, which cannot be learned with")
+    turns = _turns_or_none(body.get("messages"))
     if turns is None:
-        raise Unusable("its input has no list of messages")
-    return _question(turns)
+        raise UnusableRow("its input has no list of messages")
+    return _question_from_turns(turns)
 
 
-def _ending(value: Any) -> tuple[list[Turn], str]:
+def _split_last_answer(value: Any) -> tuple[list[Turn], str]:
     """An answer, and the conversation that it ends, where it is given whole. Raises Unusable."""
-    turns = _turns(value)
+    turns = _turns_or_none(value)
     if turns is None:
-        return [], _text(value)
+        return [], _require_text(value)
     if not turns or turns[-1].role != "assistant":
-        raise Unusable("a conversation does not end with an answer")
-    return turns[:-1], _text_of(turns[-1])
+        raise UnusableRow("a conversation does not end with an answer")
+    return turns[:-1], _turn_text(turns[-1])
 
 
-def _asked(row: Row, before: list[Turn]) -> Asked:
+def _parse_question(row: Row, earlier_turns: list[Turn]) -> Question:
     """What is asked in a row: its prompt, as text or as messages; or the conversation before its answers, of which the
     prompt, if there is one, must be the question. Raises Unusable."""
     prompt = row.get("prompt")
-    if not prompt and not before:
-        raise Unusable("it has no prompt, and its answers are not whole conversations")
-    turns = _turns(prompt)
+    if not prompt and not earlier_turns:
+        raise UnusableRow("it has no prompt, and its answers are not whole conversations")
+    turns = _turns_or_none(prompt)
     if turns is None and prompt:
         if not isinstance(prompt, str):
-            raise Unusable("its prompt is neither text nor a list of messages")
+            raise UnusableRow("its prompt is neither text nor a list of messages")
         turns = [Turn("user", prompt)]
-    if before and turns:
-        without_system = [turn for turn in before if turn.role != "system"]
-        if _same(turns) not in (_same(before), _same(without_system), _same(without_system[-1:])):
-            raise Unusable("its prompt is not what its answers answer")
-    asked = _question(before or turns or [])
+    if earlier_turns and turns:
+        without_system = [turn for turn in earlier_turns if turn.role != "system"]
+        if _comparable(turns) not in (
+            _comparable(earlier_turns),
+            _comparable(without_system),
+            _comparable(without_system[-1:]),
+        ):
+            raise UnusableRow("its prompt is not what its answers answer")
+    question = _question_from_turns(earlier_turns or turns or [])
     system = row.get("system")
-    if isinstance(system, str) and system.strip() and system.strip() != asked.system.strip():
-        asked = Asked(asked.text, _text("\n\n".join(part for part in (system, asked.system) if part.strip())))
-    return asked
+    if isinstance(system, str) and system.strip() and system.strip() != question.system.strip():
+        question = Question(
+            question.text, _require_text("\n\n".join(part for part in (system, question.system) if part.strip()))
+        )
+    return question
 
 
-def _same(turns: list[Turn]) -> list[tuple[str, str]]:
+def _comparable(turns: list[Turn]) -> list[tuple[str, str]]:
     """Turns as they are compared: space around them does not count."""
     return [(turn.role, turn.text.strip()) for turn in turns]
 
 
-def _question(turns: list[Turn]) -> Asked:
+def _question_from_turns(turns: list[Turn]) -> Question:
     """The question in turns that are at most a system prompt, then one thing a person says. Raises Unusable."""
-    told = [_text_of(turn) for turn in turns if turn.role == "system" and (turn.text.strip() or not turn.is_text_only)]
-    said = [turn for turn in turns if turn.role != "system"]
-    if len(said) != 1 or said[0].role != "user":
-        raise Unusable("its conversation has several turns; only one question and its answers can be learned from")
-    return Asked(_text_of(said[0]), _text("\n\n".join(told)) if told else "")
+    system_texts = [
+        _turn_text(turn) for turn in turns if turn.role == "system" and (turn.text.strip() or not turn.is_text_only)
+    ]
+    other_turns = [turn for turn in turns if turn.role != "system"]
+    if len(other_turns) != 1 or other_turns[0].role != "user":
+        raise UnusableRow("its conversation has several turns; only one question and its answers can be learned from")
+    return Question(_turn_text(other_turns[0]), _require_text("\n\n".join(system_texts)) if system_texts else "")
 
 
-def _turns(value: Any) -> list[Turn] | None:
+def _turns_or_none(value: Any) -> list[Turn] | None:
     try:
         return parse_turns(value)
     except NotJSON:
-        raise Unusable("it holds a list of messages that is not valid JSON") from None
+        raise UnusableRow("it holds a list of messages that is not valid JSON") from None
 
 
-def _parsed(value: Any) -> Any:
+def _parse_json_cell(value: Any) -> Any:
     """A cell of a table in which JSON stands as text; any other value as it is."""
     if not isinstance(value, str):
         return value
@@ -310,50 +325,54 @@ def _parsed(value: Any) -> Any:
         return value
 
 
-def _raw(row: Row) -> Said:
-    texts, finish = _parsed(row["options"]), _parsed(row.get("finish"))
-    if not isinstance(texts, list) or not 1 <= len(texts) <= MOST_OPTIONS:
-        raise Unusable(f"it does not have 1 to {MOST_OPTIONS} options")
+def _parse_raw_row(row: Row) -> ParsedChoice:
+    texts, finish = _parse_json_cell(row["options"]), _parse_json_cell(row.get("finish"))
+    if not isinstance(texts, list) or not 1 <= len(texts) <= MAX_OPTIONS:
+        raise UnusableRow(f"it does not have 1 to {MAX_OPTIONS} options")
     ends = finish if isinstance(finish, list) and len(finish) == len(texts) else ["stop"] * len(texts)
-    options = tuple(_option(_text(text), end == "stop") for text, end in zip(texts, ends, strict=True))
+    options = tuple(_make_option(_require_text(text), end == "stop") for text, end in zip(texts, ends, strict=True))
     try:
-        choice = CHOICE.validate_python(_parsed(row["choice"]))
+        choice = CHOICE.validate_python(_parse_json_cell(row["choice"]))
     except ValidationError:
-        raise Unusable(f"“{shorten(json.dumps(row['choice']))}” is not a choice") from None
+        raise UnusableRow(f"“{shorten(json.dumps(row['choice']))}” is not a choice") from None
     if choice == "skip":
-        raise Unusable("it was skipped, which teaches nothing")
-    named = choice.ranking if isinstance(choice, Ranking) else (choice,) if isinstance(choice, int) else choice
-    if isinstance(named, tuple):
-        if not all(0 <= index < len(texts) for index in named):
-            raise Unusable("the choice names an option that is not there")
-        if len(set(named)) != len(named):
-            raise Unusable("the choice names an option twice")
+        raise UnusableRow("it was skipped, which teaches nothing")
+    chosen_indexes = choice.ranking if isinstance(choice, Ranking) else (choice,) if isinstance(choice, int) else choice
+    if isinstance(chosen_indexes, tuple):
+        if not all(0 <= index < len(texts) for index in chosen_indexes):
+            raise UnusableRow("the choice names an option that is not there")
+        if len(set(chosen_indexes)) != len(chosen_indexes):
+            raise UnusableRow("the choice names an option twice")
     system = row.get("system") or ""
-    return Asked(_text(row["prompt"]), _text(system) if system else ""), options, including_equals(choice, options)
+    return (
+        Question(_require_text(row["prompt"]), _require_text(system) if system else ""),
+        options,
+        with_equal_options(choice, options),
+    )
 
 
-def _text_of(turn: Turn) -> str:
+def _turn_text(turn: Turn) -> str:
     if not turn.is_text_only:
-        raise Unusable("a message holds more than text, such as a picture or a call of a tool")
-    return _text(turn.text)
+        raise UnusableRow("a message holds more than text, such as a picture or a call of a tool")
+    return _require_text(turn.text)
 
 
-def _text(value: Any) -> str:
+def _require_text(value: Any) -> str:
     """An answer as text, or as one message. Raises Unusable."""
-    turns = None if isinstance(value, str) else _turns(value)
+    turns = None if isinstance(value, str) else _turns_or_none(value)
     if turns is not None:
         if len(turns) != 1:
-            raise Unusable("an answer is not one message")
-        return _text_of(turns[0])
+            raise UnusableRow("an answer is not one message")
+        return _turn_text(turns[0])
     if not isinstance(value, str) or not value.strip():
-        raise Unusable("a prompt or an answer is empty or not text")
+        raise UnusableRow("a prompt or an answer is empty or not text")
     if len(value) > PROMPT_LIMIT:
-        raise Unusable(f"a prompt or an answer is longer than {PROMPT_LIMIT} characters")
+        raise UnusableRow(f"a prompt or an answer is longer than {PROMPT_LIMIT} characters")
     try:
         return require_storable(value)
     except ValueError:
-        raise Unusable("a prompt or an answer has characters that cannot be stored") from None
+        raise UnusableRow("a prompt or an answer has characters that cannot be stored") from None
 
 
-def _option(text: str, ended: bool = True) -> Option:
-    return Option(text=text, tokens=(), finish="stop" if ended else "length")
+def _make_option(text: str, is_complete: bool = True) -> Option:
+    return Option(text=text, tokens=(), finish="stop" if is_complete else "length")

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-CONFIDENCE = 1.959963984540054
+NORMAL_QUANTILE_95 = 1.959963984540054
 """The normal quantile of a 95 % interval."""
 
 
 @dataclass(frozen=True)
-class Result:
+class WinRate:
     """What the judged rounds come to, for the right node. `low` and `high` bound its win rate among decided rounds."""
 
     left: int
@@ -23,44 +23,46 @@ class Result:
     high: float
 
     @property
-    def enough(self) -> bool:
+    def is_conclusive(self) -> bool:
         """Whether the interval leaves one of the two ahead."""
         return self.low > 0.5 or self.high < 0.5
 
 
-def wilson(wins: int, decided: int, quantile: float = CONFIDENCE) -> tuple[float, float]:
+def wilson_interval(wins: int, decided: int, quantile: float = NORMAL_QUANTILE_95) -> tuple[float, float]:
     """The score interval of a rate (Wilson 1927): sound for few rounds and for rates at 0 and 1; (0, 1) without any."""
     if decided == 0:
         return 0.0, 1.0
-    rate, square = wins / decided, quantile**2
-    middle = (rate + square / (2 * decided)) / (1 + square / decided)
+    rate, quantile_squared = wins / decided, quantile**2
+    middle = (rate + quantile_squared / (2 * decided)) / (1 + quantile_squared / decided)
     spread = (
-        quantile / (1 + square / decided) * math.sqrt(rate * (1 - rate) / decided + square / (4 * decided**2))
+        quantile
+        / (1 + quantile_squared / decided)
+        * math.sqrt(rate * (1 - rate) / decided + quantile_squared / (4 * decided**2))
     )  # fmt: skip
     return 0.0 if wins == 0 else middle - spread, 1.0 if wins == decided else middle + spread
 
 
-def result_of(verdicts: Sequence[str]) -> Result:
+def win_rate_of(verdicts: Sequence[str]) -> WinRate:
     left, right = verdicts.count("left"), verdicts.count("right")
     decided = left + right
-    low, high = wilson(right, decided)
-    return Result(left, right, len(verdicts) - decided, right / decided if decided else None, low, high)
+    low, high = wilson_interval(right, decided)
+    return WinRate(left, right, len(verdicts) - decided, right / decided if decided else None, low, high)
 
 
-def rounds_needed(result: Result, most: int = 2000) -> int | None:
+def rounds_needed(result: WinRate, max_rounds: int = 2000) -> int | None:
     """How many decided rounds would be enough if the rate stayed as it is; None when it would take too many."""
     decided = result.left + result.right
     if result.rate is None or result.left == result.right:
         return None
-    for count in range(decided + 1, most):
-        low, high = wilson(round(result.rate * count), count)
+    for count in range(decided + 1, max_rounds):
+        low, high = wilson_interval(round(result.rate * count), count)
         if low > 0.5 or high < 0.5:
             return count
     return None
 
 
-def result_json(verdicts: Sequence[str]) -> dict[str, Any]:
-    result = result_of(verdicts)
+def win_rate_json(verdicts: Sequence[str]) -> dict[str, Any]:
+    result = win_rate_of(verdicts)
     return {
         "left": result.left,
         "right": result.right,
@@ -68,12 +70,12 @@ def result_json(verdicts: Sequence[str]) -> dict[str, Any]:
         "rate": result.rate,
         "low": result.low,
         "high": result.high,
-        "enough": result.enough,
-        "needed": None if result.enough else rounds_needed(result),
+        "enough": result.is_conclusive,
+        "needed": None if result.is_conclusive else rounds_needed(result),
     }
 
 
-def names_of(left: dict[str, Any], right: dict[str, Any]) -> tuple[str, str]:
+def distinct_names(left: dict[str, Any], right: dict[str, Any]) -> tuple[str, str]:
     """How to call two nodes `{step, what, name}` so that they are told apart."""
     both = (left, right)
     if left["step"] != right["step"]:
@@ -83,7 +85,7 @@ def names_of(left: dict[str, Any], right: dict[str, Any]) -> tuple[str, str]:
     return (one, other) if one != other else (f"{one}, the first", f"{other}, the second")
 
 
-def in_words(result: dict[str, Any], left: str, right: str) -> str:
+def win_rate_sentence(result: dict[str, Any], left: str, right: str) -> str:
     """What a comparison came to, in sentences. `left` and `right` name the two."""
     decided = result["left"] + result["right"]
     count = result["ties"]
@@ -103,16 +105,16 @@ def in_words(result: dict[str, Any], left: str, right: str) -> str:
     if result["right"] < result["left"]:
         low, high = 1 - high, 1 - low
     rate = won / decided
-    told = (
+    summary = (
         f"{ahead} was liked better in {won} of {decided} decided rounds: {100 * rate:.0f} %, with a 95 % interval of "
         f"{100 * low:.0f} to {100 * high:.0f} %.{ties}"
     )
     if result["enough"]:
-        return f"{told} That is enough to say that it is liked better than {behind[0].lower()}{behind[1:]}."
+        return f"{summary} That is enough to say that it is liked better than {behind[0].lower()}{behind[1:]}."
     if result["needed"]:
         more = result["needed"] - decided
         return (
-            f"{told} That is not enough to tell them apart. At this rate about {more} more decided "
+            f"{summary} That is not enough to tell them apart. At this rate about {more} more decided "
             f"round{'s' if more != 1 else ''} would be."
         )
-    return f"{told} That is not enough to tell them apart."
+    return f"{summary} That is not enough to tell them apart."

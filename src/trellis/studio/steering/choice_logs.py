@@ -16,7 +16,7 @@ from ...errors import Conflict
 from ...messages import LOG_FILE, Lesson
 
 
-class Logs:
+class ChoiceLogs:
     """All logs of a studio."""
 
     def __init__(self, folder: Path) -> None:
@@ -37,17 +37,17 @@ class Logs:
     def path(self, log: str) -> Path:
         return self._blobs.path(log)
 
-    def read(self, log: str, numbers: Sequence[int]) -> list[Lesson]:
+    def read(self, log: str, indexes: Sequence[int]) -> list[Lesson]:
         """Some lessons of a log, in the order asked for. Raises Conflict when the log is gone."""
-        last = max(numbers)
+        last = max(indexes)
         try:
             with (self.path(log) / LOG_FILE).open(encoding="utf-8") as lines:
-                wanted = {
+                lessons_by_index = {
                     number: Lesson.model_validate_json(line)
                     for number, line in enumerate(islice(lines, last + 1))
-                    if number in numbers
+                    if number in indexes
                 }
-            return [wanted[number] for number in numbers]
+            return [lessons_by_index[number] for number in indexes]
         except (FileNotFoundError, KeyError):
             raise Conflict(
                 "The log of choices that this branch was fitted to is not on disk any more.",
@@ -55,7 +55,7 @@ class Logs:
                 next_step="Go to a step before it; a new branch can be grown from there.",
             ) from None
 
-    def all(self) -> list[str]:
+    def list_ids(self) -> list[str]:
         """The logs that there are; what a crash left half written goes."""
         self._blobs.sweep()
         return [place.name for place in self._blobs.root.glob("l*")]
@@ -64,14 +64,14 @@ class Logs:
         self._blobs.discard(log)
 
 
-def teaching_first(lessons: Iterable[Lesson]) -> tuple[list[Lesson], int]:
+def move_refusals_last(lessons: Iterable[Lesson]) -> tuple[list[Lesson], int]:
     """Lessons with the refusals last, and how many come before these: what may be replayed stands in one piece."""
-    found = list(lessons)
-    teaching = [lesson for lesson in found if lesson.choice != "none"]
-    return [*teaching, *(lesson for lesson in found if lesson.choice == "none")], len(teaching)
+    all_lessons = list(lessons)
+    teaching = [lesson for lesson in all_lessons if lesson.choice != "none"]
+    return [*teaching, *(lesson for lesson in all_lessons if lesson.choice == "none")], len(teaching)
 
 
-def told_in_words(lesson: Lesson) -> Lesson:
+def without_tokens(lesson: Lesson) -> Lesson:
     """A lesson without the tokens of the model that it was made with, so that any model can learn from it."""
     options = tuple(option.model_copy(update={"tokens": (), "logprob": 0.0}) for option in lesson.options)
     return lesson.model_copy(update={"options": options})

@@ -16,34 +16,34 @@ def equal_options(options: Sequence[Option]) -> list[tuple[int, ...]]:
     return [tuple(groups[option.text, option.finish]) for option in options]
 
 
-def including_equals(choice: Choice, options: Sequence[Option]) -> Choice:
+def with_equal_options(choice: Choice, options: Sequence[Option]) -> Choice:
     """The choice with every option that is equal to one it names, so that no method learns to avoid an answer that was
     chosen. An answer that was written word for word like an option that ended by itself is a choice of that option."""
-    equal = equal_options(options)
+    equal_indexes = equal_options(options)
     match choice:
         case int():
-            return equal[choice] if len(equal[choice]) > 1 else choice
+            return equal_indexes[choice] if len(equal_indexes[choice]) > 1 else choice
         case Ranking():
-            return Ranking(ranking=_with_equals(choice.ranking, equal))
+            return Ranking(ranking=_add_equal_indexes(choice.ranking, equal_indexes))
         case tuple():
-            return _with_equals(choice, equal)
+            return _add_equal_indexes(choice, equal_indexes)
         case Written():
-            same = [index for index, option in enumerate(options)
+            matching_indexes = [index for index, option in enumerate(options)
                     if option.text == choice.written and option.finish == "stop"]  # fmt: skip
-            return including_equals(same[0], options) if same else choice
+            return with_equal_options(matching_indexes[0], options) if matching_indexes else choice
         case _:
             return choice
 
 
-def _with_equals(named: Sequence[int], equal: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+def _add_equal_indexes(named: Sequence[int], equal: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """What is named, each followed by the equal ones that are not named themselves."""
-    found: list[int] = []
+    expanded: list[int] = []
     for index in named:
-        found += [index, *(each for each in equal[index] if each not in named and each not in found)]
-    return tuple(found)
+        expanded += [index, *(each for each in equal[index] if each not in named and each not in expanded)]
+    return tuple(expanded)
 
 
-def require_fits(choice: Choice, size: int) -> None:
+def require_valid_choice(choice: Choice, size: int) -> None:
     """Raises Invalid for a choice that does not fit an offer of so many options."""
     match choice:
         case int():

@@ -14,17 +14,17 @@ from contextlib import aclosing
 from ...messages import Event, Request, recipe_id, recipe_of
 from ...workers.worker import Worker
 
-WAITED_FOR = 0
+INTERACTIVE_PRIORITY = 0
 """The priority of what somebody waits for."""
 
-AHEAD = 3
+FORESIGHT_PRIORITY = 3
 """The priority of what nobody asked for yet: after people, after what is shown beside the options, after long jobs."""
 
-KEPT = 64
+MAX_RESULTS = 64
 """So many finished results are kept, the last used ones: an undo and another choice find them."""
 
 
-async def last(events: AsyncGenerator[Event, None]) -> Event:
+async def last_event(events: AsyncGenerator[Event, None]) -> Event:
     """The result that a stream of events ends in."""
     async with aclosing(events):
         async for event in events:
@@ -32,12 +32,12 @@ async def last(events: AsyncGenerator[Event, None]) -> Event:
     return result
 
 
-def key_of(request: Request) -> str:
+def request_key(request: Request) -> str:
     """The name of a request: the same for the same work."""
     return recipe_id("q", [request.type, recipe_of(request)])
 
 
-class Ahead:
+class ForesightRequest:
     """One request that was begun before anyone asked, and what came of it so far."""
 
     def __init__(self, worker: Worker, owner: str, request: Request, node: str) -> None:
@@ -45,17 +45,17 @@ class Ahead:
         self.worker = worker
         self._owner = owner
         self.request = request
-        self._priority = AHEAD
+        self._priority = FORESIGHT_PRIORITY
         self._events: list[Event] = []
-        self._news = asyncio.Event()
+        self._new_event = asyncio.Event()
         self.task = asyncio.create_task(self._run(), name=f"ahead {request.type}")
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         return self.task.done()
 
     @property
-    def useful(self) -> bool:
+    def is_usable(self) -> bool:
         """Whether it has a result, or may still come to one."""
         return not self.task.done() or not (self.task.cancelled() or self.task.exception())
 
@@ -69,28 +69,28 @@ class Ahead:
             async with aclosing(self.worker.stream(self.request, self._priority, self._owner)) as events:
                 async for event in events:
                     self._events.append(event)
-                    self._news.set()
+                    self._new_event.set()
         finally:
-            self._news.set()
+            self._new_event.set()
 
     async def follow(self) -> AsyncGenerator[Event, None]:
         """Its events from the first on, the result last. Raises what the request did."""
-        told = 0
+        sent_count = 0
         while True:
-            while told < len(self._events):
-                told += 1
-                yield self._events[told - 1]
+            while sent_count < len(self._events):
+                sent_count += 1
+                yield self._events[sent_count - 1]
             if self.task.done():
-                if told == len(self._events):
+                if sent_count == len(self._events):
                     await self.task
                     return
                 continue
-            self._news.clear()
-            await self._news.wait()
+            self._new_event.clear()
+            await self._new_event.wait()
 
-    async def urge(self) -> None:
+    async def raise_priority(self) -> None:
         """Somebody waits for it now."""
-        self._priority = WAITED_FOR  # also for one that has not been sent yet
+        self._priority = INTERACTIVE_PRIORITY  # also for one that has not been sent yet
         if not self.task.done():
             await self.worker.urge(self.request)
 
@@ -103,52 +103,52 @@ class Foresight:
 
     def __init__(self, owner: str) -> None:
         self._owner = owner
-        self._known: OrderedDict[str, Ahead] = OrderedDict()
+        self._requests: OrderedDict[str, ForesightRequest] = OrderedDict()
 
     async def begin(self, worker: Worker, request: Request, node: str) -> Event:
         """Work something out unless that is done or under way. Returns the result; who leaves early leaves it
         running."""
         ahead = self._find(request)
         if ahead is None:
-            key = key_of(request)
-            ahead = self._known[key] = Ahead(worker, self._owner, request, node)
-            while len(self._known) > KEPT:
-                self._known.popitem(last=False)[1].cancel()
-        return await last(ahead.follow())
+            key = request_key(request)
+            ahead = self._requests[key] = ForesightRequest(worker, self._owner, request, node)
+            while len(self._requests) > MAX_RESULTS:
+                self._requests.popitem(last=False)[1].cancel()
+        return await last_event(ahead.follow())
 
-    async def take(self, request: Request, node: str) -> Ahead | None:
+    async def claim(self, request: Request, node: str) -> ForesightRequest | None:
         """What was begun of a request that somebody now waits for, made urgent; what leads elsewhere gives way."""
-        self.only({node})
+        self.cancel_except({node})
         ahead = self._find(request)
         if ahead is not None:
-            await ahead.urge()
+            await ahead.raise_priority()
         return ahead
 
-    def whole(self, node: str) -> Iterator[tuple[Request, Event, Worker]]:
+    def finished_results(self, node: str) -> Iterator[tuple[Request, Event, Worker]]:
         """What is done of what leads to a node, and by whom."""
-        for each in self._known.values():
-            if each.node == node and each.finished and each.useful:
+        for each in self._requests.values():
+            if each.node == node and each.is_finished and each.is_usable:
                 yield each.request, each.result, each.worker
 
-    def only(self, nodes: Collection[str]) -> None:
+    def cancel_except(self, nodes: Collection[str]) -> None:
         """Give up what is under way and leads to none of these."""
-        for key, each in list(self._known.items()):
-            if not each.finished and each.node not in nodes:
+        for key, each in list(self._requests.items()):
+            if not each.is_finished and each.node not in nodes:
                 each.cancel()
-                del self._known[key]
+                del self._requests[key]
 
-    def _find(self, request: Request) -> Ahead | None:
-        for key, each in list(self._known.items()):
-            if not each.useful:
-                del self._known[key]
-        key = key_of(request)
-        if key in self._known:
-            self._known.move_to_end(key)
-        return self._known.get(key)
+    def _find(self, request: Request) -> ForesightRequest | None:
+        for key, each in list(self._requests.items()):
+            if not each.is_usable:
+                del self._requests[key]
+        key = request_key(request)
+        if key in self._requests:
+            self._requests.move_to_end(key)
+        return self._requests.get(key)
 
     async def close(self) -> None:
         """Give everything up."""
-        for each in self._known.values():
+        for each in self._requests.values():
             each.cancel()
-        await asyncio.gather(*(each.task for each in self._known.values()), return_exceptions=True)
-        self._known.clear()
+        await asyncio.gather(*(each.task for each in self._requests.values()), return_exceptions=True)
+        self._requests.clear()

@@ -7,23 +7,28 @@ from typing import Literal
 
 from ...messages import Choice, Option
 from .choices import equal_options
-from .tree import Fitted
+from .tree import Retraining
 
-Guess = int | tuple[int, ...] | Literal["none", "skip"]
+LikelyChoice = int | tuple[int, ...] | Literal["none", "skip"]
 """A choice that may come next; options that are the same are chosen together."""
 
 
-def likely(said: Sequence[Choice | Fitted | None], options: Sequence[Option]) -> list[Guess]:
+def likely_choices(
+    earlier_choices: Sequence[Choice | Retraining | None], options: Sequence[Option]
+) -> list[LikelyChoice]:
     """All single choices of an offer: by how often such a one was made on this branch, whose choices are `said`, then
     by how sure the model is of an option."""
-    refused, skipped = said.count("none"), said.count("skip")
-    chosen = len(said) - refused - skipped
-    sure = sorted(range(len(options)), key=lambda at: -options[at].logprob / max(len(options[at].tokens), 1))
-    equal = equal_options(options)
-    ways: list[tuple[float, Guess]] = [
-        ((chosen + 1) / (len(options) or 1) * (1 - 0.01 * place), equal[at] if len(equal[at]) > 1 else at)
-        for place, at in enumerate(sure)
-        if at == equal[at][0]
+    refusal_count, skip_count = earlier_choices.count("none"), earlier_choices.count("skip")
+    chosen_count = len(earlier_choices) - refusal_count - skip_count
+    by_likelihood = sorted(range(len(options)), key=lambda at: -options[at].logprob / max(len(options[at].tokens), 1))
+    equal_indexes = equal_options(options)
+    scored_choices: list[tuple[float, LikelyChoice]] = [
+        (
+            (chosen_count + 1) / (len(options) or 1) * (1 - 0.01 * rank),
+            equal_indexes[index] if len(equal_indexes[index]) > 1 else index,
+        )
+        for rank, index in enumerate(by_likelihood)
+        if index == equal_indexes[index][0]
     ]
-    ways += [(refused + 0.2, "none"), (skipped + 0.1, "skip")]
-    return [guess for _, guess in sorted(ways, key=lambda way: -way[0])]
+    scored_choices += [(refusal_count + 0.2, "none"), (skip_count + 0.1, "skip")]
+    return [guess for _, guess in sorted(scored_choices, key=lambda way: -way[0])]

@@ -12,7 +12,7 @@ from .tree import Node
 
 
 @dataclass
-class Shown:
+class ShownOffer:
     """An offer on the screen, whole or growing."""
 
     id: str
@@ -23,8 +23,8 @@ class Shown:
     options: tuple[Option, ...] | None
 
     @classmethod
-    def from_row(cls, row: dict[str, Any], size: int) -> Shown:
-        options = options_from(row)
+    def from_row(cls, row: dict[str, Any], size: int) -> ShownOffer:
+        options = parse_options(row)
         texts = [option.text for option in options] if options else [""] * size
         return cls(row["id"], row["node"], row["number"], row["prompt"], texts, options)
 
@@ -53,14 +53,14 @@ class Shown:
         ]
 
 
-def options_from(row: dict[str, Any]) -> tuple[Option, ...] | None:
+def parse_options(row: dict[str, Any]) -> tuple[Option, ...] | None:
     """The options of an offer's row; None while it is not whole."""
     if row["options"] is None:
         return None
     return tuple(Option.model_validate(option) for option in row["options"])
 
 
-def first_words(node: Node, offer: dict[str, Any] | None, limit: int = 42) -> str:
+def answer_preview(node: Node, offer: dict[str, Any] | None, limit: int = 42) -> str:
     """How the answer began that a choice called good; empty where there is none."""
     options: list[dict[str, Any]] = (offer or {}).get("options") or []  # as stored: hundreds are read at once
     match node.choice:

@@ -30,7 +30,7 @@ def all_presets() -> tuple[Preset, ...]:
     return tuple(Preset(**row) for row in tomllib.loads(text)["preset"])
 
 
-def preset(preset_id: str) -> Preset:
+def get_preset(preset_id: str) -> Preset:
     """Raises NotFound."""
     found = next((each for each in all_presets() if each.id == preset_id), None)
     if found is None:

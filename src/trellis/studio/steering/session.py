@@ -27,37 +27,37 @@ from ..datasets.datasets import Datasets, Prompts
 from ..hub import Hub
 from ..models.models import Models
 from ..models.template_options import thinking_kwargs
-from ..tasks import Work, side_by_side, to_its_end
+from ..tasks import AsyncWork, run_concurrently, run_to_completion
 from ..throughput import tokens_per_second
-from .choice_logs import Logs
-from .choices import including_equals, require_fits
-from .engine_requests import Growth
-from .likely_choices import Guess, likely
-from .offer import Shown, first_words
-from .retention import prunable
-from .tree import Fitted, Node, Tree, child_id, drift_of, led_to, node_json, node_row, offer_id
+from .choice_logs import ChoiceLogs
+from .choices import require_valid_choice, with_equal_options
+from .engine_requests import EngineRequests
+from .likely_choices import LikelyChoice, likely_choices
+from .offer import ShownOffer, answer_preview
+from .retention import prunable_weights
+from .tree import Node, Retraining, Tree, child_id, child_id_for_choice, drift_of, node_json, node_row, offer_id
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
 
-ASSESSED = 10
+ASSESSED_CHOICES = 10
 """So many last choices of a branch are looked at to say whether the model still agrees with them."""
 
-BREATH = 0.12
+BACKGROUND_DELAY_SECONDS = 0.12
 """Seconds after something was shown in which nothing is begun that nobody waits for: a browser on the same computer
 has its processor to draw it."""
 
-SOON = 4
+PRIORITY_FORESIGHT_STEPS = 4
 """So many of the likeliest choices are worked out before figures that nobody waits for."""
 
-CONTROL = Sampling(temperature=0.0, top_p=1.0, min_p=0.0, max_new_tokens=96)
+CONTROL_SAMPLING = Sampling(temperature=0.0, top_p=1.0, min_p=0.0, max_new_tokens=96)
 """How the control prompt is answered: the likeliest words, so that only the weights make a difference."""
 
-Foreseen = tuple[Guess, bool]
+ForesightStep = tuple[LikelyChoice, bool]
 """A choice that may be made, and whether the options are worked out that would follow it."""
 
 
-class Interrupted(Exception):
+class WorkInterrupted(Exception):
     """The work in hand is no longer wanted."""
 
 
@@ -71,12 +71,12 @@ class Session:
         models: Models,
         datasets: Datasets,
         weights: Blobs,
-        logs: Logs,
+        logs: ChoiceLogs,
         row: dict[str, Any],
         nodes: Iterable[Node],
         offer: dict[str, Any] | None,
         intent: dict[str, Any] | None,
-        foresees: Callable[[], bool] = lambda: False,
+        is_foresight_enabled: Callable[[], bool] = lambda: False,
     ) -> None:
         self._store = store
         self._hub = hub
@@ -87,37 +87,45 @@ class Session:
         self.name: str = row["name"]
         self.created: float = row["created"]
         self.config = SessionConfig.model_validate(row["config"])
-        self._model = self.config.extract(ModelOptions)
-        self.prepared: str | None = row["prompts"]
+        self._model_options = self.config.extract(ModelOptions)
+        self.prepared_prompts: str | None = row["prompts"]
         self.prompts: Prompts | None = None
         self.tree = Tree(nodes, row["head"])
-        self.offer = Shown.from_row(offer, self.config.group_size) if offer else None
+        self.offer = ShownOffer.from_row(offer, self.config.group_size) if offer else None
         self.intent = intent
         self.error: TrellisError | None = None
-        self.loading: Progress | None = None
-        self.queue: int | None = None
+        self.load_progress: Progress | None = None
+        self.queue_position: int | None = None
         """The place in the engine's queue, while others are worked for: 1 is next."""
         self.tokens_per_second: float | None = None
-        self._growth = Growth(
-            store, models, weights, logs, self.config, self.tree, self._loading_moves, self._notice, self._queue_moves
+        self._engine_requests = EngineRequests(
+            store,
+            models,
+            weights,
+            logs,
+            self.config,
+            self.tree,
+            self._on_load_progress,
+            self._publish_notice,
+            self._on_queue_position,
         )
         self._lock = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
-        self._stream: asyncio.Task[Any] | None = None
+        self._current_work: asyncio.Task[Any] | None = None
         self._labels: dict[str, str] = {}
-        self._pins: Counter[str] = Counter()
-        self._not_assessed: set[str] = set()
-        self._warming: asyncio.Task[None] | None = None
-        self._resumed = False
+        self._pinned_weights: Counter[str] = Counter()
+        self._failed_assessments: set[str] = set()
+        self._preload_task: asyncio.Task[None] | None = None
+        self._is_resume_requested = False
         """Whether a person wants to go on: the model is then loaded and compared before they choose."""
-        self.used = time.monotonic()
-        self.watched = 0
-        self.foresees = foresees
-        self._foreseen: set[Foreseen] = set()
-        self._foreseen_of = ""
-        self._requests: set[str] | None = None
+        self.last_used = time.monotonic()
+        self.watchers = 0
+        self.is_foresight_enabled = is_foresight_enabled
+        self._finished_foresight: set[ForesightStep] = set()
+        self._foresight_offer_id = ""
+        self._known_requests: set[str] | None = None
         """The ids of all requests that were taken, once they are known."""
-        self._closed = False
+        self._is_closed = False
 
     # ── What a person sees ─────────────────────────────────────────────────────────────────────────
 
@@ -129,7 +137,7 @@ class Session:
     def status(self) -> str:
         if self.error:
             return "failed"
-        if self.loading:
+        if self.load_progress:
             return "loading"
         if self.intent:
             return "learning"
@@ -138,7 +146,7 @@ class Session:
         return "offering" if self.tree.root.weights else "loading"
 
     @property
-    def busy(self) -> bool:
+    def is_busy(self) -> bool:
         """While a choice is learned from, nothing else can be asked for."""
         return self.intent is not None and self.error is None
 
@@ -154,11 +162,11 @@ class Session:
             "error": self.error.as_json() if self.error else None,
             "head": {"node": head.id, "step": head.step, "drift": drift_of(head, self.tree)},
             "offer": self.offer.as_json() if self.offer else None,
-            "learning": self.intent["body"] if self.busy and self.intent else None,
-            **self._can(),
+            "learning": self.intent["body"] if self.is_busy and self.intent else None,
+            **self._undo_redo_flags(),
             "dataset": {
                 "source": self.config.dataset.source,
-                "position": self._position(),
+                "position": self._prompt_index(),
                 "total": self.prompts.total if self.prompts else None,
                 "notes": self.prompts.notes if self.prompts else [],
             },
@@ -167,19 +175,23 @@ class Session:
                 if self.config.control_prompt
                 else None
             ),
-            "figures": self.figures(),
-            "layers_left_out": list(self._growth.left_out),
-            "engine": self._models.state(self._model),
-            "load": self.loading.model_dump(exclude={"type"}) if self.loading else None,
-            "queue": self.queue,
+            "figures": self.current_metrics(),
+            "layers_left_out": list(self._engine_requests.unadapted_layers),
+            "engine": self._models.state(self._model_options),
+            "load": self.load_progress.model_dump(exclude={"type"}) if self.load_progress else None,
+            "queue": self.queue_position,
         }
 
-    def figures(self) -> dict[str, Any]:
+    def current_metrics(self) -> dict[str, Any]:
         head = self.tree.head
-        made = next((node for node in reversed(self.tree.path(head.id)) if node.metrics), None)
-        measured = made.metrics.model_dump() if made and made.metrics else dict.fromkeys(Metrics.model_fields)
+        last_learned = next((node for node in reversed(self.tree.path(head.id)) if node.metrics), None)
+        metrics = (
+            last_learned.metrics.model_dump()
+            if last_learned and last_learned.metrics
+            else dict.fromkeys(Metrics.model_fields)
+        )
         return {
-            **measured,
+            **metrics,
             "step": head.step,
             "drift": drift_of(head, self.tree),
             "tokens_per_second": self.tokens_per_second,
@@ -187,13 +199,13 @@ class Session:
 
     # ── What a person says ─────────────────────────────────────────────────────────────────────────
 
-    @to_its_end
+    @run_to_completion
     async def choose(self, offer: str, choice: Choice, request: str) -> None:
         """Learn from a choice. Raises Conflict for an offer that is not on the screen or not whole yet."""
         async with self._lock:
-            if await self._known(request):
+            if await self._is_known_request(request):
                 return
-            self._require_free()
+            self._require_not_busy()
             shown = self.offer
             if shown is None or shown.id != offer:
                 raise self._conflict(
@@ -207,103 +219,109 @@ class Session:
                     "offer_not_ready",
                     "Choose when all options are whole.",
                 )
-            require_fits(choice, len(shown.options))
-            known = self.tree.nodes.get(led_to(self.tree.head, shown.id, choice))
-            if known is None:
-                choice = including_equals(choice, shown.options)
-            said = CHOICE.dump_python(choice, mode="json")
-            leads_to = child_id(self.tree.head, shown.id, said)
-            known = known or self.tree.nodes.get(leads_to)
-            body = {"offer": shown.id, "node": self.tree.head_id, "choice": said}
-            learned = self._growth.made(leads_to) if known is None else None
-            if known is not None or learned is not None or choice == "skip":
-                await self._step_at_once(known, choice, learned, self._intent(request, "choose", body, "done"))
+            require_valid_choice(choice, len(shown.options))
+            known_node = self.tree.nodes.get(child_id_for_choice(self.tree.head, shown.id, choice))
+            if known_node is None:
+                choice = with_equal_options(choice, shown.options)
+            choice_json = CHOICE.dump_python(choice, mode="json")
+            child_node_id = child_id(self.tree.head, shown.id, choice_json)
+            known_node = known_node or self.tree.nodes.get(child_node_id)
+            body = {"offer": shown.id, "node": self.tree.head_id, "choice": choice_json}
+            learned = self._engine_requests.learned_ahead(child_node_id) if known_node is None else None
+            if known_node is not None or learned is not None or choice == "skip":
+                await self._step_immediately(
+                    known_node, choice, learned, self._make_intent(request, "choose", body, "done")
+                )
                 return
-            intent = self._intent(request, "choose", body, "open")
-            await self._store.write(rows.replace_intent, intent, self._given_up)
-            self._taken(intent)
+            intent = self._make_intent(request, "choose", body, "open")
+            await self._store.write(rows.replace_intent, intent, self._failed_request)
+            self._remember_request(intent)
             self.intent, self.error = intent, None
-            self._publish("learning", {"offer": shown.id, "choice": said})
-            self._kick()
+            self._publish("learning", {"offer": shown.id, "choice": choice_json})
+            self._restart_work()
 
-    @to_its_end
+    @run_to_completion
     async def skip(self, request: str) -> None:
         """Move on to the next prompt without learning; also from an offer that is not whole yet."""
         async with self._lock:
-            if await self._known(request):
+            if await self._is_known_request(request):
                 return
-            self._require_free()
+            self._require_not_busy()
             if self.offer is None:
                 raise self._conflict("There is nothing to skip yet.", "offer_not_ready", "Wait for the first options.")
-            known = self.tree.nodes.get(child_id(self.tree.head, self.offer.id, "skip"))
+            known_node = self.tree.nodes.get(child_id(self.tree.head, self.offer.id, "skip"))
             body = {"offer": self.offer.id, "node": self.tree.head_id, "choice": "skip"}
-            await self._step_at_once(known, "skip", None, self._intent(request, "skip", body, "done"))
+            await self._step_immediately(known_node, "skip", None, self._make_intent(request, "skip", body, "done"))
 
-    @to_its_end
+    @run_to_completion
     async def undo(self, request: str) -> None:
         async with self._lock:
-            if await self._known(request):
+            if await self._is_known_request(request):
                 return
-            self._require_free()
-            target = self.tree.undo
+            self._require_not_busy()
+            target = self.tree.undo_target
             if target is None:
                 raise self._conflict("This is the beginning; nothing to undo.", "nothing_to_undo", "Choose an answer.")
-            left = self.tree.head
-            shown = left.answered or target.shown  # what was fitted to a log answered no offer
-            notes = {target.id: {"forward": left.id, "shown": shown}}
-            await self._go(target, shown, notes, self._intent(request, "undo", {"from": left.id}, "done"))
+            left_node = self.tree.head
+            shown = left_node.answered or target.shown  # what was fitted to a log answered no offer
+            node_changes = {target.id: {"forward": left_node.id, "shown": shown}}
+            await self._move_head(
+                target, shown, node_changes, self._make_intent(request, "undo", {"from": left_node.id}, "done")
+            )
 
-    @to_its_end
+    @run_to_completion
     async def redo(self, request: str) -> None:
         async with self._lock:
-            if await self._known(request):
+            if await self._is_known_request(request):
                 return
-            self._require_free()
-            target = self.tree.redo
+            self._require_not_busy()
+            target = self.tree.redo_target
             if target is None:
                 raise self._conflict("There is nothing to redo.", "nothing_to_redo", "Choose an answer.")
-            intent = self._intent(request, "redo", {"from": self.tree.head_id}, "done")
-            await self._go(target, target.shown, {}, intent)
+            intent = self._make_intent(request, "redo", {"from": self.tree.head_id}, "done")
+            await self._move_head(target, target.shown, {}, intent)
 
-    @to_its_end
-    async def goto(self, node: str, request: str) -> None:
+    @run_to_completion
+    async def go_to(self, node: str, request: str) -> None:
         """Stand at any node; the options that were shown there come back. Raises NotFound."""
         async with self._lock:
-            if await self._known(request):
+            if await self._is_known_request(request):
                 return
-            self._require_free()
+            self._require_not_busy()
             target = self.node(node)
             path = self.tree.path(target.id)
-            notes = {upper.id: {"forward": lower.id} for upper, lower in pairwise(path) if upper.forward != lower.id}
-            intent = self._intent(request, "goto", {"from": self.tree.head_id, "to": node}, "done")
-            await self._go(target, target.shown, notes, intent)
+            node_changes = {
+                upper.id: {"forward": lower.id} for upper, lower in pairwise(path) if upper.forward != lower.id
+            }
+            intent = self._make_intent(request, "goto", {"from": self.tree.head_id, "to": node}, "done")
+            await self._move_head(target, target.shown, node_changes, intent)
 
-    @to_its_end
-    async def prompt(self, text: str, request: str) -> None:
+    @run_to_completion
+    async def replace_prompt(self, text: str, request: str) -> None:
         """Replace the current prompt and offer again."""
         async with self._lock:
-            if await self._known(request):
+            if await self._is_known_request(request):
                 return
-            self._require_free()
+            self._require_not_busy()
             if not self.tree.root.weights:
                 raise self._conflict("The session is not ready yet.", "offer_not_ready", "Wait for the first options.")
             body = {"node": self.tree.head_id, "text": text}
-            await self._new_offer(text, self._intent(request, "prompt", body, "done"))
+            await self._new_offer(text, self._make_intent(request, "prompt", body, "done"))
             self.intent, self.error = None, None
-            self._kick()
+            self._restart_work()
 
-    @to_its_end
+    @run_to_completion
     async def resume(self) -> None:
         """Try again after a failure, or go on after the model was unloaded."""
         async with self._lock:
-            self._growth.welcome()
-            self._resumed = True
+            self._engine_requests.allow_loading()
+            self._is_resume_requested = True
             if self.error:
                 self.error = None
                 self._publish("state", self.state())
             self.wake()
 
-    @to_its_end
+    @run_to_completion
     async def rename(self, name: str) -> None:
         async with self._lock:
             self._require_open()
@@ -311,36 +329,36 @@ class Session:
             self.name = name
             self._publish("state", self.state())
 
-    @to_its_end
+    @run_to_completion
     async def name_node(self, node: str, name: str) -> None:
         """Give a node a name of its own, or take it away; the weights of a node with a name stay on disk."""
         async with self._lock:
             self._require_open()
             found = self.node(node)
-            await self._store.write(rows.name_node, found.id, name or None)
-            self.tree.note(found.id, name=name or None)
+            await self._store.write(rows.set_node_name, found.id, name or None)
+            self.tree.update(found.id, name=name or None)
             self._publish("node_named", {"node": found.id, "name": name})
 
     @asynccontextmanager
-    async def holding(self, node: Node, checked: bool = False) -> AsyncIterator[None]:
+    async def hold_weights(self, node: Node, verify: bool = False) -> AsyncIterator[None]:
         """Have the weights of a node on disk, and keep them there until the block ends.
 
         `checked` for who reads the files without an engine, which would notice damaged ones: they are made again first.
         """
-        self._pins[node.weights] += 1
+        self._pinned_weights[node.weights] += 1
         try:
-            damaged = checked and await asyncio.to_thread(self._growth.drop_if_damaged, node.weights)
-            if damaged or not self._growth.has(node.weights):
-                await self._growth.regrow(WeightsMissing(node.weights))
+            is_damaged = verify and await asyncio.to_thread(self._engine_requests.discard_if_damaged, node.weights)
+            if is_damaged or not self._engine_requests.is_on_disk(node.weights):
+                await self._engine_requests.recompute(WeightsMissing(node.weights))
             yield
         finally:
-            self._pins[node.weights] -= 1
+            self._pinned_weights[node.weights] -= 1
 
     async def open_prompts(self) -> None:
         """Have the prompts at hand, if they were made ready before."""
-        if self.prepared is not None and self.prompts is None:
+        if self.prepared_prompts is not None and self.prompts is None:
             try:
-                self.prompts = await self._datasets.open(self.prepared, self.config.dataset, self.config.seed)
+                self.prompts = await self._datasets.open(self.prepared_prompts, self.config.dataset, self.config.seed)
             except (OSError, ValueError):
                 log.warning("session %s: its prompts are gone and must be read again", self.id)
 
@@ -348,49 +366,49 @@ class Session:
         """Answer a conversation from any node, without moving the session. Weights that are gone are made again."""
         if not node.weights:
             raise self._conflict("The session is not ready yet.", "offer_not_ready", "Wait for the first options.")
-        self.used = time.monotonic()
-        self._growth.welcome()
-        self._pins[node.weights] += 1
+        self.last_used = time.monotonic()
+        self._engine_requests.allow_loading()
+        self._pinned_weights[node.weights] += 1
         variables = thinking_kwargs(self.config) | request.template_kwargs
         request = request.model_copy(
             update={"weights": node.weights, "template": self.config.chat_template, "template_kwargs": variables}
         )
         try:
-            if not self._growth.at_hand(node.weights):
-                await self._growth.regrow(WeightsMissing(node.weights))
-            spoken = False
+            if not self._engine_requests.is_available(node.weights):
+                await self._engine_requests.recompute(WeightsMissing(node.weights))
+            has_spoken = False
             try:
-                async with aclosing(self._growth.chat(request, owner)) as events:
+                async with aclosing(self._engine_requests.chat(request, owner)) as events:
                     async for event in events:
-                        spoken = spoken or isinstance(event, Spoke)
+                        has_spoken = has_spoken or isinstance(event, Spoke)
                         yield event
             except WeightsMissing as missing:  # what looked whole was not
-                if spoken or missing.weights != node.weights:
+                if has_spoken or missing.weights != node.weights:
                     raise
-                await self._growth.regrow(missing)
-                async with aclosing(self._growth.chat(request, owner)) as events:
+                await self._engine_requests.recompute(missing)
+                async with aclosing(self._engine_requests.chat(request, owner)) as events:
                     async for event in events:
                         yield event
         finally:
-            self._pins[node.weights] -= 1
+            self._pinned_weights[node.weights] -= 1
 
     async def sample(self, prompt: str, node: str | None, n: int, sampling: Sampling, seed: int) -> list[str]:
         """Answers from any node without moving the session."""
-        place = self.node(node) if node else self.tree.head
-        if not place.weights:
+        start_node = self.node(node) if node else self.tree.head
+        if not start_node.weights:
             raise self._conflict("The session is not ready yet.", "offer_not_ready", "Wait for the first options.")
-        self._growth.welcome()
-        async with self.holding(place):
+        self._engine_requests.allow_loading()
+        async with self.hold_weights(start_node):
             try:
-                offered = await self._growth.offer(prompt, place.weights, sampling, n, seed)
+                offered = await self._engine_requests.generate(prompt, start_node.weights, sampling, n, seed)
             except WeightsMissing as missing:  # what looked whole was not
-                await self._growth.regrow(missing)
-                offered = await self._growth.offer(prompt, place.weights, sampling, n, seed)
+                await self._engine_requests.recompute(missing)
+                offered = await self._engine_requests.generate(prompt, start_node.weights, sampling, n, seed)
         return [option.text for option in offered.options]
 
-    async def planted(self) -> None:
+    async def wait_until_initialized(self) -> None:
         """Wait until the model is there and the session has weights to begin with. Raises what stands in the way."""
-        self._growth.welcome()
+        self._engine_requests.allow_loading()
         while not self.tree.root.weights:
             self._require_open()
             if self.error:
@@ -398,47 +416,47 @@ class Session:
             self.wake()
             await asyncio.sleep(0.1)
 
-    def prompt_of(self, text: str) -> Prompt:
+    def make_prompt(self, text: str) -> Prompt:
         """A prompt as the session's options have it put to the model."""
-        return self._growth.prompt(text)
+        return self._engine_requests.make_prompt(text)
 
     async def lessons(self, node: Node) -> list[Lesson]:
         """All that was said on the way to a node, skips left out."""
-        return await self._growth.lessons(self.tree.path(node.id))
+        return await self._engine_requests.lessons(self.tree.path(node.id))
 
-    async def fit(self, parent: Node, fitted: Fitted, told: Callable[[Progress], None]) -> Learned:
+    async def retrain(self, parent: Node, retraining: Retraining, on_progress: Callable[[Progress], None]) -> Learned:
         """Learn from a whole log at a node, without moving the session; the node is added by `graft`."""
-        self._growth.welcome()
+        self._engine_requests.allow_loading()
         try:
-            return await self._growth.fit(parent, fitted, told)
+            return await self._engine_requests.retrain(parent, retraining, on_progress)
         except WeightsMissing as missing:  # what looked whole was not
-            await self._growth.regrow(missing)
-            return await self._growth.fit(parent, fitted, told)
+            await self._engine_requests.recompute(missing)
+            return await self._engine_requests.retrain(parent, retraining, on_progress)
 
-    async def graft(self, parent: Node, fitted: Fitted, learned: Learned) -> Node:
+    async def add_retrained_node(self, parent: Node, retraining: Retraining, learned: Learned) -> Node:
         """Add a node that was made beside the session's own steps. The head stays where it is, but for a session that
         was made to hold this node and in which nothing was said yet: it then stands there."""
-        return await asyncio.shield(asyncio.ensure_future(self._graft(parent, fitted, learned)))
+        return await asyncio.shield(asyncio.ensure_future(self._add_retrained_node(parent, retraining, learned)))
 
-    async def _graft(self, parent: Node, fitted: Fitted, learned: Learned) -> Node:
+    async def _add_retrained_node(self, parent: Node, retraining: Retraining, learned: Learned) -> Node:
         async with self._lock:
             self._require_open()
-            said = fitted.model_dump(mode="json")
-            node_id = child_id(parent, fitted.fitted, said)
+            retraining_json = retraining.model_dump(mode="json")
+            node_id = child_id(parent, retraining.fitted, retraining_json)
             if node_id not in self.tree.nodes:
                 node = Node(
                     id=node_id, session=self.id, parent=parent.id, step=parent.step + 1, weights=learned.weights,
-                    position=self.tree.head.position, answered=None, choice=fitted, metrics=learned.metrics,
+                    position=self.tree.head.position, answered=None, choice=retraining, metrics=learned.metrics,
                     control=None, shown=None, forward=None, created=time.time(),
                 )  # fmt: skip
                 await self._store.write(rows.add_node, node_row(node))
                 self.tree.add(node)
                 self._publish("node_fitted", node_json(node, self.tree))
             node = self.tree.nodes[node_id]
-            if fitted.kind == "replay" and len(self.tree.nodes) == 2 and not self.intent:
-                notes = {parent.id: {"forward": node.id}}
-                intent = self._intent(f"goto-{node.id}", "goto", {"from": parent.id, "to": node.id}, "done")
-                await self._go(node, None, notes, intent)
+            if retraining.kind == "replay" and len(self.tree.nodes) == 2 and not self.intent:
+                node_changes = {parent.id: {"forward": node.id}}
+                intent = self._make_intent(f"goto-{node.id}", "goto", {"from": parent.id, "to": node.id}, "done")
+                await self._move_head(node, None, node_changes, intent)
             return node
 
     async def labels(self) -> dict[str, str]:
@@ -446,17 +464,17 @@ class Session:
         missing = [node for node in self.tree.nodes.values() if node.id not in self._labels]
         found = await self._store.read(rows.get_offers, [node.answered for node in missing if node.answered])
         for node in missing:
-            self._labels[node.id] = first_words(node, found.get(node.answered or ""))
+            self._labels[node.id] = answer_preview(node, found.get(node.answered or ""))
         return self._labels | {node.id: node.name for node in self.tree.nodes.values() if node.name}
 
-    def warm(self) -> None:
+    def preload_model(self) -> None:
         """Somebody looks at the session: have its model ready before they choose. Never waits."""
-        if self._models.state(self._model) == "unloaded" and not self._closed and not self.error:
-            self._warming = asyncio.create_task(self._load_ahead())
+        if self._models.state(self._model_options) == "unloaded" and not self._is_closed and not self.error:
+            self._preload_task = asyncio.create_task(self._preload_model())
 
-    async def _load_ahead(self) -> None:
+    async def _preload_model(self) -> None:
         try:
-            await self._models.load(self._model)
+            await self._models.load(self._model_options)
         except TrellisError as error:
             log.warning("could not load ahead: %s", error.message)
 
@@ -470,62 +488,62 @@ class Session:
             )
         return self.tree.nodes[node_id]
 
-    def engine_changed(self, options: ModelOptions) -> None:
+    def on_engine_changed(self, options: ModelOptions) -> None:
         """The engine of a model was started or ended."""
-        if options == self._model:
+        if options == self._model_options:
             state = self._models.state(options)
             self._publish("engine", {"state": state})
-            if state == "loaded" and self.watched:
+            if state == "loaded" and self.watchers:
                 self.wake()
 
     @property
-    def idle(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether nobody watches it and nothing is being done."""
-        working = self._task is not None and not self._task.done()
-        held = bool(+self._pins)
-        return not working and not held and not self._lock.locked() and self.watched == 0
+        is_working = self._task is not None and not self._task.done()
+        has_pinned_weights = bool(+self._pinned_weights)
+        return not is_working and not has_pinned_weights and not self._lock.locked() and self.watchers == 0
 
     def wake(self) -> None:
         """Do what is missing, if anything is. Never waits."""
-        if not self._closed and (self._task is None or self._task.done()):
+        if not self._is_closed and (self._task is None or self._task.done()):
             self._task = asyncio.create_task(self._run(), name=f"session {self.id}")
 
     async def close(self, reason: str | None = None) -> None:
         """Stop working. With a reason, say goodbye to those who watch."""
-        self._closed = True
+        self._is_closed = True
         if self._task:
             self._task.cancel()
             await asyncio.wait([self._task])
-        await self._growth.close()
+        await self._engine_requests.close()
         if reason:
             self._hub.publish(self.topic, "done", {"reason": reason})
-        self._hub.end(self.topic)
+        self._hub.close_topic(self.topic)
 
     # ── Moving ─────────────────────────────────────────────────────────────────────────────────────
 
-    async def _step_at_once(
-        self, known: Node | None, choice: Choice, learned: Learned | None, intent: dict[str, Any]
+    async def _step_immediately(
+        self, known_node: Node | None, choice: Choice, learned: Learned | None, intent: dict[str, Any]
     ) -> None:
         """A step for which nothing has to be learned any more: a skip, a choice that was made here before, or one that
         was worked out ahead; with the options that follow, where they are there as well."""
         head, offer = self.tree.head, self.offer
         assert offer is not None
-        notes = {head.id: {"shown": offer.id}}
-        if known is not None:
-            notes[head.id]["forward"] = known.id
-            await self._go(known, known.shown, notes, intent)
+        node_changes = {head.id: {"shown": offer.id}}
+        if known_node is not None:
+            node_changes[head.id]["forward"] = known_node.id
+            await self._move_head(known_node, known_node.shown, node_changes, intent)
             return
-        node = self._child(head, offer.id, choice, learned)
-        notes[head.id]["forward"] = node.id
-        row = await self._drawn_ahead(node)
-        await self._store.write(rows.commit_node, node_row(node), notes, intent, self._given_up, row)
-        self._taken(intent)
-        self._arrive(node, notes)
+        node = self._make_child(head, offer.id, choice, learned)
+        node_changes[head.id]["forward"] = node.id
+        row = await self._pregenerated_offer_row(node)
+        await self._store.write(rows.commit_node, node_row(node), node_changes, intent, self._failed_request, row)
+        self._remember_request(intent)
+        self._enter_node(node, node_changes)
         if row:
-            self._show(row)
-        self._kick()
+            self._show_offer(row)
+        self._restart_work()
 
-    async def _drawn_ahead(self, node: Node) -> dict[str, Any] | None:
+    async def _pregenerated_offer_row(self, node: Node) -> dict[str, Any] | None:
         """The first offer at a new node, if its options are there."""
         if self.prompts is None:
             return None
@@ -533,10 +551,10 @@ class Session:
             prompt = await asyncio.to_thread(self.prompts.at, node.position)
         except (OSError, ValueError):  # told of when the offer is begun
             return None
-        offered = self._growth.drawn(node, prompt)
+        offered = self._engine_requests.generated_ahead(node, prompt)
         if offered is None:
             return None
-        self._note_speed(offered)
+        self._record_speed(offered)
         options = [option.model_dump(mode="json") for option in offered.options]
         return self._offer_row(node, 0, prompt) | {"options": options}
 
@@ -546,37 +564,37 @@ class Session:
             "prompt": prompt, "options": None, "created": time.time(),
         }  # fmt: skip
 
-    def _show(self, row: dict[str, Any]) -> None:
+    def _show_offer(self, row: dict[str, Any]) -> None:
         """Put an offer that is in the store on the screen."""
-        self.tree.note(row["node"], shown=row["id"])
-        self.offer = Shown.from_row(row, self.config.group_size)
+        self.tree.update(row["node"], shown=row["id"])
+        self.offer = ShownOffer.from_row(row, self.config.group_size)
         self._publish_offer(self.offer)
 
-    def _note_speed(self, offered: Offered) -> None:
+    def _record_speed(self, offered: Offered) -> None:
         tokens = sum(len(option.tokens) for option in offered.options)
         self.tokens_per_second = tokens_per_second(tokens, offered.seconds)
 
-    async def _go(
-        self, target: Node, offer: str | None, notes: dict[str, dict[str, Any]], intent: dict[str, Any]
+    async def _move_head(
+        self, target: Node, offer: str | None, node_changes: dict[str, dict[str, Any]], intent: dict[str, Any]
     ) -> None:
         """Move the head and bring back what was shown there."""
-        row = await self._store.write(rows.commit_move, target.id, offer, notes, intent, self._given_up)
-        self._taken(intent)
-        for node_id, changes in notes.items():
-            self.tree.note(node_id, **changes)
+        row = await self._store.write(rows.commit_move, target.id, offer, node_changes, intent, self._failed_request)
+        self._remember_request(intent)
+        for node_id, changes in node_changes.items():
+            self.tree.update(node_id, **changes)
         self.tree.head_id = target.id
-        self.offer = Shown.from_row(row, self.config.group_size) if row else None
+        self.offer = ShownOffer.from_row(row, self.config.group_size) if row else None
         self.intent, self.error = None, None
         self._publish_head()
         if self.offer:
             self._publish_offer(self.offer)
-        self._kick()
+        self._restart_work()
 
-    def _arrive(self, node: Node, notes: dict[str, dict[str, Any]]) -> None:
+    def _enter_node(self, node: Node, node_changes: dict[str, dict[str, Any]]) -> None:
         """Take a committed node into memory and tell everyone."""
         self.tree.add(node)
-        for node_id, changes in notes.items():
-            self.tree.note(node_id, **changes)
+        for node_id, changes in node_changes.items():
+            self.tree.update(node_id, **changes)
         self.tree.head_id = node.id
         self.offer, self.intent, self.error = None, None, None
         self._publish("node_added", node_json(node, self.tree))
@@ -584,145 +602,152 @@ class Session:
 
     # ── The work that is missing ───────────────────────────────────────────────────────────────────
 
-    def _kick(self) -> None:
+    def _restart_work(self) -> None:
         """What was wanted has changed: drop work that no longer matters, and do what is missing."""
-        if self._stream and not self._stream.done():
-            self._stream.cancel()
-        self._growth.welcome()
+        if self._current_work and not self._current_work.done():
+            self._current_work.cancel()
+        self._engine_requests.allow_loading()
         self.wake()
 
     async def _run(self) -> None:
-        deaths = 0
-        lost: WeightsMissing | None = None
-        while not self._closed:
+        engine_deaths = 0
+        missing_weights: WeightsMissing | None = None
+        while not self._is_closed:
             async with self._lock:
-                step = self._missing()
+                step = self._next_work()
             if step is None:
                 return
             try:
-                if lost:
-                    await self._interruptible(self._growth.regrow(lost))
-                    lost = None
+                if missing_weights:
+                    await self._run_interruptible(self._engine_requests.recompute(missing_weights))
+                    missing_weights = None
                 else:
                     await step()
-                deaths = 0
-            except Interrupted:
-                lost = None
+                engine_deaths = 0
+            except WorkInterrupted:
+                missing_weights = None
                 continue
             except WeightsMissing as missing:
-                if lost:
+                if missing_weights:
                     self._fail(missing)
-                lost = missing
+                missing_weights = missing
             except EngineDied as error:
-                deaths += 1
-                if deaths > 2:
+                engine_deaths += 1
+                if engine_deaths > 2:
                     self._fail(error)
                 else:
-                    self._notice(f"{error.message} It is started again; nothing is lost.")
+                    self._publish_notice(f"{error.message} It is started again; nothing is lost.")
             except TrellisError as error:
                 self._fail(error)
             except Exception:
                 log.exception("session %s failed", self.id)
-                self._fail(_unknown(self.id))
+                self._fail(_internal_error(self.id))
 
-    def _missing(self) -> Work | None:
+    def _next_work(self) -> AsyncWork | None:
         """The next piece of work, most urgent first; None when a person has to say something."""
-        if self.error or self._closed:
+        if self.error or self._is_closed:
             return None
         if self.prompts is None:
-            return self._prepare
+            return self._prepare_prompts
         if not self.tree.root.weights:
-            return self._plant
-        if not self._growth.at_hand(self.tree.head.weights):
-            return self._fetch
+            return self._init_adapter
+        if not self._engine_requests.is_available(self.tree.head.weights):
+            return self._recompute_head
         if self.intent:
             return self._learn
         if self.offer is None:
             return self._begin_offer
         if self.offer.options is None:
-            return self._draw
-        if self._to_compare():
-            return self._compare
-        if self._behind():
-            return self._work_behind
+            return self._generate_options
+        if self._needs_model_check():
+            return self._check_model
+        if self._background_work():
+            return self._run_background_work
         return None
 
-    def _to_compare(self) -> bool:
+    def _needs_model_check(self) -> bool:
         """Whether the model is to be compared with the one that the session grew on, so that another one is refused
         before a choice is made that could not be learned from."""
-        if self._growth.compared or self._growth.dismissed:
+        if self._engine_requests.is_model_verified or self._engine_requests.was_unloaded_by_user:
             return False
-        return self._resumed or (self.watched > 0 and self._models.state(self._model) == "loaded")
+        return self._is_resume_requested or (self.watchers > 0 and self._models.state(self._model_options) == "loaded")
 
-    async def _compare(self) -> None:
-        await self._interruptible(self._growth.compare())
-        self._resumed = False
+    async def _check_model(self) -> None:
+        await self._run_interruptible(self._engine_requests.verify_model())
+        self._is_resume_requested = False
 
-    def _behind(self) -> list[Work]:
+    def _background_work(self) -> list[AsyncWork]:
         """What is done while the options are read, the most useful first."""
-        works: list[Work] = []
-        if self._growth.dismissed:
+        works: list[AsyncWork] = []
+        if self._engine_requests.was_unloaded_by_user:
             return works
-        works += [partial(self._keep, node) for node in self._growth.unwritten]
+        works += [partial(self._save_weights, node) for node in self._engine_requests.unsaved_nodes]
         if self.config.control_prompt:
-            places = {node.id: node for node in (self.tree.root, self.tree.head)}.values()
-            works += [partial(self._control, node) for node in places if node.control is None]
-        foreseeing = [partial(self._foresee, self.tree.head, step) for step in self._to_foresee()]
-        return [*works, *foreseeing[:SOON], *([self._assess] if self._to_assess() else []), *foreseeing[SOON:]]
+            control_nodes = {node.id: node for node in (self.tree.root, self.tree.head)}.values()
+            works += [partial(self._answer_control_prompt, node) for node in control_nodes if node.control is None]
+        foresight_works = [partial(self._foresee, self.tree.head, step) for step in self._foresight_steps()]
+        return [
+            *works,
+            *foresight_works[:PRIORITY_FORESIGHT_STEPS],
+            *([self._assess] if self._nodes_to_assess() else []),
+            *foresight_works[PRIORITY_FORESIGHT_STEPS:],
+        ]
 
-    async def _work_behind(self) -> None:
+    async def _run_background_work(self) -> None:
         """As much of it at once as the engine can; a command cuts it short."""
-        if self.offer and self._to_foresee():
-            self._growth.foresee_only({led_to(self.tree.head, self.offer.id, guess) for guess in self._likely()})
+        if self.offer and self._foresight_steps():
+            self._engine_requests.cancel_foresight_except(
+                {child_id_for_choice(self.tree.head, self.offer.id, guess) for guess in self._likely_choices()}
+            )
 
-        async def work() -> None:
-            await asyncio.sleep(BREATH)
-            await side_by_side(self._behind(), self._models.lanes(self._model))
+        async def run_after_delay() -> None:
+            await asyncio.sleep(BACKGROUND_DELAY_SECONDS)
+            await run_concurrently(self._background_work(), self._models.concurrency(self._model_options))
 
         try:
-            await self._interruptible(work())
+            await self._run_interruptible(run_after_delay())
         except EngineStopped:  # nobody waits for any of it
             log.info("session %s: its model was unloaded while it was at work behind the options", self.id)
 
-    async def _prepare(self) -> None:
+    async def _prepare_prompts(self) -> None:
         """Have the prompts at hand, made ready from where they come from if they are not."""
         config = self.config
         await self.open_prompts()
         if self.prompts is not None:
             return
         try:
-            prepared = await self._interruptible(self._datasets.prepare(config.dataset, self._loading_moves))
+            prepared = await self._run_interruptible(self._datasets.prepare(config.dataset, self._on_load_progress))
         finally:
-            self._loading_moves(None)
+            self._on_load_progress(None)
         async with self._lock:
-            await self._store.write(rows.set_prompts, self.id, prepared)
-            self.prepared = prepared
+            await self._store.write(rows.set_prepared_prompts, self.id, prepared)
+            self.prepared_prompts = prepared
             self.prompts = await self._datasets.open(prepared, config.dataset, config.seed)
             self._publish("state", self.state())
 
-    async def _fetch(self) -> None:
+    async def _recompute_head(self) -> None:
         """Work out the head's weights again, which were pruned."""
         head = self.tree.head
-        await self._interruptible(self._growth.regrow(WeightsMissing(head.weights)))
-        await self._prune()
+        await self._run_interruptible(self._engine_requests.recompute(WeightsMissing(head.weights)))
+        await self._prune_weights()
 
-    async def _prune(self) -> None:
+    async def _prune_weights(self) -> None:
         """Delete the weights that need not stay on disk and that no other session names."""
-        prunable_now = prunable(self.tree, self.config) - set(+self._pins)
-        spare = [weights for weights in prunable_now if weights in self._weights]
-        if spare:
-            others = await self._store.read(rows.weights_of_others, self.id, spare)
-            for weights in set(spare) - others:
+        prunable_now = prunable_weights(self.tree, self.config) - set(+self._pinned_weights)
+        prunable_on_disk = [weights for weights in prunable_now if weights in self._weights]
+        if prunable_on_disk:
+            used_elsewhere = await self._store.read(rows.weights_in_other_sessions, self.id, prunable_on_disk)
+            for weights in set(prunable_on_disk) - used_elsewhere:
                 await asyncio.to_thread(self._weights.discard, weights)
 
-    async def _plant(self) -> None:
+    async def _init_adapter(self) -> None:
         root = self.tree.root
-        planted = await self._interruptible(self._growth.plant())
-        if left_out := self._growth.left_out:
-            self._notice(f"Some layers of this model get no adapter: {', '.join(left_out)}.")
+        initial_weights = await self._run_interruptible(self._engine_requests.init_adapter())
+        if unadapted_layers := self._engine_requests.unadapted_layers:
+            self._publish_notice(f"Some layers of this model get no adapter: {', '.join(unadapted_layers)}.")
         async with self._lock:
-            await self._store.write(rows.set_weights, root.id, planted)
-            self.tree.note(root.id, weights=planted)
+            await self._store.write(rows.set_weights, root.id, initial_weights)
+            self.tree.update(root.id, weights=initial_weights)
             self._publish("state", self.state())
 
     async def _learn(self) -> None:
@@ -731,28 +756,28 @@ class Session:
         body = intent["body"]
         parent = self.tree.nodes[body["node"]]
         choice = CHOICE.validate_python(body["choice"])
-        learned = await self._interruptible(self._growth.learn(parent, body["offer"], choice))
+        learned = await self._run_interruptible(self._engine_requests.learn(parent, body["offer"], choice))
         async with self._lock:
             if self.intent is not intent:
                 return
-            node = self._child(parent, body["offer"], choice, learned)
-            notes = {parent.id: {"forward": node.id, "shown": body["offer"]}}
-            await self._store.write(rows.commit_node, node_row(node), notes, intent, None)
-            self._arrive(node, notes)
+            node = self._make_child(parent, body["offer"], choice, learned)
+            node_changes = {parent.id: {"forward": node.id, "shown": body["offer"]}}
+            await self._store.write(rows.commit_node, node_row(node), node_changes, intent, None)
+            self._enter_node(node, node_changes)
 
-    def _child(self, parent: Node, offer: str, choice: Choice, learned: Learned | None) -> Node:
+    def _make_child(self, parent: Node, offer: str, choice: Choice, learned: Learned | None) -> Node:
         """The node that a choice leads to; one that teaches nothing has the weights of its parent."""
         return Node(
-            id=led_to(parent, offer, choice), session=self.id, parent=parent.id,
+            id=child_id_for_choice(parent, offer, choice), session=self.id, parent=parent.id,
             step=parent.step + (learned is not None), weights=learned.weights if learned else parent.weights,
             position=parent.position + 1, answered=offer, choice=choice, metrics=learned.metrics if learned else None,
             control=None if learned else parent.control, shown=None, forward=None, created=time.time(),
         )  # fmt: skip
 
-    async def _keep(self, node: Node) -> None:
+    async def _save_weights(self, node: Node) -> None:
         """Write weights that are in the engine's memory alone: behind the click, while its options are being read."""
-        await self._growth.keep(node)
-        await self._prune()
+        await self._engine_requests.save_weights(node)
+        await self._prune_weights()
 
     async def _begin_offer(self) -> None:
         assert self.prompts is not None
@@ -766,18 +791,20 @@ class Session:
         head = self.tree.head
         number = await self._store.read(rows.count_offers, head.id)
         row = self._offer_row(head, number, prompt)
-        await self._store.write(rows.commit_offer, row, intent, self._given_up)
-        self._taken(intent)
-        self._show(row)
+        await self._store.write(rows.commit_offer, row, intent, self._failed_request)
+        self._remember_request(intent)
+        self._show_offer(row)
 
-    async def _draw(self) -> None:
+    async def _generate_options(self) -> None:
         """Draw the options of the offer on the screen, from its beginning: the same seed gives the same text."""
         shown, head = self.offer, self.tree.head
         assert shown is not None
         if any(shown.texts):
             shown.texts = [""] * self.config.group_size
             self._publish("offer_started", self._offer_event(shown))
-        offered = await self._interruptible(self._growth.draw(head, shown.number, shown.prompt, self._option_grows))
+        offered = await self._run_interruptible(
+            self._engine_requests.generate_options(head, shown.number, shown.prompt, self._on_option_text)
+        )
         async with self._lock:
             if self.offer is not shown:
                 return
@@ -785,19 +812,21 @@ class Session:
             await self._store.write(rows.set_options, shown.id, options)
             shown.options = offered.options
             shown.texts = [option.text for option in offered.options]
-            self._note_speed(offered)
+            self._record_speed(offered)
             self._publish("offer_ready", {"offer": shown.id, "options": shown.options_json()})
             if offered.overflowed:
                 letters = " and ".join(chr(ord("A") + index) for index in offered.overflowed)
-                self._notice(
+                self._publish_notice(
                     f"{letters}: cut short, because the model's numbers overflowed there. If it happens again, go back "
                     "to an earlier step."
                 )
 
-    async def _control(self, node: Node) -> None:
+    async def _answer_control_prompt(self, node: Node) -> None:
         """Answer the control prompt at the head (and, once, at the root), when nobody waits for anything else."""
         try:
-            offered = await self._growth.offer(self.config.control_prompt, node.weights, CONTROL, 1, 0, priority=1)
+            offered = await self._engine_requests.generate(
+                self.config.control_prompt, node.weights, CONTROL_SAMPLING, 1, 0, priority=1
+            )
             answer = offered.options[0].text
         except (EngineDied, EngineStopped, WeightsMissing):
             raise
@@ -805,143 +834,153 @@ class Session:
             answer = error.message
         async with self._lock:
             await self._store.write(rows.set_control, node.id, answer)
-            self.tree.note(node.id, control=answer)
+            self.tree.update(node.id, control=answer)
             self._publish("control", {"node": node.id, "answer": answer})
 
-    def _to_assess(self) -> list[Node]:
+    def _nodes_to_assess(self) -> list[Node]:
         """The last choices of the branch, where the head does not say yet how many of them it agrees with."""
         head = self.tree.head
-        if head.metrics is None or head.metrics.agreed is not None or head.id in self._not_assessed:
+        if head.metrics is None or head.metrics.agreed is not None or head.id in self._failed_assessments:
             return []
-        said = [node for node in self.tree.path(head.id) if node.learned and not isinstance(node.choice, Fitted)]
-        return said[-ASSESSED:]
+        chosen_nodes = [
+            node for node in self.tree.path(head.id) if node.has_learned and not isinstance(node.choice, Retraining)
+        ]
+        return chosen_nodes[-ASSESSED_CHOICES:]
 
     async def _assess(self) -> None:
         """Say with how many of the last choices the model still agrees, when nobody waits for anything else."""
-        node, nodes = self.tree.head, self._to_assess()
+        node, nodes = self.tree.head, self._nodes_to_assess()
         assert node.metrics is not None
         try:
-            found = await self._growth.assess(node.weights, nodes)
+            assessed = await self._engine_requests.assess(node.weights, nodes)
         except (EngineDied, EngineStopped, WeightsMissing):
             raise
         except TrellisError as error:  # a figure that cannot be had must not stop the session
             log.warning("session %s: could not assess %s: %s", self.id, node.id, error.message)
-            self._not_assessed.add(node.id)
+            self._failed_assessments.add(node.id)
             return
         async with self._lock:
-            metrics = node.metrics.model_copy(update={"agreed": found.agreed, "agreed_of": found.of})
+            metrics = node.metrics.model_copy(update={"agreed": assessed.agreed, "agreed_of": assessed.of})
             await self._store.write(rows.set_metrics, node.id, metrics.model_dump())
-            self.tree.note(node.id, metrics=metrics)
-            self._publish("assessed", {"node": node.id, "agreed": found.agreed, "of": found.of})
+            self.tree.update(node.id, metrics=metrics)
+            self._publish("assessed", {"node": node.id, "agreed": assessed.agreed, "of": assessed.of})
 
-    def _to_foresee(self) -> list[Foreseen]:
+    def _foresight_steps(self) -> list[ForesightStep]:
         """What to work out next while somebody looks: choices, and whether the options are drawn that would follow.
 
         The likeliest one to its end, then the weights of all others: whoever chooses one of these has the first words
         at once, and sees the rest being drawn.
         """
-        if not (self.watched and self.foresees() and self.offer and self._models.state(self._model) == "loaded"):
+        if not (
+            self.watchers
+            and self.is_foresight_enabled()
+            and self.offer
+            and self._models.state(self._model_options) == "loaded"
+        ):
             return []
-        if self._foreseen_of != self.offer.id:
-            self._foreseen_of, self._foreseen = self.offer.id, set()
-        first, *others = self._likely()
-        order = [(first, True), *((choice, drawn) for drawn in (False, True) for choice in others)]
-        return [step for step in order if step not in self._foreseen]
+        if self._foresight_offer_id != self.offer.id:
+            self._foresight_offer_id, self._finished_foresight = self.offer.id, set()
+        first, *others = self._likely_choices()
+        order = [(first, True), *((choice, with_options) for with_options in (False, True) for choice in others)]
+        return [step for step in order if step not in self._finished_foresight]
 
-    def _likely(self) -> list[Guess]:
+    def _likely_choices(self) -> list[LikelyChoice]:
         assert self.offer is not None
-        said = [node.choice for node in self.tree.path(self.tree.head_id) if node.answered]
-        return likely(said, self.offer.options or ())
+        earlier_choices = [node.choice for node in self.tree.path(self.tree.head_id) if node.answered]
+        return likely_choices(earlier_choices, self.offer.options or ())
 
-    async def _foresee(self, head: Node, step: Foreseen) -> None:
+    async def _foresee(self, head: Node, step: ForesightStep) -> None:
         """Work out what a choice would lead to, weights and options: a click then finds them made."""
-        offer, (choice, drawn) = self.offer, step
-        if offer is None or not self.watched:
+        offer, (choice, with_options) = self.offer, step
+        if offer is None or not self.watchers:
             return
         try:
-            learned = await self._growth.learn_ahead(head, offer.id, choice) if choice != "skip" else None
-            child = self._child(head, offer.id, choice, learned)
-            if drawn and child.id not in self.tree.nodes and self.prompts is not None:
+            learned = await self._engine_requests.learn_ahead(head, offer.id, choice) if choice != "skip" else None
+            child = self._make_child(head, offer.id, choice, learned)
+            if with_options and child.id not in self.tree.nodes and self.prompts is not None:
                 prompt = await asyncio.to_thread(self.prompts.at, child.position)
-                await self._growth.draw_ahead(child, prompt)
+                await self._engine_requests.generate_ahead(child, prompt)
         except TrellisError as error:  # what nobody asked for must not stop the session
             log.info("session %s: could not foresee %s: %s", self.id, choice, error.message)
-        self._foreseen.add(step)
+        self._finished_foresight.add(step)
 
-    def look(self) -> None:
+    def add_watcher(self) -> None:
         """Somebody looks at the session from now on."""
-        self.watched += 1
+        self.watchers += 1
         self.wake()
 
-    def look_away(self) -> None:
+    def remove_watcher(self) -> None:
         """One less looks at it."""
-        self.watched -= 1
+        self.watchers -= 1
 
-    async def _interruptible(self, work: Coroutine[Any, Any, R]) -> R:
+    async def _run_interruptible(self, work: Coroutine[Any, Any, R]) -> R:
         """Run work that a command may cut short; raises Interrupted when one did."""
-        stream = asyncio.create_task(work)
-        self._stream = stream
+        work_task = asyncio.create_task(work)
+        self._current_work = work_task
         try:
-            return await stream
+            return await work_task
         except asyncio.CancelledError:
-            stream.cancel()
+            work_task.cancel()
             current = asyncio.current_task()
             if current and current.cancelling():
                 raise
-            raise Interrupted from None
+            raise WorkInterrupted from None
 
     @property
-    def _given_up(self) -> str | None:
+    def _failed_request(self) -> str | None:
         """The request of an intent that failed: the next action takes its place."""
         return self.intent["request"] if self.intent else None
 
     # ── Small things ───────────────────────────────────────────────────────────────────────────────
 
-    def _loading_moves(self, progress: Progress | None) -> None:
+    def _on_load_progress(self, progress: Progress | None) -> None:
         """While the model loads, the session says so."""
-        self.loading = progress
+        self.load_progress = progress
         if progress:
             self._publish("load_progress", progress.model_dump(exclude={"type"}))
         else:
             self._publish("state", self.state())
 
-    def _queue_moves(self, place: int | None) -> None:
+    def _on_queue_position(self, position: int | None) -> None:
         """While the engine works for others, the session says which place it has."""
-        self.queue = place
-        self._publish("queued", {"place": place})
+        self.queue_position = position
+        self._publish("queued", {"place": position})
 
-    def _notice(self, message: str) -> None:
+    def _publish_notice(self, message: str) -> None:
         """Something that a person should know of and need do nothing about."""
         self._publish("notice", {"message": message})
 
-    def _option_grows(self, index: int, text: str) -> None:
+    def _on_option_text(self, index: int, text: str) -> None:
         assert self.offer is not None
         self.offer.texts[index] += text
         self._publish("option_delta", {"offer": self.offer.id, "index": index, "text": text})
 
-    def _can(self) -> dict[str, bool]:
-        free = not self.busy
-        return {"can_undo": free and self.tree.undo is not None, "can_redo": free and self.tree.redo is not None}
+    def _undo_redo_flags(self) -> dict[str, bool]:
+        is_free = not self.is_busy
+        return {
+            "can_undo": is_free and self.tree.undo_target is not None,
+            "can_redo": is_free and self.tree.redo_target is not None,
+        }
 
-    def _position(self) -> int:
+    def _prompt_index(self) -> int:
         """Which prompt of the round stands at the head, counted from 0."""
         return self.tree.head.position % self.prompts.total if self.prompts else self.tree.head.position
 
     def _publish(self, name: str, data: dict[str, Any]) -> None:
-        if not self._closed:
+        if not self._is_closed:
             self._hub.publish(self.topic, name, data)
 
     def _publish_head(self) -> None:
         head = self.tree.head
-        data = {"node": head.id, "step": head.step, "position": self._position()}
-        self._publish("head_moved", data | self._can())
+        data = {"node": head.id, "step": head.step, "position": self._prompt_index()}
+        self._publish("head_moved", data | self._undo_redo_flags())
 
-    def _publish_offer(self, offer: Shown) -> None:
+    def _publish_offer(self, offer: ShownOffer) -> None:
         self._publish("offer_started", self._offer_event(offer))
         if offer.options:
             self._publish("offer_ready", {"offer": offer.id, "options": offer.options_json()})
 
-    def _offer_event(self, offer: Shown) -> dict[str, Any]:
+    def _offer_event(self, offer: ShownOffer) -> dict[str, Any]:
         shown = offer.as_json()
         return {
             "offer": shown["id"],
@@ -952,29 +991,29 @@ class Session:
 
     def _fail(self, error: TrellisError) -> None:
         self.error = error
-        self._publish("failed", {"error": error.as_json()} | self._can())
+        self._publish("failed", {"error": error.as_json()} | self._undo_redo_flags())
 
-    async def _known(self, request: str) -> bool:
+    async def _is_known_request(self, request: str) -> bool:
         """Whether a request was taken before: then it is the same action."""
-        if self._requests is None:
-            self._requests = await self._store.read(rows.get_requests, self.id)
-        return request in self._requests
+        if self._known_requests is None:
+            self._known_requests = await self._store.read(rows.get_request_ids, self.id)
+        return request in self._known_requests
 
-    def _taken(self, intent: dict[str, Any] | None) -> None:
-        if intent and self._requests is not None:
-            self._requests.add(intent["request"])
+    def _remember_request(self, intent: dict[str, Any] | None) -> None:
+        if intent and self._known_requests is not None:
+            self._known_requests.add(intent["request"])
 
-    def _intent(self, request: str, kind: str, body: dict[str, Any], state: str) -> dict[str, Any]:
+    def _make_intent(self, request: str, kind: str, body: dict[str, Any], state: str) -> dict[str, Any]:
         return {"session": self.id, "request": request, "kind": kind, "body": body, "state": state,
                 "created": time.time()}  # fmt: skip
 
     def _require_open(self) -> None:
-        if self._closed:
+        if self._is_closed:
             raise NotFound("This session was deleted.", next_step="Start another one.")
 
-    def _require_free(self) -> None:
+    def _require_not_busy(self) -> None:
         self._require_open()
-        if self.busy:
+        if self.is_busy:
             raise self._conflict(
                 "The model is still learning from the last choice.",
                 "busy",
@@ -985,7 +1024,7 @@ class Session:
         return Conflict(message, code=code, next_step=next_step, details={"state": self.state()})
 
 
-def _unknown(session: str) -> TrellisError:
+def _internal_error(session: str) -> TrellisError:
     return TrellisError(
         "The session met an error that the studio does not know.",
         code="internal",

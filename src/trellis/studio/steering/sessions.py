@@ -24,31 +24,31 @@ from ..hub import Hub, HubEvent
 from ..jobs import timestamp
 from ..models.catalog import ModelEntry
 from ..models.models import Models
-from ..models.template_options import template_trouble, template_trouble_in
-from .choice_logs import Logs
+from ..models.template_options import template_error, template_error_from_files
+from .choice_logs import ChoiceLogs
 from .session import Session
-from .tree import Node, Tree, drift_of, node_from, node_row, root_id, said
+from .tree import Node, Tree, choice_json, drift_of, node_from_row, node_row, root_id
 
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 600.0
 
-NAMES = (
+SESSION_NAMES = (
     "Clematis", "Wisteria", "Jasmine", "Sweet pea", "Hop", "Honeysuckle", "Morning glory", "Runner bean", "Ivy",
     "Passionflower", "Nasturtium", "Climbing rose", "Grapevine", "Cucumber", "Bittersweet", "Trumpet vine",
 )  # fmt: skip
 """New sessions are named after what grows on a trellis."""
 
 
-class Steering:
+class Sessions:
     """All sessions. One that was asked for stays in memory; every one is in the store."""
 
     def __init__(
-        self, store: Store, hub: Hub, models: Models, datasets: Datasets, weights: Blobs, logs: Logs,
-        foresees: Callable[[], bool] = lambda: False,
+        self, store: Store, hub: Hub, models: Models, datasets: Datasets, weights: Blobs, logs: ChoiceLogs,
+        is_foresight_enabled: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
         """`foresees`: whether sessions may work out what a choice would lead to while a person reads."""
-        self._foresees = foresees
+        self._is_foresight_enabled = is_foresight_enabled
         self._store = store
         self._datasets = datasets
         self._weights = weights
@@ -56,15 +56,15 @@ class Steering:
         self._hub = hub
         self._models = models
         self._sessions: dict[str, Session] = {}
-        models.changed = self._engine_changed
-        self._opening = asyncio.Lock()
-        self._creating = asyncio.Lock()
+        models.on_changed = self._on_engine_changed
+        self._open_lock = asyncio.Lock()
+        self._create_lock = asyncio.Lock()
 
     async def open(self) -> None:
         """Take up choices that were acknowledged and not learned from when the studio last stopped, and delete the logs
         that no node was fitted to: of deleted sessions, of fits that failed. No fit is running yet."""
-        for log_id in await asyncio.to_thread(self._logs.all):
-            if not await self._store.read(rows.log_is_used, log_id):
+        for log_id in await asyncio.to_thread(self._logs.list_ids):
+            if not await self._store.read(rows.is_log_used, log_id):
                 await asyncio.to_thread(self._logs.discard, log_id)
         for session_id in await self._store.read(rows.sessions_with_open_intents):
             try:
@@ -72,25 +72,25 @@ class Steering:
             except Exception:  # one session that cannot be read must not keep the others from opening
                 log.exception("session %s could not be taken up", session_id)
 
-    def _engine_changed(self, options: ModelOptions) -> None:
+    def _on_engine_changed(self, options: ModelOptions) -> None:
         """A model was loaded or let go: the sessions on it say so on their pages."""
         for session in self._sessions.values():
-            session.engine_changed(options)
+            session.on_engine_changed(options)
 
     async def close(self) -> None:
         await asyncio.gather(*(session.close() for session in self._sessions.values()))
 
     async def create(self, name: str | None, config: Mapping[str, Any], request: str | None = None) -> Session:
         """A new session from a partial configuration. Raises Invalid, or NotFound for an unknown model."""
-        if request and (known := await self._store.read(rows.session_by_request, request)):
-            return await self.session(known)
-        parsed = await self._checked(config)
-        async with self._creating:  # names are given one after another, and one request makes one session
-            if request and (known := await self._store.read(rows.session_by_request, request)):
-                return await self.session(known)
+        if request and (known_id := await self._store.read(rows.session_by_request, request)):
+            return await self.session(known_id)
+        parsed = await self._validated_config(config)
+        async with self._create_lock:  # names are given one after another, and one request makes one session
+            if request and (known_id := await self._store.read(rows.session_by_request, request)):
+                return await self.session(known_id)
             return await self._create(name, parsed, request)
 
-    async def _checked(self, config: Mapping[str, Any]) -> SessionConfig:
+    async def _validated_config(self, config: Mapping[str, Any]) -> SessionConfig:
         """A whole configuration whose model and prompts are there. Raises Invalid or NotFound."""
         parsed = SessionConfig.parse(config)
         entry = await self._models.catalog.find(parsed.model, field="config.model")
@@ -100,9 +100,9 @@ class Steering:
                 field="config.remote_code",
                 next_step="Turn it off.",
             )
-        if trouble := await self._template_trouble(entry, parsed):
-            raise trouble
-        if problem := self._too_few_positions(entry, parsed):
+        if template_problem := await self._template_error(entry, parsed):
+            raise template_problem
+        if problem := self._answer_length_problem(entry, parsed):
             raise Invalid(
                 f"config.{problem.field}: {problem.message}", next_step=problem.next_step,
                 field=f"config.{problem.field}",
@@ -114,7 +114,7 @@ class Steering:
         return parsed
 
     @staticmethod
-    def _too_few_positions(entry: ModelEntry, config: SessionConfig) -> Problem | None:
+    def _answer_length_problem(entry: ModelEntry, config: SessionConfig) -> Problem | None:
         return answer_length_problem(entry.shape.positions, config.max_new_tokens)
 
     async def _create(self, name: str | None, parsed: SessionConfig, request: str | None) -> Session:
@@ -125,19 +125,19 @@ class Steering:
             choice=None, metrics=None, control=None, shown=None, forward=None, created=now,
         )  # fmt: skip
         row = {
-            "id": session_id, "request": request, "name": name or await self._free_name(),
+            "id": session_id, "request": request, "name": name or await self._unused_name(),
             "config": parsed.model_dump(mode="json"), "head": root.id, "offer": None,
             "prompts": "" if parsed.dataset.source == "demo" else None,
             "created": now, "updated": now,
         }  # fmt: skip
         await self._store.write(rows.add_session, row, node_row(root))
-        session = self._session(row, [root], None, None)
+        session = self._make_session(row, [root], None, None)
         await session.open_prompts()
         self._sessions[session_id] = session
         session.wake()
         return session
 
-    async def check(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    async def check_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """What is wrong with a partial configuration, and what its model would take: nothing is loaded or changed."""
         errors: list[dict[str, str]] = []
         try:
@@ -147,51 +147,57 @@ class Steering:
         memory = None
         try:
             entry = await self._models.catalog.find(parsed.model, field="config.model")
-            memory = await asyncio.to_thread(self._models.fits, entry, parsed)
-            if trouble := await self._template_trouble(entry, parsed):
-                errors = [*errors, *trouble.fields]
-            problems = [await self._models.problem(entry, parsed), self._too_few_positions(entry, parsed)]
+            memory = await asyncio.to_thread(self._models.estimate_fit, entry, parsed)
+            if template_problem := await self._template_error(entry, parsed):
+                errors = [*errors, *template_problem.fields]
+            problems = [await self._models.find_problem(entry, parsed), self._answer_length_problem(entry, parsed)]
             errors = [*errors, *({"field": f"config.{each.field}", "message": each.full_text()} for each in problems
                                  if each)]  # fmt: skip
         except NotFound as error:
             errors = [*errors, {"field": "config.model", "message": error.message}]
         return {"errors": errors, "memory": memory}
 
-    async def _template_trouble(self, entry: ModelEntry, config: SessionConfig) -> Invalid | None:
+    async def _template_error(self, entry: ModelEntry, config: SessionConfig) -> Invalid | None:
         """What the model's chat template cannot do of what the options ask, as far as it is known."""
-        if loaded := self._models.loaded(config.extract(ModelOptions)):
-            return template_trouble(config, loaded)
+        if loaded := self._models.loaded_info(config.extract(ModelOptions)):
+            return template_error(config, loaded)
 
-        def look() -> Invalid | None:
-            known = self._models.catalog.fetched(entry.repository, config.revision) if entry.repository else entry.path
-            return template_trouble_in(config, known) if known else None
+        def check_files() -> Invalid | None:
+            folder = (
+                self._models.catalog.downloaded_folder(entry.repository, config.revision)
+                if entry.repository
+                else entry.path
+            )
+            return template_error_from_files(config, folder) if folder else None
 
-        return await asyncio.to_thread(look)
+        return await asyncio.to_thread(check_files)
 
     async def session(self, session_id: str) -> Session:
         """A session by its id. Raises NotFound."""
         if session_id in self._sessions:
-            self._sessions[session_id].used = time.monotonic()
+            self._sessions[session_id].last_used = time.monotonic()
             return self._sessions[session_id]
-        async with self._opening:
+        async with self._open_lock:
             if session_id not in self._sessions:
-                found = await self._store.read(rows.get_session, session_id)
-                if found is None:
+                session_rows = await self._store.read(rows.get_session, session_id)
+                if session_rows is None:
                     raise NotFound(
                         f"There is no session “{shorten(session_id)}”.",
                         next_step="Your sessions are listed on the first page.",
                     )
-                await self._let_idle_ones_go()
-                read = self._read(*found)
-                await read.open_prompts()
-                self._sessions[session_id] = read
+                await self._close_idle_sessions()
+                opened = self._session_from_rows(*session_rows)
+                await opened.open_prompts()
+                self._sessions[session_id] = opened
         session = self._sessions[session_id]
-        session.used = time.monotonic()
+        session.last_used = time.monotonic()
         return session
 
-    def _read(self, row: rows.Row, nodes: list[rows.Row], offer: rows.Row | None, intent: rows.Row | None) -> Session:
+    def _session_from_rows(
+        self, row: rows.Row, nodes: list[rows.Row], offer: rows.Row | None, intent: rows.Row | None
+    ) -> Session:
         try:
-            return self._session(row, map(node_from, nodes), offer, intent)
+            return self._make_session(row, map(node_from_row, nodes), offer, intent)
         except ValidationError as error:
             problem = invalid_from(error, prefix="config")
             raise TrellisError(
@@ -200,25 +206,25 @@ class Steering:
                 next_step="Open it with the version that wrote it. Nothing was changed.",
             ) from None
 
-    def _session(
+    def _make_session(
         self, row: rows.Row, nodes: Iterable[Node], offer: rows.Row | None, intent: rows.Row | None
     ) -> Session:
         return Session(
             self._store, self._hub, self._models, self._datasets, self._weights, self._logs, row, nodes, offer, intent,
-            self._foresees,
+            self._is_foresight_enabled,
         )  # fmt: skip
 
-    async def _let_idle_ones_go(self) -> None:
+    async def _close_idle_sessions(self) -> None:
         """Sessions that nobody has used for a while leave memory; the store has all of them."""
         now = time.monotonic()
         for session in list(self._sessions.values()):
-            if session.idle and now - session.used > IDLE_SECONDS:
+            if session.is_idle and now - session.last_used > IDLE_SECONDS:
                 del self._sessions[session.id]
                 await session.close()
 
-    async def sessions(self) -> list[dict[str, Any]]:
+    async def list_sessions(self) -> list[dict[str, Any]]:
         """All sessions, the one that was last used first."""
-        found = await self._store.read(rows.list_sessions)
+        session_rows = await self._store.read(rows.list_sessions)
         return [
             {
                 "id": row["id"],
@@ -229,7 +235,7 @@ class Steering:
                 "updated": timestamp(row["updated"]),
                 "status": self._sessions[row["id"]].status if row["id"] in self._sessions else "asleep",
             }
-            for row in found
+            for row in session_rows
         ]
 
     async def delete(self, session_id: str) -> None:
@@ -240,24 +246,24 @@ class Steering:
             await self._store.write(rows.delete_session, session_id)
         finally:
             self._sessions.pop(session_id, None)  # if it could not be deleted, it is read again from the store
-        own = {node.weights for node in session.tree.nodes.values() if node.weights}
-        for unused in own - await self._store.read(rows.all_weights):
+        own_weights = {node.weights for node in session.tree.nodes.values() if node.weights}
+        for unused in own_weights - await self._store.read(rows.all_weights):
             await asyncio.to_thread(self._weights.discard, unused)
-        if session.prepared and not await self._store.read(rows.prompts_are_used, session.prepared):
-            await self._datasets.discard(session.prepared)
+        if session.prepared_prompts and not await self._store.read(rows.are_prompts_used, session.prepared_prompts):
+            await self._datasets.discard(session.prepared_prompts)
 
     async def events(self, session_id: str, after: str | None) -> AsyncIterator[HubEvent]:
         """What happens in a session, from an event id on; the whole state first where there is none."""
         session = await self.session(session_id)
-        session.look()
+        session.add_watcher()
         try:
             async for event in self._hub.subscribe(session.topic, after, lambda: ("state", session.state())):
                 yield event
         finally:
-            session.look_away()
+            session.remove_watcher()
 
     async def sample(
-        self, session_id: str, prompt: str, node: str | None, n: int, sampling: Mapping[str, Any], key: str = ""
+        self, session_id: str, prompt: str, node: str | None, n: int, sampling: Mapping[str, Any], seed_key: str = ""
     ) -> list[str]:
         """Answers from any node (the head, where none is named) without moving the session.
 
@@ -265,18 +271,18 @@ class Steering:
         """
         session = await self.session(session_id)
         config = SessionConfig.parse(session.config.model_dump(mode="json") | dict(sampling))
-        seed = derived_seed("sample", config.seed, key or node or session.tree.head_id, prompt)
+        seed = derived_seed("sample", config.seed, seed_key or node or session.tree.head_id, prompt)
         return await session.sample(prompt, node, n, config.extract(Sampling), seed)
 
-    async def tree(self, session_id: str) -> dict[str, Any]:
+    async def tree_json(self, session_id: str) -> dict[str, Any]:
         session = await self.session(session_id)
         # From a copy, in a thread: a session goes on growing, and hundreds of nodes take a while.
         return await asyncio.to_thread(_tree_json, Tree(session.tree.nodes.values(), session.tree.head_id))
 
-    async def _free_name(self) -> str:
+    async def _unused_name(self) -> str:
         taken = {row["name"] for row in await self._store.read(rows.list_sessions)}
         for number in range(1, len(taken) + 2):
-            for name in NAMES:
+            for name in SESSION_NAMES:
                 candidate = name if number == 1 else f"{name} {number}"
                 if candidate not in taken:
                     return candidate
@@ -290,7 +296,7 @@ def _tree_json(tree: Tree) -> dict[str, Any]:
                 "id": node.id,
                 "parent": node.parent,
                 "step": node.step,
-                "choice": said(node),
+                "choice": choice_json(node),
                 "drift": drift_of(node, tree),
                 "metrics": node.metrics.model_dump() if node.metrics else None,
                 "name": node.name,

@@ -12,10 +12,10 @@ from pydantic import TypeAdapter
 from ...messages import CHOICE, Choice, Message, Metrics, derived_seed, recipe_id
 from ...params import SessionConfig
 
-FittedKind = Literal["refit", "import", "replay"]
+RetrainingKind = Literal["refit", "import", "replay"]
 
 
-class Fitted(Message):
+class Retraining(Message):
     """How a node came about that learned from a whole log instead of from one choice.
 
     `fitted` names the log; its first `teaching` lessons are the ones that are not refusals. `source` is the node or
@@ -23,14 +23,14 @@ class Fitted(Message):
     """
 
     fitted: str
-    kind: FittedKind
+    kind: RetrainingKind
     lessons: int
     teaching: int
     epochs: int
     source: str = ""
 
 
-SAID: TypeAdapter[Choice | Fitted] = TypeAdapter(Choice | Fitted)
+NODE_CHOICE: TypeAdapter[Choice | Retraining] = TypeAdapter(Choice | Retraining)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Node:
     weights: str
     position: int
     answered: str | None
-    choice: Choice | Fitted | None
+    choice: Choice | Retraining | None
     metrics: Metrics | None
     control: str | None
     shown: str | None
@@ -57,7 +57,7 @@ class Node:
     name: str | None = None
 
     @property
-    def learned(self) -> bool:
+    def has_learned(self) -> bool:
         """Whether weights were made on the way here; a skip only moves on."""
         return self.choice is not None and self.choice != "skip"
 
@@ -81,12 +81,12 @@ class Tree:
         return self.nodes[self._children[None][0]]
 
     @property
-    def undo(self) -> Node | None:
+    def undo_target(self) -> Node | None:
         """Where undo leads."""
         return self.nodes[self.head.parent] if self.head.parent else None
 
     @property
-    def redo(self) -> Node | None:
+    def redo_target(self) -> Node | None:
         """Where redo leads: the child that was last stood in."""
         return self.nodes[self.head.forward] if self.head.forward else None
 
@@ -96,7 +96,7 @@ class Tree:
             self._children.setdefault(node.parent, []).append(node.id)
         self.nodes[node.id] = node
 
-    def note(self, node_id: str, **changes: Any) -> Node:
+    def update(self, node_id: str, **changes: Any) -> Node:
         """A node with fields replaced."""
         node = replace(self.nodes[node_id], **changes)
         self.nodes[node_id] = node
@@ -109,31 +109,31 @@ class Tree:
     def path(self, node_id: str) -> list[Node]:
         """From the root to a node, both included."""
         path = []
-        at: str | None = node_id
-        while at is not None:
-            path.append(self.nodes[at])
-            at = self.nodes[at].parent
+        current_id: str | None = node_id
+        while current_id is not None:
+            path.append(self.nodes[current_id])
+            current_id = self.nodes[current_id].parent
         return path[::-1]
 
-    def with_weights(self, weights: str) -> Node | None:
+    def first_with_weights(self, weights: str) -> Node | None:
         """The first node that made these weights."""
         return next((node for node in self.nodes.values() if node.weights == weights), None)
 
 
-def said(node: Node) -> Any:
+def choice_json(node: Node) -> Any:
     """The choice of a node as JSON."""
-    return None if node.choice is None else SAID.dump_python(node.choice, mode="json")
+    return None if node.choice is None else NODE_CHOICE.dump_python(node.choice, mode="json")
 
 
 def node_row(node: Node) -> dict[str, Any]:
     row = asdict(node)
-    row["choice"] = said(node)
+    row["choice"] = choice_json(node)
     row["metrics"] = node.metrics.model_dump() if node.metrics else None
     return row
 
 
-def node_from(row: dict[str, Any]) -> Node:
-    choice = None if row["choice"] is None else SAID.validate_python(row["choice"])
+def node_from_row(row: dict[str, Any]) -> Node:
+    choice = None if row["choice"] is None else NODE_CHOICE.validate_python(row["choice"])
     metrics = None if row["metrics"] is None else Metrics.model_validate(row["metrics"])
     return Node(**(row | {"choice": choice, "metrics": metrics}))
 
@@ -145,7 +145,7 @@ def node_json(node: Node, tree: Tree) -> dict[str, Any]:
         "parent": node.parent,
         "step": node.step,
         "weights": node.weights,
-        "choice": said(node),
+        "choice": choice_json(node),
         "metrics": node.metrics.model_dump() if node.metrics else None,
         "drift": drift_of(node, tree),
         "name": node.name,
@@ -168,7 +168,7 @@ def child_id(parent: Node, offer: str, choice: Any) -> str:
     return recipe_id("n", [parent.id, offer, choice])
 
 
-def led_to(parent: Node, offer: str, choice: Choice) -> str:
+def child_id_for_choice(parent: Node, offer: str, choice: Choice) -> str:
     """The name of the node that a choice leads to, whether it is there or not."""
     return child_id(parent, offer, CHOICE.dump_python(choice, mode="json"))
 
@@ -182,7 +182,7 @@ def offer_seed(config: SessionConfig, node: Node, number: int, prompt: str) -> i
     return derived_seed("offer", config.seed, node.weights, prompt, number)
 
 
-def replayed(config: SessionConfig, path: list[Node]) -> list[tuple[Node, int]]:
+def choices_to_replay(config: SessionConfig, path: list[Node]) -> list[tuple[Node, int]]:
     """Which earlier choices of a branch are learned again beside the next one: drawn from the log, not from the clock.
 
     `path` ends in the node whose weights are learned from. Each is a node and the number of a lesson of the log that
@@ -192,8 +192,8 @@ def replayed(config: SessionConfig, path: list[Node]) -> list[tuple[Node, int]]:
     earlier = [
         (node, number)
         for node in path
-        if node.learned and node.choice != "none"
-        for number in range(node.choice.teaching if isinstance(node.choice, Fitted) else 1)
+        if node.has_learned and node.choice != "none"
+        for number in range(node.choice.teaching if isinstance(node.choice, Retraining) else 1)
     ]
     count = min(config.replay, len(earlier))
     return random.Random(derived_seed("replay", config.seed, path[-1].weights)).sample(earlier, count)

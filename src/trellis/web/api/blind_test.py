@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends
 from pydantic import Field
 
-from ...studio.review.blind_test import MOST_ROUNDS, USUAL_ROUNDS
+from ...studio.review.blind_test import DEFAULT_ROUNDS, MAX_ROUNDS
 from ..rate_limits import enforce_rate_limit
 from .steering import PromptText, RequestBody, RequestIdDep, SessionDep, StudioDep
 
@@ -17,8 +17,8 @@ router = APIRouter(prefix="/api/steering/sessions/{session}/blind", tags=["blind
 class NewTrial(RequestBody):
     left: str = Field(max_length=100)
     right: str = Field(max_length=100)
-    rounds: Annotated[int, Field(ge=1, le=MOST_ROUNDS)] = USUAL_ROUNDS
-    prompts: list[PromptText] = Field([], max_length=MOST_ROUNDS)
+    rounds: Annotated[int, Field(ge=1, le=MAX_ROUNDS)] = DEFAULT_ROUNDS
+    prompts: list[PromptText] = Field([], max_length=MAX_ROUNDS)
 
 
 class Verdict(RequestBody):
@@ -29,39 +29,39 @@ class Verdict(RequestBody):
 @router.post("", status_code=201, dependencies=[Depends(enforce_rate_limit)])
 async def start(body: NewTrial, session: SessionDep, studio: StudioDep, request: RequestIdDep) -> dict[str, Any]:
     """Begin a blind comparison of two nodes. Without prompts, those that come next in the session are asked."""
-    return await studio.blind.start(session.id, body.left, body.right, body.rounds, list(body.prompts), request)
+    return await studio.blind_tests.start(session.id, body.left, body.right, body.rounds, list(body.prompts), request)
 
 
 @router.get("")
 async def trials(session: SessionDep, studio: StudioDep) -> list[dict[str, Any]]:
-    return await studio.blind.all(session.id)
+    return await studio.blind_tests.list_trials(session.id)
 
 
 @router.get("/{trial}")
 async def state(trial: str, session: SessionDep, studio: StudioDep) -> dict[str, Any]:
     """The round to judge (null while it is drawn), or the result when all rounds are judged or it was ended."""
-    return await studio.blind.state(session.id, trial)
+    return await studio.blind_tests.state(session.id, trial)
 
 
 @router.post("/{trial}/verdict")
 async def verdict(trial: str, body: Verdict, session: SessionDep, studio: StudioDep) -> dict[str, Any]:
     """Say which answer of the current round is better."""
-    return await studio.blind.judge(session.id, trial, body.round, body.verdict)
+    return await studio.blind_tests.judge(session.id, trial, body.round, body.verdict)
 
 
 @router.post("/{trial}/undo")
 async def undo(trial: str, session: SessionDep, studio: StudioDep) -> dict[str, Any]:
     """Take the last verdict back, and judge that round again."""
-    return await studio.blind.take_back(session.id, trial)
+    return await studio.blind_tests.undo_verdict(session.id, trial)
 
 
 @router.post("/{trial}/retry")
 async def retry(trial: str, session: SessionDep, studio: StudioDep) -> dict[str, Any]:
     """Draw again after `error`."""
-    return await studio.blind.retry(session.id, trial)
+    return await studio.blind_tests.retry(session.id, trial)
 
 
 @router.post("/{trial}/end")
 async def end(trial: str, session: SessionDep, studio: StudioDep) -> dict[str, Any]:
     """Stop, and tell the result of what was judged so far."""
-    return await studio.blind.end(session.id, trial)
+    return await studio.blind_tests.end(session.id, trial)

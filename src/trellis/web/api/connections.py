@@ -34,35 +34,35 @@ class NewProvider(RequestBody):
 @router.get("/keys")
 async def keys(studio: StudioDep) -> list[dict[str, Any]]:
     """Keys of the OpenAI API: what they begin with, never more."""
-    return await studio.keys.all()
+    return await studio.api_keys.list_keys()
 
 
 @router.post("/keys", status_code=201, dependencies=[Depends(enforce_rate_limit)])
 async def create_key(body: NewKey, studio: StudioDep) -> dict[str, Any]:
     """A new key. `key` is told this once."""
-    about, secret = await studio.keys.make(body.name.strip())
+    about, secret = await studio.api_keys.create(body.name.strip())
     return about | {"key": secret}
 
 
 @router.delete("/keys/{key}", status_code=204)
 async def revoke_key(key: str, studio: StudioDep) -> Response:
-    await studio.keys.revoke(key)
+    await studio.api_keys.revoke(key)
     return Response(status_code=204)
 
 
 @router.get("/remotes")
 async def providers(studio: StudioDep) -> list[dict[str, Any]]:
     """Servers of models elsewhere, without their keys."""
-    return await studio.remotes.all()
+    return await studio.providers.list_providers()
 
 
 @router.post("/remotes", status_code=201, dependencies=[Depends(enforce_rate_limit)])
 async def add_provider(body: NewProvider, studio: StudioDep) -> dict[str, Any]:
     """Add a server that speaks the OpenAI API. Its models are asked for where none are named."""
-    return await studio.remotes.add(body.name.strip(), body.url, body.key.strip(), body.models, body.sees)
+    return await studio.providers.add(body.name.strip(), body.url, body.key.strip(), body.models, body.sees)
 
 
 @router.delete("/remotes/{remote}", status_code=204)
 async def delete_provider(remote: str, studio: StudioDep) -> Response:
-    await studio.remotes.delete(remote)
+    await studio.providers.delete(remote)
     return Response(status_code=204)

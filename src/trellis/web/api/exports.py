@@ -8,7 +8,7 @@ from urllib.parse import quote
 from fastapi import APIRouter, Path
 from starlette.responses import Response, StreamingResponse
 
-from ...studio.review.exports import zipped
+from ...studio.review.exports import stream_zip
 from .steering import StudioDep
 
 router = APIRouter(prefix="/api/exports", tags=["exports"])
@@ -18,7 +18,7 @@ ExportName = Annotated[str, Path(max_length=200)]
 
 @router.get("")
 async def exports(studio: StudioDep) -> list[dict[str, Any]]:
-    return await studio.exports.all()
+    return await studio.exports.list_exports()
 
 
 @router.get("/{name}")
@@ -31,7 +31,9 @@ async def download(name: ExportName, studio: StudioDep) -> StreamingResponse:
     """All files of an export as a zip, made while it is sent."""
     files = await studio.exports.files(name)
     disposition = f"attachment; filename*=UTF-8''{quote(name)}.zip"
-    return StreamingResponse(zipped(files), media_type="application/zip", headers={"content-disposition": disposition})
+    return StreamingResponse(
+        stream_zip(files), media_type="application/zip", headers={"content-disposition": disposition}
+    )
 
 
 @router.delete("/{name}", status_code=204)

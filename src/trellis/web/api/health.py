@@ -20,5 +20,5 @@ async def healthz() -> dict[str, str]:
 @router.get("/readyz")
 async def readyz(studio: StudioDep) -> dict[str, str]:
     """Answers when the database does."""
-    await studio.store.read(jobs.list_jobs, most=1)
+    await studio.store.read(jobs.list_jobs, limit=1)
     return {"status": "ok", "version": __version__}

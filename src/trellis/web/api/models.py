@@ -9,7 +9,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from ...params import ModelOptions
-from ...studio.jobs import as_json
+from ...studio.jobs import job_json
 from ..rate_limits import enforce_rate_limit
 from .steering import RequestIdDep, StudioDep
 
@@ -29,13 +29,13 @@ class LoadModel(ModelOptions):
 @router.get("")
 async def models(studio: StudioDep) -> list[dict[str, Any]]:
     """Known models: id, kind, source, size, state, memory estimate, and the engines that hold each."""
-    return await studio.models.list()
+    return await studio.models.list_models()
 
 
 @router.post("/load", status_code=202, dependencies=[Depends(enforce_rate_limit)])
 async def load(body: LoadModel, studio: StudioDep, request: RequestIdDep) -> dict[str, Any]:
     """Start loading a model. A loaded one answers with the job that loaded it."""
-    return as_json((await studio.models.load(body.options(), request)).row)
+    return job_json((await studio.models.load(body.options(), request)).row)
 
 
 @router.post("/{model:path}/unload", status_code=202)

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from ...errors import EngineError, Invalid, Refused, TrellisError, shorten
 from ...messages import Answered, Chat, Drawn, Event, Heard, Spoke, Turn, derived_seed, template_kwargs_from
 from ...params import Sampling
-from ...studio.chat.target import Speaker
+from ...studio.chat.target import ChatTarget
 from ...studio.studio import Studio
 from ...text_rules import require_storable
 from ..event_streams import SSE_HEADERS
@@ -209,7 +209,7 @@ async def models(studio: StudioDep) -> dict[str, Any]:
     """Every model and session by the name that the other calls take; a session's steps are `session:<name>@<step>`.
     One whose model is not here any more is not among them."""
     found: dict[str, dict[str, Any]] = {}
-    targets = await studio.speakers.everybody()
+    targets = await studio.chat_targets.list_targets()
     present_models = {each["name"] for each in targets if each["kind"] == "model"}
     for each in targets:
         if each["kind"] == "session" and each["model"] not in present_models:
@@ -223,7 +223,7 @@ async def models(studio: StudioDep) -> dict[str, Any]:
 
 @router.get("/models/{model:path}")
 async def model(model: str, studio: StudioDep) -> dict[str, Any]:
-    await studio.speakers.find(model)
+    await studio.chat_targets.find(model)
     return _model_entry(model)
 
 
@@ -394,7 +394,7 @@ async def _respond(
     request: Request, studio: Studio, body: BaseCompletionRequest, chats: list[Chat], response_format: ResponseFormat
 ) -> Response:
     owner = request.scope.get("trellis.key") or (request.client.host if request.client else "unknown")
-    target = await studio.speakers.find(body.model)
+    target = await studio.chat_targets.find(body.model)
     if not body.stream:
         async with _limit_concurrency(request, owner, len(chats)):
             answers = await _run_while_connected(request, _collect_answers(target, chats, owner))
@@ -424,7 +424,7 @@ async def _respond(
     return StreamingResponse(frames(), media_type="text/event-stream", headers=SSE_HEADERS)
 
 
-async def _collect_answers(target: Speaker, chats: list[Chat], owner: str) -> list[StreamedAnswer]:
+async def _collect_answers(target: ChatTarget, chats: list[Chat], owner: str) -> list[StreamedAnswer]:
     answers = [StreamedAnswer() for _ in chats]
     async with aclosing(_stream_concurrently(target, chats, owner)) as events:
         async for place, event in events:
@@ -433,7 +433,7 @@ async def _collect_answers(target: Speaker, chats: list[Chat], owner: str) -> li
 
 
 async def _stream_concurrently(
-    target: Speaker, chats: list[Chat], owner: str
+    target: ChatTarget, chats: list[Chat], owner: str
 ) -> AsyncGenerator[tuple[int, Event], None]:
     """The events of several answers as they come, each with its place. The first error ends all."""
     queue: asyncio.Queue[tuple[int, Event | BaseException | None]] = asyncio.Queue(maxsize=256)

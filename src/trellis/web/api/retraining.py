@@ -7,8 +7,8 @@ from typing import Any
 from fastapi import APIRouter, Depends
 from pydantic import Field
 
-from ...studio.jobs import as_json
-from ...studio.review.retraining import MOST_EPOCHS
+from ...studio.jobs import job_json
+from ...studio.review.retraining import MAX_EPOCHS
 from ..rate_limits import enforce_rate_limit
 from .steering import RequestBody, RequestIdDep, SessionDep, StudioDep
 
@@ -17,7 +17,7 @@ router = APIRouter(prefix="/api/steering/sessions/{session}", tags=["fits"])
 
 class Retrain(RequestBody):
     node: str | None = Field(None, max_length=100)
-    epochs: int | None = Field(None, ge=1, le=MOST_EPOCHS)
+    epochs: int | None = Field(None, ge=1, le=MAX_EPOCHS)
 
 
 class ImportPreferences(Retrain):
@@ -32,7 +32,7 @@ class ReplayOnModel(Retrain):
 async def retrain(body: Retrain, session: SessionDep, studio: StudioDep, request: RequestIdDep) -> dict[str, Any]:
     """Train a fresh adapter on the whole log of the branch to a node (default: the head): a job whose result names the
     new node, a child of the root."""
-    return as_json((await studio.fits.refit(session.id, body.node, body.epochs, request)).row)
+    return job_json((await studio.retraining.retrain(session.id, body.node, body.epochs, request)).row)
 
 
 @router.post("/import", status_code=202, dependencies=[Depends(enforce_rate_limit)])
@@ -40,16 +40,20 @@ async def import_preferences(
     body: ImportPreferences, session: SessionDep, studio: StudioDep, request: RequestIdDep
 ) -> dict[str, Any]:
     """Learn from a file of preferences in the prompts folder: a job whose result names the new node."""
-    return as_json((await studio.fits.take_in(session.id, body.file, body.node, body.epochs, request)).row)
+    return job_json(
+        (await studio.retraining.import_preferences(session.id, body.file, body.node, body.epochs, request)).row
+    )
 
 
 @router.post("/replay", status_code=202, dependencies=[Depends(enforce_rate_limit)])
 async def replay(body: ReplayOnModel, session: SessionDep, studio: StudioDep, request: RequestIdDep) -> dict[str, Any]:
     """Learn the log of the branch to a node with another base model: a job whose result names a new session."""
-    return as_json((await studio.fits.replay(session.id, body.model, body.node, body.epochs, request)).row)
+    return job_json(
+        (await studio.retraining.replay_on_model(session.id, body.model, body.node, body.epochs, request)).row
+    )
 
 
 @router.get("/fits")
 async def retraining_jobs(session: SessionDep, studio: StudioDep) -> list[dict[str, Any]]:
     """The fits of a session as jobs, the newest first."""
-    return await studio.fits.of(session.id)
+    return await studio.retraining.list_jobs(session.id)

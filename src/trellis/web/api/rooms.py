@@ -11,10 +11,10 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import AfterValidator, Field
 from starlette.responses import Response
 
-from ...studio.chat.exports import FORMATS, written
+from ...studio.chat.exports import EXPORT_FORMATS, export_room
 from ...studio.chat.imports import import_rooms
-from ...studio.chat.room import MOST_MODELS, Room
-from ...studio.jobs import as_json
+from ...studio.chat.room import MAX_MODELS, Room
+from ...studio.jobs import job_json
 from ...studio.studio import Studio
 from ...text_rules import PROMPT_LIMIT, require_storable
 from ..access import MAX_FILE
@@ -29,14 +29,14 @@ SystemPrompt = Annotated[str, Field(max_length=20_000), AfterValidator(require_s
 
 class NewRoom(RequestBody):
     title: Name | None = None
-    models: list[ModelName] = Field([], max_length=MOST_MODELS)
+    models: list[ModelName] = Field([], max_length=MAX_MODELS)
     system: SystemPrompt = ""
     sampling: dict[str, float | int] = Field({})
 
 
 class RoomChange(RequestBody):
     title: Name | None = None
-    models: list[ModelName] | None = Field(None, min_length=1, max_length=MOST_MODELS)
+    models: list[ModelName] | None = Field(None, min_length=1, max_length=MAX_MODELS)
     system: SystemPrompt | None = None
     sampling: dict[str, float | int] | None = None
     archived: bool | None = None
@@ -45,7 +45,7 @@ class RoomChange(RequestBody):
 class NewMessage(RequestBody):
     text: Annotated[str, Field(max_length=PROMPT_LIMIT), AfterValidator(require_storable)]
     parent: str | None = Field(None, max_length=100)
-    models: list[ModelName] = Field([], max_length=MOST_MODELS)
+    models: list[ModelName] = Field([], max_length=MAX_MODELS)
     sampling: dict[str, float | int] | None = None
     attachments: list[Annotated[str, Field(max_length=100)]] = Field([], max_length=20)
 
@@ -72,7 +72,7 @@ async def rooms(
     studio: StudioDep, q: Annotated[str, Query(max_length=200)] = "", archived: bool = False
 ) -> list[dict[str, Any]]:
     """Rooms in whose title or text all words of `q` occur, the last used first."""
-    return await studio.rooms.found(q, archived)
+    return await studio.rooms.search(q, archived)
 
 
 @router.post("", status_code=201, dependencies=[Depends(enforce_rate_limit)])
@@ -86,31 +86,31 @@ async def create(body: NewRoom, studio: StudioDep, request: RequestIdDep) -> dic
 @router.get("/speakers")
 async def chat_targets(studio: StudioDep) -> list[dict[str, Any]]:
     """Everybody who can be talked to: models and sessions."""
-    return await studio.speakers.everybody()
+    return await studio.chat_targets.list_targets()
 
 
 @router.get("/speakers/{session}/versions")
 async def versions(session: str, studio: StudioDep) -> list[dict[str, Any]]:
     """The steps of a session that can be talked to, the newest first."""
-    return await studio.speakers.versions(session)
+    return await studio.chat_targets.list_versions(session)
 
 
 @router.get("/prompts")
 async def prompts(studio: StudioDep) -> list[dict[str, Any]]:
     """The prompt library."""
-    return await studio.rooms.prompts()
+    return await studio.rooms.list_prompts()
 
 
 @router.put("/prompts")
 async def save_prompt(body: NewPrompt, studio: StudioDep) -> list[dict[str, Any]]:
     """Keep a prompt in the library, in place of the one of that name."""
-    await studio.rooms.keep_prompt(body.name.strip(), body.text)
-    return await studio.rooms.prompts()
+    await studio.rooms.save_prompt(body.name.strip(), body.text)
+    return await studio.rooms.list_prompts()
 
 
 @router.delete("/prompts/{prompt}", status_code=204)
 async def delete_prompt(prompt: str, studio: StudioDep) -> Response:
-    await studio.rooms.drop_prompt(prompt)
+    await studio.rooms.delete_prompt(prompt)
     return Response(status_code=204)
 
 
@@ -126,11 +126,11 @@ async def check_file(
     request: Request,
     studio: StudioDep,
     name: Annotated[str, Query(min_length=1, max_length=300)],
-    model: Annotated[list[ModelName], Query(max_length=MOST_MODELS)] = [],  # noqa: B006
+    model: Annotated[list[ModelName], Query(max_length=MAX_MODELS)] = [],  # noqa: B006
 ) -> dict[str, Any]:
     """What the body would be as a file of a room that is not there yet; it is not kept. Refuses as adding it does."""
     data = await request.body()
-    await studio.speakers.require_sight(model, data)
+    await studio.chat_targets.require_picture_support_for(model, data)
     read = await studio.attachments.read(name, data)
     return {each: read[each] for each in ("name", "kind", "bytes")} | {"characters": len(read["text"])}
 
@@ -138,13 +138,13 @@ async def check_file(
 @router.get("/{room}")
 async def state(room: RoomDep) -> dict[str, Any]:
     """A room with all its messages."""
-    messages, last = await room.view(list(room.messages.values()))
+    messages, last = await room.rendered_messages(list(room.messages.values()))
     return room.as_json() | {"messages": messages, "last": last}
 
 
 @router.patch("/{room}")
 async def change(body: RoomChange, room: RoomDep) -> dict[str, Any]:
-    await room.change(
+    await room.update_settings(
         title=body.title, system=body.system, models=body.models, sampling=body.sampling, archived=body.archived
     )
     return room.as_json()
@@ -171,30 +171,30 @@ async def add_file(
     room: RoomDep,
     studio: StudioDep,
     name: Annotated[str, Query(min_length=1, max_length=300)],
-    model: Annotated[list[ModelName], Query(max_length=MOST_MODELS)] = [],  # noqa: B006
+    model: Annotated[list[ModelName], Query(max_length=MAX_MODELS)] = [],  # noqa: B006
 ) -> dict[str, Any]:
     """Add the body as a file, which a message may then name: text, code, a PDF, or a picture for a model that sees.
     Where `model` names who is to answer, a picture that one of them cannot see is refused."""
     data = await request.body()
-    await studio.speakers.require_sight(model, data)
+    await studio.chat_targets.require_picture_support_for(model, data)
     return await studio.attachments.add(room.id, name, data)
 
 
 @router.get("/{room}/files/{file}")
 async def get_file(room: RoomDep, studio: StudioDep, file: str) -> Response:
     """A file as it was sent, as a download."""
-    about = await room.file(file)
+    about = await room.get_file(file)
     quoted = quote(about["name"], safe="")
     headers = {"content-disposition": f"attachment; filename*=UTF-8''{quoted}", "content-security-policy": "sandbox"}
-    return Response(await studio.attachments.content(file), media_type="application/octet-stream", headers=headers)
+    return Response(await studio.attachments.read_content(file), media_type="application/octet-stream", headers=headers)
 
 
 @router.post("/{room}/teach", status_code=202, dependencies=[Depends(enforce_rate_limit)])
 async def teach(body: Teach, room: RoomDep, studio: StudioDep, request: RequestIdDep) -> dict[str, Any]:
     """Have a session learn from what was said of an answer: a job whose result is a step of its tree."""
-    prompt, options, choice = studio.rooms.said_of(room, body.message)
+    prompt, options, choice = studio.rooms.choice_from_answer(room, body.message)
     what = f"an answer in “{room.title}”"
-    return as_json((await studio.fits.teach(body.session, prompt, options, choice, what, request)).row)
+    return job_json((await studio.retraining.learn_from_chat(body.session, prompt, options, choice, what, request)).row)
 
 
 @router.post("/{room}/stop", status_code=202)
@@ -207,7 +207,9 @@ async def stop(room: RoomDep) -> dict[str, Any]:
 @router.get("/{room}/export")
 async def export(room: RoomDep, format: Literal["json", "markdown", "open-webui"] = "json") -> Response:
     """A room to take away: all of it, the branch that is looked at as Markdown, or as open-webui reads it."""
-    kind, ending = FORMATS[format]
+    kind, ending = EXPORT_FORMATS[format]
     disposition = {"content-disposition": f'attachment; filename="{room.id}.{ending}"'}
-    text = await asyncio.to_thread(written, room, format)  # of thousands of messages, longer than the loop may be held
+    text = await asyncio.to_thread(
+        export_room, room, format
+    )  # of thousands of messages, longer than the loop may be held
     return Response(text, media_type=kind, headers=disposition)

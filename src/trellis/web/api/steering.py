@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
 from ...messages import Choice
 from ...params import SessionConfig
-from ...studio.jobs import as_json
+from ...studio.jobs import job_json
 from ...studio.review import journal as journals
 from ...studio.steering.presets import all_presets
 from ...studio.steering.session import Session
@@ -130,7 +130,7 @@ async def create(body: NewSession, studio: StudioDep, request: RequestIdDep) -> 
 @router.post("/check")
 async def check(body: Check, studio: StudioDep) -> dict[str, Any]:
     """What is wrong with a partial configuration, field by field, and whether its model would fit into memory."""
-    return await studio.steering.check(body.config)
+    return await studio.steering.check_config(body.config)
 
 
 @router.get("/presets")
@@ -142,7 +142,7 @@ async def presets() -> list[dict[str, Any]]:
 @router.get("/files")
 async def files(studio: StudioDep) -> list[dict[str, Any]]:
     """Files of prompts that a dataset can name."""
-    return await studio.datasets.files()
+    return await studio.datasets.list_files()
 
 
 @router.post("/preview", dependencies=[Depends(enforce_rate_limit)])
@@ -153,7 +153,7 @@ async def preview(body: Preview, studio: StudioDep) -> dict[str, Any]:
 
 @router.get("/sessions")
 async def sessions(studio: StudioDep) -> list[dict[str, Any]]:
-    return await studio.steering.sessions()
+    return await studio.steering.list_sessions()
 
 
 @router.get("/sessions/{session}")
@@ -208,14 +208,14 @@ async def resume(session: SessionDep, request: RequestIdDep) -> dict[str, str]:
 @router.post("/sessions/{session}/goto", status_code=202)
 async def goto(body: Goto, session: SessionDep, request: RequestIdDep) -> dict[str, str]:
     """Stand at any node; the options that were shown there come back."""
-    await session.goto(body.node, request)
+    await session.go_to(body.node, request)
     return {"request": request}
 
 
 @router.post("/sessions/{session}/prompt", status_code=202)
 async def prompt(body: NewPrompt, session: SessionDep, request: RequestIdDep) -> dict[str, str]:
     """Replace the current prompt and offer again."""
-    await session.prompt(body.text, request)
+    await session.replace_prompt(body.text, request)
     return {"request": request}
 
 
@@ -229,14 +229,14 @@ async def name_node(body: NodeName, session: SessionDep, node: str) -> dict[str,
 @router.post("/sessions/{session}/compare", status_code=202, dependencies=[Depends(enforce_rate_limit)])
 async def compare(body: Compare, session: SessionDep, studio: StudioDep, request: RequestIdDep) -> dict[str, Any]:
     """Answer prompts from two nodes with the same seed: a job whose result has both answers to each."""
-    prompts = list(body.prompts) or await studio.comparisons.usual_prompts(session.id)
-    return as_json((await studio.comparisons.start(session.id, body.left, body.right, prompts, request)).row)
+    prompts = list(body.prompts) or await studio.comparisons.default_prompts(session.id)
+    return job_json((await studio.comparisons.start(session.id, body.left, body.right, prompts, request)).row)
 
 
 @router.post("/sessions/{session}/exports", status_code=202, dependencies=[Depends(enforce_rate_limit)])
 async def export(body: Export, session: SessionDep, studio: StudioDep, request: RequestIdDep) -> dict[str, Any]:
     """Take a node away as a folder: a job whose result is {path, files, bytes, checks}."""
-    return as_json((await studio.exports.start(session.id, body.kind, body.name, body.node, request)).row)
+    return job_json((await studio.exports.start(session.id, body.kind, body.name, body.node, request)).row)
 
 
 @router.post("/sessions/{session}/sample", dependencies=[Depends(enforce_rate_limit)])
@@ -249,7 +249,7 @@ async def sample(body: Sample, session: SessionDep, studio: StudioDep) -> dict[s
 @router.get("/sessions/{session}/tree")
 async def tree(session: SessionDep, studio: StudioDep) -> Response:
     """All nodes `{id, parent, step, choice, drift, metrics, name, created}`, and which one is the head."""
-    found = await studio.steering.tree(session.id)
+    found = await studio.steering.tree_json(session.id)
     text = await asyncio.to_thread(json.dumps, found)  # hundreds of nodes take longer than the event loop may be held
     return Response(text, media_type="application/json")
 
@@ -257,7 +257,7 @@ async def tree(session: SessionDep, studio: StudioDep) -> Response:
 @router.get("/sessions/{session}/journal", response_class=PlainTextResponse)
 async def journal(session: SessionDep, studio: StudioDep, download: bool = False) -> Response:
     """The branch to the head as Markdown."""
-    text = await journals.journal(studio.store, session)
+    text = await journals.journal_markdown(studio.store, session)
     headers = {"content-disposition": f'attachment; filename="{session.id}-journal.md"'} if download else {}
     return Response(text, media_type="text/markdown; charset=utf-8", headers=headers)
 
@@ -267,7 +267,7 @@ async def choices(
     session: SessionDep, studio: StudioDep, format: Annotated[str, Query(max_length=40)] = "raw"
 ) -> StreamingResponse:
     """Every choice as JSON lines: raw, trl-preference, trl-unpaired or openai-dpo."""
-    lines = await journals.choices(studio.store, session, format)
+    lines = await journals.export_choices(studio.store, session, format)
     disposition = {"content-disposition": f'attachment; filename="{session.id}-{format}.jsonl"'}
     return StreamingResponse(lines, media_type="application/jsonl", headers=disposition)
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from ...errors import Invalid
-from ...studio.uploads import MOST_FILES, PIECE
+from ...studio.uploads import CHUNK_BYTES, MAX_FILES
 from ..rate_limits import enforce_rate_limit
 from .steering import RequestBody, StudioDep
 
@@ -24,7 +24,7 @@ class File(RequestBody):
 class NewUpload(RequestBody):
     kind: Literal["prompts", "model"]
     name: str = Field(min_length=1, max_length=200)
-    files: list[File] = Field(min_length=1, max_length=MOST_FILES)
+    files: list[File] = Field(min_length=1, max_length=MAX_FILES)
     mark: str = Field("", max_length=20_000, description="Tells these files from others of the same names and sizes.")
 
 
@@ -46,9 +46,9 @@ async def append(
     """Add the body, at most a megabyte, to a file that has `offset` bytes so far. A wrong offset answers 409 with
     what is here."""
     chunk = await request.body()
-    if not 0 < len(chunk) <= PIECE:
+    if not 0 < len(chunk) <= CHUNK_BYTES:
         raise Invalid(
-            f"The piece has {len(chunk)} bytes; 1 to {PIECE} are taken at once.",
+            f"The piece has {len(chunk)} bytes; 1 to {CHUNK_BYTES} are taken at once.",
             field="",
             next_step="Send less at once.",
         )

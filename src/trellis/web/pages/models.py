@@ -59,15 +59,15 @@ async def render_models_page(
 
 
 async def page_context(studio: Studio) -> dict[str, Any]:
-    models = await studio.models.list()
-    failed = await studio.models.failed_loads()
+    models = await studio.models.list_models()
+    failed = await studio.models.list_failed_loads()
     known = {model["id"] for model in models}
     return {
         "models": models,
         "jobs": {job["id"]: job for job in await studio.jobs.list(["load"])},
         "failed": failed,
         "failed_elsewhere": [job for model, job in failed.items() if model not in known],
-        "free": studio.models.free(ModelOptions()),
+        "free": studio.models.available_memory(ModelOptions()),
     }
 
 
@@ -97,7 +97,7 @@ async def delete(request: Request, model: str, studio: StudioDep) -> Response:
 @router.post("/models/{model:path}/forget")
 async def forget(request: Request, model: str, studio: StudioDep) -> Response:
     """Remove a model that could not be loaded from the page, and the parts of it that were fetched."""
-    return await _run_action(request, studio, studio.models.forget_failed_loads(model))
+    return await _run_action(request, studio, studio.models.delete_failed_loads(model))
 
 
 async def _run_action(

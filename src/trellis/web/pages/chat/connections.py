@@ -54,8 +54,8 @@ async def render_page(
         "connections/page.html",
         status_of(error) if error else 200,
         place="chat",
-        keys=await studio.keys.all(),
-        remotes=await studio.remotes.all(),
+        keys=await studio.api_keys.list_keys(),
+        remotes=await studio.providers.list_providers(),
         made=new_key,
         may_permit=is_local_request(request),
         address=str(request.base_url).rstrip("/"),
@@ -70,7 +70,7 @@ async def create_key(request: Request, studio: StudioDep, form: Annotated[KeyFor
     """The key is shown on the page that answers, and nowhere else."""
     await enforce_rate_limit(request)
     try:
-        _, secret = await studio.keys.make(form.name.strip())
+        _, secret = await studio.api_keys.create(form.name.strip())
     except TrellisError as error:
         return await render_page(request, studio, error=error)
     return await render_page(request, studio, new_key=secret)
@@ -78,7 +78,7 @@ async def create_key(request: Request, studio: StudioDep, form: Annotated[KeyFor
 
 @router.post("/connections/keys/{key}/revoke")
 async def revoke_key(studio: StudioDep, key: str) -> Response:
-    await studio.keys.revoke(key)
+    await studio.api_keys.revoke(key)
     return RedirectResponse("/connections", 303)
 
 
@@ -95,7 +95,7 @@ async def add_provider(request: Request, studio: StudioDep, form: Annotated[Prov
                 next_step="Open this page there, at the address with “localhost” or “127.0.0.1”.",
             )  # fmt: skip
         body = validate_form(form, names)
-        await studio.remotes.add(body.name.strip(), body.url, body.key.strip(), body.models, body.sees, form.permit)
+        await studio.providers.add(body.name.strip(), body.url, body.key.strip(), body.models, body.sees, form.permit)
     except TrellisError as error:
         return await render_page(request, studio, error=error, form_values=form_values)
     return RedirectResponse("/connections", 303)
@@ -111,5 +111,5 @@ def validate_form(form: ProviderForm, names: list[str]) -> NewProvider:
 
 @router.post("/connections/remotes/{remote}/delete")
 async def delete_provider(studio: StudioDep, remote: str) -> Response:
-    await studio.remotes.delete(remote)
+    await studio.providers.delete(remote)
     return RedirectResponse("/connections", 303)

@@ -15,9 +15,9 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ....errors import TrellisError
 from ....params import Sampling
-from ....studio.chat.imports import Imported, import_rooms
+from ....studio.chat.imports import ImportResult, import_rooms
 from ....studio.chat.message import Message
-from ....studio.chat.room import CHAT, MOST_MODELS, Room
+from ....studio.chat.room import DEFAULT_SAMPLING, MAX_MODELS, Room
 from ....studio.studio import Studio
 from ....text_rules import PROMPT_LIMIT
 from ...access import MAX_FILE
@@ -57,7 +57,7 @@ class ThreadTurn:
 class SendForm(ActionForm):
     text: str = ""
     """As long as a body may be: a message that is too long comes back with the reason, and is not lost."""
-    models: list[Annotated[str, Field(max_length=300)]] = Field([], max_length=MOST_MODELS)
+    models: list[Annotated[str, Field(max_length=300)]] = Field([], max_length=MAX_MODELS)
 
 
 class MessageForm(ActionForm):
@@ -128,9 +128,9 @@ async def render_start_page(
     model: str = "",
     text: str = "",
     error: TrellisError | None = None,
-    imported: Imported | None = None,
+    imported: ImportResult | None = None,
 ) -> HTMLResponse:
-    speakers = await studio.speakers.everybody()
+    speakers = await studio.chat_targets.list_targets()
     listed = not model or model in {each["name"] for each in speakers}
     return get_renderer(request).html_response(
         "chat/start.html",
@@ -140,8 +140,8 @@ async def render_start_page(
         text=text,
         chosen=[model or "demo"],
         speakers=speakers,
-        known=[] if listed else [(model, await studio.speakers.label(model))],
-        most=MOST_MODELS,
+        known=[] if listed else [(model, await studio.chat_targets.label_of(model))],
+        most=MAX_MODELS,
         longest=PROMPT_LIMIT,
         error=error.as_json() if error else None,
         imported=imported,
@@ -151,7 +151,7 @@ async def render_start_page(
 
 
 async def room_list_context(studio: Studio, q: str = "", archived: bool = False, all: bool = False) -> dict[str, Any]:
-    found = await studio.rooms.found(q, archived)
+    found = await studio.rooms.search(q, archived)
     shown = found if all or q else found[:ROOMS_SHOWN]
     return {"rooms": shown, "total": len(found), "q": q, "archived": archived}
 
@@ -193,9 +193,9 @@ async def render_room(
     request: Request, room: Room, studio: Studio, all: bool = False, error: TrellisError | None = None, text: str = ""
 ) -> HTMLResponse:
     turns, after, earlier = await load_thread(room, all)
-    speakers = await studio.speakers.everybody()
+    speakers = await studio.chat_targets.list_targets()
     names = {each["name"] for each in speakers}
-    known = [(name, await studio.speakers.label(name)) for name in room.models if name not in names]
+    known = [(name, await studio.chat_targets.label_of(name)) for name in room.models if name not in names]
     return await asyncio.to_thread(
         get_renderer(request).html_response,
         "chat/room.html",
@@ -210,9 +210,9 @@ async def render_room(
         sessions=[each for each in speakers if each["kind"] == "session"],
         known=known,
         chosen=room.models,
-        most=MOST_MODELS,
+        most=MAX_MODELS,
         longest=PROMPT_LIMIT,
-        sampling=CHAT.model_dump() | room.sampling,
+        sampling=DEFAULT_SAMPLING.model_dump() | room.sampling,
         fields=sampling_fields(room.sampling),
         text=text,
         error=error.as_json() if error else None,
@@ -227,7 +227,7 @@ def sampling_fields(sampling: dict[str, Any]) -> list[dict[str, Any]]:
     for name, row in Sampling.model_fields.items():
         found.append({
             "name": name, "title": row.title, "help": row.description, "value": sampling.get(name, ""),
-            "default": getattr(CHAT, name),
+            "default": getattr(DEFAULT_SAMPLING, name),
         })  # fmt: skip
     return found
 
@@ -238,16 +238,16 @@ async def load_thread(room: Room, all: bool = False) -> tuple[list[ThreadTurn], 
     shown = path if all else path[-MESSAGES_SHOWN:]
     columns = {message.id: parallel_answers(room, message) for message in shown}
     wanted = {each.id: each for message in shown for each in columns[message.id]}
-    message_views, after = await room.view(list(wanted.values()))
+    message_views, after = await room.rendered_messages(list(wanted.values()))
     by_id = {each["id"]: message_context(each) for each in message_views}
-    continuable = frozenset([each.id for each in wanted.values() if await room.can_go_on(each)])
+    continuable = frozenset([each.id for each in wanted.values() if await room.can_continue(each)])
     turns = [make_turn(room, message, by_id, columns[message.id], continuable) for message in shown]
     return turns, after, len(path) - len(shown)
 
 
 async def list_sessions(studio: Studio) -> list[dict[str, Any]]:
     """The sessions that may learn from an answer."""
-    return [each for each in await studio.speakers.everybody() if each["kind"] == "session"]
+    return [each for each in await studio.chat_targets.list_targets() if each["kind"] == "session"]
 
 
 def parallel_answers(room: Room, message: Message) -> list[Message]:
@@ -318,8 +318,8 @@ async def one_message(request: Request, room: RoomDep, studio: StudioDep, messag
     if len(columns) > 1:  # of a comparison, the answer that is on the branch
         on_branch = {each.id for each in room.path(room.head)}
         found = next((each for each in columns if each.id in on_branch), columns[0])
-    message_views, after = await room.view(columns)
-    continuable = frozenset([each.id for each in columns if await room.can_go_on(each)])
+    message_views, after = await room.rendered_messages(columns)
+    continuable = frozenset([each.id for each in columns if await room.can_continue(each)])
     turn = make_turn(room, found, {each["id"]: message_context(each) for each in message_views}, columns, continuable)
     return get_renderer(request).html_response(
         "chat/_turn.html", room=room.as_json(), turn=turn, after=after, sessions=sessions
@@ -368,13 +368,13 @@ async def regenerate(request: Request, room: RoomDep, form: Annotated[Regenerate
 @router.post("/chat/{room}/go-on")
 async def continue_answer(request: Request, room: RoomDep, form: Annotated[MessageForm, Form()]) -> Response:
     await enforce_rate_limit(request)
-    await room.go_on(form.message)
+    await room.continue_answer(form.message)
     return action_response(request, room)
 
 
 @router.post("/chat/{room}/choose")
 async def choose(request: Request, room: RoomDep, form: Annotated[MessageForm, Form()]) -> Response:
-    await room.choose(form.message)
+    await room.select_branch(form.message)
     return action_response(request, room)
 
 
@@ -388,9 +388,9 @@ async def rate(request: Request, room: RoomDep, form: Annotated[RateForm, Form()
 async def teach(request: Request, room: RoomDep, studio: StudioDep, form: Annotated[TeachForm, Form()]) -> Response:
     """Have a session learn from an answer. A script is told where that can be looked at; a form goes there."""
     await enforce_rate_limit(request)
-    prompt, options, choice = studio.rooms.said_of(room, form.message)
+    prompt, options, choice = studio.rooms.choice_from_answer(room, form.message)
     what = f"an answer in “{room.title}”"
-    await studio.fits.teach(form.session, prompt, options, choice, what, form.request)
+    await studio.retraining.learn_from_chat(form.session, prompt, options, choice, what, form.request)
     if "hx-request" in request.headers:
         name = (await studio.steering.session(form.session)).name
         event = {"trellis:taught": {"message": form.message, "session": name, "url": f"/steer/{form.session}/log#fits"}}
@@ -400,7 +400,7 @@ async def teach(request: Request, room: RoomDep, studio: StudioDep, form: Annota
 
 @router.post("/chat/{room}/rename")
 async def rename(request: Request, room: RoomDep, form: Annotated[RenameForm, Form()]) -> Response:
-    await room.change(title=form.title.strip())
+    await room.update_settings(title=form.title.strip())
     return action_response(request, room)
 
 
@@ -409,7 +409,7 @@ async def settings(
     request: Request, room: RoomDep, studio: StudioDep, form: Annotated[SettingsForm, Form()]
 ) -> Response:
     try:
-        await room.change(system=form.system, sampling=form.sampling())
+        await room.update_settings(system=form.system, sampling=form.sampling())
     except TrellisError as error:
         if "hx-request" in request.headers:
             raise
@@ -419,7 +419,7 @@ async def settings(
 
 @router.post("/chat/{room}/archive")
 async def archive(room: RoomDep, form: Annotated[ArchiveForm, Form()]) -> Response:
-    await room.change(archived=form.archived)
+    await room.update_settings(archived=form.archived)
     return RedirectResponse("/chat" if form.archived else f"/chat/{room.id}", 303)
 
 

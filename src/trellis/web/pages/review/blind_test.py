@@ -10,8 +10,8 @@ from pydantic import Field
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ....errors import Conflict, Invalid, TrellisError
-from ....studio.review.blind_test import MOST_ROUNDS, USUAL_ROUNDS
-from ....studio.review.win_rate import in_words, names_of
+from ....studio.review.blind_test import DEFAULT_ROUNDS, MAX_ROUNDS
+from ....studio.review.win_rate import distinct_names, win_rate_sentence
 from ....studio.steering.session import Session
 from ....studio.steering.tree import drift_of
 from ....studio.studio import Studio
@@ -28,7 +28,7 @@ router = APIRouter(include_in_schema=False)
 class StartForm(ActionForm):
     left: str = Field(max_length=100)
     right: str = Field(max_length=100)
-    rounds: str = Field(str(USUAL_ROUNDS), max_length=20)
+    rounds: str = Field(str(DEFAULT_ROUNDS), max_length=20)
     prompts: str = Field("", max_length=200_000)
 
 
@@ -46,7 +46,7 @@ async def page(
     right: Annotated[str, Query(max_length=100)] = "",
 ) -> HTMLResponse:
     """Choose what to compare, and see what was compared."""
-    values = {"left": left, "right": right, "rounds": str(USUAL_ROUNDS), "prompts": ""}
+    values = {"left": left, "right": right, "rounds": str(DEFAULT_ROUNDS), "prompts": ""}
     return await render_start_page(request, session, studio, values)
 
 
@@ -54,7 +54,7 @@ async def render_start_page(
     request: Request, session: Session, studio: Studio, values: dict[str, str], error: TrellisError | None = None
 ) -> HTMLResponse:
     labels = await session.labels()
-    trials = await studio.blind.all(session.id)
+    trials = await studio.blind_tests.list_trials(session.id)
     return get_renderer(request).html_response(
         "blind_test/start.html",
         status_of(error) if error else 200,
@@ -64,10 +64,11 @@ async def render_start_page(
         left=values["left"] or session.tree.root.id,
         right=values["right"] or session.tree.head_id,
         rounds=values["rounds"],
-        most=MOST_ROUNDS,
+        most=MAX_ROUNDS,
         prompts=values["prompts"],
         trials=[
-            trial | {"told": result_text(trial), "names": names_of(trial["left"], trial["right"])} for trial in trials
+            trial | {"told": result_text(trial), "names": distinct_names(trial["left"], trial["right"])}
+            for trial in trials
         ],
         error=error.as_json() if error else None,
         request_id=secrets.token_hex(12),
@@ -78,7 +79,7 @@ def result_text(trial: dict[str, Any]) -> str:
     """What a comparison came to, in words; empty while it goes on."""
     if not trial["result"]:
         return ""
-    return in_words(trial["result"], *names_of(trial["left"], trial["right"]))
+    return win_rate_sentence(trial["result"], *distinct_names(trial["left"], trial["right"]))
 
 
 @router.post("/steer/{session}/blind")
@@ -92,7 +93,9 @@ async def start(
             raise Invalid(
                 f"rounds: must be a whole number, got “{form.rounds[:20]}”.", field="rounds", next_step="Type a number."
             )
-        trial = await studio.blind.start(session.id, form.left, form.right, int(form.rounds), prompts, form.request)
+        trial = await studio.blind_tests.start(
+            session.id, form.left, form.right, int(form.rounds), prompts, form.request
+        )
     except TrellisError as error:
         return await render_start_page(request, session, studio, form.model_dump(), error)
     return RedirectResponse(f"/steer/{session.id}/blind/{trial['id']}", 303)
@@ -101,7 +104,7 @@ async def start(
 @router.get("/steer/{session}/blind/{trial}")
 async def trial_page(request: Request, session: SessionDep, studio: StudioDep, trial: str) -> HTMLResponse:
     """The round to judge, or the result. A part of the page when a script asks."""
-    return render_trial(request, session, await studio.blind.state(session.id, trial))
+    return render_trial(request, session, await studio.blind_tests.state(session.id, trial))
 
 
 @router.post("/steer/{session}/blind/{trial}/verdict")
@@ -109,25 +112,25 @@ async def verdict(
     request: Request, session: SessionDep, studio: StudioDep, trial: str, form: Annotated[VerdictForm, Form()]
 ) -> Response:
     try:
-        found = await studio.blind.judge(session.id, trial, form.round, form.verdict)
+        found = await studio.blind_tests.judge(session.id, trial, form.round, form.verdict)
     except Conflict:  # judged already, here or in another tab: the current round is what to look at
-        found = await studio.blind.state(session.id, trial)
+        found = await studio.blind_tests.state(session.id, trial)
     return action_response(request, session, found)
 
 
 @router.post("/steer/{session}/blind/{trial}/end")
 async def end(request: Request, session: SessionDep, studio: StudioDep, trial: str) -> Response:
-    return action_response(request, session, await studio.blind.end(session.id, trial))
+    return action_response(request, session, await studio.blind_tests.end(session.id, trial))
 
 
 @router.post("/steer/{session}/blind/{trial}/undo")
 async def undo(request: Request, session: SessionDep, studio: StudioDep, trial: str) -> Response:
-    return action_response(request, session, await studio.blind.take_back(session.id, trial))
+    return action_response(request, session, await studio.blind_tests.undo_verdict(session.id, trial))
 
 
 @router.post("/steer/{session}/blind/{trial}/retry")
 async def retry(request: Request, session: SessionDep, studio: StudioDep, trial: str) -> Response:
-    return action_response(request, session, await studio.blind.retry(session.id, trial))
+    return action_response(request, session, await studio.blind_tests.retry(session.id, trial))
 
 
 def action_response(request: Request, session: Session, trial: dict[str, Any]) -> Response:
@@ -144,6 +147,6 @@ def render_trial(request: Request, session: Session, trial: dict[str, Any]) -> H
         state=session.state(),
         trial=trial,
         told=result_text(trial),
-        names=names_of(trial["left"], trial["right"]),
+        names=distinct_names(trial["left"], trial["right"]),
         request_id=secrets.token_hex(12),
     )

@@ -11,12 +11,12 @@ from pydantic import Field
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ....errors import Invalid, TrellisError
-from ....studio.datasets.datasets import TABLES
+from ....studio.datasets.datasets import TABLE_SUFFIXES
 from ....studio.jobs import Job
 from ....studio.review import journal as journals
-from ....studio.review.retraining import MOST_EPOCHS
+from ....studio.review.retraining import MAX_EPOCHS
 from ....studio.steering.session import Session
-from ....studio.steering.tree import Fitted, Node
+from ....studio.steering.tree import Node, Retraining
 from ....studio.studio import Studio
 from ...api.steering import SessionDep, StudioDep
 from ...error_responses import status_of
@@ -35,9 +35,9 @@ class RetrainForm(ActionForm):
         text = self.epochs.strip()
         if not text:
             return None
-        if not text.isdecimal() or not 1 <= int(text) <= MOST_EPOCHS:
+        if not text.isdecimal() or not 1 <= int(text) <= MAX_EPOCHS:
             raise Invalid(
-                f"epochs: must be 1 to {MOST_EPOCHS}, got “{text}”.",
+                f"epochs: must be 1 to {MAX_EPOCHS}, got “{text}”.",
                 field="epochs",
                 next_step="Type a number, or leave it empty.",
             )
@@ -60,21 +60,21 @@ async def page(request: Request, session: SessionDep, studio: StudioDep) -> HTML
 async def render_log_page(
     request: Request, session: Session, studio: Studio, error: TrellisError | None = None
 ) -> HTMLResponse:
-    files = [file for file in await studio.datasets.files() if file["name"].lower().endswith(TABLES)]
-    fits = await studio.fits.of(session.id)
-    models = [model for model in await studio.models.list() if model["id"] != session.config.model]
+    files = [file for file in await studio.datasets.list_files() if file["name"].lower().endswith(TABLE_SUFFIXES)]
+    fits = await studio.retraining.list_jobs(session.id)
+    models = [model for model in await studio.models.list_models() if model["id"] != session.config.model]
     return get_renderer(request).html_response(
         "retraining/page.html",
         status_of(error) if error else 200,
         place="steer",
         state=session.state(),
         counts=count_choices(session.tree.path(session.tree.head_id)),
-        formats=journals.FORMATS,
+        formats=journals.CHOICE_FORMATS,
         files=files,
         models=models,
         fits=fits,
         working=next((job["id"] for job in fits if job["state"] in ("queued", "running")), None),
-        most=MOST_EPOCHS,
+        most=MAX_EPOCHS,
         error=error.as_json() if error else None,
         request_id=secrets.token_hex(12),
     )
@@ -82,8 +82,8 @@ async def render_log_page(
 
 def count_choices(path: list[Node]) -> dict[str, int]:
     """What was said on a branch, in numbers."""
-    learned_nodes = [node for node in path if node.learned]
-    from_logs = [node.choice for node in learned_nodes if isinstance(node.choice, Fitted)]
+    learned_nodes = [node for node in path if node.has_learned]
+    from_logs = [node.choice for node in learned_nodes if isinstance(node.choice, Retraining)]
     refused = sum(node.choice == "none" for node in learned_nodes)
     return {
         "clicks": len(learned_nodes) - len(from_logs),
@@ -98,7 +98,7 @@ async def retrain(
 ) -> Response:
     await enforce_rate_limit(request)
     return await start_job(
-        request, session, studio, lambda: studio.fits.refit(session.id, None, form.parse_epochs(), form.request)
+        request, session, studio, lambda: studio.retraining.retrain(session.id, None, form.parse_epochs(), form.request)
     )
 
 
@@ -111,7 +111,7 @@ async def import_preferences(
         request,
         session,
         studio,
-        lambda: studio.fits.take_in(session.id, form.file, None, form.parse_epochs(), form.request),
+        lambda: studio.retraining.import_preferences(session.id, form.file, None, form.parse_epochs(), form.request),
     )
 
 
@@ -124,7 +124,7 @@ async def replay(
         request,
         session,
         studio,
-        lambda: studio.fits.replay(session.id, form.model, None, form.parse_epochs(), form.request),
+        lambda: studio.retraining.replay_on_model(session.id, form.model, None, form.parse_epochs(), form.request),
     )
 
 

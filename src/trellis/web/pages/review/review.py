@@ -15,7 +15,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from ....errors import TrellisError
 from ....markdown import to_html
 from ....studio.review import journal as journals
-from ....studio.review.narrative import tell
+from ....studio.review.narrative import write_narrative
 from ....studio.steering.session import Session
 from ....studio.steering.tree import Node, drift_of
 from ....studio.studio import Studio
@@ -59,8 +59,8 @@ async def render_review_page(
     form: ExportForm | None = None,
 ) -> HTMLResponse:
     await session.open_prompts()
-    narrative = await tell(studio.store, session, NARRATIVE_STEPS)
-    text = await journals.journal(studio.store, session, last=JOURNAL_STEPS)
+    narrative = await write_narrative(studio.store, session, NARRATIVE_STEPS)
+    text = await journals.journal_markdown(studio.store, session, last=JOURNAL_STEPS)
     shown = await asyncio.to_thread(to_html, text)
     config = flatten_config(session.config.model_dump(mode="json"))
     return await asyncio.to_thread(
@@ -73,7 +73,7 @@ async def render_review_page(
         charts=make_charts(session),
         journal=Markup(shown),  # noqa: S704 - sanitised by to_html
         journal_cut=max(0, len(session.tree.path(session.tree.head_id)) - 1 - JOURNAL_STEPS),
-        formats=journals.FORMATS,
+        formats=journals.CHOICE_FORMATS,
         groups=group_fields(config),
         error=error.as_json() if error else None,
         sent=form,
@@ -87,7 +87,7 @@ async def exports_context(session: Session, studio: Studio) -> dict[str, Any]:
     jobs = [
         job for job in await studio.jobs.list() if job["kind"] == "export" and job["about"]["session"] == session.id
     ]
-    done = [export for export in await studio.exports.all() if export["session"] == session.id]
+    done = [export for export in await studio.exports.list_exports() if export["session"] == session.id]
     return {
         "working": [job for job in jobs if job["state"] in ("queued", "running")],
         "failed": [job for job in jobs[:3] if job["state"] == "failed"],
@@ -175,7 +175,7 @@ async def compare_page(
         running = None
     about = running["about"] if running else {}
     tree, labels = session.tree, await session.labels()
-    lines = about.get("prompts") or await studio.comparisons.usual_prompts(session.id)
+    lines = about.get("prompts") or await studio.comparisons.default_prompts(session.id)
     return get_renderer(request).html_response(
         "review/compare.html",
         place="steer",
@@ -191,14 +191,14 @@ async def compare_page(
 
 def comparable_nodes(session: Session) -> list[Node]:
     """The nodes a person may compare: all that learned something, the newest first, and the base."""
-    nodes = [node for node in session.tree.nodes.values() if node.learned or node.parent is None or node.name]
+    nodes = [node for node in session.tree.nodes.values() if node.has_learned or node.parent is None or node.name]
     return sorted(nodes, key=lambda node: (-node.step, -node.created))
 
 
 def node_label(node: Node, labels: dict[str, str]) -> str:
     if node.parent is None:
         return node.name or "Step 0: base model"
-    return f"Step {node.step}: {labels[node.id] or journals.describe(node.choice)}"
+    return f"Step {node.step}: {labels[node.id] or journals.describe_choice(node.choice)}"
 
 
 @router.post("/steer/{session}/compare")

@@ -12,7 +12,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ....errors import Invalid, TrellisError
 from ....params import SessionConfig, invalid_from
-from ....studio.steering.presets import all_presets, preset
+from ....studio.steering.presets import all_presets, get_preset
 from ....studio.studio import Studio
 from ...api.steering import Name, StudioDep
 from ...error_responses import status_of
@@ -39,7 +39,7 @@ SESSIONS_SHOWN = 40
 @router.get("/")
 async def start(request: Request, studio: StudioDep, q: str = "", all: bool = False) -> HTMLResponse:
     """Start with the demo, or go on where you were."""
-    sessions = await studio.steering.sessions()
+    sessions = await studio.steering.list_sessions()
     words = q.lower().split()[:10]
     found = [each for each in sessions if contains_all(words, f"{each['name']} {each['model']}")]
     last = next((each for each in sessions if each["id"] == request.cookies.get(LAST_SESSION_COOKIE)), None)
@@ -127,11 +127,11 @@ async def render_form_page(
 ) -> HTMLResponse:
     """The form, with what was sent and what was wrong with it, when something was."""
     known = {
-        "model": tuple(await studio.models.catalog.names()),
-        "dataset.id": tuple(file["name"] for file in await studio.datasets.files()),
+        "model": tuple(await studio.models.catalog.list_names()),
+        "dataset.id": tuple(file["name"] for file in await studio.datasets.list_files()),
     }
     config = config_from_values(values)
-    check = await studio.steering.check(config)
+    check = await studio.steering.check_config(config)
     wrong = errors_by_option(error)
     if error:  # all that is wrong at once, not one thing after another
         wrong = messages_by_option([*check["errors"], *await _dataset_errors(studio, config, error)]) | wrong
@@ -178,7 +178,7 @@ async def _initial_values(studio: Studio, preset_id: str, clone: str) -> tuple[d
         session = await studio.steering.session(clone)
         return flatten_config(session.config.model_dump(mode="json")), session.name
     if preset_id:
-        return flatten_config(preset(preset_id).config), ""
+        return flatten_config(get_preset(preset_id).config), ""
     return {}, ""
 
 

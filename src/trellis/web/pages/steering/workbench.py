@@ -12,8 +12,8 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ....errors import Invalid, shorten
 from ....messages import CHOICE, Choice, Written
-from ....studio.review.journal import describe
-from ....studio.steering.last_pick import report_of
+from ....studio.review.journal import describe_choice
+from ....studio.steering.last_pick import last_pick_report
 from ....studio.steering.session import Session
 from ....text_rules import PROMPT_LIMIT
 from ...api.steering import Name, PromptText, SessionDep, StudioDep
@@ -87,7 +87,7 @@ async def page(
     request: Request, session: SessionDep, studio: StudioDep, view: Literal["answers", "tree", "figures"] = "answers"
 ) -> HTMLResponse:
     """The workbench."""
-    session.warm()
+    session.preload_model()
     values = await side_context(session)
     state = session.state()
     response = get_renderer(request).html_response(
@@ -95,7 +95,7 @@ async def page(
         place="steer",
         state=state,
         view=view,
-        after=studio.hub.last(session.topic),
+        after=studio.hub.last_event_id(session.topic),
         request_id=secrets.token_hex(12),
         **values,
     )
@@ -125,8 +125,8 @@ async def side_context(session: Session, all: bool = False) -> dict[str, Any]:
         "plant": layout_tree(session.tree, None if all else TREE_NODES_SHOWN),
         "labels": await session.labels(),
         "head_name": session.tree.head.name,
-        "describe": describe,
-        "report": report_of(path),
+        "describe": describe_choice,
+        "report": last_pick_report(path),
         "drift_curve": polyline_points([0.0, *(metrics.drift for metrics in made)], 200, 40),
         "share_curve": polyline_points([metrics.share_after for metrics in made], 200, 40),
     }
@@ -165,13 +165,13 @@ async def redo(request: Request, session: SessionDep, form: Annotated[ActionForm
 
 @router.post("/steer/{session}/goto")
 async def goto(request: Request, session: SessionDep, form: Annotated[GotoForm, Form()]) -> Response:
-    await session.goto(form.node, form.request)
+    await session.go_to(form.node, form.request)
     return action_response(request, session)
 
 
 @router.post("/steer/{session}/prompt")
 async def prompt(request: Request, session: SessionDep, form: Annotated[PromptForm, Form()]) -> Response:
-    await session.prompt(form.text, form.request)
+    await session.replace_prompt(form.text, form.request)
     return action_response(request, session)
 
 
