@@ -107,23 +107,23 @@ def main() -> None:
         first.wait_for_function("!document.querySelector('.control blockquote:last-of-type').textContent.includes('…')")
         session = first.url
         first.goto(f"{session}/compare")
-        first.get_by_role("button", name="Answer from both").click()
+        first.get_by_role("button", name="Compare", exact=True).click()
         first.locator(".round").first.wait_for(timeout=60_000)
         compared = first.url.split("job=")[1]
         first.goto(f"{session}/blind")
         first.get_by_label("Rounds").fill("16")
-        first.get_by_role("button", name="Begin").click()
+        first.get_by_role("button", name="Start").click()
         judge(first, "pirate", 16)
         first.locator(".verdict").wait_for()
         result = first.url.removeprefix(server.url)
         first.goto(f"{session}/blind")
-        first.get_by_role("button", name="Begin").click()
+        first.get_by_role("button", name="Start").click()
         judge(first, "pirate", 4)
         first.locator(".answer").first.wait_for()
         judging = first.url.removeprefix(server.url)
         first.goto(f"{session}/log")
         first.locator("#refit-title ~ form button").click()
-        first.get_by_text("Agrees with the log").wait_for(timeout=120_000)
+        first.get_by_text("Preference accuracy").wait_for(timeout=120_000)
         room = talk(first, server, session.split("/steer/")[1])
         for name, options in SCREENS.items():
             page = browser.new_context(**options).new_page()  # type: ignore[arg-type]

@@ -68,14 +68,14 @@ async def test_unpaired_labels_say_good_or_not(studio: Studio, session: Session)
 
 
 async def test_an_unknown_format_is_refused(studio: Studio, session: Session) -> None:
-    with pytest.raises(Invalid, match="“xml” is not a format"):
+    with pytest.raises(Invalid, match="unknown format “xml”"):
         await choices(studio.store, session, "xml")
     for layout in FORMATS:
         assert await lines(studio, session, layout)
 
 
 def test_every_choice_has_words() -> None:
-    assert describe(None) == "the beginning"
+    assert describe(None) == "base model"
     assert len({describe(choice) for choice in [*ALL, "skip", None]}) == 7  # type: ignore[list-item]
 
 

@@ -37,7 +37,7 @@ def test_points_stand_where_their_values_say() -> None:
     assert found.points == ((0, "0", 0.0, 100.0), (2, "1.5", 50.0, 50.0), (4, "3", 100.0, 0.0))
     assert [(mark.at, mark.label) for mark in found.values][-1] == (100.0, "3")
     assert [(mark.at, mark.label) for mark in found.steps] == [(0.0, "0"), (50.0, "2"), (100.0, "4")]
-    assert found.told == "Drift: 0 % at step 0, 3 % at step 4"
+    assert found.told == "Drift: 0% at step 0, 3% at step 4"
 
 
 def test_a_step_stands_in_the_middle_only_where_the_middle_is_a_step() -> None:

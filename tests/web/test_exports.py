@@ -145,7 +145,7 @@ def test_the_card_says_that_it_was_grown_in_few_bits(client: httpx.Client) -> No
     assert job["state"] == "done", job["error"]
     card = (Path(job["result"]["path"]) / "README.md").read_text()
     assert "rounded to 4-bit" in card
-    assert "Written in float32" in card
+    assert "Saved in float32" in card
 
 
 def test_a_zip_holds_all_of_it(client: httpx.Client, session: str) -> None:

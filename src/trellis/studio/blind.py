@@ -30,9 +30,9 @@ AHEAD = 3
 
 MOST_ROUNDS, USUAL_ROUNDS = 200, 20
 KEY_REUSED = Conflict(
-    "This Idempotency-Key was used for another action: a comparison in another session.",
+    "This Idempotency-Key was already used for another action: a blind test in another session.",
     code="key_reused",
-    next_step="Send a key of its own with each action.",
+    next_step="Use a new key for each action.",
 )
 Said = Literal["first", "second", "tie"]
 
@@ -72,13 +72,15 @@ class Blind:
         one, other = session.node(left), session.node(right)
         if one.weights == other.weights:
             raise Invalid(
-                "right: both steps have the same weights, so there is nothing to tell apart.",
+                "right: both steps have the same weights, so their answers would not differ.",
                 field="right",
                 next_step="Choose another step.",
             )
         if not 1 <= planned <= MOST_ROUNDS:
             raise Invalid(
-                f"rounds: must be 1 to {MOST_ROUNDS}, got “{planned}”.", field="rounds", next_step="Choose a number."
+                f"rounds: must be 1 to {MOST_ROUNDS}, got “{planned}”.",
+                field="rounds",
+                next_step=f"Enter a number from 1 to {MOST_ROUNDS}.",
             )
         unused = max(node.position for node in session.tree.nodes.values()) + 1  # no branch was steered on it
         trial_id = f"b{secrets.token_hex(8)}"
@@ -121,9 +123,9 @@ class Blind:
             if taken or current["verdict"] == verdict:  # said twice is said once
                 return await self.state(session_id, trial_id)
         raise Conflict(
-            f"Round {number} is not the one to judge.",
+            f"Round {number} is not the current round.",
             code="stale_round",
-            next_step="Look at the current round.",
+            next_step="Vote on the current round.",
             details={"trial": _as_json(session, trial, found, None)},
         )
 
@@ -132,9 +134,9 @@ class Blind:
         await self._find(session_id, trial_id)
         if not await self._store.write(rows.take_back, trial_id):
             raise Conflict(
-                "There is no verdict to take back.",
+                "There is no vote to undo.",
                 code="nothing_to_undo",
-                next_step="A comparison that has ended stays as it is; judge a round, or start another one.",
+                next_step="A finished blind test can't be changed. Start a new one.",
             )
         return await self.state(session_id, trial_id)
 
@@ -157,8 +159,8 @@ class Blind:
         trial = await self._store.read(rows.get_trial, trial_id)
         if trial is None or trial["session"] != session_id:
             raise NotFound(
-                f"There is no comparison “{shorten(trial_id)}” in this session.",
-                next_step="Its comparisons are listed on its blind page.",
+                f"Blind test “{shorten(trial_id)}” not found in this session.",
+                next_step="The session's Blind test page lists its tests.",
             )
         return session, trial
 
@@ -192,9 +194,9 @@ class Blind:
         except Exception:
             log.exception("blind comparison %s failed", trial["id"])
             self._troubles[trial["id"]] = TrellisError(
-                "The answers could not be drawn, for a reason that the studio does not know.",
+                "Something went wrong while generating the answers.",
                 code="internal",
-                next_step=f"The studio's log has the details, under {trial['id']}.",
+                next_step=f"Try again. Error ID {trial['id']} (see the log).",
             )
 
     async def _draw_round(self, session: Session, trial: dict[str, Any], number: int) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 from ..errors import Invalid
 from ..messages import Progress
 from .jobs import Job, Jobs
-from .journal import describe
+from .journal import place_of
 from .steering import Steering
+from .tree import step_name
 
 MOST_PROMPTS = 12
 
@@ -29,9 +30,9 @@ class Comparisons:
         prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
         if not 1 <= len(prompts) <= MOST_PROMPTS:
             raise Invalid(
-                f"prompts: there are {len(prompts)}; 1 to {MOST_PROMPTS} can be compared at once.",
+                f"prompts: must be 1 to {MOST_PROMPTS}, got {len(prompts)}.",
                 field="prompts",
-                next_step="Write one prompt a line.",
+                next_step="Enter one prompt per line.",
             )
         known = await self._jobs.by_request(request, "compare") if request else None
         if known and known["body"]["session"] == session_id:
@@ -57,14 +58,10 @@ class Comparisons:
             for side in ("left", "right"):
                 done = 2 * len(rounds) + (side == "right")
                 step = session.node(body[side]).step
-                message = f"Step {step} answers prompt {len(rounds) + 1} of {len(body['prompts'])}"
+                message = f"{step_name(step)}: prompt {len(rounds) + 1} of {len(body['prompts'])}"
                 job.progress(Progress(stage="checking", fraction=done / total, message=message))
                 seed = {"seed": session.config.seed}
                 (pair[side],) = await self._steering.sample(session.id, prompt, body[side], 1, seed, key="compare")
             rounds.append(pair)
         names = {side: session.node(body[side]) for side in ("left", "right")}
-        about = {
-            side: {"node": node.id, "step": node.step, "what": node.name or describe(node.choice)}
-            for side, node in names.items()
-        }
-        return about | {"rounds": rounds}
+        return {side: place_of(node) for side, node in names.items()} | {"rounds": rounds}

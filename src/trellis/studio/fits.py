@@ -71,13 +71,13 @@ class Fits:
         place = await asyncio.to_thread(self._datasets.file, file, "file")
         if place.is_dir() or not place.name.lower().endswith(TABLES):
             raise Invalid(
-                f"file: “{file}” is no table of choices.",
+                f"file: “{file}” isn't a supported file type.",
                 field="file",
-                next_step="Choose a file of JSON lines, JSON, CSV or Parquet with a choice in each row.",
+                next_step="Use JSON Lines, JSON, CSV or Parquet with one choice per row.",
             )
         if place.stat().st_size > MOST_BYTES:
             raise Invalid(
-                f"file: “{file}” has {place.stat().st_size / 1e6:.0f} MB; {MOST_BYTES / 1e6:.0f} is the most.",
+                f"file: “{file}” is {place.stat().st_size / 1e6:.0f} MB; the limit is {MOST_BYTES / 1e6:.0f} MB.",
                 field="file",
                 next_step="Split the file.",
             )
@@ -148,15 +148,15 @@ class Fits:
         lessons = await session.lessons(node)
         if not lessons:
             raise Conflict(
-                "Nothing was said on this branch yet, so there is nothing to learn from.",
+                "There are no choices on this branch yet.",
                 code="empty_log",
                 next_step="Choose some answers first.",
             )
         if len(lessons) > MOST_LESSONS:
             raise Conflict(
-                f"The branch has {len(lessons)} choices; {MOST_LESSONS} is the most that can be learned from at once.",
+                f"This branch has {len(lessons):,} choices; the limit for one training run is {MOST_LESSONS:,}.",
                 code="too_many",
-                next_step="Choose an earlier step.",
+                next_step="Use an earlier step.",
             )
         return lessons
 
@@ -195,7 +195,7 @@ class Fits:
         return await self._jobs.start(kind, body, lambda job: self._run(job, session, parent, fitted), request)
 
     async def _run(self, job: Job, session: Session, parent: Node, fitted: Fitted) -> dict[str, Any]:
-        job.progress(Progress(stage="connecting", fraction=0.0, message="Waiting for the model"))
+        job.progress(Progress(stage="connecting", fraction=0.0, message="Loading the model"))
         await session.planted()
         parent = session.node(parent.id)
         async with session.holding(parent):

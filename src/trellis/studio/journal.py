@@ -1,4 +1,4 @@
-"""The log of choices to take away: a readable journal in Markdown, and the choices as JSONL in common layouts."""
+"""Export the choices of a session: a readable journal in Markdown, and JSONL in common formats."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .verdicts import in_words, names_of, result_json
 
 FORMATS = ("raw", "trl-preference", "trl-unpaired", "openai-dpo")
 LETTERS = "ABCDEFGH"
-FITTED = {"refit": "fitted afresh to", "import": "learned from a file of", "replay": "fitted to another model's"}
+FITTED = {"refit": "retrained on", "import": "imported", "replay": "replayed"}
 
 
 async def journal(store: Store, session: Session, last: int | None = None) -> str:
@@ -33,8 +33,8 @@ async def journal(store: Store, session: Session, last: int | None = None) -> st
     lines = [
         f"# {_inline(session.name)}",
         "",
-        f"Model `{session.config.model}`, started {timestamp(session.created)}, "
-        f"{session.tree.head.step} steps to the head, {len(session.tree.nodes)} nodes in the tree.",
+        f"Model `{session.config.model}`. Started {timestamp(session.created)[:16].replace('T', ' ')} UTC. "
+        f"Steps on this branch: {session.tree.head.step}. Nodes in the tree: {len(session.tree.nodes)}.",
         "",
     ]
     for node in path[1:]:
@@ -47,12 +47,12 @@ async def journal(store: Store, session: Session, last: int | None = None) -> st
             mark = " **(chosen)**" if index in good else ""
             lines += [f"**{LETTERS[index]}**{mark}", "", _quote(option.text), ""]
         if isinstance(node.choice, Written):
-            lines += ["**Written**", "", _quote(node.choice.written), ""]
+            lines += ["**Your answer**", "", _quote(node.choice.written), ""]
         if node.metrics:
             m = node.metrics
             lines += [
-                f"Share of what was chosen {m.share_before:.1%} → {m.share_after:.1%}, loss {m.loss:.3f}, "
-                f"KL {m.kl:.4f}, drift {m.drift:.2%}, {m.inner_steps} inner steps.",
+                f"Probability of the pick {m.share_before:.1%} → {m.share_after:.1%}, loss {m.loss:.3f}, "
+                f"KL {m.kl:.4f}, drift {m.drift:.2%}, {m.inner_steps} optimizer steps.",
                 "",
             ]
     return "\n".join([*lines, *await _blind(store, session)])
@@ -61,12 +61,12 @@ async def journal(store: Store, session: Session, last: int | None = None) -> st
 async def _blind(store: Store, session: Session) -> list[str]:
     """The blind comparisons that were brought to an end, oldest first."""
     trials = [trial for trial in await store.read(blind_rows.list_trials, session.id) if trial["state"] == "done"]
-    lines = ["## Blind comparisons", ""] if trials else []
+    lines = ["## Blind tests", ""] if trials else []
     for trial in reversed(trials):
         rounds = await store.read(blind_rows.get_rounds, trial["id"])
         result = result_json([each["verdict"] for each in rounds if each["verdict"]])
         left, right = names_of(*(place_of(session.node(trial[side])) for side in ("left", "right")))
-        lines += [f"- {timestamp(trial['created'])[:10]}, {left} and {right}: {in_words(result, left, right)}"]
+        lines += [f"- {timestamp(trial['created'])[:10]}, {left} vs. {right}: {in_words(result, left, right)}"]
     return [*lines, ""] if lines else []
 
 
@@ -78,9 +78,9 @@ async def choices(store: Store, session: Session, layout: str) -> Iterator[str]:
     """
     if layout not in FORMATS:
         raise Invalid(
-            f"format: “{shorten(layout)}” is not a format.",
+            f"format: unknown format “{shorten(layout)}”.",
             field="format",
-            next_step=f"Use one of {', '.join(FORMATS)}.",
+            next_step=f"Use one of: {', '.join(FORMATS)}.",
         )
     nodes = [node for node in session.tree.nodes.values() if node.answered]
     offers = await store.read(rows.get_offers, [node.answered for node in nodes if node.answered])
@@ -95,7 +95,7 @@ def describe(choice: Choice | Fitted | None) -> str:
     """A choice in a few words."""
     match choice:
         case None:
-            return "the beginning"
+            return "base model"
         case "none":
             return "none of these"
         case "skip":

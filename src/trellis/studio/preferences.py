@@ -67,7 +67,7 @@ class Read:
 
     def sentences(self) -> list[str]:
         return [
-            f"{count} of {self.rows} rows left out, the first in {place}: {why}."
+            f"{count} of {self.rows} rows skipped, the first in {place}: {why}."
             for why, (count, place) in self.left_out.items()
         ]
 
@@ -108,17 +108,17 @@ def lessons_from(
             found.lessons.append(Lesson(prompt=prompt, options=options, choice=choice, temperature=temperature))
             if len(found.lessons) > MOST_LESSONS:
                 raise Invalid(
-                    f"file: has more than {MOST_LESSONS} choices, which is the most that can be learned from at once.",
+                    f"file: has more than {MOST_LESSONS:,} choices, the limit for one training run.",
                     field="file",
                     next_step="Split the file.",
                 )
     if found is None:
-        raise Invalid("file: is empty.", field="file", next_step="Choose a file with a choice in each row.")
+        raise Invalid("file: is empty.", field="file", next_step="Use a file with one choice per row.")
     if not found.lessons:
         raise Invalid(
-            f"file: none of its {found.rows} rows is a choice. {' '.join(found.sentences())}".strip(),
+            f"file: no usable choices (rows read: {found.rows}). {' '.join(found.sentences())}".strip(),
             field="file",
-            next_step="See docs/files.md for the layouts.",
+            next_step="See docs/files.md for the formats.",
         )
     return found
 
@@ -151,17 +151,17 @@ def layout_of(row: Row, place: str) -> Layout:
         if keys <= row.keys():
             return layout
     raise Invalid(
-        f"file: {place} has the keys {shorten(', '.join(sorted(map(str, row))), 120)}; no layout has these.",
+        f"file: unknown format; {place} has the keys {shorten(', '.join(sorted(map(str, row))), 120)}.",
         field="file",
-        next_step="Use TRL's prompt, chosen, rejected or prompt, completion, label; OpenAI's input, preferred_output, "
-        "non_preferred_output; or choices exported by Trellis.",
+        next_step="Use prompt, chosen, rejected or prompt, completion, label (TRL); input, preferred_output, "
+        "non_preferred_output (OpenAI); or choices exported from Trellis.",
     )
 
 
 def _key(layout: Layout, row: Row, place: str) -> Any:
     """What neighbouring rows of one choice have in common. Raises Unusable for a row that is none of the layout's."""
     if not KEYS[layout] <= row.keys():
-        raise Unusable(f"it lacks {' or '.join(sorted(KEYS[layout] - row.keys()))}")
+        raise Unusable(f"missing {' or '.join(sorted(KEYS[layout] - row.keys()))}")
     if layout == "raw":
         _raw(row)
         return place
@@ -211,7 +211,7 @@ def _label(row: Row) -> bool:
     label = row["label"]
     word = str(label).strip().lower() if isinstance(label, (str, int, float)) else ""
     if word not in GOOD | BAD:
-        raise Unusable(f"its label is {shorten(json.dumps(label))}, which says neither good nor bad")
+        raise Unusable(f"unknown label {shorten(json.dumps(label))}")
     return word in GOOD
 
 
@@ -223,10 +223,10 @@ def _pair(layout: Layout, row: Row) -> tuple[Asked, str, str]:
         before, better = _ending(row["chosen"])
         before_worse, worse = _ending(row["rejected"])
         if _same(before) != _same(before_worse):
-            raise Unusable("the two answers do not end the same conversation")
+            raise Unusable("the two answers belong to different conversations")
         asked = _asked(row, before)
     if better == worse:
-        raise Unusable("both answers are the same")
+        raise Unusable("both answers are identical")
     return asked, better, worse
 
 
@@ -238,12 +238,12 @@ def _labelled(row: Row) -> tuple[Asked, str]:
 
 def _openais(body: Any) -> Asked:
     if not isinstance(body, dict):
-        raise Unusable("its input is not an object with messages")
+        raise Unusable("input is not an object with messages")
     if body.get("tools"):
-        raise Unusable("it offers tools to the model, which cannot be learned with")
+        raise Unusable("tools are not supported")
     turns = _turns(body.get("messages"))
     if turns is None:
-        raise Unusable("its input has no list of messages")
+        raise Unusable("input has no list of messages")
     return _question(turns)
 
 
@@ -253,7 +253,7 @@ def _ending(value: Any) -> tuple[list[Turn], str]:
     if turns is None:
         return [], _text(value)
     if not turns or turns[-1].role != "assistant":
-        raise Unusable("a conversation does not end with an answer")
+        raise Unusable("the conversation does not end with an answer")
     return turns[:-1], _text_of(turns[-1])
 
 
@@ -266,12 +266,12 @@ def _asked(row: Row, before: list[Turn]) -> Asked:
     turns = _turns(prompt)
     if turns is None and prompt:
         if not isinstance(prompt, str):
-            raise Unusable("its prompt is neither text nor a list of messages")
+            raise Unusable("the prompt is neither text nor a list of messages")
         turns = [Turn("user", prompt)]
     if before and turns:
         without_system = [turn for turn in before if turn.role != "system"]
         if _same(turns) not in (_same(before), _same(without_system), _same(without_system[-1:])):
-            raise Unusable("its prompt is not what its answers answer")
+            raise Unusable("the prompt does not match the conversation of the answers")
     asked = _question(before or turns or [])
     system = row.get("system")
     if isinstance(system, str) and system.strip() and system.strip() != asked.system.strip():
@@ -289,7 +289,7 @@ def _question(turns: list[Turn]) -> Asked:
     told = [_text_of(turn) for turn in turns if turn.role == "system" and (turn.text.strip() or not turn.whole)]
     said = [turn for turn in turns if turn.role != "system"]
     if len(said) != 1 or said[0].role != "user":
-        raise Unusable("its conversation has several turns; only one question and its answers can be learned from")
+        raise Unusable("multi-turn conversations are not supported")
     return Asked(_text_of(said[0]), _text("\n\n".join(told)) if told else "")
 
 
@@ -297,7 +297,7 @@ def _turns(value: Any) -> list[Turn] | None:
     try:
         return turns_of(value)
     except NotJSON:
-        raise Unusable("it holds a list of messages that is not valid JSON") from None
+        raise Unusable("a list of messages is not valid JSON") from None
 
 
 def _parsed(value: Any) -> Any:
@@ -319,13 +319,13 @@ def _raw(row: Row) -> Said:
     try:
         choice = CHOICE.validate_python(_parsed(row["choice"]))
     except ValidationError:
-        raise Unusable(f"“{shorten(json.dumps(row['choice']))}” is not a choice") from None
+        raise Unusable(f"invalid choice “{shorten(json.dumps(row['choice']))}”") from None
     if choice == "skip":
-        raise Unusable("it was skipped, which teaches nothing")
+        raise Unusable("skipped prompts teach nothing")
     named = choice.ranking if isinstance(choice, Ranking) else (choice,) if isinstance(choice, int) else choice
     if isinstance(named, tuple):
         if not all(0 <= index < len(texts) for index in named):
-            raise Unusable("the choice names an option that is not there")
+            raise Unusable("the choice refers to a missing option")
         if len(set(named)) != len(named):
             raise Unusable("the choice names an option twice")
     system = row.get("system") or ""
@@ -334,7 +334,7 @@ def _raw(row: Row) -> Said:
 
 def _text_of(turn: Turn) -> str:
     if not turn.whole:
-        raise Unusable("a message holds more than text, such as a picture or a call of a tool")
+        raise Unusable("a message contains more than text (such as an image or a tool call)")
     return _text(turn.text)
 
 
@@ -343,7 +343,7 @@ def _text(value: Any) -> str:
     turns = None if isinstance(value, str) else _turns(value)
     if turns is not None:
         if len(turns) != 1:
-            raise Unusable("an answer is not one message")
+            raise Unusable("an answer is more than one message")
         return _text_of(turns[0])
     if not isinstance(value, str) or not value.strip():
         raise Unusable("a prompt or an answer is empty or not text")
@@ -352,7 +352,7 @@ def _text(value: Any) -> str:
     try:
         return storable(value)
     except ValueError:
-        raise Unusable("a prompt or an answer has characters that cannot be stored") from None
+        raise Unusable("a prompt or an answer has invalid characters") from None
 
 
 def _option(text: str, ended: bool = True) -> Option:

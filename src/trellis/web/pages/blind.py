@@ -86,7 +86,9 @@ async def start(request: Request, session: OfSession, studio: OfStudio, form: An
     try:
         if not form.rounds.strip().isdecimal():
             raise Invalid(
-                f"rounds: must be a whole number, got “{form.rounds[:20]}”.", field="rounds", next_step="Type a number."
+                f"rounds: must be a whole number, got “{form.rounds[:20]}”.",
+                field="rounds",
+                next_step=f"Enter a number from 1 to {MOST_ROUNDS}.",
             )
         trial = await studio.blind.start(session.id, form.left, form.right, int(form.rounds), prompts, form.request)
     except TrellisError as error:

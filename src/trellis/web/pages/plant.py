@@ -134,8 +134,7 @@ class Chart:
     def told(self) -> str:
         """The curve in words."""
         first, last = self.points[0], self.points[-1]
-        unit = f" {self.unit}" if self.unit else ""
-        return f"{self.title}: {first[1]}{unit} at step {first[0]}, {last[1]}{unit} at step {last[0]}"
+        return f"{self.title}: {first[1]}{self.unit} at step {first[0]}, {last[1]}{self.unit} at step {last[0]}"
 
 
 def chart(title: str, unit: str, values: list[tuple[int, float]], most: int = 400) -> Chart:

@@ -15,10 +15,11 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from ...errors import TrellisError
 from ...markdown import to_html
 from ...studio import journal as journals
+from ...studio.jobs import timestamp
 from ...studio.narrative import tell
 from ...studio.session import Session
 from ...studio.studio import Studio
-from ...studio.tree import Node, drift_of
+from ...studio.tree import Node, drift_of, step_name
 from ..api.steering import OfSession, OfStudio
 from ..failures import status_of
 from ..limits import expensive
@@ -69,6 +70,7 @@ async def review_page(
         status_of(error) if error else 200,
         place="steer",
         state=session.state(),
+        started=timestamp(session.created),
         story=story,
         charts=charts_of(session),
         journal=Markup(shown),  # noqa: S704 - sanitised by to_html
@@ -100,10 +102,10 @@ def charts_of(session: Session) -> list[Chart]:
     path = session.tree.path(session.tree.head_id)
     made = [(node.step, node.metrics) for node in path if node.metrics]
     return [
-        chart("Drift from the base", "%", [(0, 0.0), *((step, 100 * m.drift) for step, m in made)]),
-        chart("Share of the choice, after it was learned", "%", [(step, 100 * m.share_after) for step, m in made]),
+        chart("Weight change from base", "%", [(0, 0.0), *((step, 100 * m.drift) for step, m in made)]),
+        chart("Pick probability after learning", "%", [(step, 100 * m.share_after) for step, m in made]),
         chart("Loss", "", [(step, m.loss) for step, m in made]),
-        chart("KL from the base", "nats", [(step, m.kl) for step, m in made]),
+        chart("KL vs. base", " nats", [(step, m.kl) for step, m in made]),
     ]
 
 
@@ -194,9 +196,8 @@ def to_choose(session: Session) -> list[Node]:
 
 
 def name_of(node: Node, labels: dict[str, str]) -> str:
-    if node.parent is None:
-        return node.name or "Step 0: base model"
-    return f"Step {node.step}: {labels[node.id] or journals.describe(node.choice)}"
+    what = node.name if node.parent is None else labels[node.id] or journals.describe(node.choice)
+    return f"{step_name(node.step)}: {what}" if what else step_name(node.step)
 
 
 @router.post("/steer/{session}/compare")

@@ -1,6 +1,6 @@
-// The curves of the review: the value where the pointer is, and by the arrow keys.
+// The review page: curves whose values are read by pointer and arrow keys, local times, and notices of what was done.
 
-import { $, $$ } from "./page.js";
+import { $, $$, toast } from "./page.js";
 
 class Plot {
   constructor(field) {
@@ -39,7 +39,7 @@ class Plot {
     this.at = index;
     const [step, value, x, y] = this.points[index];
     const unit = this.field.dataset.unit;
-    const told = `step ${step}: ${value}${unit ? ` ${unit}` : ""}`;
+    const told = `step ${step}: ${value}${unit}`;
     this.cursor.setAttribute("x1", x);
     this.cursor.setAttribute("x2", x);
     this.cursor.setAttribute("visibility", "visible");
@@ -60,4 +60,9 @@ class Plot {
 
 export function bindCharts() {
   for (const field of $$("[data-points]")) new Plot(field);
+  for (const time of $$("time[data-local-time]")) time.textContent = new Date(time.dateTime).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
+  document.addEventListener("htmx:afterRequest", ({ detail }) => {
+    const { done } = detail.requestConfig.elt.dataset; // the form itself may have gone with what it deleted
+    if (detail.successful && done) toast(`${done}.`);
+  });
 }
