@@ -1,4 +1,4 @@
-"""What is installed, which devices there are, whether folders can be written, and what to do about what is missing."""
+"""Check what is installed, the devices, memory, disk and folders, with a next step for each problem."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import psutil
 from .settings import Settings
 
 PARTS = ("torch", "transformers", "peft", "safetensors", "datasets", "fastapi", "uvicorn", "sqlalchemy")
-EXTRAS = (("bitsandbytes", "8-bit and 4-bit", "quantized"), ("nvidia-ml-py", "how much of a GPU is free", "gpu"))
-"""Parts that one can do without: what each is for, and the extra that brings it."""
+EXTRAS = (("bitsandbytes", "8-bit and 4-bit", "quantized"), ("nvidia-ml-py", "free GPU memory", "gpu"))
+"""Optional packages: what each is for, and the extra that installs it."""
 ENOUGH_DISK = 2_000_000_000
 ENOUGH_MEMORY = 2_000_000_000
 
@@ -40,7 +40,7 @@ class Finding:
 
 
 def examine(settings: Settings) -> list[Finding]:
-    """Look at everything that Trellis needs, without starting it."""
+    """Check everything that Trellis needs, without starting it."""
     return [
         _python(),
         *(_part(name) for name in PARTS),
@@ -61,19 +61,19 @@ def _part(name: str) -> Finding:
     try:
         return Finding(name, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
-        return Finding(name, "not installed", False, f"Install it: pip install {name} (or run `make install`).")
+        return Finding(name, "not installed", False, f"Install it: pip install {name} (or `make install`).")
 
 
 def _extra(name: str, purpose: str, extra: str) -> Finding:
     try:
         return Finding(name, f"{importlib.metadata.version(name)} ({purpose})")
     except importlib.metadata.PackageNotFoundError:
-        way = f"If you want it: pip install 'trellis-studio[{extra}]'."
+        way = f"Optional: pip install 'trellis-studio[{extra}]'."
         return Finding(name, f"not installed ({purpose})", False, way, optional=True)
 
 
 def _devices() -> Finding:
-    """Asked in a process of its own, so that this one stays light and a broken driver cannot end it."""
+    """Ask in a separate process: torch is heavy, and a broken driver must not crash this one."""
     try:
         done = subprocess.run(  # noqa: S603 - our own interpreter and text
             [sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=120, check=True
@@ -82,10 +82,10 @@ def _devices() -> Finding:
     except (subprocess.SubprocessError, ValueError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         last = (detail.strip().splitlines() or ["?"])[-1]
-        return Finding("Devices", f"torch does not start: {last}", False, "Install torch again.")
+        return Finding("Devices", f"torch fails to start: {last}", False, "Reinstall torch.")
     if found["cuda"]:
         return Finding("Devices", ", ".join(found["cuda"]))
-    return Finding("Devices", f"CPU, {found['threads']} threads; no GPU (small models work well without one)")
+    return Finding("Devices", f"CPU, {found['threads']} threads; no GPU (fine for small models)")
 
 
 def _memory() -> Finding:
@@ -94,7 +94,7 @@ def _memory() -> Finding:
         "Memory",
         f"{free / 1e9:.1f} GB free",
         free >= ENOUGH_MEMORY,
-        "Close other programs: an engine needs about 1 GB.",
+        "Close other programs: a model needs at least 1 GB.",
     )
 
 
@@ -104,18 +104,22 @@ def _folder(folder: Path) -> Finding:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        return Finding("Save folder", f"{folder}: {error.strerror}", False, "Choose another with --save-dir.")
-    return Finding("Save folder", f"{folder} can be written")
+        return Finding("Save folder", f"{folder}: {error.strerror}", False, "Choose another folder with --save-dir.")
+    return Finding("Save folder", f"{folder} is writable")
 
 
 def _disk(folder: Path) -> Finding:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    return Finding("Disk", f"{free / 1e9:.1f} GB free", free >= ENOUGH_DISK, f"Make room on the disk of {folder}.")
+    return Finding(
+        "Disk", f"{free / 1e9:.1f} GB free", free >= ENOUGH_DISK, f"Free disk space on the disk of {folder}."
+    )
 
 
 def _demo() -> Finding:
     files = Path(__file__).parent / "demo" / "model"
     there = (files / "model.safetensors").is_file() and os.access(files / "config.json", os.R_OK)
-    return Finding("Demo model", "there" if there else "missing", there, "Run `make demo-model`, or install again.")
+    return Finding(
+        "Demo model", "installed" if there else "missing", there, "Run `make demo-model`, or reinstall Trellis."
+    )
