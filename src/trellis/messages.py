@@ -163,7 +163,7 @@ class Plant(Message):
 
 
 class Merge(Message):
-    """Merge an adapter into a freshly loaded base in its own precision, write it, and prove it (docs/exports.md).
+    """Merge an adapter into a freshly loaded base in its own precision, write it, and prove it (docs/export.md).
 
     `root` and `plant` name what the adapter grew from: another base than that one is refused.
     """
