@@ -17,7 +17,7 @@ from ..messages import derived_seed
 from ..params import Sampling
 from ..store import blind as rows
 from ..store.store import Store
-from .jobs import timestamp
+from .jobs import key_reused, timestamp
 from .journal import place_of
 from .session import Session
 from .steering import Steering
@@ -29,11 +29,6 @@ AHEAD = 3
 """Rounds that are drawn before they are needed."""
 
 MOST_ROUNDS, USUAL_ROUNDS = 200, 20
-KEY_REUSED = Conflict(
-    "This Idempotency-Key was already used for another action: a blind test in another session.",
-    code="key_reused",
-    next_step="Use a new key for each action.",
-)
 Said = Literal["first", "second", "tie"]
 
 
@@ -60,7 +55,7 @@ class Blind:
         async with self._starting:  # one request makes one comparison
             if request and (known := await self._store.read(rows.trial_by_request, request)):
                 if known["session"] != session_id:
-                    raise KEY_REUSED
+                    raise key_reused("a blind test in another session")
                 return await self.state(session_id, known["id"])
             trial_id = await self._start(session_id, left, right, planned, prompts or [], request)
         return await self.state(session_id, trial_id)
