@@ -30,6 +30,9 @@ from .steering import Sent
 
 router = APIRouter(include_in_schema=False)
 
+Done = Annotated[str, Query(max_length=20)]
+"""What the action did that led to a page: a word of `_notice.html`."""
+
 SHOWN = 60
 """Rooms in the list before a person asks for all, or searches."""
 
@@ -109,11 +112,12 @@ async def page(
     all: bool = False,
     model: Annotated[str, Query(max_length=300)] = "",
     current: Annotated[str, Query(max_length=100)] = "",
+    done: Done = "",
 ) -> HTMLResponse:
     """Begin a room, or find one. The list alone when a script asks."""
     if "hx-request" in request.headers:
         return render_of(request).page("chat/_rooms.html", current=current, **await rooms_of(studio, q, archived, all))
-    return await start_page(request, studio, q=q, archived=archived, all=all, model=model)
+    return await start_page(request, studio, q=q, archived=archived, all=all, model=model, done=done)
 
 
 async def start_page(
@@ -127,6 +131,7 @@ async def start_page(
     text: str = "",
     error: TrellisError | None = None,
     imported: Imported | None = None,
+    done: str = "",
 ) -> HTMLResponse:
     speakers = await studio.speakers.everybody()
     listed = not model or model in {each["name"] for each in speakers}
@@ -143,6 +148,7 @@ async def start_page(
         longest=PROMPT_LIMIT,
         error=error.as_json() if error else None,
         imported=imported,
+        done=done,
         request_id=secrets.token_hex(12),
         **await rooms_of(studio, q, archived, all),
     )
@@ -176,19 +182,27 @@ async def take_in(request: Request, studio: OfStudio, file: UploadFile) -> Respo
         imported = await import_rooms(studio.rooms, await file.read())
     except TrellisError as error:
         return await start_page(request, studio, error=error)
-    if imported.left_out or imported.notes:
-        return await start_page(request, studio, imported=imported)
-    return RedirectResponse(f"/chat/{imported.rooms[0].id}" if len(imported.rooms) == 1 else "/chat", 303)
+    if len(imported.rooms) == 1 and not imported.left_out and not imported.notes:
+        return RedirectResponse(f"/chat/{imported.rooms[0].id}", 303)
+    return await start_page(request, studio, imported=imported)
 
 
 @router.get("/chat/{room}")
-async def room_page(request: Request, room: OfRoom, studio: OfStudio, all: bool = False) -> HTMLResponse:
+async def room_page(
+    request: Request, room: OfRoom, studio: OfStudio, all: bool = False, done: Done = ""
+) -> HTMLResponse:
     """A room: its thread, and where to write."""
-    return await show_room(request, room, studio, all)
+    return await show_room(request, room, studio, all, done=done)
 
 
 async def show_room(
-    request: Request, room: Room, studio: Studio, all: bool = False, error: TrellisError | None = None, text: str = ""
+    request: Request,
+    room: Room,
+    studio: Studio,
+    all: bool = False,
+    error: TrellisError | None = None,
+    text: str = "",
+    done: str = "",
 ) -> HTMLResponse:
     turns, after, earlier = await thread_of(room, all)
     speakers = await studio.speakers.everybody()
@@ -210,7 +224,7 @@ async def show_room(
         chosen=room.models,
         most=MOST_MODELS,
         longest=PROMPT_LIMIT,
-        sampling=CHAT.model_dump() | room.sampling,
+        done=done,
         fields=fields_of(room.sampling),
         text=text,
         error=error.as_json() if error else None,
@@ -413,10 +427,10 @@ async def settings(request: Request, room: OfRoom, studio: OfStudio, form: Annot
 @router.post("/chat/{room}/archive")
 async def archive(room: OfRoom, form: Annotated[ArchiveForm, Form()]) -> Response:
     await room.change(archived=form.archived)
-    return RedirectResponse("/chat" if form.archived else f"/chat/{room.id}", 303)
+    return RedirectResponse("/chat?done=archived" if form.archived else f"/chat/{room.id}?done=unarchived", 303)
 
 
 @router.post("/chat/{room}/delete")
 async def delete(room: str, studio: OfStudio) -> Response:
     await studio.rooms.delete(room)
-    return RedirectResponse("/chat", 303)
+    return RedirectResponse("/chat?done=deleted", 303)

@@ -77,6 +77,7 @@ export async function copyText(text, button) {
     document.execCommand("copy");
     box.remove();
   }
+  if (button.ariaLabel) { toast("Copied"); return; } // an icon has no words to change
   const said = button.textContent;
   button.textContent = "Copied";
   setTimeout(() => { button.textContent = said === "Copied" ? "Copy" : said; }, 1200);
@@ -122,6 +123,9 @@ export function bindPage() {
     delete form.dataset.sent;
     $$("[aria-busy]", form).forEach((button) => button.removeAttribute("aria-busy"));
   }));
+
+  // A notice of what was done is shown once.
+  if (new URLSearchParams(location.search).has("done")) history.replaceState(null, "", location.pathname + location.hash);
 
   keepWritten();
 
