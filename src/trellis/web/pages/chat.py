@@ -30,9 +30,6 @@ from .steering import Sent
 
 router = APIRouter(include_in_schema=False)
 
-Done = Annotated[str, Query(max_length=20)]
-"""What the action did that led to a page: a word of `_notice.html`."""
-
 SHOWN = 60
 """Rooms in the list before a person asks for all, or searches."""
 
@@ -112,12 +109,11 @@ async def page(
     all: bool = False,
     model: Annotated[str, Query(max_length=300)] = "",
     current: Annotated[str, Query(max_length=100)] = "",
-    done: Done = "",
 ) -> HTMLResponse:
     """Begin a room, or find one. The list alone when a script asks."""
     if "hx-request" in request.headers:
         return render_of(request).page("chat/_rooms.html", current=current, **await rooms_of(studio, q, archived, all))
-    return await start_page(request, studio, q=q, archived=archived, all=all, model=model, done=done)
+    return await start_page(request, studio, q=q, archived=archived, all=all, model=model)
 
 
 async def start_page(
@@ -131,7 +127,6 @@ async def start_page(
     text: str = "",
     error: TrellisError | None = None,
     imported: Imported | None = None,
-    done: str = "",
 ) -> HTMLResponse:
     speakers = await studio.speakers.everybody()
     listed = not model or model in {each["name"] for each in speakers}
@@ -148,7 +143,7 @@ async def start_page(
         longest=PROMPT_LIMIT,
         error=error.as_json() if error else None,
         imported=imported,
-        done=done,
+        done=done_before(request),
         request_id=secrets.token_hex(12),
         **await rooms_of(studio, q, archived, all),
     )
@@ -188,21 +183,13 @@ async def take_in(request: Request, studio: OfStudio, file: UploadFile) -> Respo
 
 
 @router.get("/chat/{room}")
-async def room_page(
-    request: Request, room: OfRoom, studio: OfStudio, all: bool = False, done: Done = ""
-) -> HTMLResponse:
+async def room_page(request: Request, room: OfRoom, studio: OfStudio, all: bool = False) -> HTMLResponse:
     """A room: its thread, and where to write."""
-    return await show_room(request, room, studio, all, done=done)
+    return await show_room(request, room, studio, all)
 
 
 async def show_room(
-    request: Request,
-    room: Room,
-    studio: Studio,
-    all: bool = False,
-    error: TrellisError | None = None,
-    text: str = "",
-    done: str = "",
+    request: Request, room: Room, studio: Studio, all: bool = False, error: TrellisError | None = None, text: str = ""
 ) -> HTMLResponse:
     turns, after, earlier = await thread_of(room, all)
     speakers = await studio.speakers.everybody()
@@ -224,13 +211,18 @@ async def show_room(
         chosen=room.models,
         most=MOST_MODELS,
         longest=PROMPT_LIMIT,
-        done=done,
+        done=done_before(request),
         fields=fields_of(room.sampling),
         text=text,
         error=error.as_json() if error else None,
         request_id=secrets.token_hex(12),
         **await rooms_of(studio),
     )
+
+
+def done_before(request: Request) -> str:
+    """What the action did that led to this page: a word of `_notice.html`."""
+    return request.query_params.get("done", "")
 
 
 def fields_of(sampling: dict[str, Any]) -> list[dict[str, Any]]:

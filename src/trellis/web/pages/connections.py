@@ -18,7 +18,7 @@ from ..failures import status_of
 from ..limits import expensive
 from ..loopback import is_from_this_computer
 from ..render import render_of
-from .chat import Done
+from .chat import done_before
 from .steering import Sent
 
 router = APIRouter(include_in_schema=False)
@@ -39,8 +39,8 @@ class RemoteForm(Sent):
 
 
 @router.get("/connections")
-async def page(request: Request, studio: OfStudio, done: Done = "") -> HTMLResponse:
-    return await show(request, studio, done=done)
+async def page(request: Request, studio: OfStudio) -> HTMLResponse:
+    return await show(request, studio)
 
 
 async def show(
@@ -50,7 +50,6 @@ async def show(
     made: str = "",
     error: TrellisError | None = None,
     sent: dict[str, Any] | None = None,
-    done: str = "",
 ) -> HTMLResponse:
     return render_of(request).page(
         "connections/page.html",
@@ -59,7 +58,7 @@ async def show(
         keys=await studio.keys.all(),
         remotes=await studio.remotes.all(),
         made=made,
-        done=done,
+        done=done_before(request),
         may_permit=is_from_this_computer(request),
         address=str(request.base_url).rstrip("/"),
         error=error.as_json() if error else None,

@@ -2,7 +2,7 @@
 
 import { bindSteps, bindWriting, chosenModels, Draft, isComposing, isTooLong, newId } from "./composer.js";
 import { Files } from "./chat-files.js";
-import { $, $$, announce, toast } from "./page.js";
+import { $, $$, announce, make, toast } from "./page.js";
 
 export class Commands {
   constructor(root, room, messages, { onSend }) {
@@ -91,10 +91,9 @@ export class Commands {
 
   showOutbox() {
     $("[data-outbox]", this.root).replaceChildren(...this.outbox().map((command) => {
-      const box = Object.assign(document.createElement("article"), { className: "message user waiting" });
-      const said = Object.assign(document.createElement("div"), { className: "tail", textContent: command.text });
-      const meta = Object.assign(document.createElement("p"), { className: "meta", textContent: this.connection?.live ? "Sending…" : "Waiting for the connection" });
-      box.append(said, meta);
+      const box = make("article", { className: "message user waiting" });
+      const state = this.connection?.live ? "Sending…" : "Waiting for the connection";
+      box.append(make("div", { className: "tail", textContent: command.text }), make("p", { className: "meta", textContent: state }));
       return box;
     }));
   }

@@ -1,7 +1,7 @@
 // Files that are attached to a message.
 
 import { chosenModels } from "./composer.js";
-import { $, ask, bytes, toast } from "./page.js";
+import { $, ask, bytes, make, toast } from "./page.js";
 
 const MOST_BYTES = 12e6; // what the server reads of one file
 
@@ -62,17 +62,10 @@ export class Files {
 
   show() {
     $("[data-chips]", this.form).replaceChildren(...this.list.map((file) => {
-      const chip = document.createElement("li");
-      chip.className = "chip";
-      const name = document.createElement("span");
-      name.textContent = file.coming ? `${file.name} …` : file.name;
-      const away = document.createElement("button");
-      away.type = "button";
-      away.className = "quiet";
-      away.textContent = "×";
-      away.setAttribute("aria-label", `Remove ${file.name}`);
-      away.addEventListener("click", () => this.set(this.list.filter((each) => each !== file)));
-      chip.append(name, away);
+      const chip = make("li", { className: "chip" });
+      const remove = make("button", { type: "button", className: "quiet", textContent: "×", ariaLabel: `Remove ${file.name}` });
+      remove.addEventListener("click", () => this.set(this.list.filter((each) => each !== file)));
+      chip.append(make("span", { textContent: file.coming ? `${file.name} …` : file.name }), remove);
       return chip;
     }));
     this.onChange();

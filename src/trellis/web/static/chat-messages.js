@@ -1,7 +1,7 @@
 // The messages of a chat: what is known of each, how its text grows on the page, and the HTML that the server makes of it.
 
 import { points } from "./composer.js";
-import { $, $$, toast } from "./page.js";
+import { $, $$, make, toast } from "./page.js";
 
 const from = (text, start) => (start <= 0 ? text : [...text].slice(start).join(""));
 
@@ -55,10 +55,8 @@ export class Messages {
       if (code.dataset.copies) continue;
       code.dataset.copies = "1";
       code.tabIndex = 0;
-      const button = Object.assign(document.createElement("button"), { type: "button", className: "copy-code", textContent: "Copy" });
+      const button = make("button", { type: "button", className: "copy-code", textContent: "Copy" }), frame = make("div", { className: "code-frame" });
       button.dataset.copyCode = "";
-      const frame = document.createElement("div");
-      frame.className = "code-frame";
       if (code.dataset.lang) frame.dataset.lang = code.dataset.lang;
       code.replaceWith(frame);
       frame.append(code, button);
@@ -139,8 +137,7 @@ export class Messages {
     const message = this.element(id), note = message && $("[data-taught]", message);
     if (!note) return;
     $(".teach", message)?.removeAttribute("open");
-    const link = Object.assign(document.createElement("a"), { href: url, textContent: "Show progress" });
-    note.replaceChildren(`Training “${session}” on this answer. `, link);
+    note.replaceChildren(`Training “${session}” on this answer. `, make("a", { href: url, textContent: "Show progress" }));
     note.hidden = false;
   }
 
@@ -166,9 +163,7 @@ export class Messages {
     if (!answer.ok) return;
     const source = await answer.text();
     if (this.sources.get(id) === source && this.element(id)) return;
-    const box = document.createElement("template");
-    box.innerHTML = source;
-    const turn = $("[data-turn]", box.content);
+    const turn = $("[data-turn]", make("template", { innerHTML: source }).content);
     const old = this.element(id)?.closest("[data-turn]")
       ?? (turn.dataset.group && $(`[data-group="${CSS.escape(turn.dataset.group)}"]`, this.thread));
     const last = $$("[data-turn]", this.thread).at(-1);

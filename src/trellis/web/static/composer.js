@@ -1,6 +1,6 @@
 // Where a message is written: Enter, saved prompts, drafts, models. The same for the first message of a chat and all others.
 
-import { $, $$, ask, toast } from "./page.js";
+import { $, $$, ask, make, toast } from "./page.js";
 
 export const newId = () => crypto.randomUUID?.() ?? String(Math.random()).slice(2).padEnd(12, "0");
 
@@ -28,9 +28,7 @@ export function bindLimits() {
     const count = new Intl.NumberFormat("en").format(points(box.value)), most = new Intl.NumberFormat("en").format(Number(box.dataset.most));
     place.replaceChildren(`${count} characters; the limit is ${most}. Shorten it${"say" in box.dataset ? " or " : "."}`);
     if (!("say" in box.dataset)) return;
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = "Attach it as a file";
+    const button = make("button", { type: "button", textContent: "Attach it as a file" });
     button.addEventListener("click", () => box.dispatchEvent(new CustomEvent("trellis:as-file")));
     place.append(button);
   };
@@ -64,10 +62,7 @@ function bindPrompts(say, box) {
   let prompts = null;
   const close = () => { box.hidden = true; box.replaceChildren(); };
   const button = (text, act) => {
-    const made = document.createElement("button");
-    made.type = "button";
-    made.className = "quiet";
-    made.textContent = text;
+    const made = make("button", { type: "button", className: "quiet", textContent: text });
     made.addEventListener("click", act);
     return made;
   };
@@ -78,8 +73,7 @@ function bindPrompts(say, box) {
     const word = say.value.slice(1).toLowerCase();
     const found = prompts.filter((each) => each.name.toLowerCase().includes(word)).slice(0, 8);
     const rows = found.map((each) => {
-      const row = document.createElement("div");
-      row.className = "prompt-row";
+      const row = make("div", { className: "prompt-row" });
       row.append(button(each.name, () => { say.value = each.text; close(); say.focus(); say.dispatchEvent(new Event("input", { bubbles: true })); }),
         Object.assign(button("×", async () => {
           await ask("DELETE", `/api/rooms/prompts/${each.id}`);
@@ -90,8 +84,7 @@ function bindPrompts(say, box) {
       return row;
     });
     const [, name, text] = /^\/([\p{L}\p{N}_-]+)\s+(\S.*)$/u.exec(say.value) ?? [];
-    const help = document.createElement("p");
-    help.className = "help";
+    const help = make("p", { className: "help" });
     help.textContent = rows.length && !text ? "Choose a prompt; Enter inserts the first."
       : text ? "Enter sends this as a message." : prompts.length ? "No prompt with this name. Enter sends this as a message." : "No saved prompts yet. Type /name and the text to save one.";
     box.replaceChildren(help, ...rows);
@@ -165,8 +158,7 @@ export function bindSteps(form) {
         old.remove();
       }
       if (!versions.length) return;
-      const group = document.createElement("optgroup");
-      group.label = "Steps, newest first";
+      const group = make("optgroup", { label: "Steps, newest first" });
       group.dataset.steps = "";
       for (const each of versions) {
         if (each.name === chosen.value) { group.append(chosen); continue; }
