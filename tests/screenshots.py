@@ -84,13 +84,13 @@ def talk(page: Page, server: Server, session: str) -> str:
         body = {"format": "trellis-room-1", "title": "Watching it grow", "messages": said, "head": "2"}
         client.post("/api/rooms/import", json=body)
     page.goto(f"{server.url}/chat?model=session:{session}")
-    page.get_by_text("Compare with another").click()
-    page.get_by_label("Who answers too").select_option("demo")
+    page.get_by_text("Compare", exact=True).click()
+    page.get_by_label("Model 2").select_option("demo")
     page.get_by_label("Message", exact=True).fill("What do you think of the sea?")
     page.keyboard.press("Enter")
     page.wait_for_url("**/chat/r*")
     page.locator(".message.assistant[data-state=done]").nth(1).wait_for(timeout=60_000)
-    page.get_by_role("button", name="Good").first.click()
+    page.get_by_role("button", name="Good answer").first.click()
     return page.url.removeprefix(server.url).split("#")[0]
 
 

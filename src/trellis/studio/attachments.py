@@ -46,17 +46,15 @@ class Attachments:
         kind = kind_of(data)
         if len(data) > MOST_BYTES[kind]:
             most = MOST_BYTES[kind] / 1e6
-            what = (
-                f"has {len(data) / 1e6:.1f} MB; {most:.0f} MB are the most for {'a ' + kind if kind != TEXT else kind}"
-            )
-            raise self._refusal(name, what, "Choose a smaller file, or a part of it.")
+            what = f"is {len(data) / 1e6:.1f} MB; the limit for this type is {most:.0f} MB"
+            raise self._refusal(name, what, "Choose a smaller file, or part of it.")
         text = "" if kind == PICTURE else await self._text_of(name, kind, data)
         return {"name": safe_name(name), "kind": kind, "bytes": len(data), "text": text}
 
     async def add(self, room_id: str, name: str, data: bytes) -> dict[str, Any]:
         """Take a file for a room. Raises Invalid for what cannot be read."""
         if len(await self._store.read(rows.get_files, room_id)) >= MOST_FILES:
-            raise self._refusal(name, f"is too many: a room has {MOST_FILES} files at most", "Start a new room.")
+            raise self._refusal(name, f"is one too many: a chat takes {MOST_FILES} files at most", "Start a new chat.")
         row: dict[str, Any] = {
             "id": f"f{secrets.token_hex(8)}",
             "room": room_id,
@@ -65,7 +63,7 @@ class Attachments:
         await asyncio.to_thread(self._write, row["id"], data)
         if not await self._store.write(rows.add_file, row):
             await self.discard(row["id"])
-            raise NotFound("This room is not there any more.", next_step="Start a new room.")
+            raise NotFound("This chat no longer exists.", next_step="Start a new chat.")
         return {name: row[name] for name in ("id", "name", "kind", "bytes")} | {"characters": len(row["text"])}
 
     async def content(self, file_id: str) -> bytes:
@@ -74,7 +72,7 @@ class Attachments:
             return await asyncio.to_thread((self._blobs.path(file_id) / CONTENT).read_bytes)
         except (OSError, ValueError):
             raise TrellisError(
-                "This file is not on the disk any more.", code="not_found", next_step="Add it again."
+                "This file no longer exists on disk.", code="not_found", next_step="Add it again."
             ) from None
 
     async def as_data(self, file_id: str) -> str:
@@ -97,13 +95,13 @@ class Attachments:
                 text = storable(data.decode("utf-8-sig"))
             except ValueError:
                 raise self._refusal(
-                    name, "is neither text in UTF-8, nor a PDF, nor a picture", "Save it as text, and add that."
+                    name, "isn't UTF-8 text, a PDF or an image", "Save it as text and add that."
                 ) from None
         if not text.strip():
-            raise self._refusal(name, "has no text in it", "If it holds scanned pages, have them read first.")
+            raise self._refusal(name, "contains no text", "If its pages are scans, run text recognition (OCR) first.")
         if len(text) > MOST_CHARACTERS:
             raise self._refusal(
-                name, f"has {len(text)} characters of text; {MOST_CHARACTERS} are the most", "Add a part of it."
+                name, f"has {len(text):,} characters of text; the limit is {MOST_CHARACTERS:,}", "Add part of it."
             )
         return text
 
@@ -117,7 +115,7 @@ class Attachments:
             try:
                 said, _ = await asyncio.wait_for(process.communicate(data), PDF_SECONDS)
             except TimeoutError:
-                raise self._refusal(name, "takes too long to read", "Save its text, and add that.") from None
+                raise self._refusal(name, "takes too long to read", "Save its text and add that.") from None
             finally:
                 if process.returncode is None:
                     process.kill()
@@ -125,9 +123,9 @@ class Attachments:
         try:
             found = json.loads(said)
         except ValueError:
-            raise self._refusal(name, "could not be read as a PDF", "Save its text, and add that.") from None
+            raise self._refusal(name, "couldn't be read as a PDF", "Save its text and add that.") from None
         if "problem" in found:
-            raise self._refusal(name, str(found["problem"]), "Save its text, and add that.")
+            raise self._refusal(name, str(found["problem"]), "Save its text and add that.")
         return str(found["text"]).replace("\x00", "").encode("utf-8", "replace").decode()
 
     def _refusal(self, name: str, what: str, next_step: str) -> Invalid:

@@ -160,7 +160,7 @@ def _piece(choice: dict[str, Any]) -> Piece:
         elif kind == "refusal":
             piece.refusal += _joined(part.get("refusal"))
         elif kind in PICTURES:
-            piece.text += "(A picture, which cannot be shown here.)"
+            piece.text += "(An image, which can't be shown here.)"
         else:
             piece.text += _joined(part.get("text"))
     piece.thought += next(filter(None, (_joined(said.get(name)) for name in REASONING)), "")
@@ -247,37 +247,37 @@ class Answer:
         who = f"“{shorten(model)}” at “{shorten(server)}”"
         if self.finish == "content_filter":
             raise TrellisError(
-                f"The content filter of the server “{shorten(server)}” ended this answer.", code="content_filter",
-                next_step="Ask in other words, or ask another model.",
+                f"The content filter of the server “{shorten(server)}” stopped this answer.", code="content_filter",
+                next_step="Rephrase your message, or choose another model.",
             )  # fmt: skip
         if self._refused:
             raise TrellisError(
                 f"{who} refused to answer.", code="model_refused",
-                next_step="Ask in other words, or ask another model.",
+                next_step="Rephrase your message, or choose another model.",
             )  # fmt: skip
         if self._tool is not None or self.finish in ("tool_calls", "function_call"):
             called = f"the tool “{shorten(self._tool)}”" if self._tool else "a tool"
             raise TrellisError(
-                f"{who} asked to call {called}, and there are no tools in chat.", code="tool_call",
-                next_step="Ask in other words, or turn tools off on that server.",
+                f"{who} tried to call {called}, but chat has no tools.", code="tool_call",
+                next_step="Rephrase your message, or turn tools off on that server.",
             )  # fmt: skip
         if not self.finish and not ended:
             raise TrellisError(
-                f"The server “{shorten(server)}” ended the connection before the answer was complete.",
-                code="incomplete_answer", next_step="Go on with the answer, or have it made once more.",
+                f"The server “{shorten(server)}” closed the connection before the answer was complete.",
+                code="incomplete_answer", next_step="Continue the answer, or regenerate it.",
             )  # fmt: skip
         if self._spoken:
             return
         if self._thought:
             longest = self.finish == "length"
             raise TrellisError(
-                f"{who} reached the longest answer while it was still thinking." if longest
-                else f"{who} ended after its thoughts, without an answer.",
+                f"{who} reached the token limit while still thinking." if longest
+                else f"{who} stopped after thinking, without an answer.",
                 code="only_thoughts",
-                next_step="Raise “Longest answer” in the settings of this room, and ask again." if longest
-                else "Ask again, or ask another model.",
+                next_step="Raise “Max new tokens” in the settings of this chat, then regenerate." if longest
+                else "Regenerate, or choose another model.",
             )  # fmt: skip
         raise TrellisError(
-            f"{who} ended without saying anything.", code="empty_answer",
-            next_step="Ask again. If it stays so, look into that server's log.",
+            f"{who} returned an empty answer.", code="empty_answer",
+            next_step="Regenerate. If it happens again, check that server's log.",
         )  # fmt: skip

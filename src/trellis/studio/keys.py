@@ -29,7 +29,7 @@ class Keys:
     async def make(self, name: str) -> tuple[dict[str, Any], str]:
         """A new key, and the key itself, which is nowhere else. Raises Conflict when there are too many."""
         if len(await self._store.read(rows.list_keys)) >= MOST:
-            raise Conflict(f"There are {MOST} keys already.", code="too_many", next_step="Revoke some first.")
+            raise Conflict(f"There are already {MOST} API keys.", code="too_many", next_step="Revoke some first.")
         secret = PREFIX + secrets.token_urlsafe(32)
         row = {
             "hash": _hash(secret), "id": f"k{secrets.token_hex(8)}", "name": name, "start": secret[: len(PREFIX) + 4],
@@ -44,7 +44,9 @@ class Keys:
     async def revoke(self, key_id: str) -> None:
         """Raises NotFound."""
         if not await self._store.write(rows.delete_key, key_id):
-            raise NotFound(f"There is no key “{shorten(key_id)}”.", next_step="The keys are listed on their page.")
+            raise NotFound(
+                f"There is no API key “{shorten(key_id)}”.", next_step="The page “API keys & providers” lists them."
+            )
 
     async def owner(self, secret: str) -> str | None:
         """The id of a key; None for what is not one."""

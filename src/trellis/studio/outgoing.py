@@ -72,16 +72,16 @@ async def checked(url: str, own: Collection[str], permits: Permits | None = None
     for address in found.addresses:
         if never(address):
             raise Refused(
-                f"“{shorten(found.host)}” is at {address}, where no server of models can be.",
+                f"“{shorten(found.host)}” is at {address}, where no model server can be.",
                 code="forbidden_address", field="url", next_step="Check the address.",
             )  # fmt: skip
         allowed = found.server in own or (permits is not None and permits(found.server, address))
         if not (allowed or is_public(address)):
             raise Refused(
-                f"“{shorten(found.host)}” is at {address}, which is this computer or its own network.",
-                code="private_address", field="url", details={"server": found.server}, next_step="If it is a server of "
-                "yours, add it on the page “Connections” in a browser on the computer that runs the studio, or start "
-                f"the studio with TRELLIS_LOCAL_SERVERS={shorten(found.server)}.",
+                f"“{shorten(found.host)}” is at {address}, which is this computer or its local network.",
+                code="private_address", field="url", details={"server": found.server}, next_step="If the server is "
+                "yours, add it on the page “API keys & providers” in a browser on the computer that runs the studio, "
+                f"or start the studio with TRELLIS_LOCAL_SERVERS={shorten(found.server)}.",
             )  # fmt: skip
     parts = found.parts
     return Place(parts.scheme, found.host, found.port, parts.path.rstrip("/"), found.addresses[0])
@@ -95,13 +95,13 @@ async def resolved(url: str) -> Found:
         host = str(parts.hostname) if ":" in str(parts.hostname) else str(parts.hostname).encode("idna").decode()
     except UnicodeError:
         raise Invalid(
-            f"url: “{shorten(parts.hostname)}” is no name of a server.", field="url", next_step="Check the address."
+            f"url: “{shorten(parts.hostname)}” isn't a valid server name.", field="url", next_step="Check the address."
         ) from None
     try:
         looked_up = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         raise TrellisError(
-            f"There is no server called “{shorten(host)}”.", code="network", field="url",
+            f"There is no server named “{shorten(host)}”.", code="network", field="url",
             next_step="Check the address.",
         ) from None  # fmt: skip
     addresses = dict.fromkeys(ipaddress.ip_address(str(each[4][0]).split("%")[0]) for each in looked_up)
@@ -128,7 +128,7 @@ def parsed(url: str) -> SplitResult:
     if not good or any(ord(letter) < 33 for letter in url.strip()):
         raise Invalid(
             f"url: must be an address such as “https://example.org/v1”, got “{shorten(url)}”.", field="url",
-            next_step="Type it with http or https, without a key in it.",
+            next_step="Begin with http:// or https://, and leave the key out.",
         )  # fmt: skip
     return parts
 

@@ -60,16 +60,16 @@ class Remotes:
         may have a private address from now on: whoever calls has made sure that a person at this computer said so."""
         if "/" in name:
             raise Invalid(
-                f"name: must have no “/”, got “{shorten(name)}”.", field="name", next_step="Call it otherwise."
+                f"name: can't contain “/”, got “{shorten(name)}”.", field="name", next_step="Choose another name."
             )
         if odd := next((each for each in (name, *models) if not each.isprintable()), None):
             raise Invalid(
-                f"name: “{shorten(odd)}” has letters that cannot be seen.", field="name", next_step="Type it."
+                f"name: “{shorten(odd)}” contains invisible characters.", field="name", next_step="Type it by hand."
             )
         url = url.strip().rstrip("/")
         parsed(url)
         if not all(32 < ord(letter) < 127 for letter in secret):
-            raise Invalid("key: has letters that no key has.", field="key", next_step="Paste the key alone.")
+            raise Invalid("key: contains invalid characters.", field="key", next_step="Paste only the key.")
         with self._permitted.trial(await resolved(url) if permit else None) as private:
             url, found = (url, models) if models else await self._found(url, secret)
             await self._require_allowed(url)
@@ -125,7 +125,7 @@ class Remotes:
             raise _strange(url) from None
         if not names:
             raise Invalid(
-                f"The server at “{shorten(url)}” lists no models.", field="models", next_step="Name its models by hand."
+                f"The server at “{shorten(url)}” lists no models.", field="models", next_step="Enter its model names."
             )
         return sorted(names)[:MOST_MODELS]
 
@@ -162,7 +162,7 @@ class Remotes:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise TrellisError(
                 f"The server “{shorten(place.name)}” {_what_failed(error)}.", code="network", field="url",
-                next_step="Check that it runs, and its address.",
+                next_step="Check that it is running and that its address is right.",
             ) from None  # fmt: skip
 
 
@@ -171,14 +171,14 @@ def _what_failed(error: Exception) -> str:
 
     match error:
         case httpx.ConnectTimeout():
-            return f"did not answer within {CONNECT_SECONDS:.0f} seconds"
+            return f"didn't respond within {CONNECT_SECONDS:.0f} seconds"
         case httpx.ConnectError():
-            return "could not be reached: nothing answers at its address and port"
+            return "can't be reached: nothing is listening at its address and port"
         case httpx.TimeoutException():
-            return f"said nothing for {READ_SECONDS:.0f} seconds"
+            return f"sent nothing for {READ_SECONDS:.0f} seconds"
         case httpx.RemoteProtocolError() | httpx.ReadError():
-            return "ended the connection in the middle of its answer"
-    return f"could not be talked to ({type(error).__name__})"
+            return "closed the connection in the middle of its answer"
+    return f"can't be reached ({type(error).__name__})"
 
 
 def _new_client() -> httpx.AsyncClient:
@@ -261,10 +261,10 @@ class Remote(Speaker):
                     changes[name] = ""
                 else:
                     raise Invalid(
-                        f"The server “{shorten(self._row['name'])}” does not take “{name}”, which is "
-                        f"{shorten(body[name])} here: {shorten(error.said, 200)}",
+                        f"The server “{shorten(self._row['name'])}” rejected “{name}” with the value "
+                        f"{shorten(body[name])}: {shorten(error.said, 200)}",
                         field=name, code="option_refused",
-                        next_step="Empty that option in the settings of the room, or ask another model.",
+                        next_step="Clear that parameter in the chat's settings, or choose another model.",
                     ) from None  # fmt: skip
 
 
@@ -282,7 +282,7 @@ def _body(model: str, request: Chat) -> dict[str, Any]:
     Invalid for what no server can be asked."""
     if request.top is not None:
         raise Invalid(
-            "logprobs: the tokens of models on other servers are not told.", field="logprobs",
+            "logprobs: not available for models of external providers.", field="logprobs",
             code="unsupported_parameter", next_step="Leave it out.",
         )  # fmt: skip
     sampling = {name: value for name, value in request.sampling.model_dump().items() if value is not None}
@@ -360,12 +360,12 @@ async def _read(response: httpx.Response, most: int = WHOLE) -> bytes:
 def _refusal(place: Place, status: int, said: str, secret: str) -> TrellisError:
     if 300 <= status < 400:
         return TrellisError(
-            f"The server “{shorten(place.name)}” points to another address, which is not followed.", code="redirected",
-            field="url", next_step="Add that address itself.",
+            f"The server “{shorten(place.name)}” redirects to another address; redirects are not followed.",
+            code="redirected", field="url", next_step="Add that address instead.",
         )  # fmt: skip
     if status in (401, 403):
         return TrellisError(
-            f"The server “{shorten(place.name)}” does not take the key.", code="wrong_key", field="key",
+            f"The server “{shorten(place.name)}” rejected the key.", code="wrong_key", field="key",
             next_step="Check the key, and add the server again.",
         )  # fmt: skip
     try:
@@ -374,11 +374,11 @@ def _refusal(place: Place, status: int, said: str, secret: str) -> TrellisError:
     except (ValueError, RecursionError):
         words = ""
     said = _without(secret, said)
-    next_step = "Try again, or look into that server's log."
+    next_step = "Try again, or check that server's log."
     if status == 404:
-        next_step = "Check the address (most servers have the API under /v1), and the name of the model."
+        next_step = "Check the address (it usually ends in /v1) and the model name."
     elif status == 429:
-        next_step = "Wait a moment, or look into your account there."
+        next_step = "Wait a moment, or check your account there."
     return RefusedByServer(
         f"The server “{shorten(place.name)}” answered {status}: {shorten(words or said or 'nothing', 200)}", said,
         code="remote_error", next_step=next_step,
@@ -391,15 +391,15 @@ def _without(secret: str, text: str) -> str:
 
 def _said_no(name: str, error: str, secret: str) -> TrellisError:
     return TrellisError(
-        f"The server “{shorten(name)}” could not answer: {shorten(_without(secret, error), 200)}", code="remote_error",
-        next_step="Try again, or look into that server's log.",
+        f"The server “{shorten(name)}” returned an error: {shorten(_without(secret, error), 200)}", code="remote_error",
+        next_step="Try again, or check that server's log.",
     )  # fmt: skip
 
 
 def _strange(where: str) -> TrellisError:
     return TrellisError(
-        f"The server at “{shorten(where)}” does not speak the OpenAI API.", code="remote_error", field="url",
-        next_step="Check the address; most servers have it under /v1.",
+        f"The server at “{shorten(where)}” doesn't offer an OpenAI-compatible API.", code="remote_error", field="url",
+        next_step="Check the address; it usually ends in /v1.",
     )  # fmt: skip
 
 

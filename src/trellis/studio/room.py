@@ -113,8 +113,8 @@ class Room:
         """Raises NotFound."""
         if message_id not in self.messages:
             raise NotFound(
-                f"There is no message “{shorten(message_id)}” in this room.", field="message",
-                next_step="Reload the page to see what was said.",
+                f"There is no message “{shorten(message_id)}” in this chat.", field="message",
+                next_step="Reload the page to see the current messages.",
             )  # fmt: skip
         return self.messages[message_id]
 
@@ -241,8 +241,9 @@ class Room:
             message = self.message(message_id)
             if message.role != "assistant" or message.id in self._answers:
                 raise Conflict(
-                    "This answer is still growing." if message.id in self._answers else "Only an answer can go on.",
-                    code="not_now", next_step="Wait for its end.",
+                    "Only answers can be continued." if message.role != "assistant"
+                    else "This answer is still being generated.",
+                    code="not_now", next_step="Wait until it is done.",
                 )  # fmt: skip
             self._require_open()
             await self._store.write(rows.change_message, message.id, {"state": "growing", "error": None})
@@ -301,7 +302,7 @@ class Room:
             self._require_here()
             message = self.message(message_id)
             if message.role != "assistant" or rating not in (-1, 0, 1):
-                raise Invalid("rating: must be -1, 0 or 1, of an answer.", field="rating", next_step="Rate an answer.")
+                raise Invalid("rating: must be -1, 0 or 1, for an answer.", field="rating", next_step="Rate an answer.")
             message.rating = rating
             await self._store.write(rows.change_message, message.id, {"rating": rating})
             self.publish("message", message=await self.whole(message), head=self.head)
@@ -368,14 +369,14 @@ class Room:
 
     def _require_here(self) -> None:
         if self.closed:
-            raise Conflict("This room was closed.", code="closed", next_step="Reload the page.")
+            raise Conflict("This chat was closed.", code="closed", next_step="Reload the page.")
 
     def _require_open(self) -> None:
         self._require_here()
         if len(self.messages) >= MOST_MESSAGES:
             raise Conflict(
-                f"This room has {len(self.messages)} messages, which is the most.", code="room_full",
-                next_step="Start a new room.",
+                f"This chat has {len(self.messages):,} messages, which is the limit.", code="room_full",
+                next_step="Start a new chat.",
             )  # fmt: skip
 
     def _parent(self, parent: str | None) -> str | None:
@@ -385,11 +386,13 @@ class Room:
             return None
         if before.role == "user":
             raise Conflict(
-                "The last message has no answer yet.", code="not_now", next_step="Have it answered first, or edit it."
+                "The last message has no answer yet.",
+                code="not_now",
+                next_step="Generate its answer first, or edit it.",
             )
         if before.id in self._answers:
             raise Conflict(
-                "The answer is still growing.", code="not_now", next_step="Wait for its end, or stop it."
+                "The answer is still being generated.", code="not_now", next_step="Wait until it is done, or stop it."
             )  # fmt: skip
         return before.id
 
@@ -397,7 +400,7 @@ class Room:
         names = list(dict.fromkeys(models))
         if not 1 <= len(names) <= MOST_MODELS:
             raise Invalid(
-                f"models: 1 to {MOST_MODELS} can answer, got {len(names)}.", field="models",
+                f"models: choose 1 to {MOST_MODELS}, got {len(names)}.", field="models",
                 next_step="Choose fewer." if names else "Choose one.",
             )  # fmt: skip
         return [(await self._speakers.find(name)).name for name in names]
@@ -407,7 +410,7 @@ class Room:
         found = next((row for row in await self._store.read(rows.get_files, self.id) if row["id"] == file_id), None)
         if found is None:
             raise NotFound(
-                f"There is no file “{shorten(file_id)}” in this room.", field="file", next_step="Add it again."
+                f"There is no file “{shorten(file_id)}” in this chat.", field="file", next_step="Add it again."
             )
         return found
 
@@ -417,7 +420,7 @@ class Room:
         there = {row["id"]: row for row in await self._store.read(rows.get_files, self.id)}
         if unknown := [each for each in wanted if each not in there]:
             raise NotFound(
-                f"There is no file “{shorten(unknown[0])}” in this room.", field="files", next_step="Add it again."
+                f"There is no file “{shorten(unknown[0])}” in this chat.", field="files", next_step="Add it again."
             )
         return [{name: there[each][name] for name in ("id", "name", "kind", "bytes")} for each in wanted]
 
@@ -497,8 +500,8 @@ class Room:
         except Exception as error:
             log.exception("the end of an answer could not be written down")
             message.error = TrellisError(
-                f"The end of this answer could not be written down: {type(error).__name__}.", code="internal",
-                next_step="Copy what you need of it, and ask again.",
+                f"The end of this answer couldn't be saved: {type(error).__name__}.", code="internal",
+                next_step="Copy what you need, then regenerate.",
             ).as_json()  # fmt: skip
         finally:
             self._answers.pop(message.id, None)
@@ -554,8 +557,8 @@ def _require_short(text: str) -> None:
     """Raises Invalid for more than one message may hold."""
     if len(text) > PROMPT_LIMIT:
         raise Invalid(
-            f"text: the message has {len(text):,} characters; {PROMPT_LIMIT:,} are the most.", field="text",
-            code="too_long", next_step="Add the text as a file, or send it in parts.",
+            f"text: the message has {len(text):,} characters; the limit is {PROMPT_LIMIT:,}.", field="text",
+            code="too_long", next_step="Attach the text as a file, or send it in parts.",
         )  # fmt: skip
 
 

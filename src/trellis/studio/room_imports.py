@@ -62,7 +62,7 @@ def plans_of(body: bytes) -> tuple[list[Plan], list[str]]:
     try:
         found = conversations_in(body)
         if len(found) > MOST_ROOMS:
-            raise Unreadable(f"it has {len(found)} conversations, {MOST_ROOMS} are the most")
+            raise Unreadable(f"it has {len(found)} conversations; the limit is {MOST_ROOMS}")
     except Unreadable as error:
         raise _refusal(str(error)) from None
     plans, left_out = [], []
@@ -75,7 +75,7 @@ def plans_of(body: bytes) -> tuple[list[Plan], list[str]]:
             left_out.append(f"“{shorten(name)}”: {error.message}")
     if not plans:
         more = f" (and {len(left_out) - 1} others)" if len(left_out) > 1 else ""
-        raise _refusal(left_out[0].rstrip(".") + more if left_out else "it has no conversation in it")
+        raise _refusal(left_out[0].rstrip(".") + more if left_out else "it contains no conversation")
     return plans, left_out
 
 
@@ -89,9 +89,9 @@ async def _answers(rooms: Rooms, name: str) -> bool:
 
 def _refusal(why: str) -> Invalid:
     return Invalid(
-        f"This file has no conversation that can be read: {why}.", field="file", code="unreadable",
-        next_step="Choose what Trellis, open-webui, ChatGPT, Claude or LM Studio has exported, or Markdown with “## "
-        "User” and “## Assistant”.",
+        f"No conversation could be imported from this file: {why}.", field="file", code="unreadable",
+        next_step="Choose an export from Trellis, open-webui, ChatGPT, Claude or LM Studio, or Markdown with the "
+        "headings “## User” and “## Assistant”.",
     )  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def plan_of(found: Conversation) -> Plan:
             kept[said.id] = _Kept(said, role, text)
             kept[said.id].said.parent = above
     if found.foreign and not kept:
-        raise Unreadable("nothing was said in it")
+        raise Unreadable("it has no messages")
     order = [kept[each.id] for each in found.messages if each.id in kept]
     return _planned(found, order, places, "\n\n".join(dict.fromkeys(filter(None, system))), losses)
 
@@ -145,7 +145,7 @@ def _read(place: int, said: Said, foreign: bool, losses: Counter[str]) -> tuple[
     """The role and the text of a message. Raises Unreadable."""
     role = ROLES.get(said.role, said.role) if isinstance(said.role, str) else None
     if role is None or (not foreign and role not in ("user", "assistant")):
-        raise Unreadable(f"message {place + 1} is from neither “user” nor “assistant”")
+        raise Unreadable(f"message {place + 1} has a role other than “user” or “assistant”")
     try:
         content = content_of(said.content)
     except Unreadable as error:
@@ -213,7 +213,7 @@ def _plural(name: str) -> str:
 def _require_a_tree(messages: list[Said]) -> None:
     """Raises Unreadable where ids are missing or used twice, or where messages come after each other in a circle."""
     if len(messages) > MOST_MESSAGES:
-        raise Unreadable(f"it has {len(messages)} messages, {MOST_MESSAGES} are the most")
+        raise Unreadable(f"it has {len(messages)} messages; the limit is {MOST_MESSAGES}")
     parents = {message.id: message.parent for message in messages if isinstance(message.id, str)}
     if len(parents) < len(messages):
         raise Unreadable("two of its messages have the same id, or one has none")
@@ -223,7 +223,7 @@ def _require_a_tree(messages: list[Said]) -> None:
         at: Any = message.id
         while isinstance(at, str) and at in parents and at not in safe:
             if at in seen:
-                raise Unreadable("its messages come after each other in a circle")
+                raise Unreadable("its messages form a cycle")
             seen.add(at)
             at = parents[at]
         safe |= seen
@@ -259,7 +259,7 @@ def _text(value: Any, what: str = "its text") -> str:
     if not isinstance(value, str):
         return ""
     if len(value) > LONGEST:
-        raise Unreadable(f"{what} has {len(value)} characters, {LONGEST} are the most")
+        raise Unreadable(f"{what} has {len(value)} characters; the limit is {LONGEST}")
     try:
         return storable(value)
     except ValueError as error:

@@ -87,8 +87,8 @@ class OneMessage(BaseModel):
         for part in self.content:
             if part.type != "text":
                 raise Invalid(
-                    f"messages.{place}.content: “{shorten(part.type)}” cannot be read; only text can.",
-                    field=f"messages.{place}.content", code="unsupported_value", next_step="Send text alone.",
+                    f"messages.{place}.content: “{shorten(part.type)}” is not supported; only text is.",
+                    field=f"messages.{place}.content", code="unsupported_value", next_step="Send only text.",
                 )  # fmt: skip
         return Turn(role=role, text="".join(part.text for part in self.content))
 
@@ -151,8 +151,8 @@ class Asked(BaseModel):
         longest = min(self.longest or LONGEST, LONGEST)
         if (self.min_tokens or 0) > longest:
             raise Invalid(
-                f"min_tokens: {self.min_tokens} is more than the longest answer of {longest} tokens.",
-                field="min_tokens", code="invalid_value", next_step="Ask for fewer, or allow a longer answer.",
+                f"min_tokens: {self.min_tokens} is more than the limit of {longest} tokens.",
+                field="min_tokens", code="invalid_value", next_step="Lower it, or raise max_tokens.",
             )  # fmt: skip
 
 
@@ -195,7 +195,7 @@ class TextAsked(Asked):
         texts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
         found = [text for text in texts if isinstance(text, str)]
         if len(found) < len(texts) or len(found) > 64:
-            what = "tokens are not taken, only text" if len(found) < len(texts) else "64 prompts are the most"
+            what = "token ids are not supported, only text" if len(found) < len(texts) else "at most 64 prompts"
             raise Invalid(f"prompt: {what}.", field="prompt", code="unsupported_value", next_step="Send text.")
         return found
 
@@ -243,7 +243,7 @@ async def completions(request: Request, body: TextAsked, studio: OfStudio) -> Re
     """Go on with a text, without a chat template."""
     body.refuse_what_is_not_here()
     if body.best_of not in (None, body.n or 1):
-        raise Invalid("best_of: it must be as many as n.", field="best_of", next_step="Leave it out.")
+        raise Invalid("best_of: must equal n.", field="best_of", next_step="Leave it out.")
     seed = _seed(body)
     asked = [
         body.chat(seed, place, text=prompt, top=body.logprobs)
@@ -492,7 +492,7 @@ async def _while_connected(request: Request, work: Any) -> Any:
     try:
         while not (await asyncio.wait({task}, timeout=0.5))[0]:
             if await request.is_disconnected():
-                raise EngineError("The client has gone.", code="cancelled", next_step="Ask again.")
+                raise EngineError("The client disconnected.", code="cancelled", next_step="Ask again.")
         return task.result()
     finally:
         task.cancel()
@@ -504,8 +504,8 @@ async def _counted(request: Request, owner: str, count: int) -> AsyncIterator[No
     busy: Counter[str] = request.app.state.answering
     if busy[owner] + count > AT_ONCE:
         raise Refused(
-            f"{busy[owner]} answers are being made for you, and {count} more were asked for; {AT_ONCE} are the most.",
-            code="too_many_requests", next_step="Wait for some of them.",
+            f"You have {busy[owner]} answers in progress and asked for {count} more; the limit is {AT_ONCE}.",
+            code="too_many_requests", next_step="Wait until some are done.",
         )  # fmt: skip
     busy[owner] += count
     try:

@@ -143,6 +143,7 @@ async def start_page(
         longest=PROMPT_LIMIT,
         error=error.as_json() if error else None,
         imported=imported,
+        done=done_before(request),
         request_id=secrets.token_hex(12),
         **await rooms_of(studio, q, archived, all),
     )
@@ -176,9 +177,9 @@ async def take_in(request: Request, studio: OfStudio, file: UploadFile) -> Respo
         imported = await import_rooms(studio.rooms, await file.read())
     except TrellisError as error:
         return await start_page(request, studio, error=error)
-    if imported.left_out or imported.notes:
-        return await start_page(request, studio, imported=imported)
-    return RedirectResponse(f"/chat/{imported.rooms[0].id}" if len(imported.rooms) == 1 else "/chat", 303)
+    if len(imported.rooms) == 1 and not imported.left_out and not imported.notes:
+        return RedirectResponse(f"/chat/{imported.rooms[0].id}", 303)
+    return await start_page(request, studio, imported=imported)
 
 
 @router.get("/chat/{room}")
@@ -210,13 +211,18 @@ async def show_room(
         chosen=room.models,
         most=MOST_MODELS,
         longest=PROMPT_LIMIT,
-        sampling=CHAT.model_dump() | room.sampling,
+        done=done_before(request),
         fields=fields_of(room.sampling),
         text=text,
         error=error.as_json() if error else None,
         request_id=secrets.token_hex(12),
         **await rooms_of(studio),
     )
+
+
+def done_before(request: Request) -> str:
+    """What the action did that led to this page: a word of `_notice.html`."""
+    return request.query_params.get("done", "")
 
 
 def fields_of(sampling: dict[str, Any]) -> list[dict[str, Any]]:
@@ -413,10 +419,10 @@ async def settings(request: Request, room: OfRoom, studio: OfStudio, form: Annot
 @router.post("/chat/{room}/archive")
 async def archive(room: OfRoom, form: Annotated[ArchiveForm, Form()]) -> Response:
     await room.change(archived=form.archived)
-    return RedirectResponse("/chat" if form.archived else f"/chat/{room.id}", 303)
+    return RedirectResponse("/chat?done=archived" if form.archived else f"/chat/{room.id}?done=unarchived", 303)
 
 
 @router.post("/chat/{room}/delete")
 async def delete(room: str, studio: OfStudio) -> Response:
     await studio.rooms.delete(room)
-    return RedirectResponse("/chat", 303)
+    return RedirectResponse("/chat?done=deleted", 303)

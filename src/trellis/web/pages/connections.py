@@ -18,6 +18,7 @@ from ..failures import status_of
 from ..limits import expensive
 from ..loopback import is_from_this_computer
 from ..render import render_of
+from .chat import done_before
 from .steering import Sent
 
 router = APIRouter(include_in_schema=False)
@@ -57,6 +58,7 @@ async def show(
         keys=await studio.keys.all(),
         remotes=await studio.remotes.all(),
         made=made,
+        done=done_before(request),
         may_permit=is_from_this_computer(request),
         address=str(request.base_url).rstrip("/"),
         error=error.as_json() if error else None,
@@ -79,7 +81,7 @@ async def make_key(request: Request, studio: OfStudio, form: Annotated[KeyForm, 
 @router.post("/connections/keys/{key}/revoke")
 async def revoke_key(studio: OfStudio, key: str) -> Response:
     await studio.keys.revoke(key)
-    return RedirectResponse("/connections", 303)
+    return RedirectResponse("/connections?done=revoked", 303)
 
 
 @router.post("/connections/remotes")
@@ -90,15 +92,15 @@ async def add_remote(request: Request, studio: OfStudio, form: Annotated[RemoteF
     try:
         if form.permit and not is_from_this_computer(request):
             raise Refused(
-                "Only a person at the computer that runs the studio may permit a server in its own network.",
+                "Servers in its local network can only be allowed from the computer that runs the studio.",
                 code="not_local", field="url",
-                next_step="Open this page there, at the address with “localhost” or “127.0.0.1”.",
+                next_step="Open this page there, at “localhost” or “127.0.0.1”.",
             )  # fmt: skip
         body = checked(form, names)
         await studio.remotes.add(body.name.strip(), body.url, body.key.strip(), body.models, body.sees, form.permit)
     except TrellisError as error:
         return await show(request, studio, error=error, sent=sent)
-    return RedirectResponse("/connections", 303)
+    return RedirectResponse("/connections?done=added", 303)
 
 
 def checked(form: RemoteForm, names: list[str]) -> NewRemote:
@@ -112,4 +114,4 @@ def checked(form: RemoteForm, names: list[str]) -> NewRemote:
 @router.post("/connections/remotes/{remote}/delete")
 async def delete_remote(studio: OfStudio, remote: str) -> Response:
     await studio.remotes.delete(remote)
-    return RedirectResponse("/connections", 303)
+    return RedirectResponse("/connections?done=removed", 303)

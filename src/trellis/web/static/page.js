@@ -3,16 +3,12 @@
 export const $ = (selector, root = document) => root.querySelector(selector);
 export const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
 export const LETTERS = "ABCDEFGH";
+export const make = (tag, properties = {}) => Object.assign(document.createElement(tag), properties);
 
 /** A notice in the corner. It replaces the last one, and an error that it has made old. */
 export function toast(message, { more = "", error = false, kind = "" } = {}) {
-  const box = document.createElement("div");
-  box.className = `toast ${error ? "error" : kind}`;
-  for (const text of [message, more].filter(Boolean)) {
-    const line = document.createElement("p");
-    line.textContent = text;
-    box.append(line);
-  }
+  const box = make("div", { className: `toast ${error ? "error" : kind}` });
+  box.append(...[message, more].filter(Boolean).map((text) => make("p", { textContent: text })));
   for (const old of $$(".toast")) old.remove();
   $(".toasts").append(box);
   setTimeout(() => box.remove(), error ? 9000 : 3000);
@@ -70,13 +66,13 @@ function keepWritten() {
 /** Copy text, and say so on the button that was pressed. */
 export async function copyText(text, button) {
   try { await navigator.clipboard.writeText(text); } catch {
-    const box = document.createElement("textarea");
-    box.value = text;
+    const box = make("textarea", { value: text });
     document.body.append(box);
     box.select();
     document.execCommand("copy");
     box.remove();
   }
+  if (button.ariaLabel) { toast("Copied"); return; } // an icon has no words to change
   const said = button.textContent;
   button.textContent = "Copied";
   setTimeout(() => { button.textContent = said === "Copied" ? "Copy" : said; }, 1200);
@@ -122,6 +118,9 @@ export function bindPage() {
     delete form.dataset.sent;
     $$("[aria-busy]", form).forEach((button) => button.removeAttribute("aria-busy"));
   }));
+
+  // A notice of what was done is shown once.
+  if (new URLSearchParams(location.search).has("done")) history.replaceState(null, "", location.pathname + location.hash);
 
   keepWritten();
 
