@@ -99,12 +99,12 @@ def test_errors_are_pages_for_people_and_json_for_scripts(client: httpx.Client) 
     page = client.get("/steer/nope", headers=HTML)
     assert page.status_code == 404
     assert "There is no session “nope”." in page.text
-    assert "Go to the first page" in page.text
+    assert "Back to home" in page.text
     assert client.get("/steer/nope", headers=HTML | {"HX-Request": "true"}).json()["error"]["code"] == "not_found"
     assert client.get("/nothing/here", headers=HTML).status_code == 404
     wrong = client.post("/steer", data={"group_size": "99"}, headers=HTML)
     assert wrong.status_code == 422
-    assert "Options per prompt</a>: must be 8 or less, got “99”." in wrong.text
+    assert "Answers per prompt</a>: Must be 8 or less." in wrong.text
 
 
 @pytest.mark.parametrize(

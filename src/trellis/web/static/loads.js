@@ -21,7 +21,7 @@ function followAll() {
       showProgress(now, progress);
       if (progress.stage !== stage) { stage = progress.stage; announce(progress.message); }
     }, (state, about) => {
-      const what = $("h2, h3", find() ?? document.body)?.textContent ?? "It";
+      const what = $("h2, h3", find() ?? document.body)?.textContent ?? "Model";
       tell(state, about, what);
       renew(find());
     });
@@ -31,9 +31,9 @@ function followAll() {
 function tell(state, about, what) {
   if (state === "failed") toast(about.message, { more: about.next_step, error: true });
   else if (state === "cancelled") {
-    const given = about?.memory_before ? `${size(about.memory_before - about.memory_after)} of memory freed.` : "";
-    toast("Cancelled.", { more: given });
-  } else toast(`${what} is ready.`, { kind: "learned" });
+    const given = about?.memory_before ? `${size(about.memory_before - about.memory_after)} freed` : "";
+    toast("Cancelled", { more: given });
+  } else toast(`${what} is ready`, { kind: "learned" });
 }
 
 function renew(card) {
