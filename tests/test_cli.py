@@ -62,7 +62,7 @@ def test_a_port_that_is_taken_is_said_to_be(tmp_path: Path) -> None:
         taken.listen()
         done = trellis("--port", str(taken.getsockname()[1]), "--save-dir", str(tmp_path), "--no-open")
     assert done.returncode == 2
-    assert "cannot be used" in done.stderr
+    assert "can't be used" in done.stderr
     assert "--port" in done.stderr
 
 
@@ -203,7 +203,7 @@ def test_the_next_step_of_a_missing_extra_names_the_extra(monkeypatch: pytest.Mo
     ("words", "shown"),
     [
         (("--port", "[gpu]"), "--port or TRELLIS_PORT: must be a whole number, got “[gpu]”."),
-        (("--port", "70000"), "TRELLIS_PORT: must be 65535 or less, got “70000”."),
+        (("--port", "70000"), "TRELLIS_PORT: must be 65,535 or less, got “70000”."),
         (("--save-dir", "/proc/[bold]x"), "The folder “/proc/[bold]x” cannot be written"),
         (("steer", "--group-size", "[red]x"), "--group-size: must be a whole number, got “[red]x”."),
     ],

@@ -274,9 +274,9 @@ def _listen(settings: Settings) -> socket.socket:
         listening.listen(2048)  # from now on a browser waits instead of being refused
     except (OSError, OverflowError) as error:
         raise TrellisError(
-            f"The address {settings.host}:{settings.port} cannot be used: {error}.",
+            f"The address {settings.host}:{settings.port} can't be used: {error}.",
             code="address_in_use",
-            next_step="Stop what runs there, or choose another with --port (0 takes a free one).",
+            next_step="Stop what runs there, or choose another port with --port (0: any free port).",
         ) from None
     return listening
 
@@ -290,9 +290,9 @@ def _lock(settings: Settings) -> Any:
         lock = (settings.save_dir / "studio.lock").open("w")
     except OSError as error:
         raise TrellisError(
-            f"The folder “{settings.save_dir}” cannot be written: {error.strerror}.",
+            f"The folder “{settings.save_dir}” is not writable: {error.strerror}.",
             code="permission_denied",
-            next_step="Choose another with --save-dir.",
+            next_step="Choose another folder with --save-dir.",
         ) from None
     for attempt in range(20):
         try:

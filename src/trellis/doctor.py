@@ -18,7 +18,10 @@ import psutil
 from .settings import Settings
 
 PARTS = ("torch", "transformers", "peft", "safetensors", "datasets", "fastapi", "uvicorn", "sqlalchemy")
-EXTRAS = (("bitsandbytes", "8-bit and 4-bit", "quantized"), ("nvidia-ml-py", "how much of a GPU is free", "gpu"))
+EXTRAS = (
+    ("bitsandbytes", "8-bit and 4-bit", "quantized"),
+    ("nvidia-ml-py", "shows how much GPU memory is free", "gpu"),
+)
 """Parts that one can do without: what each is for, and the extra that brings it."""
 ENOUGH_DISK = 2_000_000_000
 ENOUGH_MEMORY = 2_000_000_000
@@ -61,14 +64,14 @@ def _part(name: str) -> Finding:
     try:
         return Finding(name, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
-        return Finding(name, "not installed", False, f"Install it: pip install {name} (or run `make install`).")
+        return Finding(name, "not installed", False, f"Install it with `pip install {name}` or `make install`.")
 
 
 def _extra(name: str, purpose: str, extra: str) -> Finding:
     try:
         return Finding(name, f"{importlib.metadata.version(name)} ({purpose})")
     except importlib.metadata.PackageNotFoundError:
-        way = f"If you want it: pip install 'trellis-studio[{extra}]'."
+        way = f"Optional: `pip install 'trellis-studio[{extra}]'`."
         return Finding(name, f"not installed ({purpose})", False, way, optional=True)
 
 
@@ -82,7 +85,7 @@ def _devices() -> Finding:
     except (subprocess.SubprocessError, ValueError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         last = (detail.strip().splitlines() or ["?"])[-1]
-        return Finding("Devices", f"torch does not start: {last}", False, "Install torch again.")
+        return Finding("Devices", f"torch fails to start: {last}", False, "Reinstall torch.")
     if found["cuda"]:
         return Finding("Devices", ", ".join(found["cuda"]))
     return Finding("Devices", f"CPU, {found['threads']} threads; no GPU (small models work well without one)")
@@ -94,7 +97,7 @@ def _memory() -> Finding:
         "Memory",
         f"{free / 1e9:.1f} GB free",
         free >= ENOUGH_MEMORY,
-        "Close other programs: an engine needs about 1 GB.",
+        "Close other programs. An engine needs about 1 GB.",
     )
 
 
@@ -104,18 +107,18 @@ def _folder(folder: Path) -> Finding:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        return Finding("Save folder", f"{folder}: {error.strerror}", False, "Choose another with --save-dir.")
-    return Finding("Save folder", f"{folder} can be written")
+        return Finding("Save folder", f"{folder}: {error.strerror}", False, "Choose another folder with --save-dir.")
+    return Finding("Save folder", f"{folder} is writable")
 
 
 def _disk(folder: Path) -> Finding:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    return Finding("Disk", f"{free / 1e9:.1f} GB free", free >= ENOUGH_DISK, f"Make room on the disk of {folder}.")
+    return Finding("Disk", f"{free / 1e9:.1f} GB free", free >= ENOUGH_DISK, f"Free up disk space at {folder}.")
 
 
 def _demo() -> Finding:
     files = Path(__file__).parent / "demo" / "model"
     there = (files / "model.safetensors").is_file() and os.access(files / "config.json", os.R_OK)
-    return Finding("Demo model", "there" if there else "missing", there, "Run `make demo-model`, or install again.")
+    return Finding("Demo model", "installed" if there else "missing", there, "Run `make demo-model` or reinstall.")

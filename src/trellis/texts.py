@@ -12,11 +12,11 @@ PROMPT_LIMIT = 100_000
 def storable(text: str) -> str:
     """Text as it can be stored and encoded. Raises ValueError for NUL and lone surrogates."""
     if "\x00" in text:
-        raise ValueError("must not hold the character NUL")
+        raise ValueError("must not contain the character NUL")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("must be text that can be encoded as UTF-8") from None
+        raise ValueError("must be valid UTF-8") from None
     return text
 
 

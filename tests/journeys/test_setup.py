@@ -154,7 +154,7 @@ def test_a_file_of_prompts_is_uploaded_previewed_and_steered_on(
     page = open_page()
     page.goto(f"{server.url}/new")
     page.locator("#upload-prompts").set_input_files(file)
-    expect(page.locator("[data-upload-status]")).to_contain_text("“garden.jsonl” is here")
+    expect(page.locator("[data-upload-status]")).to_contain_text("“garden.jsonl” uploaded")
     expect(page.locator("[name='dataset.source']")).to_have_value("file")
     expect(page.locator("[name='dataset.id']")).to_have_value("garden.jsonl")
     expect(page.locator(".samples li")).to_have_count(3)
@@ -200,7 +200,7 @@ def test_an_upload_goes_on_after_the_connection_broke(open_page: Open, server: S
 
     page.route("**/api/uploads/*/files/*", sometimes)
     page.locator("#upload-prompts").set_input_files(file)
-    expect(page.locator("[data-upload-status]")).to_contain_text("“broken.txt” is here")
+    expect(page.locator("[data-upload-status]")).to_contain_text("“broken.txt” uploaded")
     assert (server.save_dir / "prompts" / "broken.txt").read_bytes() == file.read_bytes()
 
 
@@ -210,7 +210,9 @@ def test_what_cannot_be_uploaded_is_told_in_place(open_page: Open, server: Serve
     page = open_page()
     page.goto(f"{server.url}/new")
     page.locator("#upload-prompts").set_input_files(file)
-    expect(page.locator("[data-upload-status] .field-error")).to_contain_text("“program.exe” is not a file of prompts")
+    expect(page.locator("[data-upload-status] .field-error")).to_contain_text(
+        "“program.exe” is not a supported prompt file"
+    )
 
 
 def test_a_wrong_split_is_told_with_what_there_is(open_page: Open, server: Server) -> None:

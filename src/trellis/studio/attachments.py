@@ -65,7 +65,7 @@ class Attachments:
         await asyncio.to_thread(self._write, row["id"], data)
         if not await self._store.write(rows.add_file, row):
             await self.discard(row["id"])
-            raise NotFound("This room is not there any more.", next_step="Start a new room.")
+            raise NotFound("This room no longer exists.", next_step="Start a new room.")
         return {name: row[name] for name in ("id", "name", "kind", "bytes")} | {"characters": len(row["text"])}
 
     async def content(self, file_id: str) -> bytes:
