@@ -140,7 +140,7 @@ def marks_of(path: Path) -> Marks:
     """What changes when a file of a folder does. Raises LoadFailed for one that is not there or may not be read."""
     if not path.is_dir():
         raise LoadFailed(
-            f"There is no folder “{path}”.", code="not_found", next_step="Check the name, or choose another model."
+            f"There is no folder “{path}”.", code="not_found", next_step="Check the name or choose another model."
         )
     marks = []
     try:
@@ -153,7 +153,9 @@ def marks_of(path: Path) -> Marks:
                 continue
             marks.append((file.name, about.st_size, about.st_ctime_ns, stat.S_ISREG(about.st_mode)))
     except PermissionError:
-        raise LoadFailed(f"The folder “{path}” may not be read.", code="permission_denied", next_step=GRANT) from None
+        raise LoadFailed(
+            f"No permission to read the folder “{path}”.", code="permission_denied", next_step=GRANT
+        ) from None
     return tuple(marks)
 
 
@@ -224,7 +226,7 @@ def _not_where_the_index_says(path: Path, tensors: Mapping[str, Any]) -> list[Pr
         if missing := sorted(name for name in named if name not in tensors):
             return [
                 Problem(
-                    f"The tensor “{shorten(missing[0])}”, which “{INDEX}” lists, is in none of its files.",
+                    f"The tensor “{shorten(missing[0])}” is listed in “{INDEX}” but is in none of the files.",
                     "Copy or download the model again.",
                     "corrupt_file",
                 )
@@ -234,7 +236,7 @@ def _not_where_the_index_says(path: Path, tensors: Mapping[str, Any]) -> list[Pr
 
 def damaged_file(file: Path, error: BaseException) -> Problem:
     if isinstance(error, PermissionError):
-        return Problem(f"The file “{file}” may not be read.", GRANT, "permission_denied")
+        return Problem(f"No permission to read the file “{file}”.", GRANT, "permission_denied")
     with suppress(OSError), file.open("rb") as stream:
         if stream.read(24).startswith(b"version https://git-lfs"):
             return Problem(
@@ -243,17 +245,15 @@ def damaged_file(file: Path, error: BaseException) -> Problem:
                 "corrupt_file",
             )
     if file.name == INDEX:
-        return Problem(f"The file “{INDEX}” cannot be read.", "Copy or download it again.", "corrupt_file")
+        return Problem(f"The file “{INDEX}” can't be read.", "Copy or download it again.", "corrupt_file")
     if file.suffix == ".safetensors":
         reason = str(error) if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError) else ""
         detail = f": {reason}." if reason and "codec" not in reason else "."
         return Problem(
-            f"The file “{file.name}” is not a whole safetensors file{detail}", "Copy or download the file again.",
+            f"The file “{file.name}” is not a complete safetensors file{detail}", "Copy or download the file again.",
             "corrupt_file",
         )  # fmt: skip
-    return Problem(
-        f"The file “{file.name}” is not a JSON file that can be read.", "Copy or download it again.", "corrupt_file"
-    )
+    return Problem(f"The file “{file.name}” is not valid JSON.", "Copy or download it again.", "corrupt_file")
 
 
 def read_json(file: Path, limit: int) -> Any:

@@ -43,7 +43,7 @@ QUANTIZED_NAMES = ("qweight", "qzeros", "weight_packed", "weight_blocks", "_bloc
 BLOCK_FP8 = "fp8"
 BITSANDBYTES = "bitsandbytes"
 
-_UNQUANTIZED = "Use the model it was made from, in 32 or 16 bits; Trellis can load that in 4-bit."
+_UNQUANTIZED = "Use the original model in 32-bit or 16-bit. Trellis can load that in 4-bit."
 
 _SIZE_KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "n_embd", "n_layer", "n_head")
 
@@ -121,9 +121,9 @@ def too_few_positions(positions: int | None, max_new_tokens: int) -> Problem | N
         return None
     fitting = max(1, positions // 2)
     return Problem(
-        f"This model can look back on {positions} tokens, and answers of up to {max_new_tokens} leave no room for a "
+        f"This model has a context of {positions} tokens, and answers of up to {max_new_tokens} leave no room for a "
         "prompt.",
-        f"Allow answers of at most {fitting} tokens.",
+        f"Set max new tokens to {fitting} or less.",
         "invalid", "max_new_tokens",
     )  # fmt: skip
 
@@ -137,24 +137,24 @@ def _absent_files(files: ModelFiles) -> Iterator[Problem]:
             base = str(read_json(files.path / "adapter_config.json", CONFIG_LIMIT).get("base_model_name_or_path", ""))
         of = f" for “{shorten(base)}”" if base else ""
         yield Problem(
-            f"The folder “{folder}” holds an adapter{of}, not a model.",
-            "Merge it into its base model with PEFT (merge_and_unload, save_pretrained), and use the merged folder.",
+            f"The folder “{folder}” contains an adapter{of}, not a model.",
+            "Merge it into its base model with PEFT (merge_and_unload, save_pretrained) and use the merged folder.",
             "unsupported_format",
         )
         return
     if not own_weights and not any(name.endswith(".index.json") and name == INDEX for name in names):
         if any(name.endswith(".gguf") for name in names):
             yield Problem(
-                f"The folder “{folder}” holds a GGUF file, which can be run and not learned on.",
-                "Use the folder of the original model, which has safetensors files.",
+                f"The folder “{folder}” contains a GGUF file, which can be run but not trained.",
+                "Use the original model with safetensors files.",
                 "unsupported_format",
             )
             return
         pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
         if pickled and "config.json" in names:
             yield Problem(
-                f"The weights are in “{pickled[0]}”, a pickle, which can run code when it is read.",
-                "Use a version of the model with safetensors files, or convert it with transformers' save_pretrained.",
+                f"The weights are in “{pickled[0]}”, a pickle file, which can run code when it is loaded.",
+                "Use a version with safetensors files, or convert it with transformers' save_pretrained.",
                 "unsupported_format",
             )
             return
@@ -213,36 +213,36 @@ def _unsupported_architecture(files: ModelFiles, remote_code: bool) -> Iterator[
         brings_code = isinstance(config.get("auto_map"), dict)
         if brings_code and not remote_code:
             yield Problem(
-                "This model brings Python code of its own, which would run on this computer with your rights.",
-                "Read that code. If you trust it, pin the revision to the commit you read and turn on “Run the model's "
-                "own code”; or choose a model that needs none.",
+                "This model needs its own Python code, which would run here with your permissions.",
+                "Review that code. If you trust it, set the revision to the reviewed commit and turn on “Run the "
+                "model's own code”. Or choose a model that needs none.",
                 "remote_code_refused",
             )
         elif not kind:
             yield Problem(
-                "The file “config.json” does not say which architecture the model has (its model_type).",
+                "The file “config.json” has no model_type, so the architecture is unknown.",
                 "Copy or download it again, or choose another model.",
                 "unsupported_architecture",
             )
         elif not brings_code:
             yield Problem(
-                f"The architecture “{shorten(kind)}” is not one that the installed transformers knows.",
+                f"The installed transformers doesn't know the architecture “{shorten(kind)}”.",
                 "Update transformers if the architecture is new, or choose another model.",
                 "unsupported_architecture",
             )
         return
     if what := _other_than_causal(files):
-        yield Problem(f"{what}; Trellis steers causal language models.", CHOOSE, UNSUPPORTED)
+        yield Problem(f"{what}. Trellis steers causal language models.", CHOOSE, UNSUPPORTED)
     elif {"modules.json", "config_sentence_transformers.json"} & files.names:
         yield Problem(
-            f"This is an embedding model ({shorten(architecture or kind)}), which turns text into vectors; Trellis "
+            f"This is an embedding model ({shorten(architecture or kind)}), which turns text into vectors. Trellis "
             "steers causal language models.",
             CHOOSE,
             "unsupported_architecture",
         )
     elif _headless(files):
         yield Problem(
-            f"The folder holds {shorten(architecture or kind)} without an output layer, so that it cannot say words.",
+            f"The folder holds {shorten(architecture or kind)} without an output layer, so it can't generate text.",
             CHOOSE,
             "unsupported_architecture",
         )
@@ -253,10 +253,10 @@ def _other_than_causal(files: ModelFiles) -> str:
     kind, architecture, config = files.model_type, files.architecture, files.config
     name = shorten(architecture or kind)
     if kind in known_types("SPEECH_SEQ_2_SEQ") or kind in known_types("TEXT_TO_WAVEFORM") or kind == "trocr":
-        return f"This model ({name}) works on sound or pictures"
+        return f"This model ({name}) works with audio or images"
     if config.get("is_encoder_decoder") is True or kind in known_types("SEQ_TO_SEQ_CAUSAL_LM"):
         if config.get("is_encoder_decoder") is not False:
-            return f"This is an encoder-decoder ({name}), which rewrites a text as another"
+            return f"This is an encoder-decoder ({name}), which rewrites one text as another"
     elif kind in known_types("MASKED_LM") and config.get("is_decoder") is not True:
         what = "a BERT encoder" if kind == "bert" else f"an encoder ({name})"
         return f"This is {what}, which fills in masks"
@@ -266,7 +266,7 @@ def _other_than_causal(files: ModelFiles) -> str:
     causal = known_types("CAUSAL_LM")
     if causal and kind not in causal and kind in known_types("CONFIG"):
         if kind in known_types("IMAGE_TEXT_TO_TEXT"):
-            return f"This model ({name}) reads pictures together with text, and Trellis cannot load its text part alone"
+            return f"This model ({name}) reads images together with text, and Trellis can't load its text part alone"
         return f"This model ({name}) is not a causal language model"
     return ""
 
@@ -298,20 +298,20 @@ def _unsupported_quantization(files: ModelFiles) -> Iterator[Problem]:
     if method == BLOCK_FP8:
         if odd := _fp8_that_is_not_understood(files):
             yield Problem(
-                f"The weights are in FP8, and “{shorten(odd)}” has scales of a kind that Trellis does not know.",
+                f"The weights are in FP8, and “{shorten(odd)}” has scales that Trellis doesn't support.",
                 _UNQUANTIZED, "unsupported_quantization",
             )  # fmt: skip
     elif method == BITSANDBYTES and not _installed("bitsandbytes"):
         yield Problem(
-            "The weights were quantised with bitsandbytes, which is not installed.",
+            "The weights are quantized with bitsandbytes, which is not installed.",
             f"Install it with `pip install 'trellis-studio[quantized]'`. Or: {_UNQUANTIZED}",
             "not_installed",
         )
     elif method not in ("", BITSANDBYTES):
         name = {"awq": "AWQ", "gptq": "GPTQ", "mxfp4": "MXFP4", "fbgemm_fp8": "FBGEMM FP8"}.get(method, f"“{method}”")
-        packed = "in a way that config.json does not name" if method == "unknown" else f"with {shorten(name)}"
+        packed = "in a way that config.json doesn't name" if method == "unknown" else f"with {shorten(name)}"
         yield Problem(
-            f"The weights are quantised {packed}, in which Trellis cannot learn.",
+            f"The weights are quantized {packed}, which Trellis can't train on.",
             _UNQUANTIZED,
             "unsupported_quantization",
         )
@@ -322,8 +322,8 @@ def _unsupported_quantization(files: ModelFiles) -> Iterator[Problem]:
             )
             if name.endswith(".weight") and (about.get("dtype") in ("I8", "U8", "I32") or scaled):
                 yield Problem(
-                    f"The tensor “{shorten(name)}” holds packed numbers ({about['dtype']}), and config.json does not "
-                    "say how they are to be read.",
+                    f"The tensor “{shorten(name)}” contains packed numbers ({about['dtype']}), and config.json doesn't "
+                    "say how to read them.",
                     _UNQUANTIZED,
                     "unsupported_quantization",
                 )
@@ -375,7 +375,7 @@ def _wrong_sizes(files: ModelFiles) -> Iterator[Problem]:
         value = config.get(name, 1)
         if not isinstance(value, list) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             yield Problem(
-                f"The file “config.json” says “{shorten(value)}” for {name}, which must be a whole number above 0.",
+                f"“config.json” has “{shorten(value)}” for {name}, which must be a whole number above 0.",
                 "Copy or download config.json again.",
                 "corrupt_file",
             )
@@ -384,7 +384,7 @@ def _wrong_sizes(files: ModelFiles) -> Iterator[Problem]:
     divides = files.model_type in ("llama", "mistral", "qwen2", "gpt_neox")
     if divides and isinstance(heads, int) and isinstance(hidden, int) and "head_dim" not in config and hidden % heads:
         yield Problem(
-            f"The file “config.json” says {heads} attention heads, which do not divide the hidden size {hidden}.",
+            f"“config.json” has {heads} attention heads, which don't divide the hidden size {hidden}.",
             "Copy or download config.json again.",
             "corrupt_file",
         )
@@ -404,8 +404,8 @@ def _wrong_sizes(files: ModelFiles) -> Iterator[Problem]:
         said = config.get(key)
         if isinstance(said, int) and said != is_there:
             yield Problem(
-                f"The file “config.json” says {said} for {key}, and the tensor “{shorten(name)}” has {is_there}.",
-                "Copy or download config.json and the weights again, from the same model.",
+                f"“config.json” has {said} for {key}, but the tensor “{shorten(name)}” has {is_there}.",
+                "Copy or download config.json and the weights of the same model again.",
                 "corrupt_file",
             )
             return
@@ -432,7 +432,7 @@ def _unsupported_tokenizer(files: ModelFiles, remote_code: bool) -> Iterator[Pro
     if not there:
         yield Problem(
             f"The folder “{files.path.name}” has no tokenizer, such as tokenizer.json.",
-            "Copy or download the tokenizer's files of this model into it.",
+            "Copy or download the model's tokenizer files into it.",
             "not_found",
         )
         return
@@ -451,9 +451,8 @@ def tokenizer_too_large(beyond: tuple[str, int], rows: int) -> Problem:
     text, number = beyond
     token = f"“{shorten(text)}”" if text else "a token"
     return Problem(
-        f"The tokenizer has {token} with number {number}, and the model's embedding has rows for {rows} tokens.",
-        "Use the tokenizer's files that belong to this model, or resize the embedding with transformers "
-        "(resize_token_embeddings).",
+        f"The tokenizer has {token} with id {number}, but the model's embedding has only {rows} rows.",
+        "Use the tokenizer files of this model, or resize the embedding with transformers (resize_token_embeddings).",
         "unsupported_tokenizer",
     )
 
@@ -484,7 +483,7 @@ def _missing_libraries(there: list[str]) -> Iterator[Problem]:
     missing = [_PACKAGES.get(name, name) for name in needed if not _installed(name)]
     if missing:
         yield Problem(
-            f"The tokenizer is in “{sorted(there)[0]}”, and reading it needs {' and '.join(missing)}, which "
+            f"The tokenizer is in “{sorted(there)[0]}”, which needs {' and '.join(missing)}, and "
             f"{'are' if len(missing) > 1 else 'is'} not installed.",
             f"Install {'them' if len(missing) > 1 else 'it'} with `pip install {' '.join(missing)}`, or use a version "
             "of the model with a tokenizer.json.",

@@ -77,7 +77,7 @@ async def test_a_load_that_failed_can_be_tried_again_changed_and_removed(
     assert (await client.post("/models/broken/forget")).status_code == 303
     page = (await client.get("/models")).text
     assert 'data-model="broken"' in page
-    assert "Remove this message" not in page
+    assert "Dismiss" not in page
 
 
 async def test_a_session_whose_model_cannot_be_loaded_shows_ways_out_instead_of_empty_options(

@@ -488,7 +488,7 @@ def _library_missing(error: ImportError) -> LoadFailed:
     return LoadFailed(
         f"A library that this model needs is not installed: {_first_line(error)}",
         code="not_installed",
-        next_step="Install it where Trellis runs, and load the model again.",
+        next_step="Install it where Trellis runs, then load the model again.",
     )
 
 

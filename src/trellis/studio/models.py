@@ -123,7 +123,7 @@ class Models:
                 raise job.failure
             if job.row["state"] == "cancelled":
                 raise EngineError("Loading was cancelled.", code="cancelled", next_step="Load the model again.")
-        raise EngineDied("The engine ended right after it had loaded the model.", next_step="Load the model again.")
+        raise EngineDied("The engine stopped right after loading the model.", next_step="Load the model again.")
 
     async def unload(self, model_id: str) -> None:
         """End all engines of a model and give their memory back. Raises Conflict when there is none."""
@@ -166,7 +166,7 @@ class Models:
         ]
         if not failed:
             raise NotFound(
-                f"No load of “{shorten(model_id)}” has failed.", next_step="The models are listed on the Models page."
+                f"“{shorten(model_id)}” has not failed to load.", next_step="See the Models page for all models."
             )
         await self._jobs.forget(failed)
         await self.catalog.delete_partial(model_id)
@@ -239,9 +239,9 @@ class Models:
         needed = estimate(entry.shape, config, precision).loading
         if needed > free:
             raise LoadFailed(
-                f"“{entry.id}” needs about {needed / 1e9:.1f} GB in {precision}, and {free / 1e9:.1f} GB are free.",
+                f"“{entry.id}” needs about {needed / 1e9:.1f} GB in {precision}; {free / 1e9:.1f} GB are free.",
                 code="out_of_memory",
-                next_step=self._smaller(entry, options) or "Close other programs, or choose a smaller model.",
+                next_step=self._smaller(entry, options) or "Close other programs or choose a smaller model.",
             )
 
     def _smaller(self, entry: ModelEntry, options: ModelOptions) -> str:
@@ -250,7 +250,7 @@ class Models:
         for less in ("16-bit", "8-bit", "4-bit"):
             needed = estimate(entry.shape, SessionConfig(), less).loading
             if int(less.split("-")[0]) < int(precision.split("-")[0]) and needed <= free:
-                return f"Load it in {less}, which needs about {needed / 1e9:.1f} GB."
+                return f"Load it in {less}: about {needed / 1e9:.1f} GB."
         return ""
 
     def _worker(self, options: ModelOptions) -> Worker | None:
@@ -280,7 +280,7 @@ class Models:
                     await self._end(held)
 
     async def _load(self, entry: ModelEntry, options: ModelOptions, job: Job, fetches: bool) -> dict[str, Any]:
-        job.progress(Progress(stage="connecting", fraction=0.0, message="Starting an engine"))
+        job.progress(Progress(stage="connecting", fraction=0.0, message="Starting the engine"))
         worker: Worker | None = None
         ready = False
         try:
@@ -315,7 +315,7 @@ class Models:
         """A load that ran out of memory names a smaller way, where there is one."""
         if error.code == "engine_died" and "killed" in error.message:
             return EngineDied(  # which is tried again, since it may have been killed for another reason
-                f"The engine was killed while it loaded “{entry.id}”, most often because memory ran out.",
+                f"The engine was killed while loading “{entry.id}”, most likely because memory ran out.",
                 code="out_of_memory",
                 next_step=self._smaller(entry, options) or error.next_step,
             )

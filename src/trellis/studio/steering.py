@@ -96,7 +96,7 @@ class Steering:
         entry = await self._models.catalog.find(parsed.model, field="config.model")
         if parsed.remote_code and not entry.repository:
             raise Invalid(
-                "config.remote_code: only a model on the hub, pinned to a commit, may run its own code.",
+                "config.remote_code: only a Hugging Face model pinned to a commit may run its own code.",
                 field="config.remote_code",
                 next_step="Turn it off.",
             )
@@ -179,7 +179,7 @@ class Steering:
                 if found is None:
                     raise NotFound(
                         f"There is no session “{shorten(session_id)}”.",
-                        next_step="Your sessions are listed on the first page.",
+                        next_step="See the home page for your sessions.",
                     )
                 await self._let_idle_ones_go()
                 read = self._read(*found)

@@ -78,30 +78,31 @@ class Uploads:
     def _check(self, kind: Kind, name: str, files: Sequence[tuple[str, int]]) -> None:
         wrong: list[dict[str, str]] = []
         if kind == "model" and (not FOLDER_NAME.fullmatch(name) or name == DEMO):
-            message = f"“{shorten(name)}” cannot be a model's name: letters, digits and “.-_” can, and not “{DEMO}”."
+            message = f"“{shorten(name)}” isn't a valid model name. Use letters, digits and “.-_”, and not “{DEMO}”."
             wrong.append({"field": "name", "message": message})
         elif not _NAME.fullmatch(name):
-            message = f"“{shorten(name)}” is not a name of letters, digits and “.-_ ”."
+            message = f"“{shorten(name)}” isn't a valid file name. Use letters, digits and “.-_ ”."
             wrong.append({"field": "name", "message": message})
         if not files or len(files) > (1 if kind == "prompts" else MOST_FILES):
-            wrong.append({"field": "files", "message": f"there are {len(files)}; 1 to {MOST_FILES} can be sent."})
+            wrong.append({"field": "files", "message": f"must be 1 to {MOST_FILES} files, got “{len(files)}”."})
         for number, (path, _size) in enumerate(files):
             if kind == "model" and not MODEL_FILES.fullmatch(path):
-                message = (
-                    f"“{shorten(path)}” is not a file of a model; safetensors, JSON and tokenizer files are taken."
-                )
+                message = f"“{shorten(path)}” is not a model file. Send safetensors, JSON and tokenizer files."
                 wrong.append({"field": f"files.{number}.path", "message": message})
             elif kind == "prompts" and (not _NAME.fullmatch(path) or not path.lower().endswith(SUFFIXES)):
-                message = f"“{shorten(path)}” is not a file of prompts; it must end in {ENDINGS}."
+                message = f"“{shorten(path)}” is not a supported prompt file. It must end in {ENDINGS}."
                 wrong.append({"field": f"files.{number}.path", "message": message})
         if kind == "model" and "config.json" not in {path for path, _ in files}:
-            wrong.append({"field": "files", "message": "there is no config.json among them."})
+            wrong.append({"field": "files", "message": "must include config.json."})
         if len({path for path, _ in files}) != len(files):
-            wrong.append({"field": "files", "message": "a name stands there twice."})
+            wrong.append({"field": "files", "message": "contain the same name twice."})
         total = sum(size for _, size in files)
         if total > self._limit:
             wrong.append(
-                {"field": "files", "message": f"{total / 1e9:.2f} GB are over the limit of {self._limit / 1e9:.2f} GB."}
+                {
+                    "field": "files",
+                    "message": f"are too large: {total / 1e9:.2f} GB, the limit is {self._limit / 1e9:.2f} GB.",
+                }
             )
         if wrong:
             raise invalid_entries(wrong)
@@ -114,17 +115,17 @@ class Uploads:
             target = self._target(kind, name, files)
             if target.exists():
                 raise Conflict(
-                    f"There is “{target.name}” already.",
+                    f"“{target.name}” already exists.",
                     code="exists",
-                    next_step="Give it another name, or delete the old one.",
+                    next_step="Choose another name or delete the old one.",
                 )
             total = sum(size for _, size in files)
             self._folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self._folder).free
             if total + ROOM > free:
                 raise Conflict(
-                    f"“{name}” has {total / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on the disk.",
-                    code="disk_full", next_step="Make room there, or start the studio with another --save-dir.",
+                    f"“{name}” has {total / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free on the disk.",
+                    code="disk_full", next_step="Free up disk space, or start the studio with another --save-dir.",
                 )  # fmt: skip
             work = self._folder / f".{upload_id}"
             shutil.rmtree(work, ignore_errors=True)
@@ -144,12 +145,12 @@ class Uploads:
         if offset != file["received"]:
             raise Conflict(
                 f"{file['received']} bytes of “{file['path']}” are here, and this piece begins at {offset}.",
-                code="wrong_offset", next_step="Go on from what is here.", details={"upload": state},
+                code="wrong_offset", next_step="Continue from what has been received.", details={"upload": state},
             )  # fmt: skip
         if offset + len(piece) > file["bytes"]:
             raise Invalid(
-                f"offset: “{file['path']}” has {file['bytes']} bytes, and this piece ends at {offset + len(piece)}.",
-                field="offset", next_step="Begin the upload again: the file may have changed.",
+                f"offset: “{file['path']}” has {file['bytes']} bytes, but this piece ends at {offset + len(piece)}.",
+                field="offset", next_step="Start the upload again. The file may have changed.",
             )  # fmt: skip
         with (self._place(upload_id) / str(number)).open("ab") as out:
             out.write(piece)
@@ -164,9 +165,9 @@ class Uploads:
         target = self._target(state["kind"], state["name"], [(file["path"], file["bytes"]) for file in state["files"]])
         if target.exists():
             raise Conflict(
-                f"There is “{target.name}” already; it came while this was sent.",
+                f"“{target.name}” already exists. It was added during the upload.",
                 code="exists",
-                next_step="Delete the old one and begin again, or send this under another name.",
+                next_step="Delete the old one or choose another name, then upload again.",
             )
         whole = place / "whole"
         whole.mkdir(exist_ok=True)
@@ -198,9 +199,7 @@ class Uploads:
     def _place(self, upload_id: str) -> Path:
         place = self._folder / upload_id
         if not _ID.fullmatch(upload_id) or not (place / "upload.json").is_file():
-            raise NotFound(
-                f"There is no upload “{shorten(upload_id)}” that is not finished.", next_step="Begin it again."
-            )
+            raise NotFound(f"There is no unfinished upload “{shorten(upload_id)}”.", next_step="Start it again.")
         return place
 
     def _target(self, kind: Kind, name: str, files: Sequence[tuple[str, int]]) -> Path:

@@ -28,6 +28,7 @@ from ..settings import Settings, is_loopback
 from ..store import logins
 from ..store.store import Store
 from ..studio.keys import PREFIX, Keys
+from .numbers import set_reader
 from .openai_errors import as_openai, speaks_openai
 
 COOKIE = "trellis"
@@ -87,13 +88,13 @@ class Guard:
         """A new token. Raises Refused for a wrong password or too many tries."""
         async with self._one_at_a_time:  # a hash takes 64 MB while it is made
             if not all(self._limiter.test(rate, "login", who) for rate, who in self._limits(client)):
-                raise Refused("Too many tries to log in.", code="too_many_tries", next_step="Wait a minute.")
+                raise Refused("Too many attempts.", code="too_many_tries", next_step="Wait a minute.")
             right = self._hash is not None and await asyncio.to_thread(self._matches, password[:1024])
             if not right:
                 for rate, who in self._limits(client):
                     self._limiter.hit(rate, "login", who)
         if not right:
-            raise Refused("The password is not right.", code="wrong_password", next_step="Try again.", field="password")
+            raise Refused("Wrong password.", code="wrong_password", next_step="Try again.", field="password")
         token = secrets.token_urlsafe(32)
         await self._store.write(logins.add_login, _hash(token), time.time())
         return token
@@ -156,6 +157,7 @@ class Access:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        set_reader(headers.get("accept-language", ""))
         for_programs = scope["type"] == "http" and speaks_openai(scope["path"])
         key: str | None = None
         try:
@@ -201,9 +203,9 @@ class Access:
             if name in self._names or (self._any_address and _is_address(name)):
                 return
         raise Refused(
-            f"This server is not called “{shorten(headers.get('host', ''))}”.",
+            f"“{shorten(headers.get('host', ''))}” is not a name of this server.",
             code="bad_host",
-            next_step="Use the address that was printed at the start, or add the name to TRELLIS_ALLOWED_HOSTS.",
+            next_step="Use the address printed at startup, or add the name to TRELLIS_ALLOWED_HOSTS.",
         )
 
     async def _ask_to_log_in(self, scope: Scope, headers: Headers, send: Send) -> None:
@@ -244,7 +246,7 @@ def check_origin(headers: Headers) -> None:
         raise Refused(
             f"This request came from another site (“{shorten(origin or site or '')}”).",
             code="foreign_origin",
-            next_step="Do this from Trellis' own pages.",
+            next_step="Use Trellis' own pages.",
         )
 
 
@@ -271,9 +273,9 @@ def preflight(headers: Headers) -> list[tuple[bytes, bytes]]:
 
 def wrong_key() -> Refused:
     return Refused(
-        "A key of this studio is needed.",
+        "An API key of this studio is required.",
         code="invalid_api_key",
-        next_step="Make one on its Connections page, and send it as “Authorization: Bearer …”.",
+        next_step="Create one on the Connections page and send it as “Authorization: Bearer …”.",
     )
 
 
@@ -288,9 +290,9 @@ def check_length(headers: Headers, most: int = MAX_BODY) -> None:
     length = headers.get("content-length", "0")
     if not length.isascii() or not length.isdecimal() or int(length[:18]) > most:
         raise Refused(
-            f"The request has {shorten(length, 20)} bytes; {most} is the most.",
+            f"The request is too large: “{shorten(length, 20)}” bytes, the limit is {most}.",
             code="too_large",
-            next_step="Send less at once.",
+            next_step="Send less at a time.",
         )
 
 

@@ -48,9 +48,9 @@ async def append(
     piece = await request.body()
     if not 0 < len(piece) <= PIECE:
         raise Invalid(
-            f"The piece has {len(piece)} bytes; 1 to {PIECE} are taken at once.",
+            f"A piece must have 1 to {PIECE} bytes, got “{len(piece)}”.",
             field="",
-            next_step="Send less at once.",
+            next_step="Send smaller pieces.",
         )
     return await studio.uploads.append(upload, number, offset, piece)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
@@ -30,8 +31,6 @@ class Field:
     advanced: bool = False
     choices: tuple[str, ...] = ()
     known: tuple[str, ...] = ()
-    low: float | None = None
-    high: float | None = None
     whole: bool = False
 
     @property
@@ -69,8 +68,6 @@ def groups_of(
     for name, row in option_rows():
         about = row.json_schema_extra
         assert isinstance(about, dict)
-        limits = {key: getattr(rule, key) for rule in row.metadata for key in ("ge", "le", "gt", "lt")
-                  if hasattr(rule, key)}  # fmt: skip
         types = [kind for kind in (row.annotation, *get_args(row.annotation)) if isinstance(kind, type)]
         is_choice = get_origin(row.annotation) is Literal
         kind: Literal["choice", "switch", "long", "text", "number"] = (
@@ -83,7 +80,7 @@ def groups_of(
                 value=values.get(name, row.default), default=row.default, error=wrong.get(name, ""),
                 unit=str(about["unit"]), advanced=bool(about["advanced"]),
                 choices=get_args(row.annotation) if is_choice else (), known=(known or {}).get(name, ()),
-                low=limits.get("ge", limits.get("gt")), high=limits.get("le", limits.get("lt")), whole=int in types,
+                whole=int in types,
             )
         )  # fmt: skip
     return list(groups.values())
@@ -99,11 +96,16 @@ def errors_of(error: TrellisError | None) -> dict[str, str]:
 
 
 def named(entries: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Entries of errors by flat name of the option, without the name that a message may begin with."""
+    """Entries of errors by flat name of the option, as they stand beside the field that shows its name and value."""
     return {
-        entry["field"].removeprefix("config."): entry["message"].removeprefix(f"{entry['field']}: ")
+        entry["field"].removeprefix("config."): beside_field(entry["message"].removeprefix(f"{entry['field']}: "))
         for entry in entries
     }
+
+
+def beside_field(message: str) -> str:
+    """`Must be 5 or less.`, from `must be 5 or less, got “9”.`"""
+    return message[:1].upper() + re.sub(", got (“[^”]*”|nothing|a very large number)\\.$", ".", message[1:])
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +128,7 @@ def nested(sent: Mapping[str, str]) -> dict[str, Any]:
                 _set(config, name, name in sent)
     known = dict(option_rows())
     for name, value in sent.items():
-        if name in ("form", "dataset", "typed"):
+        if name in ("form", "dataset", "typed", "under", "preset"):
             continue
         if name in known and known[name].annotation is bool:
             _set(config, name, True)

@@ -58,7 +58,22 @@ async def new(request: Request, studio: OfStudio, preset: str = "", clone: str =
     values, title = await _beginning(studio, preset, clone)
     if model:
         values["model"] = model[:200]
-    return await form_page(request, studio, values, chosen=preset, cloned=title)
+    typed = "model" if model or clone else ""  # which no preset changes
+    return await form_page(request, studio, values, under=preset, cloned=title, typed=typed)
+
+
+@router.post("/new")
+async def apply_preset(request: Request, studio: OfStudio) -> HTMLResponse:
+    """The form with a preset under what a person has set: all that is not as the form had it before."""
+    sent = await sent_by(request)
+    name, typed, under, chosen = (sent.pop(each, "") for each in ("name", "typed", "under", "preset"))
+    sent.pop("request", "")
+    before, now = await _beginning(studio, under, ""), shown(sent)
+    had = flat(SessionConfig().model_dump(mode="json")) | before[0]
+    edited = {*typed.split(","), *(each for each, value in now.items() if _written(value) != _written(had.get(each)))}
+    kept = {each: value for each, value in now.items() if each in edited or each.startswith("dataset.")}
+    values = flat(preset(chosen).config) | kept
+    return await form_page(request, studio, values, name=name, typed=",".join(edited & now.keys()), under=chosen)
 
 
 @router.post("/new/preview")
@@ -66,7 +81,7 @@ async def preview(request: Request, studio: OfStudio) -> HTMLResponse:
     """The first prompts of what the form names: for an open page a part of it, else the whole form again."""
     await expensive(request)
     sent = await sent_by(request)
-    name, typed, _ = (sent.pop(each, "") for each in ("name", "typed", "request"))
+    name, typed, under, _ = (sent.pop(each, "") for each in ("name", "typed", "under", "request"))
     found: dict[str, Any] | None = None
     problem: TrellisError | None = None
     try:
@@ -77,7 +92,9 @@ async def preview(request: Request, studio: OfStudio) -> HTMLResponse:
     if "hx-request" in request.headers:
         said = problem.as_json() if problem else None
         return render_of(request).page("setup/_preview.html", preview=found, problem=said)
-    return await form_page(request, studio, shown(sent), error=problem, preview=found, name=name, typed=typed)
+    return await form_page(
+        request, studio, shown(sent), error=problem, preview=found, name=name, typed=typed, under=under
+    )
 
 
 @router.post("/steer")
@@ -87,12 +104,12 @@ async def begin(request: Request, studio: OfStudio) -> Response:
     sent = await sent_by(request)
     name = sent.pop("name", "").strip()
     key = sent.pop("request", "")
-    typed = sent.pop("typed", "")
+    typed, under = sent.pop("typed", ""), sent.pop("under", "")
     try:
         chosen = name_from(name)
         session = await studio.steering.create(chosen, nested(sent), key if 8 <= len(key) <= 64 else None)
     except TrellisError as error:
-        return await form_page(request, studio, shown(sent), error=error, name=name[:1000], typed=typed)
+        return await form_page(request, studio, shown(sent), error=error, name=name[:1000], typed=typed, under=under)
     return RedirectResponse(f"/steer/{session.id}", 303)
 
 
@@ -108,12 +125,15 @@ async def form_page(
     *,
     name: str = "",
     typed: str = "",
-    chosen: str = "",
+    under: str = "",
     cloned: str = "",
     error: TrellisError | None = None,
     preview: dict[str, Any] | None = None,
 ) -> HTMLResponse:
-    """The form, with what was sent and what was wrong with it, when something was."""
+    """The form, with what was sent and what was wrong with it, when something was.
+
+    `typed` names the options that a person has set, `under` the preset that the others come from.
+    """
     known = {
         "model": tuple(await studio.models.catalog.names()),
         "dataset.id": tuple(file["name"] for file in await studio.datasets.files()),
@@ -125,14 +145,18 @@ async def form_page(
         wrong = named([*check["errors"], *await _dataset_errors(studio, config, error)]) | wrong
     groups = groups_of(values, wrong, known)
     titles = {row.name: (row.title, row.id) for group in groups for row in group.fields}
+    options = next((flat(each.config) for each in all_presets() if each.id == under), {})
     return render_of(request).page(
         "setup/new.html",
         status_of(error) if error else 200,
         place="steer",
         groups=groups,
         presets=all_presets(),
+        titles=titles,
+        preset_set=[title for each, (title, _) in titles.items() if each in options.keys() - typed.split(",")],
+        preset_kept=[title for each, (title, _) in titles.items() if each in options and each in typed.split(",")],
         defaults=flat(SessionConfig().model_dump(mode="json")),
-        chosen=chosen,
+        under=under,
         cloned=cloned,
         name=name,
         typed=typed[:2000],
@@ -145,6 +169,11 @@ async def form_page(
         problem=None,
         request_id=secrets.token_hex(12),
     )
+
+
+def _written(value: Any) -> str:
+    """A value as a form sends it."""
+    return "" if value is None else str(value).strip()
 
 
 async def _dataset_errors(studio: Studio, config: dict[str, Any], error: TrellisError) -> list[dict[str, str]]:

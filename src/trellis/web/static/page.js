@@ -20,12 +20,7 @@ export function announce(text) {
   if (place.textContent !== text) place.textContent = text;
 }
 
-export const bytes = (count) => {
-  let amount = count, unit = 0;
-  const units = ["bytes", "kB", "MB", "GB", "TB"];
-  while (amount >= 1000 && unit < units.length - 1) { amount /= 1000; unit += 1; }
-  return `${amount >= 100 || unit === 0 ? Math.round(amount) : amount.toFixed(1)} ${units[unit]}`;
-};
+export { size as bytes } from "./numbers.js";
 
 /** Ask the JSON API. Throws an Error whose `told` is the error in the one shape. */
 export async function ask(method, url, body, options = {}) {
@@ -34,10 +29,10 @@ export async function ask(method, url, body, options = {}) {
     const headers = body instanceof Blob ? {} : { "content-type": "application/json" };
     answer = await fetch(url, { method, headers, body: body instanceof Blob || body === undefined ? body : JSON.stringify(body), ...options });
   } catch (cause) {
-    throw Object.assign(new Error("The studio does not answer."), { cause, offline: cause.name !== "AbortError", aborted: cause.name === "AbortError", told: { message: "The studio does not answer.", next_step: "It is tried again by itself." } });
+    throw Object.assign(new Error("Can’t reach the server."), { cause, offline: cause.name !== "AbortError", aborted: cause.name === "AbortError", told: { message: "Can’t reach the server.", next_step: "Retrying…" } });
   }
   const said = answer.status === 204 ? null : await answer.json().catch(() => null);
-  if (!answer.ok) throw Object.assign(new Error(said?.error?.message), { status: answer.status, told: said?.error ?? { message: "The studio could not do that.", next_step: "Try again." }, said });
+  if (!answer.ok) throw Object.assign(new Error(said?.error?.message), { status: answer.status, told: said?.error ?? { message: "Something went wrong.", next_step: "Try again." }, said });
   return said;
 }
 
@@ -97,12 +92,12 @@ export function bindPage() {
       // The session is gone, or this was never one: the first page knows what there is.
       setTimeout(() => { location.href = "/"; }, 2500);
     }
-    let error = { message: "The studio could not do that.", next_step: "Try again." };
+    let error = { message: "Something went wrong.", next_step: "Try again." };
     try { error = JSON.parse(event.detail.xhr.responseText).error ?? error; } catch { /* not ours: the plain words stand */ }
     toast(error.message, { more: error.next_step, error: true });
   });
   document.addEventListener("htmx:sendError", () =>
-    toast("The studio does not answer.", { more: "Try again in a moment; nothing is lost.", error: true }));
+    toast("Can’t reach the server.", { more: "Try again in a moment. Nothing is lost.", error: true }));
 
   document.addEventListener("submit", (event) => {
     const question = event.target.dataset?.confirm;
