@@ -28,6 +28,7 @@ from ..settings import Settings, is_loopback
 from ..store import logins
 from ..store.store import Store
 from ..studio.keys import PREFIX, Keys
+from .numbers import set_reader
 from .openai_errors import as_openai, speaks_openai
 
 COOKIE = "trellis"
@@ -156,6 +157,7 @@ class Access:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        set_reader(headers.get("accept-language", ""))
         for_programs = scope["type"] == "http" and speaks_openai(scope["path"])
         key: str | None = None
         try:

@@ -24,12 +24,7 @@ export function announce(text) {
   if (place.textContent !== text) place.textContent = text;
 }
 
-export const bytes = (count) => {
-  let amount = count, unit = 0;
-  const units = ["bytes", "kB", "MB", "GB", "TB"];
-  while (amount >= 1000 && unit < units.length - 1) { amount /= 1000; unit += 1; }
-  return `${amount >= 100 || unit === 0 ? Math.round(amount) : amount.toFixed(1)} ${units[unit]}`;
-};
+export { size as bytes } from "./numbers.js";
 
 /** Ask the JSON API. Throws an Error whose `told` is the error in the one shape. */
 export async function ask(method, url, body, options = {}) {
