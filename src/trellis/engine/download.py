@@ -73,7 +73,7 @@ def download(
             f"The files of “{repository}” are not here any more.", code="not_found",
             next_step="Load it on the Models page, which fetches them.",
         )  # fmt: skip
-    yield Progress(stage="initializing", fraction=0.01, message=f"Asking the hub for {repository}")
+    yield Progress(stage="initializing", fraction=0.01, message=f"Contacting Hugging Face: {repository}")
     patterns = [*WANTED, "*.py"] if with_code else WANTED
     try:
         info = yield from _beside(patience, "The hub did not answer", _info, repository, revision)
@@ -111,7 +111,7 @@ def download(
         yield Progress(
             stage="downloading",
             fraction=0.01 + 0.09 * min(done / max(total, 1), 1.0),
-            message=f"Downloading {repository}" if done < total else f"Checking what came of {repository}",
+            message=f"Downloading {repository}" if done < total else f"Verifying {repository}",
             bytes=min(done, total),
             total_bytes=total,
             rate=rate,

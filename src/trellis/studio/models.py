@@ -280,7 +280,7 @@ class Models:
                     await self._end(held)
 
     async def _load(self, entry: ModelEntry, options: ModelOptions, job: Job, fetches: bool) -> dict[str, Any]:
-        job.progress(Progress(stage="connecting", fraction=0.0, message="Starting an engine"))
+        job.progress(Progress(stage="connecting", fraction=0.0, message="Starting the engine"))
         worker: Worker | None = None
         ready = False
         try:

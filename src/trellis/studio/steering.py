@@ -96,7 +96,7 @@ class Steering:
         entry = await self._models.catalog.find(parsed.model, field="config.model")
         if parsed.remote_code and not entry.repository:
             raise Invalid(
-                "config.remote_code: only a model on the hub, pinned to a commit, may run its own code.",
+                "config.remote_code: needs a Hugging Face model pinned to a commit.",
                 field="config.remote_code",
                 next_step="Turn it off.",
             )
@@ -178,8 +178,8 @@ class Steering:
                 found = await self._store.read(rows.get_session, session_id)
                 if found is None:
                     raise NotFound(
-                        f"There is no session “{shorten(session_id)}”.",
-                        next_step="Your sessions are listed on the first page.",
+                        f"Session “{shorten(session_id)}” not found.",
+                        next_step="See your sessions on the home page.",
                     )
                 await self._let_idle_ones_go()
                 read = self._read(*found)
@@ -195,7 +195,7 @@ class Steering:
         except ValidationError as error:
             problem = invalid_from(error, prefix="config")
             raise TrellisError(
-                f"The session “{shorten(row['name'])}” cannot be read by this version: {problem.message}",
+                f"This version can't read the session “{shorten(row['name'])}”: {problem.message}",
                 code="session_unreadable",
                 next_step="Open it with the version that wrote it. Nothing was changed.",
             ) from None
