@@ -36,7 +36,7 @@ def test_two_steps_are_judged_blind_by_keys(open_page: Open, server: Server, sch
     page = open_page(color_scheme=scheme)
     start(page, server)
     press(page, "a")
-    page.get_by_role("link", name="Review, journal and export").click()
+    page.get_by_role("link", name="Review and export").click()
     page.get_by_role("link", name="Blind comparison").click()
     clean(page)
     page.get_by_label("Rounds").fill("4")

@@ -239,12 +239,12 @@ async def test_there_is_no_undo_at_the_beginning_and_no_redo_at_the_end(session:
         await session.undo("r1")
     with pytest.raises(Conflict, match="Nothing to redo"):
         await session.redo("r2")
-    with pytest.raises(NotFound, match="no node"):
+    with pytest.raises(NotFound, match="Node “n123” not found"):
         await session.goto("n123", "r3")
 
 
 async def test_unknown_things_are_refused(studio: Studio) -> None:
-    with pytest.raises(NotFound, match="no session “nope”"):
+    with pytest.raises(NotFound, match="Session “nope” not found"):
         await studio.steering.session("nope")
     with pytest.raises(NotFound, match="Known: demo"):
         await studio.steering.create(None, {"model": "nope"})
@@ -539,7 +539,7 @@ async def test_a_session_of_another_version_keeps_nobody_else_from_opening(tmp_p
             lambda connection: connection.execute(text("UPDATE sessions SET config = '{\"from_the_future\": 1}'"))
         )
     async with open_studio(tmp_path, fake_spawn) as studio:
-        with pytest.raises(TrellisError, match="cannot be read by this version") as raised:
+        with pytest.raises(TrellisError, match="This version can't read the session “Old”") as raised:
             await studio.steering.session(session.id)
         assert raised.value.code == "session_unreadable"
         await ready(await studio.steering.create("New", {}))

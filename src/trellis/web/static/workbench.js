@@ -20,6 +20,8 @@ export class Workbench {
     this.bindTabs();
     this.bindMarks();
     this.keepDrafts();
+    $("#tree").addEventListener("htmx:afterSwap", () => this.showHead());
+    this.showHead();
     addEventListener("resize", () => { $(".options-grid", root).style.minHeight = ""; });
     this.showAll();
     follow(`/api/steering/sessions/${this.id}/events`, root.dataset.after, {
@@ -213,6 +215,12 @@ export class Workbench {
       const position = $("[data-position]", this.root);
       position.textContent = `${number(this.state.dataset.position + 1)} of ${this.state.dataset.total == null ? "…" : number(this.state.dataset.total)}`;
     }
+  }
+
+  /** Scroll the tree, where it scrolls by itself, to the step that is shown. */
+  showHead() {
+    const plant = $(".plant", this.root), head = $("[aria-current]", plant);
+    if (head) plant.scrollTop += head.getBoundingClientRect().top - plant.getBoundingClientRect().top - plant.clientHeight / 2;
   }
 
   flash() {
