@@ -139,10 +139,10 @@ def main() -> None:
                 page.screenshot(path=IMAGES / f"{what}-{name}.png")
             if name == "phone":
                 page.goto(session)
-                for tab in ("Tree", "Figures"):
+                for tab, what in (("Tree", "tree"), ("Metrics", "figures")):
                     page.get_by_role("link", name=tab, exact=True).click()
                     page.wait_for_timeout(300)
-                    page.screenshot(path=IMAGES / f"steering-{name}-{tab.lower()}.png")
+                    page.screenshot(path=IMAGES / f"steering-{name}-{what}.png")
         browser.close()
         server.stop()
 

@@ -86,7 +86,7 @@ async def test_a_session_whose_model_cannot_be_loaded_shows_ways_out_instead_of_
     page = (await client.get(f"/steer/{states.failed_session}")).text
     assert re.search(r"<div class=\"stuck\" data-stuck>", page)
     assert "Change model" in page
-    assert "Remove this session" in page
+    assert "Delete session" in page
     assert re.search(r'<form id="choose" hidden', page)
     page = (await client.get(f"/steer/{states.session}")).text
     assert re.search(r"<div class=\"stuck\" data-stuck hidden>", page)

@@ -99,7 +99,7 @@ class Growth:
             return await self._models.engine(self._model, lambda progress: None)
         if self.dismissed:
             raise UNLOADED
-        self._loading(Progress(stage="connecting", fraction=0.0, message="Starting"))
+        self._loading(Progress(stage="connecting", fraction=0.0, message="Starting the engine"))
         try:
             return await self._models.engine(self._model, self._loading)
         finally:
@@ -112,9 +112,9 @@ class Growth:
             planted = await self.plant()
             if planted != self._tree.root.weights:
                 raise Conflict(
-                    f"The files of the model “{self._config.model}” are not the ones this session was grown on.",
+                    f"The files of “{self._config.model}” have changed since this session started.",
                     code="model_changed",
-                    next_step="Put the original files back (config.json and the weights) and resume, or start a new "
+                    next_step="Restore the original files (config.json and the weights) and try again, or start a new "
                     "session.",
                 )
             self._planted_on = worker
@@ -402,7 +402,7 @@ class Growth:
                 chain = await asyncio.to_thread(self._chain, wanted)
                 try:
                     for done, node in enumerate(chain):
-                        message = f"Working out step {node.step} again: {done + 1} of {len(chain)}"
+                        message = f"Recomputing step {node.step}: {done + 1} of {len(chain)}"
                         self._loading(Progress(stage="regrowing", fraction=done / len(chain), message=message))
                         await self._make_again(node)
                     return
@@ -437,12 +437,12 @@ class Growth:
             made = learned.weights
             if node.metrics and made == node.weights and learned.metrics.drift != node.metrics.drift:
                 self._notice(
-                    f"Step {node.step} was worked out again and came out slightly different on this device: drift "
+                    f"Step {node.step} was recomputed and differs slightly on this device: weight change "
                     f"{learned.metrics.drift:.6%} instead of {node.metrics.drift:.6%}."
                 )
         if made != node.weights:
             raise Conflict(
-                f"The weights of step {node.step} are not on disk, and the log of choices leads to others.",
+                f"The weights of step {node.step} are not on disk, and recomputing them gives different ones.",
                 code="weights_changed",
-                next_step="Go to a step whose weights are on disk; a new branch can be grown from there.",
+                next_step="Go to a step whose weights are on disk. You can branch from there.",
             )

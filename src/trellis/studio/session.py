@@ -197,15 +197,15 @@ class Session:
             shown = self.offer
             if shown is None or shown.id != offer:
                 raise self._conflict(
-                    f"The offer “{shorten(offer)}” is not the one on the screen.",
+                    f"These answers are out of date (offer “{shorten(offer)}”).",
                     "stale_offer",
-                    "Look at the current options and choose again.",
+                    "Choose from the current answers.",
                 )
             if shown.options is None:
                 raise self._conflict(
-                    "The options are still being written.",
+                    "The answers are still being generated.",
                     "offer_not_ready",
-                    "Choose when all options are whole.",
+                    "Choose when all answers are complete.",
                 )
             require_fits(choice, len(shown.options))
             known = self.tree.nodes.get(led_to(self.tree.head, shown.id, choice))
@@ -234,7 +234,7 @@ class Session:
                 return
             self._require_free()
             if self.offer is None:
-                raise self._conflict("There is nothing to skip yet.", "offer_not_ready", "Wait for the first options.")
+                raise self._conflict("Nothing to skip yet.", "offer_not_ready", "Wait for the first answers.")
             known = self.tree.nodes.get(child_id(self.tree.head, self.offer.id, "skip"))
             body = {"offer": self.offer.id, "node": self.tree.head_id, "choice": "skip"}
             await self._step_at_once(known, "skip", None, self._intent(request, "skip", body, "done"))
@@ -247,7 +247,7 @@ class Session:
             self._require_free()
             target = self.tree.undo
             if target is None:
-                raise self._conflict("This is the beginning; nothing to undo.", "nothing_to_undo", "Choose an answer.")
+                raise self._conflict("Nothing to undo.", "nothing_to_undo", "Choose an answer.")
             left = self.tree.head
             shown = left.answered or target.shown  # what was fitted to a log answered no offer
             notes = {target.id: {"forward": left.id, "shown": shown}}
@@ -261,7 +261,7 @@ class Session:
             self._require_free()
             target = self.tree.redo
             if target is None:
-                raise self._conflict("There is nothing to redo.", "nothing_to_redo", "Choose an answer.")
+                raise self._conflict("Nothing to redo.", "nothing_to_redo", "Choose an answer.")
             intent = self._intent(request, "redo", {"from": self.tree.head_id}, "done")
             await self._go(target, target.shown, {}, intent)
 
@@ -286,7 +286,7 @@ class Session:
                 return
             self._require_free()
             if not self.tree.root.weights:
-                raise self._conflict("The session is not ready yet.", "offer_not_ready", "Wait for the first options.")
+                raise self._conflict("The session isn't ready yet.", "offer_not_ready", "Wait for the first answers.")
             body = {"node": self.tree.head_id, "text": text}
             await self._new_offer(text, self._intent(request, "prompt", body, "done"))
             self.intent, self.error = None, None
@@ -347,7 +347,7 @@ class Session:
     async def chat(self, request: Chat, node: Node, owner: str) -> AsyncGenerator[Event, None]:
         """Answer a conversation from any node, without moving the session. Weights that are gone are made again."""
         if not node.weights:
-            raise self._conflict("The session is not ready yet.", "offer_not_ready", "Wait for the first options.")
+            raise self._conflict("The session isn't ready yet.", "offer_not_ready", "Wait for the first answers.")
         self.used = time.monotonic()
         self._growth.welcome()
         self._pins[node.weights] += 1
@@ -378,7 +378,7 @@ class Session:
         """Answers from any node without moving the session."""
         place = self.node(node) if node else self.tree.head
         if not place.weights:
-            raise self._conflict("The session is not ready yet.", "offer_not_ready", "Wait for the first options.")
+            raise self._conflict("The session isn't ready yet.", "offer_not_ready", "Wait for the first answers.")
         self._growth.welcome()
         async with self.holding(place):
             try:
@@ -464,9 +464,9 @@ class Session:
         """Raises NotFound."""
         if node_id not in self.tree.nodes:
             raise NotFound(
-                f"There is no node “{shorten(node_id)}” in this session.",
+                f"Node “{shorten(node_id)}” not found in this session.",
                 field="node",
-                next_step="The nodes are listed in the session's tree.",
+                next_step="See the session's tree.",
             )
         return self.tree.nodes[node_id]
 
@@ -618,7 +618,7 @@ class Session:
                 if deaths > 2:
                     self._fail(error)
                 else:
-                    self._notice(f"{error.message} It is started again; nothing is lost.")
+                    self._notice(f"{error.message} Restarting it; nothing is lost.")
             except TrellisError as error:
                 self._fail(error)
             except Exception:
@@ -719,7 +719,7 @@ class Session:
         root = self.tree.root
         planted = await self._interruptible(self._growth.plant())
         if left_out := self._growth.left_out:
-            self._notice(f"Some layers of this model get no adapter: {', '.join(left_out)}.")
+            self._notice(f"Layers without an adapter: {', '.join(left_out)}.")
         async with self._lock:
             await self._store.write(rows.set_weights, root.id, planted)
             self.tree.note(root.id, weights=planted)
@@ -790,8 +790,7 @@ class Session:
             if offered.overflowed:
                 letters = " and ".join(chr(ord("A") + index) for index in offered.overflowed)
                 self._notice(
-                    f"{letters}: cut short, because the model's numbers overflowed there. If it happens again, go back "
-                    "to an earlier step."
+                    f"Truncated after a numeric overflow: {letters}. If it happens again, go back to an earlier step."
                 )
 
     async def _control(self, node: Node) -> None:
@@ -970,15 +969,15 @@ class Session:
 
     def _require_open(self) -> None:
         if self._closed:
-            raise NotFound("This session was deleted.", next_step="Start another one.")
+            raise NotFound("This session was deleted.", next_step="Start a new one.")
 
     def _require_free(self) -> None:
         self._require_open()
         if self.busy:
             raise self._conflict(
-                "The model is still learning from the last choice.",
+                "Still learning from the last choice.",
                 "busy",
-                "Wait for it to finish; it takes seconds.",
+                "Try again in a few seconds.",
             )
 
     def _conflict(self, message: str, code: str, next_step: str) -> Conflict:
@@ -987,7 +986,7 @@ class Session:
 
 def _unknown(session: str) -> TrellisError:
     return TrellisError(
-        "The session met an error that the studio does not know.",
+        "Something went wrong in this session.",
         code="internal",
-        next_step=f"Resume it; if it comes back, the studio's log has the details under {session}.",
+        next_step=f"Try again. If it happens again, see the log. Error ID {session}.",
     )

@@ -195,7 +195,7 @@ class Steering:
         except ValidationError as error:
             problem = invalid_from(error, prefix="config")
             raise TrellisError(
-                f"The session “{shorten(row['name'])}” cannot be read by this version: {problem.message}",
+                f"This version can't read the session “{shorten(row['name'])}”: {problem.message}",
                 code="session_unreadable",
                 next_step="Open it with the version that wrote it. Nothing was changed.",
             ) from None

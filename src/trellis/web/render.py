@@ -44,7 +44,7 @@ class Render:
             auto_reload=False,
         )
         self._environment.globals.update(
-            version=__version__, static=f"/static/{VERSION}", letters=LETTERS, can_log_out=logged_in, times=times,
+            version=__version__, static=f"/static/{VERSION}", letters=LETTERS, can_log_out=logged_in,
             locale=numbers.reader_locale,
         )  # fmt: skip
         self._environment.filters.update(
@@ -62,14 +62,6 @@ class Render:
 def render_of(request: Request) -> Render:
     render: Render = request.app.state.render
     return render
-
-
-def times(before: float | None, after: float | None) -> str:
-    """How many times as likely: `3.0`."""
-    if not before or after is None:
-        return "–"
-    ratio = after / before
-    return f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
 
 
 def ago(timestamp: str) -> str:

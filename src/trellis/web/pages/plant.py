@@ -1,4 +1,4 @@
-"""Where the nodes of a tree stand when it is drawn like a plant: rows and lanes, numbers only."""
+"""The layout of a session's tree, and of its charts: rows, lanes and points, numbers only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Stem:
 
 @dataclass(frozen=True)
 class Plant:
-    """Leaves from the newest (top) to the root (bottom), and the stems between them."""
+    """Leaves from top to bottom, where the root is, and the stems between them."""
 
     leaves: list[Leaf]
     stems: list[Stem]
@@ -38,30 +38,44 @@ class Plant:
 
 
 def grow(tree: Tree, most: int | None = None) -> Plant:
-    """Lay a tree out: a child stands above its parent, each branch in a lane of its own, the newest at the top.
+    """Lay out a tree: children above their parent, the newest node at the top.
 
-    Of a tree with more than `most` nodes the long stretches are left out: what stays are the newest, those around
-    the head, the root, and all that have a name or where branches part. A node stands above its nearest ancestor.
+    Of a node's children, the one with the newest descendant continues in its lane. The others are branches: each is
+    drawn in one piece between the two, one lane to the right, so that the width follows how deep branches are nested
+    and not how many there are.
+
+    Of a tree with more than `most` nodes, show the newest, those around the head, the root, those with a name and
+    those with several children. A node then stands above its nearest ancestor that is shown.
     """
     order = sorted(tree.nodes.values(), key=lambda node: (-node.created, -node.step))
     total = len(order)
     if most is not None and total > most:
         order = _worth_showing(tree, order, most)
-    rows = {node.id: row for row, node in enumerate(order)}
-    lanes = _lanes(tree)
-    path = {node.id for node in tree.path(tree.head_id)}
-    at = {node.id: (EDGE + lanes[node.id] * LANE, ROW // 2 + rows[node.id] * ROW) for node in order}
-    leaves = [Leaf(node, *at[node.id], node.id in path, node.id == tree.head_id) for node in order]
-    stems = []
-    for node in order:
+    children: dict[str, list[Node]] = {node.id: [] for node in order}
+    newest = {node.id: rank for rank, node in enumerate(order)}  # 0 is the newest
+    for node in order:  # children come before their parents
         parent = node.parent
-        while parent is not None and parent not in at:
+        while parent is not None and parent not in children:
             parent = tree.nodes[parent].parent
         if parent is not None:
-            stems.append(Stem(_stem(at[parent], at[node.id]), node.id in path))
-    stems.sort(key=lambda stem: stem.on_path)  # the way to the head is drawn over the others
-    widest = max(lanes[node.id] for node in order)
-    return Plant(leaves, stems, 2 * EDGE + widest * LANE, len(order) * ROW, total - len(order))
+            children[parent].append(node)
+            newest[parent] = min(newest[parent], newest[node.id])
+    path = {node.id for node in tree.path(tree.head_id)}
+    leaves: list[Leaf] = []
+    stems: list[Stem] = []
+    widest = 0
+    waiting: list[tuple[Node, int, tuple[int, int] | None]] = [(tree.root, 0, None)]
+    while waiting:
+        node, lane, below = waiting.pop()
+        at = (EDGE + lane * LANE, (len(order) - len(leaves)) * ROW - ROW // 2)
+        leaves.append(Leaf(node, *at, node.id in path, node.id == tree.head_id))
+        if below:
+            stems.append(Stem(_stem(below, at), node.id in path))
+        widest = max(widest, lane)
+        branches = sorted(children[node.id], key=lambda child: newest[child.id])
+        waiting += [(child, lane + (place > 0), at) for place, child in enumerate(branches)]
+    stems.sort(key=lambda stem: stem.on_path)  # the path to the head is drawn over the others
+    return Plant(leaves[::-1], stems, 2 * EDGE + widest * LANE, len(order) * ROW, total - len(order))
 
 
 def _worth_showing(tree: Tree, order: list[Node], most: int) -> list[Node]:
@@ -74,29 +88,13 @@ def _worth_showing(tree: Tree, order: list[Node], most: int) -> list[Node]:
     return [node for node in order if node.id in shown]
 
 
-def _lanes(tree: Tree) -> dict[str, int]:
-    """The first child goes on in its parent's lane, each other one opens the next lane that was never used."""
-    lanes: dict[str, int] = {}
-    used = 0
-    waiting = [(tree.root.id, 0)]
-    while waiting:
-        node_id, lane = waiting.pop()
-        lanes[node_id] = lane
-        children = tree.children(node_id)
-        for child in children[1:]:
-            used += 1
-            waiting.append((child.id, used))
-        if children:
-            waiting.append((children[0].id, lane))
-    return lanes
-
-
 def _stem(parent: tuple[int, int], child: tuple[int, int]) -> str:
+    """A line up the parent's lane, and into the child's just below it."""
     (x0, y0), (x1, y1) = parent, child
     if x0 == x1:
         return f"M{x0} {y0}V{y1}"
-    bend = y0 - ROW
-    return f"M{x0} {y0}C{x0} {y0 - ROW // 2} {x1} {y0 - ROW // 2} {x1} {bend}V{y1}"
+    middle = y1 + ROW // 2
+    return f"M{x0} {y0}V{y1 + ROW}C{x0} {middle} {x1} {middle} {x1} {y1}"
 
 
 def curve(values: list[float], width: int, height: int) -> str:

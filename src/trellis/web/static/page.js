@@ -36,12 +36,13 @@ export async function ask(method, url, body, options = {}) {
   return said;
 }
 
-/** A form marked with data-keep, with something in it that was not sent, stays as it is when its part of the page is fetched again. */
+/** When a part of the page is fetched again, keep forms marked with data-keep that hold unsent text, and details that are open. */
 function keepWritten() {
   const written = (form) => $$("input, textarea", form).some((each) => each.value !== each.defaultValue);
-  let kept = [];
+  let kept = [], open = [];
   document.addEventListener("htmx:beforeSwap", (event) => {
     kept = $$("form[data-keep]", event.detail.target).filter(written);
+    open = $$("details[id][open]", event.detail.target).map((details) => details.id);
   });
   document.addEventListener("htmx:afterSwap", (event) => {
     for (const form of kept) {
@@ -51,6 +52,7 @@ function keepWritten() {
       htmx.process(form); // its listeners went with the part that it stood in
     }
     kept = [];
+    for (const id of open) document.getElementById(id)?.setAttribute("open", "");
   });
   document.addEventListener("htmx:afterRequest", (event) => {
     if (!event.detail.successful || !event.target.matches?.("form[data-keep]")) return;
@@ -86,6 +88,10 @@ export function bindPage() {
   const name = () => $$("[name=request]").forEach((input) => { input.value = crypto.randomUUID?.() ?? String(Math.random()).slice(2).padEnd(12, "0"); });
   name();
   document.addEventListener("htmx:afterRequest", name);
+  // A form whose effect cannot be seen says what was done.
+  document.addEventListener("htmx:afterRequest", (event) => {
+    if (event.detail.successful && event.target.dataset?.done) toast(event.target.dataset.done);
+  });
 
   document.addEventListener("htmx:responseError", (event) => {
     if (event.detail.xhr.status === 404 && event.target.closest("[data-session]")) {
