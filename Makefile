@@ -67,7 +67,7 @@ bench: $(DEV) ## Run the benchmarks
 	$(BIN)/python bench/scale.py
 
 demo-model: $(STAMP) ## Train the demo model from scratch (about 12 minutes on two cores)
-	$(BIN)/python -m trellis.demo.make
+	$(BIN)/python -m trellis.demo.text.make
 
 screenshots: browser ## Take screenshots of every page (light, dark, phone) into docs/images
 	$(BIN)/python -m tests.screenshots

@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trellis.engine.methods import METHODS
-from trellis.engine.reading import Group, answer_logprobs
+from trellis.engine.learning.log_probs import Group, answer_logprobs
+from trellis.engine.learning.losses import METHODS
 from trellis.params import Learning
 
 GROUP, TOKENS = 4, 96

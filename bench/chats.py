@@ -15,14 +15,14 @@ from typing import Any
 import torch
 import transformers
 
-import trellis.demo
+import trellis.demo.text
 from trellis.blobs import Blobs
-from trellis.engine.text import TextEngine
+from trellis.engine.handlers import TextEngine
 from trellis.messages import Answered, Chat, Heard, Load, Plant, Turn
 from trellis.params import Adapter, Device, Sampling
 
 LONGEST = 64
-MODEL = Path(trellis.demo.__file__).parent / "model"
+MODEL = Path(trellis.demo.text.__file__).parent / "model"
 
 
 def run(steps: Iterator[Any]) -> Any:

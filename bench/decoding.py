@@ -25,13 +25,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from random_model import SIZES, random_model
 from trellis.blobs import Blobs
-from trellis.engine.adapters import Shelf, Slots
-from trellis.engine.decode import decode_group
-from trellis.engine.forward import forward_of
-from trellis.engine.lean import Lean
+from trellis.engine.text.adapters import Shelf, Slots
+from trellis.engine.text.decoding import decode_group
+from trellis.engine.text.fast_forward import Lean
+from trellis.engine.text.group_forward import forward_of
 from trellis.params import Adapter, Sampling
 
-DEMO = Path(__file__).resolve().parent.parent / "src" / "trellis" / "demo" / "model"
+DEMO = Path(__file__).resolve().parent.parent / "src" / "trellis" / "demo" / "text" / "model"
 PROMPT = list(range(5, 35))
 GROUP = 4
 

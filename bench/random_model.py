@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-DEMO = Path(__file__).resolve().parent.parent / "src" / "trellis" / "demo" / "model"
+DEMO = Path(__file__).resolve().parent.parent / "src" / "trellis" / "demo" / "text" / "model"
 
 SIZES: dict[str, dict[str, Any]] = {
     "140 million": {

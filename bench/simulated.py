@@ -19,15 +19,15 @@ from torch import Tensor
 
 import second_model
 from trellis.blobs import Blobs
-from trellis.demo.prompts import load_prompts
-from trellis.demo.voices import voice_of
-from trellis.engine.reading import Group, answer_logprobs
-from trellis.engine.text import TextEngine
+from trellis.demo.text.prompts import load_prompts
+from trellis.demo.text.voices import voice_of
+from trellis.engine.handlers import TextEngine
+from trellis.engine.learning.log_probs import Group, answer_logprobs
 from trellis.messages import Choice, Learn, Lesson, Load, Offer, Offered, Option, Plant, Prompt, derived_seed
 from trellis.params import Adapter, Learning, Sampling, SessionConfig, default_learning_rate
-from trellis.studio.tree import Node, replayed
+from trellis.studio.steering.tree import Node, replayed
 
-DEMO = Path(second_model.__file__).resolve().parent.parent / "src" / "trellis" / "demo" / "model"
+DEMO = Path(second_model.__file__).resolve().parent.parent / "src" / "trellis" / "demo" / "text" / "model"
 WHOLE = (0, 10, 20, 40, 100, 200)
 """After so many clicks fluency and variety are measured too."""
 

@@ -177,7 +177,7 @@ async def measure(server: Server, people: int, seconds: float) -> None:
 
 FLOOR = f"""
 import asyncio, base64, hashlib, time
-from trellis.web.pushing import text_frame
+from trellis.web.broadcast import text_frame
 lines = []
 class Line(asyncio.Protocol):
     def connection_made(self, transport):

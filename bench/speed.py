@@ -26,7 +26,7 @@ import httpx
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the server that tests start is the one that is measured
-DEMO = ROOT / "src" / "trellis" / "demo" / "model"
+DEMO = ROOT / "src" / "trellis" / "demo" / "text" / "model"
 
 WATCH = """
 () => {
@@ -238,7 +238,7 @@ def main() -> None:
         import torch
 
         import baseline
-        from trellis.demo.prompts import load_prompts
+        from trellis.demo.text.prompts import load_prompts
 
         device = "cuda" if arguments.device != "cpu" and torch.cuda.is_available() else "cpu"
         model = Path(arguments.model or DEMO)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from tests.conftest import open_studio, ready, until  # noqa: E402
 
 from trellis.messages import Assess, Event, Learn, Offer, Request  # noqa: E402
-from trellis.studio.session import CONTROL  # noqa: E402
+from trellis.studio.steering.session import CONTROL  # noqa: E402
 from trellis.workers.processes import ProcessSpawner  # noqa: E402
 from trellis.workers.worker import Worker  # noqa: E402
 

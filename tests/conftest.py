@@ -16,11 +16,11 @@ import pytest
 from tests.processor import processor
 from trellis.blobs import Blobs
 from trellis.engine.fake import FakeEngine
-from trellis.engine.loop import Loop
-from trellis.engine.wire import Wire
+from trellis.engine.scheduler import Loop
+from trellis.engine.transport import Wire
 from trellis.settings import Settings
 from trellis.store.store import Store, migrate
-from trellis.studio.session import Session
+from trellis.studio.steering.session import Session
 from trellis.studio.studio import Studio
 from trellis.workers.worker import Engine, Spawn
 

@@ -9,7 +9,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from tests.journeys.conftest import FLAGS, chromium
 from tests.server import Server
-from trellis.demo.voices import voice_of
+from trellis.demo.text.voices import voice_of
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 SCREENS = {

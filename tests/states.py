@@ -21,13 +21,13 @@ from trellis.engine.fake import FakeEngine
 from trellis.errors import LoadFailed
 from trellis.params import ModelOptions
 from trellis.settings import Settings
-from trellis.store import blind as blind_rows
+from trellis.store import blind_test as blind_rows
 from trellis.store import jobs as job_rows
 from trellis.store import rooms as room_rows
 from trellis.store.store import Store, migrate
+from trellis.studio.chat.message import Message
 from trellis.studio.jobs import Job
-from trellis.studio.message import Message
-from trellis.studio.session import Session
+from trellis.studio.steering.session import Session
 from trellis.studio.studio import Studio
 from trellis.web.app import create_app
 from trellis.workers.worker import Spawn

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trellis.messages import (
+from trellis.messages import (  # fmt: skip
     HEADER,
     MAX_FRAME,
     Delta,
@@ -21,7 +21,7 @@ from trellis.messages import (
     frame,
     frame_length,
     recipe_id,
-)  # fmt: skip
+)
 from trellis.params import Learning
 
 

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 
 from tests.conftest import open_studio, thread_spawner
-from tests.engine.test_loading import load
+from tests.engine.text.test_loading import load
 from tests.quantized import change_config
 from trellis.blobs import Blobs
 from trellis.engine.fake import FakeEngine
 from trellis.errors import LoadFailed
+from trellis.model_checks import known_types, problem_of, too_few_positions
 from trellis.model_files import canonical_config, read_vocabulary
-from trellis.model_problems import known_types, problem_of, too_few_positions
-from trellis.studio.catalog import Catalog
+from trellis.studio.models.catalog import Catalog
 
 pytestmark = pytest.mark.engine
 
@@ -256,10 +256,10 @@ def test_a_configuration_is_the_same_whatever_does_not_matter() -> None:
 
 
 def test_a_library_that_was_installed_meanwhile_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trellis import model_problems
+    from trellis import model_checks
 
     missing = {"bitsandbytes"}
-    monkeypatch.setattr(model_problems, "_installed", lambda name: name not in missing)
+    monkeypatch.setattr(model_checks, "_installed", lambda name: name not in missing)
     problem = problem_of(folder, "4-bit")
     assert problem is not None
     assert (problem.code, problem.field) == ("not_installed", "precision")

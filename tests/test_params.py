@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from trellis.errors import Invalid, shorten
 from trellis.messages import CHOICE
 from trellis.params import Adapter, Learning, Sampling, SessionConfig
-from trellis.texts import plain_number, storable
+from trellis.text_rules import plain_number, storable
 
 
 def test_every_option_explains_itself() -> None:

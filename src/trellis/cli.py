@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.text import Text
 
 from . import __version__
-from .addresses import local_url, network_urls, qr_code
 from .errors import Invalid, TrellisError
+from .network_addresses import local_url, network_urls, qr_code
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def _serve(
     from .studio.studio import Studio
     from .web.access import MAX_BODY
     from .web.app import create_app
-    from .web.pushing import PushingProtocol
+    from .web.broadcast import PushingProtocol
     from .workers.processes import ProcessSpawner
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")

@@ -118,7 +118,7 @@ def _disk(folder: Path) -> Finding:
 
 
 def _demo() -> Finding:
-    files = Path(__file__).parent / "demo" / "model"
+    files = Path(__file__).parent / "demo" / "text" / "model"
     there = (files / "model.safetensors").is_file() and os.access(files / "config.json", os.R_OK)
     return Finding(
         "Demo model", "installed" if there else "missing", there, "Run `make demo-model`, or reinstall Trellis."

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import LoadFailed, shorten
-from .tensors import UNREADABLE, header_of
+from .safetensors_files import UNREADABLE, header_of
 
 INDEX = "model.safetensors.index.json"
 

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic.fields import FieldInfo
 
 from .errors import Invalid, shorten
-from .texts import PROMPT_LIMIT, plain_number, storable
+from .text_rules import PROMPT_LIMIT, plain_number, storable
 
 Precision = Literal["auto", "32-bit", "16-bit", "8-bit", "4-bit"]
 Device = Literal["auto", "cpu", "cuda", "mps"]

@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import thread_spawner
 from trellis.blobs import Blobs
 from trellis.errors import EngineError, Invalid, TrellisError, WeightsMissing
-from trellis.messages import (
+from trellis.messages import (  # fmt: skip
     LOG_FILE,
     Answered,
     Assess,
@@ -44,7 +44,7 @@ from trellis.messages import (
     StatusReport,
     Turn,
     Written,
-)  # fmt: skip
+)
 from trellis.params import Adapter, Learning, Sampling
 from trellis.workers.worker import Worker
 
@@ -61,7 +61,7 @@ def fake(blobs: Blobs) -> Any:
 
 
 def text(blobs: Blobs) -> Any:
-    from trellis.engine.text import TextEngine
+    from trellis.engine.handlers import TextEngine
 
     return TextEngine(blobs)
 
@@ -415,7 +415,7 @@ async def test_what_is_interrupted_ends_as_if_it_had_not_been(worker: Worker) ->
 async def test_what_is_worked_on_at_once_is_the_same_as_one_after_the_other(
     tmp_path: Path, tiny_llama: Path, dropout: float
 ) -> None:
-    from trellis.engine.text import TextEngine
+    from trellis.engine.handlers import TextEngine
 
     class OnManyLanes(TextEngine):
         lanes = 4

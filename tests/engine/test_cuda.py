@@ -9,15 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.engine.test_architectures import grown, learn, offer
-from tests.engine.test_chats import run
+from tests.engine.text.test_architectures import grown, learn, offer
+from tests.engine.text.test_chat_batch import run
 from tests.tiny import make_model
 from trellis.blobs import Blobs
-from trellis.engine.adapters import Slots
-from trellis.engine.decode import decode_group
-from trellis.engine.forward import GeneralForward, forward_of
-from trellis.engine.lean import FAMILIES, Lean
-from trellis.engine.text import TextEngine
+from trellis.engine.handlers import TextEngine
+from trellis.engine.text.adapters import Slots
+from trellis.engine.text.decoding import decode_group
+from trellis.engine.text.fast_forward import FAMILIES, Lean
+from trellis.engine.text.group_forward import GeneralForward, forward_of
 from trellis.messages import Load, Plant
 from trellis.params import Adapter, Sampling
 

@@ -18,8 +18,8 @@ from trellis.errors import Invalid
 from trellis.params import Dataset
 from trellis.reader.__main__ import prepare, preview
 from trellis.reader.columns import asked_in, column_of, prompt_in
+from trellis.reader.decoding import LocalFile
 from trellis.reader.files import records, source_of
-from trellis.reader.opening import LocalFile
 
 QUESTIONS = ["Why?", "What is rain?", "Ärger, 東京 and 🌱?"]
 
@@ -160,9 +160,9 @@ def test_what_is_broken_is_named(tmp_path: Path, name: str, content: bytes, what
 
 
 def test_a_line_without_an_end_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trellis.reader import opening
+    from trellis.reader import decoding
 
-    monkeypatch.setattr(opening, "LINE_LIMIT", 1000)
+    monkeypatch.setattr(decoding, "LINE_LIMIT", 1000)
     file = tmp_path / "a.txt"
     file.write_bytes(b"a" * 5000)
     with pytest.raises(Invalid, match="line 1 is longer"):

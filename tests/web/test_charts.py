@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trellis.web.pages.plant import chart, ticks_over
+from trellis.web.pages.steering.tree_layout import chart, ticks_over
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import time
 import httpx
 import pytest
 
-from trellis.studio.attachments import kind_of, safe_name
+from trellis.studio.chat.attachments import kind_of, safe_name
 
 
 def a_pdf(text: str = "", pages: int = 1) -> bytes:

@@ -140,7 +140,7 @@ def test_what_was_fetched_is_not_fetched_again_and_needs_no_hub(client: httpx.Cl
 
 
 def test_a_download_that_breaks_off_goes_on_where_it_was(client: httpx.Client, hub: FakeHub) -> None:
-    from trellis.engine.download import PIECE
+    from trellis.engine.hub_download import PIECE
 
     size = (hub.root / "models" / "org" / "broken" / "model.safetensors").stat().st_size
     hub.sent.pop("model.safetensors", None)

@@ -14,7 +14,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-import trellis.demo
+import trellis.demo.text
 from tests.conftest import open_studio
 from tests.server import Server, new_session
 from trellis.errors import EngineDied, LoadFailed, Refused
@@ -276,7 +276,7 @@ def failing(raised: Exception) -> Any:
 
 def test_a_session_whose_model_is_gone_is_not_listed(tmp_path: Path) -> None:
     folder = tmp_path / "models" / "gone"
-    shutil.copytree(Path(trellis.demo.__file__).parent / "model", folder)
+    shutil.copytree(Path(trellis.demo.text.__file__).parent / "model", folder)
     server = Server(tmp_path)
     try:
         with server.client() as client:
@@ -291,7 +291,7 @@ def test_a_session_whose_model_is_gone_is_not_listed(tmp_path: Path) -> None:
 def test_only_what_is_here_is_served_and_listed(tmp_path: Path) -> None:
     models = tmp_path / "save" / "models"
     here = models / "My own model (v2)"
-    shutil.copytree(Path(trellis.demo.__file__).parent / "model", here)
+    shutil.copytree(Path(trellis.demo.text.__file__).parent / "model", here)
     for name, files in (
         ("adapter", ["adapter_config.json", "adapter_model.safetensors"]),
         ("gguf", ["a.Q4.gguf"]),

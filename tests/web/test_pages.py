@@ -11,7 +11,7 @@ import pytest
 
 from tests.server import Server, new_session, wait_ready
 from trellis.params import Dataset, SessionConfig
-from trellis.web.pages.forms import config_of
+from trellis.web.pages.steering.options_form import config_of
 from trellis.web.render import ago
 
 HTML = {"Accept": "text/html,application/xhtml+xml"}

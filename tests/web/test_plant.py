@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trellis.studio.tree import Node, Tree
+from trellis.studio.steering.tree import Node, Tree
 from trellis.web.pages.plant import EDGE, LANE, ROW, Plant, grow
 
 

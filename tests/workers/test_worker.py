@@ -33,7 +33,7 @@ from trellis.messages import (
     Status,
 )
 from trellis.params import Adapter, Learning, Sampling
-from trellis.workers.exits import explain_exit
+from trellis.workers.exit_codes import explain_exit
 from trellis.workers.processes import ProcessSpawner
 from trellis.workers.worker import Spawn, Worker
 

@@ -1,1 +1,1 @@
-"""The demo model: what it was taught, how it is made, and how its voices are told apart."""
+"""What ships for newcomers and tests: small models and the scripts that make them."""

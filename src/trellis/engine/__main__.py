@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..blobs import Blobs
-from .forks import ignore_interrupts, serve
-from .loop import Loop
-from .wire import Wire
+from .fork_server import ignore_interrupts, serve
+from .scheduler import Loop
+from .transport import Wire
 
 if TYPE_CHECKING:
     from .fake import FakeEngine
-    from .text import TextEngine
+    from .handlers import TextEngine
 
 
 M_ARENA_MAX = -8
@@ -63,7 +63,7 @@ def main(words: list[str] | None = None) -> None:
     import torch
     import transformers
 
-    from .text import TextEngine
+    from .handlers import TextEngine
 
     torch.set_num_threads(arguments.threads or os.cpu_count() or 1)
     transformers.utils.logging.set_verbosity_error()
@@ -91,7 +91,7 @@ def _prepare_torch() -> None:
 
 def _fork_engines(control: socket.socket) -> None:
     _prepare_torch()
-    from . import text  # noqa: F401 - imported for the children
+    from . import handlers  # noqa: F401 - imported for the children
 
     serve(control, main)
 

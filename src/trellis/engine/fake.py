@@ -19,7 +19,7 @@ import psutil
 
 from ..blobs import Blobs
 from ..errors import EngineError, Invalid, TrellisError, WeightsMissing
-from ..messages import (
+from ..messages import (  # fmt: skip
     LOG_FILE,
     Answered,
     Assess,
@@ -46,10 +46,10 @@ from ..messages import (
     Spoke,
     Status,
     StatusReport,
-)  # fmt: skip
-from .explaining import failed
-from .loop import Handler, Steps, Together, Told
-from .vitals import variety_of
+)
+from .known_errors import failed
+from .scheduler import Handler, Steps, Together, Told
+from .text.quality_metrics import variety_of
 
 WORDS = [
     "the",

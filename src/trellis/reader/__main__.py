@@ -17,7 +17,7 @@ from ..errors import Invalid, TrellisError, shorten
 from ..params import Dataset
 from . import files, hub
 from .prompts import Prompts
-from .tally import Tally, number
+from .skipped import Tally, number
 
 LOOKED_AT, LOOKED_AT_ON_HUB = 20_000, 1000
 """Rows that are looked at, to find the column and to say in a preview what would be left out."""

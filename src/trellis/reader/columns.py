@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from ..conversations import ROLE_KEYS, ROLES, NotJSON, Turn, turns_of
+from ..conversation_formats import ROLE_KEYS, ROLES, NotJSON, Turn, turns_of
 from ..errors import Invalid, shorten
-from ..texts import PROMPT_LIMIT, storable
-from .tally import Reason, number
+from ..text_rules import PROMPT_LIMIT, storable
+from .skipped import Reason, number
 
 USUAL = ("prompt", "question", "instruction", "query", "messages", "conversations", "conversation", "dialog",
          "problem", "goal", "task", "input", "text", "content", "sentence", "chosen")  # fmt: skip

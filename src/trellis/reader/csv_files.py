@@ -15,8 +15,8 @@ from typing import Any
 
 from ..errors import shorten
 from .columns import USUAL
+from .decoding import LINE_LIMIT, DataFile, Opened, broken, lines_of
 from .json_files import Record, Row
-from .opening import LINE_LIMIT, DataFile, Opened, broken, lines_of
 
 DELIMITERS = (",", ";", "\t", "|")
 ALONE = "\x00"

@@ -17,9 +17,9 @@ from typing import Any
 from ..errors import Invalid, shorten
 from .columns import USUAL
 from .csv_files import read_csv
+from .decoding import COMPRESSIONS, DataFile, LocalFile, Opened, broken, lines_of, reading
 from .json_files import Record, read_json
-from .opening import COMPRESSIONS, DataFile, LocalFile, Opened, broken, lines_of, reading
-from .tally import Reason
+from .skipped import Reason
 
 KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
          ".txt": "text", ".text": "text"}  # fmt: skip

@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ..conversations import turns_of
+from ..conversation_formats import turns_of
 from ..errors import Invalid, shorten
 from .columns import CONVERSATIONS, USUAL
-from .opening import DataFile, Opened, broken, lines_of
-from .tally import Reason
+from .decoding import DataFile, Opened, broken, lines_of
+from .skipped import Reason
 
 Row = dict[str, Any]
 WHOLE_LIMIT = 300_000_000

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from ..errors import Invalid
 from .columns import column_of, is_surest, prompt_in
 from .json_files import Record
-from .tally import Tally
+from .skipped import Tally
 
 LOOKED_AT, LOOKED_AT_MOST = 20, 20_000
 """Rows that are looked at to find the column: more than the first where none of these has a prompt."""

@@ -20,8 +20,8 @@ from weakref import WeakValueDictionary
 from ..errors import Conflict, Invalid, NotFound, shorten
 from ..messages import recipe_id
 from ..params import invalid_entries
-from .catalog import DEMO, FOLDER_NAME
-from .datasets import ENDINGS, SUFFIXES
+from .datasets.datasets import ENDINGS, SUFFIXES
+from .models.catalog import DEMO, FOLDER_NAME
 
 PIECE = 1_000_000
 """Bytes in one piece: what one request may carry."""

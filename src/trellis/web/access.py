@@ -27,7 +27,7 @@ from ..errors import Refused, TrellisError, shorten
 from ..settings import Settings, is_loopback
 from ..store import logins
 from ..store.store import Store
-from ..studio.keys import PREFIX, Keys
+from ..studio.chat.api_keys import PREFIX, Keys
 from .numbers import set_reader
 from .openai_errors import as_openai, speaks_openai
 

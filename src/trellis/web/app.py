@@ -14,22 +14,25 @@ from starlette.types import ASGIApp, Scope
 from .. import __version__
 from ..settings import Settings
 from ..studio.studio import Studio
-from . import failures, socket
+from . import chat_socket, error_responses
 from .access import MAX_BODY, Access, Guard
-from .api import blind as blind_api
+from .api import blind_test as blind_api
 from .api import connections as connections_api
 from .api import exports as exports_api
-from .api import fits as fits_api
 from .api import health
 from .api import jobs as jobs_api
 from .api import models as models_api
 from .api import openai as openai_api
+from .api import retraining as fits_api
 from .api import rooms as rooms_api
 from .api import steering as steering_api
 from .api import uploads as uploads_api
-from .limits import Expense
-from .pages import blind, chat, connections, fits, login, models, review, setup, steering
-from .pushing import Frames
+from .broadcast import Frames
+from .pages import login, models
+from .pages.chat import connections, rooms
+from .pages.review import blind_test, retraining, review
+from .pages.steering import setup, workbench
+from .rate_limits import Expense
 from .render import STATIC, VERSION, Render
 
 
@@ -69,7 +72,7 @@ def create_app(studio: Studio, settings: Settings) -> ASGIApp:
     app.state.frames = Frames()
     app.state.expense = Expense(settings.rate_limit)
     app.state.render = Render(guard.wanted)
-    failures.install(app, app.state.render)
+    error_responses.install(app, app.state.render)
     parts = (
         steering_api,
         models_api,
@@ -78,18 +81,18 @@ def create_app(studio: Studio, settings: Settings) -> ASGIApp:
         rooms_api,
         openai_api,
         connections_api,
-        socket,
+        chat_socket,
         exports_api,
         blind_api,
         fits_api,
         health,
         setup,
-        steering,
+        workbench,
         review,
-        blind,
-        fits,
+        blind_test,
+        retraining,
         models,
-        chat,
+        rooms,
         connections,
         login,
     )

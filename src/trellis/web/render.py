@@ -22,8 +22,9 @@ LETTERS = "ABCDEFGH"
 def _version() -> str:
     """A mark that changes with any static file, so that browsers may keep them for good."""
     digest = hashlib.sha256()
-    for file in sorted(STATIC.iterdir()):
-        digest.update(file.read_bytes())
+    for file in sorted(STATIC.rglob("*")):
+        if file.is_file():
+            digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 from ..errors import EngineDied, EngineError, EngineStopped, Invalid, TrellisError, WeightsMissing
 from ..messages import Cancel, Cancelled, Down, Event, Failed, Request, Urge
 from .channel import Channel
-from .exits import explain_exit
+from .exit_codes import explain_exit
 
 
 class Engine(Protocol):

@@ -8,8 +8,8 @@ from fastapi import APIRouter, Depends
 from pydantic import AfterValidator, Field
 from starlette.responses import Response
 
-from ...texts import storable
-from ..limits import expensive
+from ...text_rules import storable
+from ..rate_limits import expensive
 from .steering import Body, Name, OfStudio
 
 router = APIRouter(prefix="/api", tags=["connections"])

@@ -8,7 +8,7 @@ from urllib.parse import quote
 from fastapi import APIRouter, Path
 from starlette.responses import Response, StreamingResponse
 
-from ...studio.exports import zipped
+from ...studio.review.exports import zipped
 from .steering import OfStudio
 
 router = APIRouter(prefix="/api/exports", tags=["exports"])

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 from starlette.responses import StreamingResponse
 
-from ..live import event_stream, resume_point
+from ..event_streams import event_stream, resume_point
 from .steering import OfStudio
 
 router = APIRouter(prefix="/api/jobs", tags=["jobs"])

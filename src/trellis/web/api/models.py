@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from ...params import ModelOptions
 from ...studio.jobs import as_json
-from ..limits import expensive
+from ..rate_limits import expensive
 from .steering import OfStudio, RequestId
 
 router = APIRouter(prefix="/api/models", tags=["models"])

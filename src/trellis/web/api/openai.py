@@ -21,10 +21,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from ...errors import EngineError, Invalid, Refused, TrellisError, shorten
 from ...messages import Answered, Chat, Drawn, Event, Heard, Spoke, Turn, derived_seed, template_kwargs_from
 from ...params import Sampling
-from ...studio.speaker import Speaker
+from ...studio.chat.target import Speaker
 from ...studio.studio import Studio
-from ...texts import storable
-from ..live import HEADERS
+from ...text_rules import storable
+from ..event_streams import HEADERS
 from ..openai_errors import as_openai
 from .steering import OfStudio
 

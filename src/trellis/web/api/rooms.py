@@ -10,15 +10,15 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import AfterValidator, Field
 from starlette.responses import Response
 
-from ...studio.carrying import FORMATS, written
+from ...studio.chat.exports import FORMATS, written
+from ...studio.chat.imports import import_rooms
+from ...studio.chat.room import MOST_MODELS, Room
 from ...studio.jobs import as_json
-from ...studio.room import MOST_MODELS, Room
-from ...studio.room_imports import import_rooms
 from ...studio.studio import Studio
-from ...texts import PROMPT_LIMIT, storable
+from ...text_rules import PROMPT_LIMIT, storable
 from ..access import MAX_FILE
 from ..downloads import attachment, slug
-from ..limits import expensive
+from ..rate_limits import expensive
 from .steering import Body, Name, OfStudio, RequestId, studio_of
 
 router = APIRouter(prefix="/api/rooms", tags=["chat"])

@@ -13,14 +13,14 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
 from ...messages import Choice
 from ...params import SessionConfig
-from ...studio import journal as journals
 from ...studio.jobs import as_json
-from ...studio.presets import all_presets
-from ...studio.session import Session
+from ...studio.review import journal as journals
+from ...studio.steering.presets import all_presets
+from ...studio.steering.session import Session
 from ...studio.studio import Studio
-from ...texts import PROMPT_LIMIT, storable
-from ..limits import expensive
-from ..live import event_stream, resume_point
+from ...text_rules import PROMPT_LIMIT, storable
+from ..event_streams import event_stream, resume_point
+from ..rate_limits import expensive
 
 router = APIRouter(prefix="/api/steering", tags=["steering"])
 

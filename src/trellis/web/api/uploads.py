@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from ...errors import Invalid
 from ...studio.uploads import MOST_FILES, PIECE
-from ..limits import expensive
+from ..rate_limits import expensive
 from .steering import Body, OfStudio
 
 router = APIRouter(prefix="/api/uploads", tags=["uploads"])

@@ -9,7 +9,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ...errors import Refused
 from ..access import COOKIE, LOGIN_DAYS, Guard, cookie_token
-from ..failures import status_of
+from ..error_responses import status_of
 from ..render import render_of
 
 router = APIRouter(include_in_schema=False)

@@ -13,10 +13,10 @@ from ...errors import TrellisError
 from ...params import Device, ModelOptions, Precision
 from ...studio.studio import Studio
 from ..api.steering import OfStudio
-from ..failures import status_of
-from ..limits import expensive
+from ..error_responses import status_of
+from ..rate_limits import expensive
 from ..render import render_of
-from .steering import Sent
+from .steering.workbench import Sent
 
 router = APIRouter(include_in_schema=False)
 

@@ -1,0 +1,1 @@
+"""The demo language model, its prompts, and the scripts that make them."""

@@ -1,0 +1,358 @@
+"""A model's files from the Hugging Face hub: listed first, then fetched with true bytes, resumed where they broke off.
+
+Address and token come from the environment that huggingface_hub itself reads (HF_ENDPOINT, HF_TOKEN). It does
+not load models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, hf_hub_url
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import build_hf_headers
+from tqdm import tqdm
+
+from ..errors import LoadFailed, TrellisError
+from ..messages import Progress
+from ..model_checks import problems_before_weights
+from ..model_files import inspect_folder
+
+WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
+          "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja", "chat_template*",
+          "*.tiktoken", "*.model", "*.bpe", "*.spm", "tekken.json", "*processor_config.json", "LICENSE*", "NOTICE*",
+          "USE_POLICY*", "README.md", "adapter_config.json", "quantize_config.json", "modules.json",
+          "config_sentence_transformers.json"]  # fmt: skip
+TEMPLATES = "additional_chat_templates/"
+"""The one folder of a repository that belongs to a model's tokenizer."""
+POLL_SECONDS = 0.1
+PIECE = 1 << 18
+"""Bytes that are written at a time: what a broken connection can cost."""
+ROOM = 200_000_000
+"""Bytes that a download leaves free on the disk."""
+
+
+def marker(cache: Path, repository: str, commit: str) -> Path:
+    """The file that says of a commit that all of it is here."""
+    return cache / "complete" / f"{repository.replace('/', '--')}@{commit}.json"
+
+
+def download(
+    repository: str, revision: str, cache: Path, with_code: bool, patience: float, fetches: bool = True
+) -> Generator[Progress | None, None, Path]:
+    """The folder of a repository at a revision, fetched as far as it is not there; or, unless it `fetches`, as it was
+    fetched last. Raises LoadFailed."""
+    revision = revision or "main"
+    if known := _kept(cache, repository, revision, with_code):
+        return known
+    if not fetches:
+        if known := _latest(cache, repository, revision):
+            return known
+        raise LoadFailed(
+            f"The files of “{repository}” are no longer here.", code="not_found",
+            next_step="Load it on the Models page to download them.",
+        )  # fmt: skip
+    yield Progress(stage="initializing", fraction=0.01, message=f"Looking up {repository} on Hugging Face")
+    patterns = [*WANTED, "*.py"] if with_code else WANTED
+    try:
+        info = yield from _beside(patience, "Hugging Face did not answer", _info, repository, revision)
+    except LoadFailed as error:
+        kept = _latest(cache, repository, revision) if error.code in ("network", "timeout") else None
+        if kept is None:
+            raise
+        return kept  # without the hub, what was fetched before is as good
+    commit, sizes = str(info.sha), _wanted(info, patterns)
+    if not any(name.endswith(".safetensors") for name in sizes):
+        raise LoadFailed(
+            f"“{repository}” has no safetensors files.",
+            code="not_found",
+            next_step="Choose a model with safetensors files. Other formats can contain code and are not loaded.",
+        )
+    if known := _kept(cache, repository, commit, with_code):
+        _remember(cache, repository, commit, revision, known, with_code)
+        return known
+    total = sum(file.size for file in sizes.values())
+    folder = cache / repository.replace("/", "--") / commit
+    folder.mkdir(parents=True, exist_ok=True)
+    have = _bytes_in(folder)
+    _require_room(cache, total - have, repository)
+    begun, moved, done = time.monotonic(), time.monotonic(), have
+    hashing = threading.Event()
+    fetching = _Thread(lambda: _fetch(repository, commit, sizes, folder, hashing, with_code))
+    while fetching.is_alive():
+        fetching.join(POLL_SECONDS)
+        now, found = time.monotonic(), _bytes_in(folder)
+        if found != done or hashing.is_set():  # no byte comes while one file is being checked
+            done, moved = found, now
+        if done < total and now - moved > patience:
+            raise _timeout(f"The download of “{repository}” received nothing for {patience:.0f} seconds.")
+        rate = max(done - have, 0) / max(now - begun, 1e-6)
+        yield Progress(
+            stage="downloading",
+            fraction=0.01 + 0.09 * min(done / max(total, 1), 1.0),
+            message=f"Downloading {repository}" if done < total else f"Verifying {repository}",
+            bytes=min(done, total),
+            total_bytes=total,
+            rate=rate,
+            seconds_left=max(total - done, 0) / rate if rate else None,
+        )
+    fetching.result(repository, revision)
+    _remember(cache, repository, commit, revision, folder, with_code)
+    return folder
+
+
+@dataclass(frozen=True)
+class _File:
+    size: int
+    sha256: str | None
+
+
+def _fetch(
+    repository: str, commit: str, files: dict[str, _File], folder: Path, hashing: threading.Event, with_code: bool
+) -> None:
+    """Every file that is not whole yet, from where it broke off. The hub's own downloader begins a file again after
+    a failure, so its transfer is used here with a part file that stays. Two engines that want the same wait for
+    each other. The small files come first: gigabytes are not fetched of a model that they say cannot be loaded."""
+    large = {name: about for name, about in files.items() if name.endswith(".safetensors")}
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _fetch_missing(repository, commit, {name: files[name] for name in files.keys() - large}, folder, hashing)
+        for problem in problems_before_weights(inspect_folder(folder), with_code):
+            raise problem.error()
+        _fetch_missing(repository, commit, large, folder, hashing)
+
+
+def _fetch_missing(
+    repository: str, commit: str, files: dict[str, _File], folder: Path, hashing: threading.Event
+) -> None:
+    headers = build_hf_headers()
+    constants.DOWNLOAD_CHUNK_SIZE = PIECE  # the library's own ten megabytes are lost with every broken connection
+    for name, about in files.items():
+        whole, part = folder / name, folder / f"{name}.part"
+        if whole.is_file() and whole.stat().st_size == about.size:
+            continue
+        part.parent.mkdir(exist_ok=True)
+        part.touch()
+        with part.open("r+b") as out:
+            start = out.seek(0, os.SEEK_END)
+            if start < about.size:
+                url = hf_hub_url(repository, name, revision=commit)
+                http_get(url, out, resume_size=start, headers=headers, expected_size=about.size, tqdm_class=_Silent)
+            out.flush()
+            os.fsync(out.fileno())
+        hashing.set()
+        right = part.stat().st_size == about.size and about.sha256 in (None, _sha256(part) if about.sha256 else None)
+        hashing.clear()
+        if not right:
+            part.unlink()
+            raise LoadFailed(
+                f"The file “{name}” of “{repository}” doesn't match its checksum on Hugging Face.",
+                code="corrupt_file",
+                next_step="Load it again. This file is downloaded again; the others are kept.",
+            )
+        part.rename(whole)
+
+
+class _Silent(tqdm):
+    """The library's progress bar, which has nobody to look at it here."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        options.pop("name", None)
+        super().__init__(*args, **(options | {"disable": True}))
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class _Thread(threading.Thread):
+    """Work beside the loop; its result, or its error as one a person can be shown."""
+
+    def __init__(self, work: Any) -> None:
+        super().__init__(daemon=True)
+        self._work = work
+        self._result: Any = None
+        self._error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._result = self._work()
+        except Exception as error:  # noqa: BLE001 - carried over to the thread that asked
+            self._error = error
+
+    def result(self, repository: str, revision: str) -> Any:
+        if self._error:
+            raise _in_words(self._error, repository, revision) from self._error
+        return self._result
+
+
+def _beside(patience: float, what: str, work: Any, repository: str, revision: str) -> Generator[None, None, Any]:
+    thread = _Thread(lambda: work(repository, revision, patience))
+    begun = time.monotonic()
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        if time.monotonic() - begun > patience:
+            raise _timeout(f"{what} for {patience:.0f} seconds.")
+        yield None
+    return thread.result(repository, revision)
+
+
+def _info(repository: str, revision: str, patience: float) -> Any:
+    return HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=patience)
+
+
+def _wanted(info: Any, patterns: list[str]) -> dict[str, _File]:
+    """Files to fetch. Those in folders are other formats of the same model."""
+    files = {
+        file.rfilename: _File(int(file.size or 0), getattr(file.lfs, "sha256", None)) for file in info.siblings or []
+    }
+    return {
+        name: about
+        for name, about in files.items()
+        if ("/" not in name and any(fnmatch(name, pattern) for pattern in patterns))
+        or (
+            name.startswith(TEMPLATES)
+            and fnmatch(name.removeprefix(TEMPLATES), "[A-Za-z0-9_-]*.jinja")
+            and "/" not in name.removeprefix(TEMPLATES)
+        )
+    }
+
+
+def _kept(cache: Path, repository: str, commit: str, with_code: bool) -> Path | None:
+    """The folder of a commit that was fetched whole before, with the model's own code where that is wanted."""
+    try:
+        about = json.loads(marker(cache, repository, commit).read_text())
+    except (OSError, ValueError):
+        return None
+    folder = Path(about["folder"])
+    if with_code and not about.get("with_code"):
+        return None
+    return folder if (folder / "config.json").is_file() else None
+
+
+def _latest(cache: Path, repository: str, revision: str) -> Path | None:
+    """What was last fetched of a branch."""
+    found: list[tuple[float, Path]] = []
+    for file in (cache / "complete").glob(f"{repository.replace('/', '--')}@*.json"):
+        about = json.loads(file.read_text())
+        if about["revision"] == revision and Path(about["folder"]).is_dir():
+            found.append((file.stat().st_mtime, Path(about["folder"])))
+    return max(found)[1] if found else None
+
+
+def _remember(cache: Path, repository: str, commit: str, revision: str, folder: Path, with_code: bool) -> None:
+    place = marker(cache, repository, commit)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    about = {
+        "repository": repository,
+        "commit": commit,
+        "revision": revision,
+        "folder": str(folder),
+        "with_code": with_code,
+    }
+    part = place.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(about))
+    part.replace(place)
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a part that has just become whole
+            total += file.stat().st_size if file.is_file() else 0
+    return total
+
+
+def _require_room(folder: Path, needed: int, repository: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed + ROOM > free:
+        raise LoadFailed(
+            f"“{repository}” needs {needed / 1e9:.2f} GB in “{folder}”, but only {free / 1e9:.2f} GB are free.",
+            code="disk_full",
+            next_step="Free up disk space, or start the studio with another --save-dir.",
+        )
+
+
+def _timeout(message: str) -> LoadFailed:
+    return LoadFailed(
+        message, code="timeout",
+        next_step="Check the connection or raise TRELLIS_HUB_TIMEOUT, then load again. The partial download is kept.",
+    )  # fmt: skip
+
+
+def _in_words(error: Exception, repository: str, revision: str) -> TrellisError:
+    """What the hub's library raised, as the codes that a load can fail with."""
+    if isinstance(error, TrellisError):
+        return error
+    if isinstance(error, GatedRepoError) or _status(error) in (401, 403):
+        if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
+            return _no_repository(repository)
+        return LoadFailed(
+            f"You don't have access to “{repository}” on Hugging Face.", code="permission_denied",
+            next_step="Accept its terms on Hugging Face and start the studio with HF_TOKEN set to a token with access.",
+        )  # fmt: skip
+    if isinstance(error, RevisionNotFoundError):
+        return LoadFailed(
+            f"“{repository}” has no revision “{revision}”.", code="not_found",
+            next_step="Use a branch, tag or full commit listed on its Hugging Face page.", field="revision",
+        )  # fmt: skip
+    if isinstance(error, RepositoryNotFoundError):
+        return _no_repository(repository)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return LoadFailed(
+            f"The disk is full: “{repository}” could not be downloaded completely.", code="disk_full",
+            next_step="Free up disk space and load again. The partial download is kept.",
+        )  # fmt: skip
+    if "timed out" in str(error).lower() or "timeout" in type(error).__name__.lower():
+        return _timeout(f"Hugging Face did not answer in time for “{repository}”.")
+    status = f" (status {_status(error)})" if _status(error) else ""
+    if isinstance(error, (HfHubHTTPError, LocalEntryNotFoundError, OSError)) or "httpx" in type(error).__module__:
+        return LoadFailed(
+            f"Can't reach Hugging Face for “{repository}”{status}: {_reason(error)}.",
+            code="network",
+            next_step="Check the connection and load again. The partial download is kept.",
+        )  # fmt: skip
+    return LoadFailed(
+        f"“{repository}” could not be downloaded: {type(error).__name__}: {str(error)[:200]}", code="network",
+        next_step="Load it again. The partial download is kept.",
+    )  # fmt: skip
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, without the number that systems put before it."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[Errno -?\d+\] ", "", line)[:200].rstrip(".")
+
+
+def _no_repository(repository: str) -> LoadFailed:
+    return LoadFailed(
+        f"There is no model “{repository}” on Hugging Face, or it is private.", code="not_found",
+        next_step="Check the name. A private model needs HF_TOKEN set when the studio starts.",
+    )  # fmt: skip
+
+
+def _status(error: Exception) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)

@@ -1,0 +1,1 @@
+"""From choices to new weights: losses, the optimizer step, retraining, merging."""

@@ -1,0 +1,158 @@
+"""What stands beside a model's weights: copied with a merged model, and compared as a loader would read it.
+
+A model says in these files how it is spoken to and how it ends. This module does not know weights or adapters.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from ...errors import LoadFailed
+
+KINDS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe", ".spm")
+NAMES = (
+    "tokenizer", "vocab", "merges", "chat_template", "licen", "notice", "copying", "copyright", "use_policy",
+)  # fmt: skip
+"""Beginnings of names, in small letters: tokenizers may have any ending (`tokenizer.model.v3`), and so may licences."""
+
+WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".ot",
+    ".tflite", ".index.json",
+)  # fmt: skip
+LEFT_OUT = {
+    "config.json", "trellis.json", "params.json", "adapter_config.json", "quantize_config.json", "quant_config.json",
+    "hf_quant_config.json",
+}  # fmt: skip
+"""Files that describe other weights than the merged ones; the configuration is written apart."""
+
+FOLDERS = ("additional_chat_templates",)
+README, BASE_README = "README.md", "README.base.md"
+LARGEST = 200_000_000
+"""No tokenizer is larger: what is, is data of another kind."""
+
+CONVERSATIONS: tuple[tuple[tuple[str, str], ...], ...] = (
+    (("user", "Why is the sky blue?"),),
+    (("system", "Be brief."), ("user", "  Two  spaces, a\nline, naïve 東京 🌱 <b>"),),
+    (("user", "Hello."), ("assistant", "Hello! How can I help?"), ("user", "1 + 1?")),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a model is used, as a loader reads it from a folder."""
+
+    ends: frozenset[int]
+    generation: Mapping[str, Any]
+    templates: Any
+    written: tuple[str | None, ...]
+    """CONVERSATIONS as the chat template writes them; None for one that it refuses."""
+    tokens: tuple[tuple[int, ...], ...]
+
+
+def copy_side_files(base: Path, into: Path, with_code: bool) -> None:
+    """Copy what a loader may want beside the weights; the base's own Python files only `with_code`.
+
+    What was written into the folder before stays, but for the generation settings, which are the base's.
+    """
+    (into / "generation_config.json").unlink(missing_ok=True)
+    for file in _side_files(base, with_code):
+        target = into / (BASE_README if str(file) == README else file)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(base / file, target)
+
+
+def _side_files(base: Path, with_code: bool) -> Iterator[Path]:
+    """Names within the folder."""
+    for file in sorted(base.iterdir()):
+        name = file.name.lower()
+        if file.is_dir() and file.name in FOLDERS:
+            yield from (each.relative_to(base) for each in sorted(file.glob("*.jinja")) if each.is_file())
+        if not file.is_file() or name.startswith(".") or file.stat().st_size > LARGEST:
+            continue
+        if name.endswith(WEIGHTS) or name in LEFT_OUT:
+            continue
+        if (
+            name.endswith(KINDS)
+            or name.startswith(NAMES)
+            or file.name == README
+            or (with_code and name.endswith(".py"))
+        ):
+            yield Path(file.name)
+
+
+def write_config(base: Path, into: Path, with_code: bool, changed: Mapping[str, Any]) -> None:
+    """Have the base's own configuration in a merged folder, in the words that its programs know, with what `changed`.
+
+    The one that transformers writes has names of its newest version, which other programs read as defaults.
+    """
+    own = json.loads((base / "config.json").read_text())
+    written = json.loads((into / "config.json").read_text())
+    if "quantization_config" not in written:
+        own.pop("quantization_config", None)
+    if not with_code:
+        own.pop("auto_map", None)
+    own |= {"architectures": written["architectures"]} | dict(changed)
+    (into / "config.json").write_text(json.dumps(own, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def use_of(folder: Path, remote_code: bool) -> Use:
+    """How the model in a folder is used."""
+    options = {"local_files_only": True, "trust_remote_code": remote_code}
+    config = AutoConfig.from_pretrained(folder, **options)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    generation = GenerationConfig.from_model_config(config)
+    if (folder / "generation_config.json").is_file():
+        with suppress(OSError, ValueError):  # transformers goes by the configuration then
+            generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    settings = {key: value for key, value in generation.to_dict().items() if key not in ("transformers_version",)}
+    listed = [config.get_text_config().eos_token_id, tokenizer.eos_token_id, generation.eos_token_id]
+    ends = [token for each in listed for token in (each if isinstance(each, list) else [each])]
+    written = tuple(_written(tokenizer, conversation) for conversation in CONVERSATIONS)
+    texts = [text for text in written if text is not None]
+    plain = [text for conversation in CONVERSATIONS for _, text in conversation]
+    tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    tokens += [tokenizer(text)["input_ids"] for text in plain]
+    return Use(
+        frozenset(token for token in ends if isinstance(token, int)),
+        settings,
+        tokenizer.chat_template,
+        written,
+        tuple(tuple(each) for each in tokens),
+    )
+
+
+def _written(tokenizer: Any, conversation: tuple[tuple[str, str], ...]) -> str | None:
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": role, "content": text} for role, text in conversation]
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, TypeError, ValueError):  # what the base's template refuses, the same one refuses again
+        return None
+
+
+def require_same_use(base: Use, merged: Use) -> None:
+    """Raises LoadFailed where a merged model would be used otherwise than its base."""
+    compared = {
+        f"end-of-answer tokens {sorted(merged.ends)} instead of {sorted(base.ends)}": base.ends == merged.ends,
+        "the generation settings differ": base.generation == merged.generation,
+        "the chat templates differ": base.templates == merged.templates,
+        "the chat template renders a conversation differently": base.written == merged.written,
+        "the tokenizer encodes a text differently": base.tokens == merged.tokens,
+    }
+    if wrong := [what for what, same in compared.items() if not same]:
+        raise LoadFailed(
+            f"Verification failed: the merged model behaves differently from its base model: {wrong[0]}.",
+            code="not_proved",
+            next_step="The merged model was discarded. Export the adapter instead.",
+        )

@@ -1,0 +1,1 @@
+"""A language model in memory: loading, chat template, forward passes, adapters, decoding, chat batches."""

@@ -1,0 +1,514 @@
+"""Weights as values: an adapter held as one flat vector, its optimiser state beside it, in PEFT's layout on disk.
+
+PEFT injects the adapter and defines the files; its parameters are then views into one vector, so that
+switching weights is one copy and an optimiser step is a few operations. It does not know prompts or losses.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import ParamWrapper
+from peft.utils.integrations import dequantize_module_weight
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ...blobs import Blobs
+from ...errors import Invalid, TrellisError, WeightsMissing
+from ...messages import Metrics, derived_seed, recipe_id
+from ...params import Adapter
+from ..parallel import ALONE, Crew
+from .cache_support import Caching, caching_of
+from .cuda_graphs import Graphs
+from .fast_forward import Adapted, Lean
+from .target_modules import EXPERTS, Layers, adapted_modules, layers_of, leaf, undone_on_failure
+
+
+@dataclass(frozen=True)
+class Weights:
+    """An adapter and its optimiser state. The tensors are never changed once made.
+
+    flat, first, second: (P,) fp32 on the model's device, the adapter's parameters and AdamW's two moments.
+    """
+
+    id: str
+    adapter: Adapter
+    flat: Tensor
+    first: Tensor
+    second: Tensor
+    steps: int
+
+    @property
+    def sound(self) -> bool:
+        """Whether all values are finite and the optimiser's state is one that steps can lead to."""
+        fits = self.first.shape == self.second.shape == self.flat.shape
+        finite = all(bool(each.isfinite().all()) for each in (self.flat, self.first, self.second))
+        return fits and finite and bool((self.second >= 0).all())
+
+    @property
+    def nbytes(self) -> int:
+        return self.flat.nbytes * (3 if self.steps else 1)  # before the first step the moments are everybody's
+
+
+def apart(tensor: Tensor) -> Tensor:
+    """A copy in memory of its own, where that is the main memory: what is kept for long among what comes and goes would
+    leave the allocator with holes as large as itself."""
+    if tensor.device.type != "cpu":
+        return tensor
+    private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+    copy = torch.frombuffer(mmap.mmap(-1, tensor.nbytes, **private), dtype=tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+KEPT_BYTES = 500_000_000
+"""Adapters and optimiser states that an engine keeps in memory; at least two, however large they are."""
+
+
+class Slots:
+    """The adapters injected into one base model, one for each set of settings that a session asked for."""
+
+    def __init__(self, base: nn.Module, lean: Lean | None = None, crew: Crew = ALONE) -> None:
+        """`lean` is the base model's lean pass, where it has one; `crew` are the hands for it."""
+        self._base = base
+        self._lean = lean
+        self._crew = crew
+        self.missing: Tensor | None = None
+        """Rows of the vocabulary that no token belongs to, which are never drawn."""
+        self._model: PeftModel | None = None
+        self._slots: dict[Adapter, Slot] = {}
+        self._turn = threading.RLock()
+        self._layers: Layers | None = None
+        self._caching: Caching | None = None
+
+    def get(self, settings: Adapter) -> Slot:
+        """The slot for these settings, injected on first use. Where that fails, the model stays as it was."""
+        with self._turn:
+            if settings not in self._slots:
+                targets = self._targets(settings)  # what cannot be is refused before anything is touched
+                with undone_on_failure(self._model or self._base):
+                    self._slots[settings] = self._inject(settings, *targets)
+            return self._slots[settings]
+
+    @property
+    def layers(self) -> Layers:
+        """The layers that adapters can change."""
+        with self._turn:
+            if self._layers is None:  # asked for before the first injection
+                self._layers = layers_of(self._base, probe=self._lean is None)
+            return self._layers
+
+    @property
+    def caching(self) -> Caching:
+        """How the model goes on with a text, as found out with the adapters off."""
+        with self._turn:
+            if self._caching is None:
+                with self._model.disable_adapter() if self._model else nullcontext():
+                    self._caching = caching_of(self._base)
+            return self._caching
+
+    def _inject(self, settings: Adapter, modules: list[str], parameters: list[str], left_out: tuple[str, ...]) -> Slot:
+        name = recipe_id("a", settings.model_dump(mode="json"))
+        config = LoraConfig(
+            r=settings.lora_rank,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=self.layers.shortened(modules),
+            target_parameters=parameters or None,
+            fan_in_fan_out=any(self._is_conv1d(module) for module in modules),
+            task_type="CAUSAL_LM",
+        )
+        _hand_back_scales(self._base)
+        if self._model is None:
+            model = get_peft_model(self._base, config, adapter_name=name)
+        else:
+            model = self._model
+            model.add_adapter(name, config)
+        model.eval()
+        slot = Slot(self, model, name, settings, self._lean, self._turn, self._crew, left_out)
+        self._model = model
+        return slot
+
+    def _is_conv1d(self, name: str) -> bool:
+        module = self._base.get_submodule(name)
+        return isinstance(getattr(module, "base_layer", module), Conv1D)
+
+    def _targets(self, settings: Adapter) -> tuple[list[str], list[str], tuple[str, ...]]:
+        """Names of the linear layers and of the expert weights that get an adapter, and of what was asked for and does
+        not. Raises Invalid, which lists what there is, for a name that no layer has."""
+        layers = self.layers
+        experts = list(layers.experts)
+        unfit = dict(layers.unfit)
+        if experts and settings.lora_dropout:
+            experts, unfit[EXPERTS] = [], "PEFT adapts them without dropout only"
+        if settings.target_modules == "all-linear":
+            every = [name for name in layers.linear if name != layers.head]
+            if not every and not experts:
+                raise Invalid(
+                    "target_modules: PEFT can adapt no layer of this model.",
+                    field="config.target_modules", next_step="Choose another model.",
+                )  # fmt: skip
+            return every, experts, tuple(f"{name} ({reason})" for name, reason in sorted(unfit.items()))
+        wanted = settings.target_modules.split(", ")
+        there = set(layers.names) - set(unfit)
+        if unknown := sorted(set(wanted) - there):
+            first = unknown[0]
+            wrong = f"the model has no linear layer “{first}”"
+            if first in unfit:
+                wrong = f"“{first}” cannot get an adapter ({unfit[first]})"
+            raise Invalid(
+                f"target_modules: {wrong}. It has: {', '.join(sorted(there))}.",
+                field="config.target_modules",
+                next_step="Start a session with some of these, or with “all-linear”.",
+            )
+        named = [name for name in layers.linear if leaf(name) in wanted]
+        return named, experts if EXPERTS in wanted else [], ()
+
+
+def _hand_back_scales(base: nn.Module) -> None:
+    """Once an 8-bit layer of bitsandbytes has run, its scales stand in its state alone, and PEFT, which moves the
+    weight, would leave them behind: put them back where they came from."""
+    for module in base.modules():
+        state: Any = getattr(module, "state", None)
+        weight: Any = getattr(module, "weight", None)
+        if getattr(state, "SCB", None) is not None and getattr(weight, "SCB", 0) is None:
+            weight.SCB, weight.CB = state.SCB, weight.data
+
+
+def weight_of(layer: Any) -> Tensor:
+    """The weight of a linear layer, dequantised where it has fewer bits."""
+    if (own := getattr(layer, "dequantized", None)) is not None:
+        return own()
+    return dequantize_module_weight(layer).detach()
+
+
+class Own(threading.local):
+    """What each thread has of a slot for itself: the lean layers with its adapter's values in them."""
+
+    adapted: Adapted | None = None
+    graphs: Graphs | None = None
+
+
+class Slot:
+    """One adapter injected into the base model; the values in it are switched in place.
+
+    There is one model for all threads: whoever goes through it holds `turn`. Of the lean layers each has its own.
+    """
+
+    def __init__(
+        self,
+        slots: Slots,
+        model: PeftModel,
+        name: str,
+        settings: Adapter,
+        lean: Lean | None,
+        turn: threading.RLock,
+        crew: Crew,
+        left_out: tuple[str, ...] = (),
+    ) -> None:
+        self._slots = slots
+        self.model = model
+        self.name = name
+        self.settings = settings
+        self.turn = turn
+        self.crew = crew
+        self.left_out = left_out
+        """What “all-linear” stands for and cannot get an adapter, each with the reason."""
+        self.config = model.peft_config[name]
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        model.set_adapter(name)
+        parameters = [(path, p) for path, p in model.named_parameters() if p.requires_grad]
+        total = sum(p.numel() for _, p in parameters)
+        device = parameters[0][1].device
+        self.flat = torch.zeros(total, device=device)
+        self.grad = torch.zeros(total, device=device)
+        self.still = torch.zeros(total, device=device)
+        """What the optimiser's moments are before its first step; never changed, and the same for all."""
+        self.slices: list[tuple[str, slice, torch.Size]] = []
+        start = 0
+        for path, parameter in parameters:
+            where = slice(start, start + parameter.numel())
+            parameter.data = self.flat[where].view(parameter.shape)
+            parameter.grad = self.grad[where].view(parameter.shape)
+            self.slices.append((path.replace(f".{name}.", "."), where, parameter.shape))
+            start = where.stop
+        self._installed: Tensor | None = None
+        self._own = Own()
+        self._lean = lean if lean is not None and Adapted.fits(lean, self.slices) else None
+        self._experts = {
+            f"{path}.lora_A.weight": getattr(module, "num_experts", 1) for path, module in adapted_modules(model, name)
+        }
+        self._base_norm = self._norm_of_base()
+
+    @property
+    def caching(self) -> Caching:
+        """How the model goes on with a text."""
+        return self._slots.caching
+
+    @property
+    def missing(self) -> Tensor | None:
+        """Rows of the vocabulary that no token belongs to; the same for all slots, whenever they were made."""
+        return self._slots.missing
+
+    @property
+    def adapted(self) -> Adapted | None:
+        """The lean layers of this thread; None where the model or the adapter has none."""
+        if self._own.adapted is None and self._lean is not None:
+            scale = self.settings.lora_alpha / self.settings.lora_rank
+            self._own.adapted = Adapted(self._lean, self.slices, scale)
+        return self._own.adapted
+
+    def beside(self, lean: Lean) -> Adapted:
+        """Lean layers with the adapter beside the base model's weights, which whoever asks has alone."""
+        return Adapted(lean, self.slices, self.settings.lora_alpha / self.settings.lora_rank, apart=True)
+
+    @property
+    def graphs(self) -> Graphs | None:
+        """The captured steps over this thread's lean layers, on a GPU."""
+        if self._own.graphs is None and self.flat.is_cuda and self.adapted is not None:
+            self._own.graphs = Graphs(self.adapted.lean, self.adapted.layers)
+        return self._own.graphs
+
+    def install(self, flat: Tensor) -> None:
+        """Put values (P,) into the model. Cheap when they are there already."""
+        if self.model.active_adapter != self.name:
+            self.model.set_adapter(self.name)
+        if self._installed is not flat:
+            self.flat.copy_(flat)
+            self._installed = flat
+
+    @contextmanager
+    def dropping(self, *seed: str | int) -> Iterator[None]:
+        """Within this, the adapter drops some of its inputs, where its settings ask for that; drawn from the seed."""
+        if not self.settings.lora_dropout:
+            yield
+            return
+        layers = [module for path, module in self.model.named_modules() if path.endswith(f"lora_dropout.{self.name}")]
+        devices = [self.flat.device] if self.flat.is_cuda else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(derived_seed("dropout", *seed))
+            for layer in layers:
+                layer.train()
+            try:
+                yield
+            finally:
+                for layer in layers:
+                    layer.eval()
+
+    def gradient(self, loss: Tensor) -> Tensor:
+        """The gradient (P,) of a scalar loss by what is installed, as a new vector."""
+        self.grad.zero_()
+        loss.backward()
+        return self.grad.clone()
+
+    def reference(self) -> AbstractContextManager[Any]:
+        """Within this, the model is the base model: the adapter is off."""
+        return self.model.disable_adapter()
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """A flat vector as named tensors, by the names that PEFT's files use."""
+        return {name: flat[where].view(shape) for name, where, shape in self.slices}
+
+    def join(self, tensors: dict[str, Tensor]) -> Tensor:
+        """Named tensors as a flat vector. Raises KeyError or RuntimeError where they do not fit."""
+        flat = torch.empty_like(self.flat)
+        for name, where, shape in self.slices:
+            if tensors[name].shape != shape:
+                raise RuntimeError(f"“{name}” has the shape {tuple(tensors[name].shape)} and not {tuple(shape)}")
+            flat[where] = tensors[name].to(flat.device, torch.float32).flatten()
+        return flat
+
+    def drift(self, flat: Tensor) -> float:
+        """How far the weights have moved: the Frobenius norm of all changes over that of what they change.
+
+        ‖BA‖² is the sum over (BᵀB) ∘ (AAᵀ), two rank-by-rank matrices, so no full matrix is ever made.
+        """
+        named = self.split(flat)
+        scale = self.settings.lora_alpha / self.settings.lora_rank
+        total = 0.0
+        for name, down in named.items():
+            if "lora_A" in name:
+                up = named[name.replace("lora_A", "lora_B")]
+                total += float(_squared_norm(down, up, self._experts[name]))
+        return scale * max(total, 0.0) ** 0.5 / self._base_norm
+
+    def _norm_of_base(self) -> float:
+        squares = 0.0
+        for _, module in adapted_modules(self.model, self.name):
+            experts = isinstance(module, ParamWrapper)
+            weight = module.get_param().detach() if experts else weight_of(module.base_layer)
+            squares += float(weight.float().square().sum())
+        return max(squares**0.5, 1e-12)
+
+
+def _squared_norm(down: Tensor, up: Tensor, experts: int) -> Tensor:
+    """‖BA‖² of A (r, in) and B (out, r); of stacked experts the sum over all, in PEFT's layout: A is (experts, r, in)
+    and B (out, r, experts), each as a matrix."""
+    a = down.view(experts, -1, down.shape[1])
+    b = up.view(len(up), -1, experts).permute(2, 0, 1)
+    return ((b.mT @ b) * (a @ a.mT)).sum()
+
+
+def not_finite() -> TrellisError:
+    """The error for weights that learning led to and that are no numbers any more."""
+    return TrellisError(
+        "The model's numbers overflowed while it learned, and what it learned was not kept.",
+        code="not_finite",
+        next_step="Undo a few steps, or use a lower learning rate in a new session.",
+    )
+
+
+class Shelf:
+    """The weights an engine can name: a bounded cache in memory over folders on disk. Safe to use from any thread."""
+
+    def __init__(self, blobs: Blobs, keep_bytes: int | None = None) -> None:
+        self.blobs = blobs
+        self._keep_bytes = KEPT_BYTES if keep_bytes is None else keep_bytes
+        self._cache: OrderedDict[str, Weights] = OrderedDict()
+        self._unwritten: dict[str, Metrics] = {}
+        """What was measured of weights that are in the cache alone."""
+        self._lock = threading.Lock()
+        """Held for looking into memory, never while a disk is waited for."""
+
+    def settings(self, weights_id: str) -> Adapter:
+        """The adapter settings of weights on disk. Raises WeightsMissing."""
+        if (known := self._known(weights_id)) is not None:
+            return known.adapter
+        about = self._about(weights_id)
+        try:
+            return Adapter.model_validate(about["adapter"])
+        except (KeyError, ValueError):
+            self.blobs.discard(weights_id)
+            raise WeightsMissing(weights_id) from None
+
+    def plant(self, slot: Slot, weights_id: str, seed: int) -> Weights:
+        """The weights a session starts from: A drawn as LoRA prescribes (Kaiming uniform), B zero."""
+        generator = torch.Generator().manual_seed(seed)
+        flat = torch.zeros(slot.flat.shape)
+        for name, where, shape in slot.slices:
+            if "lora_A" in name:
+                bound = (1 / shape[1]) ** 0.5
+                drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+                flat[where] = drawn.flatten()
+        flat = flat.to(slot.flat.device)
+        weights = Weights(weights_id, slot.settings, flat, slot.still, slot.still, 0)
+        return self.add(slot, weights, None, keep=True)
+
+    def get(self, slot: Slot, weights_id: str) -> Weights:
+        """Weights from memory or disk. Raises WeightsMissing where there is no whole folder that fits."""
+        if (known := self._known(weights_id)) is not None:
+            return known
+        about = self._about(weights_id)
+        folder = self.blobs.path(weights_id)
+        try:
+            flat = slot.join(load_file(folder / "adapter_model.safetensors"))
+            state = load_file(folder / "optimizer.safetensors")
+            steps = int(about["steps"])
+            first, second = (state[name].to(flat.device) if steps else slot.still for name in ("first", "second"))
+            weights = Weights(weights_id, slot.settings, flat, first, second, steps)
+            if not weights.sound:
+                raise ValueError("some of its values are not finite")
+        except (OSError, KeyError, RuntimeError, ValueError, TypeError, SafetensorError):
+            self.blobs.discard(weights_id)
+            raise WeightsMissing(weights_id) from None
+        return self._remember(slot, weights)
+
+    def add(self, slot: Slot, weights: Weights, metrics: Metrics | None, keep: bool) -> Weights:
+        """Take new weights, and write them if they are to be kept. Those that are not may have to be made again.
+
+        Raises TrellisError for weights that are not finite: they would be damaged wherever they are read again.
+        """
+        if not weights.sound:
+            raise not_finite()
+        if keep:
+            self._write(slot, weights, metrics)
+        return self._remember(slot, weights, None if keep or weights.id in self.blobs else metrics)
+
+    def keep(self, slot: Slot, weights_id: str) -> None:
+        """Have weights on disk that are there or in memory. Raises WeightsMissing where they are in neither."""
+        if weights_id not in self.blobs:
+            self._write(slot, self.get(slot, weights_id), self._unwritten.get(weights_id))
+        self._unwritten.pop(weights_id, None)
+
+    def _write(self, slot: Slot, weights: Weights, metrics: Metrics | None) -> None:
+        """Write weights in PEFT's own layout with the optimiser's state beside it, whole or not at all."""
+        about = {
+            "adapter": weights.adapter.model_dump(mode="json"),
+            "steps": weights.steps,
+            "metrics": metrics.model_dump(mode="json") if metrics else None,
+        }
+        with self.blobs.writing(weights.id) as folder:
+            named = {name: tensor.contiguous().cpu() for name, tensor in slot.split(weights.flat).items()}
+            save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            state = {"first": weights.first.cpu(), "second": weights.second.cpu().clone()}  # a file shares nothing
+            save_file(state, folder / "optimizer.safetensors")
+            slot.config.save_pretrained(folder)
+            (folder / "weights.json").write_text(json.dumps(about, indent=1))
+
+    def readable(self, slot: Slot, weights_id: str) -> bool:
+        """Whether the weights are at hand: on disk, whole, or in memory and never written."""
+        if weights_id not in self.blobs and weights_id not in self._unwritten:
+            return False
+        try:
+            self.get(slot, weights_id)
+        except WeightsMissing:
+            return False
+        return True
+
+    def metrics(self, weights_id: str) -> Metrics | None:
+        """What was measured when the weights were made, if they are at hand."""
+        if (known := self._unwritten.get(weights_id)) is not None:
+            return known
+        if weights_id not in self.blobs:
+            return None
+        try:
+            found = self._about(weights_id).get("metrics")
+            return Metrics.model_validate(found) if found else None
+        except (WeightsMissing, ValueError):
+            return None
+
+    def _about(self, weights_id: str) -> dict[str, Any]:
+        try:
+            about = json.loads((self.blobs.path(weights_id) / "weights.json").read_text())
+            if not isinstance(about, dict):
+                raise ValueError("it is not an object")
+        except (OSError, ValueError):
+            self.blobs.discard(weights_id)
+            raise WeightsMissing(weights_id) from None
+        return about
+
+    def _known(self, weights_id: str) -> Weights | None:
+        """Weights in memory."""
+        with self._lock:
+            if weights_id in self._cache:
+                self._cache.move_to_end(weights_id)
+            return self._cache.get(weights_id)
+
+    def _remember(self, slot: Slot, weights: Weights, unwritten: Metrics | None = None) -> Weights:
+        """Keep weights in memory; with what was measured of them where they are there alone."""
+        flat, first, second = (
+            each if each is slot.still else apart(each) for each in (weights.flat, weights.first, weights.second)
+        )
+        weights = replace(weights, flat=flat, first=first, second=second)
+        with self._lock:
+            if unwritten is not None:
+                self._unwritten[weights.id] = unwritten
+            self._cache[weights.id] = weights
+            self._cache.move_to_end(weights.id)
+            kept = sum(each.nbytes for each in self._cache.values())
+            while kept > self._keep_bytes and len(self._cache) > 2:
+                _, dropped = self._cache.popitem(last=False)
+                self._unwritten.pop(dropped.id, None)
+                kept -= dropped.nbytes
+        return weights

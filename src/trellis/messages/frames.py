@@ -1,0 +1,131 @@
+"""Frames on the private socket between the web process and an engine: requests down, events up."""
+
+from __future__ import annotations
+
+import struct
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from .chat import Answered, Chat, Heard, Spoke
+from .message import Message
+from .models import Load, Loaded, Merge, Merged, Status, StatusReport
+from .steering import Assess, Assessed, Delta, Fit, Learn, Learned, Offer, Offered, Plant, Planted
+
+
+class Cancel(Message):
+    """Stop a request at its next step."""
+
+    type: Literal["cancel"] = "cancel"
+    request: int
+
+
+class Urge(Message):
+    """Give a request that is waiting or under way another priority."""
+
+    type: Literal["urge"] = "urge"
+    request: int
+    priority: int
+
+
+Request = Load | Plant | Offer | Learn | Fit | Assess | Merge | Chat | Status
+
+
+class Down(Message):
+    """A frame from the web process: a request with its number; a lower priority number goes first."""
+
+    id: int
+    priority: int = 0
+    owner: str = ""
+    """For whom it is: the requests of several owners take turns."""
+    goes_on: bool = False
+    """Whether it is the second half of what its owner has just had a turn for."""
+    body: Annotated[Request | Cancel | Urge, Field(discriminator="type")]
+
+
+Stage = Literal["connecting", "initializing", "downloading", "reading", "parsing", "quantizing", "placing",
+                "warming_up", "regrowing", "fitting", "merging", "writing", "checking", "ready"]  # fmt: skip
+
+
+class Progress(Message):
+    """How far long work has come. `fraction` is of the whole; bytes and rate are of this stage, as measured."""
+
+    type: Literal["progress"] = "progress"
+    stage: Stage
+    fraction: float
+    message: str
+    bytes: int | None = None
+    total_bytes: int | None = None
+    rate: float | None = None
+    seconds_left: float | None = None
+
+
+class Queued(Message):
+    """Others are being worked for. `place` is 1 for who is next."""
+
+    type: Literal["queued"] = "queued"
+    place: int
+
+
+class Cancelled(Message):
+    type: Literal["cancelled"] = "cancelled"
+
+
+class Failed(Message):
+    """The request ended with an error that a person can be shown."""
+
+    type: Literal["failed"] = "failed"
+    code: str
+    message: str
+    next_step: str
+    field: str | None = None
+    details: dict[str, Any] = Field(default={})
+
+
+Event = (
+    Progress
+    | Queued
+    | Loaded
+    | Planted
+    | Merged
+    | Delta
+    | Offered
+    | Learned
+    | Assessed
+    | Heard
+    | Spoke
+    | Answered
+    | StatusReport
+    | Cancelled
+    | Failed
+)
+
+
+class Up(Message):
+    """A frame from the engine. The last one of a request is marked."""
+
+    id: int
+    last: bool
+    body: Annotated[Event, Field(discriminator="type")]
+
+
+HEADER = struct.Struct(">I")
+"""A frame is its length in four bytes, then the JSON of a Down or an Up."""
+
+
+MAX_FRAME = 64 * 1024 * 1024
+
+
+def frame(message: Message) -> bytes:
+    body = message.model_dump_json().encode()
+    if len(body) > MAX_FRAME:
+        raise ValueError(f"a message of {len(body)} bytes is over the limit of {MAX_FRAME}")
+    return HEADER.pack(len(body)) + body
+
+
+def frame_length(header: bytes) -> int:
+    """The length that a header announces. Raises ValueError before anything of that size is allocated."""
+    (length,) = HEADER.unpack(header)
+    if length > MAX_FRAME:
+        raise ValueError(f"a frame of {length} bytes is over the limit of {MAX_FRAME}")
+    return int(length)

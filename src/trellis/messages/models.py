@@ -1,0 +1,98 @@
+"""Messages about the loaded model: load, merge, status."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ..params import Device, EngineName, Precision
+from .message import Message
+from .steering import Plant, Prompt
+
+
+class Load(Message):
+    """Load a model folder (safetensors with a Hugging Face config), or the files of a repository on the hub.
+
+    With `repository`, `path` is the folder that downloads are kept in.
+    """
+
+    type: Literal["load"] = "load"
+    path: str
+    repository: str = ""
+    revision: str = ""
+    precision: Precision = "auto"
+    device: Device = "auto"
+    engine: EngineName = "transformers"
+    remote_code: bool = False
+    fetches: bool = True
+    """Whether the hub may be asked; else the files that are here are used as they are."""
+
+
+class Merge(Message):
+    """Merge an adapter into a freshly loaded base in its own precision, write it, and prove it (docs/export.md).
+
+    `root` and `plant` name what the adapter grew from: another base than that one is refused.
+    """
+
+    type: Literal["merge"] = "merge"
+    path: str
+    weights: str
+    into: str
+    root: str
+    plant: Plant
+    probes: tuple[Prompt, ...] = Field(max_length=32)
+    remote_code: bool = False
+
+
+class Status(Message):
+    """Ask what is loaded and how much memory it takes."""
+
+    type: Literal["status"] = "status"
+
+
+class Loaded(Message):
+    type: Literal["loaded"] = "loaded"
+    fingerprint: str
+    former_fingerprint: str = ""
+    """What older versions called the same model: sessions that began with it go on."""
+    parameters: int
+    architecture: str
+    device: str
+    dtype: str
+    bytes: int
+    seconds: float
+    has_template: bool = True
+    template_problem: str = ""
+    """Why the model's chat template cannot be used, where that is so."""
+    can_switch_thinking: bool = False
+    """Whether the chat template has a variable that turns thinking on and off."""
+    positions: int | None = None
+    lanes: int = 1
+    """How many requests the engine works on at once."""
+
+
+class Merged(Message):
+    """What a merge wrote, and how far its answers are from those of base and adapter.
+
+    The differences are between log-probabilities of answer tokens in nats: the largest one and the mean. `ends` are the
+    tokens at which base and merged model end an answer; `conversations` is how many both write in the same words.
+    """
+
+    type: Literal["merged"] = "merged"
+    files: dict[str, int]
+    dtype: str
+    tokens: int
+    largest_difference: float
+    mean_difference: float
+    agreement: float
+    seconds: float
+    ends: tuple[int, ...] = ()
+    conversations: int = 0
+
+
+class StatusReport(Message):
+    type: Literal["status_report"] = "status_report"
+    model: str | None
+    resident_bytes: int
+    device_bytes: int | None = None

@@ -1,0 +1,1 @@
+"""Rooms and messages, who can answer them, and external providers."""

@@ -1,0 +1,74 @@
+"""Keys for programs: made once, shown once, kept as hashes, revoked at any time."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from typing import Any
+
+from ...errors import Conflict, NotFound, shorten
+from ...store import api_keys as rows
+from ...store.store import Store
+from ..jobs import timestamp
+
+PREFIX = "trellis-"
+MOST = 200
+
+USE_SECONDS = 60.0
+"""When a key was last used is written down at most this often."""
+
+
+class Keys:
+    """The keys of the OpenAI API. A key is 256 random bits, so that its plain hash is enough."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._used: dict[str, float] = {}
+
+    async def make(self, name: str) -> tuple[dict[str, Any], str]:
+        """A new key, and the key itself, which is nowhere else. Raises Conflict when there are too many."""
+        if len(await self._store.read(rows.list_keys)) >= MOST:
+            raise Conflict(f"There are already {MOST} API keys.", code="too_many", next_step="Revoke some first.")
+        secret = PREFIX + secrets.token_urlsafe(32)
+        row = {
+            "hash": _hash(secret), "id": f"k{secrets.token_hex(8)}", "name": name, "start": secret[: len(PREFIX) + 4],
+            "created": time.time(), "used": None,
+        }  # fmt: skip
+        await self._store.write(rows.add_key, row)
+        return _as_json(row), secret
+
+    async def all(self) -> list[dict[str, Any]]:
+        return [_as_json(row) for row in await self._store.read(rows.list_keys)]
+
+    async def revoke(self, key_id: str) -> None:
+        """Raises NotFound."""
+        if not await self._store.write(rows.delete_key, key_id):
+            raise NotFound(
+                f"There is no API key “{shorten(key_id)}”.", next_step="The page “API keys & providers” lists them."
+            )
+
+    async def owner(self, secret: str) -> str | None:
+        """The id of a key; None for what is not one."""
+        if not secret.startswith(PREFIX):
+            return None
+        row = await self._store.read(rows.key_by_hash, _hash(secret))  # each time: a revoked one ends at once
+        if row is None:
+            return None
+        key = str(row["id"])
+        now = time.time()
+        if now - self._used.get(key, 0.0) > USE_SECONDS:
+            self._used[key] = now
+            await self._store.write(rows.use_key, key, now)
+        return key
+
+
+def _as_json(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "id": row["id"], "name": row["name"], "start": row["start"], "created": timestamp(row["created"]),
+        "used": timestamp(row["used"]) if row["used"] else None,
+    }  # fmt: skip
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()

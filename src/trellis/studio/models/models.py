@@ -1,0 +1,387 @@
+"""The engines that hold models: one process for each model as it is loaded, ended when nobody uses it any more."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+
+from ...errors import Conflict, EngineDied, EngineError, LoadFailed, NotFound, TrellisError, shorten
+from ...memory_estimates import estimate, what_would_fit
+from ...messages import Load, Loaded, Progress, Status, StatusReport
+from ...model_files import Problem
+from ...params import ModelOptions, Precision, SessionConfig
+from ...workers.worker import Spawn, Worker
+from ..jobs import Job, Jobs
+from .catalog import Catalog, ModelEntry
+from .devices import free_gpu_memory, free_memory
+from .template_options import broken_template
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Held:
+    """A model that is loaded or being loaded."""
+
+    entry: ModelEntry
+    options: ModelOptions
+    job: Job
+    worker: Worker | None = None
+    loaded: Loaded | None = None
+    used: float = field(default_factory=time.monotonic)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether its engine lives, or is still on its way."""
+        if self.worker:
+            return self.worker.alive
+        return self.job.task is not None and not self.job.task.done()
+
+
+class Models:
+    """Loads and unloads models. It does not know sessions.
+
+    `memory_limit`: bytes that one engine may take, 0 for no limit. `idle_seconds`: how long a model stays loaded
+    that nobody uses, 0 for always.
+    """
+
+    def __init__(
+        self, jobs: Jobs, spawn: Spawn, catalog: Catalog, memory_limit: int = 0, idle_seconds: float = 0.0
+    ) -> None:
+        self.catalog = catalog
+        self._jobs = jobs
+        self._spawn = spawn
+        self._memory_limit = memory_limit
+        self._idle_seconds = idle_seconds
+        self._held: dict[ModelOptions, Held] = {}
+        self._dismissals: Counter[ModelOptions] = Counter()
+        self._lock = asyncio.Lock()
+        self._watch: asyncio.Task[None] | None = None
+        self.changed: Callable[[ModelOptions], None] = lambda options: None
+
+    async def open(self) -> None:
+        if self._idle_seconds:
+            self._watch = asyncio.create_task(self._unload_idle_ones(), name="idle models")
+
+    async def close(self) -> None:
+        if self._watch:
+            self._watch.cancel()
+        await asyncio.gather(*(held.worker.stop() for held in self._held.values() if held.worker))
+        self._held.clear()
+
+    async def list(self) -> list[dict[str, Any]]:
+        """All models, each with the engines that hold it."""
+        entries = await self.catalog.all()
+        known = {entry.id for entry in entries}
+        coming = [held.entry for held in self._held.values() if held.entry.id not in known]
+        return [await self._describe(entry) for entry in [*entries, *dict.fromkeys(coming)]]
+
+    async def load(self, options: ModelOptions, request: str | None = None, fetches: bool = True) -> Job:
+        """Start loading, or return the job that is at it or has done it. Unless it `fetches`, the hub is not asked.
+
+        Raises NotFound, or LoadFailed for a model that cannot be loaded or does not fit into the memory that is free.
+        """
+        entry = await self.catalog.find(options.model, field="model")
+        if entry.problem:
+            raise entry.problem
+        async with self._lock:
+            held = self._held.get(options)
+            if held and held.in_use:
+                return held.job
+            self._require_room(entry, options)
+            body = options.model_dump(mode="json", exclude_defaults=True) | {"model": options.model}
+            job = await self._jobs.start("load", body, lambda job: self._load(entry, options, job, fetches), request)
+            if job.task is not None and not job.task.done():  # a repeated request is answered with its old job
+                self._held[options] = Held(entry, options, job)
+            return job
+
+    async def engine(self, options: ModelOptions, follow: Callable[[Progress], None], fetches: bool = True) -> Worker:
+        """A loaded engine of a model, loading it if need be; from what is here alone, unless it `fetches`. Raises the
+        reason when that fails."""
+        for _ in range(3):
+            if (worker := self._worker(options)) is not None:
+                return worker
+            job = await self.load(options, fetches=fetches)
+            job.followers.append(follow)
+            try:
+                if job.task and not job.task.done():
+                    await asyncio.wait([job.task])
+            finally:
+                with suppress(ValueError):
+                    job.followers.remove(follow)
+            if (worker := self._worker(options)) is not None:
+                return worker
+            if job.failure:
+                raise job.failure
+            if job.row["state"] == "cancelled":
+                raise EngineError("Loading was cancelled.", code="cancelled", next_step="Load the model again.")
+        raise EngineDied("The engine stopped right after loading the model.", next_step="Load the model again.")
+
+    async def unload(self, model_id: str) -> None:
+        """End all engines of a model and give their memory back. Raises Conflict when there is none."""
+        held = [each for each in self._held.values() if each.entry.id == model_id]
+        if not held:
+            await self.catalog.find(model_id)
+            raise Conflict(
+                f"The model “{model_id}” is not loaded.",
+                code="not_loaded",
+                next_step="There is nothing to unload.",
+            )
+        for each in held:
+            self._dismissals[each.options] += 1
+            await self._end(each)
+
+    async def delete(self, model_id: str) -> None:
+        """Remove a model's files. Raises NotFound, or Conflict while it is loaded or when it is the demo."""
+        if any(held.entry.id == model_id for held in self._held.values()):
+            raise Conflict(f"The model “{model_id}” is loaded.", code="loaded", next_step="Unload it first.")
+        await self.catalog.delete(model_id)
+
+    async def failed_loads(self) -> dict[str, dict[str, Any]]:
+        """By model the last load of it, as a job, where that one failed."""
+        last: dict[str, dict[str, Any]] = {}
+        for job in await self._jobs.list(["load"]):
+            last.setdefault(job["about"]["model"], job)
+        return {model: job for model, job in last.items() if job["state"] == "failed"}
+
+    async def forget_failed_loads(self, model_id: str) -> None:
+        """Remove the loads of a model that failed, and what a download that was never finished has left on the disk.
+
+        Raises NotFound where none failed, or Conflict while the model is loading.
+        """
+        if any(held.entry.id == model_id for held in self._held.values()):
+            raise Conflict(f"The model “{model_id}” is loading or loaded.", code="loaded", next_step="Unload it first.")
+        failed = [
+            job["id"]
+            for job in await self._jobs.list(["load"])
+            if job["about"]["model"] == model_id and job["state"] in ("failed", "cancelled")
+        ]
+        if not failed:
+            raise NotFound(
+                f"“{shorten(model_id)}” has not failed to load.", next_step="See the Models page for all models."
+            )
+        await self._jobs.forget(failed)
+        await self.catalog.delete_partial(model_id)
+
+    def dismissals(self, options: ModelOptions) -> int:
+        """How often a person has unloaded it: who was at work with it then must not load it again by itself."""
+        return self._dismissals[options]
+
+    def state(self, options: ModelOptions) -> str:
+        held = self._held.get(options)
+        if held is None:
+            return "unloaded"
+        return "loaded" if held.worker else "loading"
+
+    def options_of(self, model_id: str) -> ModelOptions:
+        """How a model is loaded at present, the one used last where that is in several ways; else the defaults."""
+        held = sorted((each for each in self._held.values() if each.entry.id == model_id), key=lambda each: each.used)
+        return held[-1].options if held else ModelOptions(model=model_id)
+
+    def loaded(self, options: ModelOptions) -> Loaded | None:
+        """What its engine said of the model, None while it is not loaded."""
+        held = self._held.get(options)
+        return held.loaded if held else None
+
+    def lanes(self, options: ModelOptions) -> int:
+        """How many requests its engine works on at once."""
+        held = self._held.get(options)
+        return held.loaded.lanes if held and held.loaded else 1
+
+    async def problem(self, entry: ModelEntry, options: ModelOptions) -> Problem | None:
+        """What keeps a model from being loaded with these options, as far as its files say."""
+        precision = self.precision(options)
+        return await self.catalog.problem(entry, options.revision, precision, options.remote_code)
+
+    def fits(self, entry: ModelEntry, config: SessionConfig) -> dict[str, Any]:
+        """What a session would need, what is free, and under which options it would fit if it does not."""
+        precision, free = self.precision(config), self.free(config)
+        needed = estimate(entry.shape, config, precision)
+        held = self._held.get(config.part(ModelOptions))
+        missing = needed.total - (needed.loading if held and held.worker else 0)
+        fits = missing <= free or not entry.parameters
+        ways = [] if fits else list(what_would_fit(entry.shape, config, precision, free))
+        return {
+            "known": entry.parameters > 0,
+            "precision": precision,
+            "needed": needed.as_json(),
+            "loaded": bool(held and held.worker),
+            "free": free,
+            "fits": fits,
+            "would_fit": [{"change": change, "total": found.total} for change, found in ways],
+        }
+
+    def precision(self, options: ModelOptions) -> Precision:
+        """What “auto” will be, as far as can be told from here."""
+        if options.precision != "auto":
+            return options.precision
+        on_gpu = options.device in ("cuda", "mps") or (options.device == "auto" and free_gpu_memory() is not None)
+        return "16-bit" if on_gpu else "32-bit"
+
+    def free(self, options: ModelOptions) -> int:
+        on_gpu = free_gpu_memory() if options.device in ("auto", "cuda") else None
+        return on_gpu if on_gpu is not None else free_memory(self._memory_limit)
+
+    def _require_room(self, entry: ModelEntry, options: ModelOptions) -> None:
+        """Raises LoadFailed for a model whose weights alone cannot fit."""
+        if not entry.parameters:
+            return
+        config = SessionConfig().model_copy(update=options.model_dump())
+        precision, free = self.precision(options), self.free(options)
+        needed = estimate(entry.shape, config, precision).loading
+        if needed > free:
+            raise LoadFailed(
+                f"“{entry.id}” needs about {needed / 1e9:.1f} GB in {precision}; {free / 1e9:.1f} GB are free.",
+                code="out_of_memory",
+                next_step=self._smaller(entry, options) or "Close other programs or choose a smaller model.",
+            )
+
+    def _smaller(self, entry: ModelEntry, options: ModelOptions) -> str:
+        """A way to load it with less, where there is one."""
+        precision, free = self.precision(options), self.free(options)
+        for less in ("16-bit", "8-bit", "4-bit"):
+            needed = estimate(entry.shape, SessionConfig(), less).loading
+            if int(less.split("-")[0]) < int(precision.split("-")[0]) and needed <= free:
+                return f"Load it in {less}: about {needed / 1e9:.1f} GB."
+        return ""
+
+    def _worker(self, options: ModelOptions) -> Worker | None:
+        held = self._held.get(options)
+        if held and held.worker and held.worker.alive:
+            held.used = time.monotonic()
+            return held.worker
+        return None
+
+    async def _end(self, held: Held) -> None:
+        if held.worker is None:
+            with suppress(Conflict):  # it has ended meanwhile
+                await self._jobs.cancel(held.job.id)
+            return
+        self._held.pop(held.options, None)
+        self.changed(held.options)
+        await held.worker.stop()
+
+    async def _unload_idle_ones(self) -> None:
+        while True:
+            await asyncio.sleep(min(30.0, self._idle_seconds / 4))
+            for held in list(self._held.values()):
+                if held.worker and held.worker.busy:
+                    held.used = time.monotonic()
+                elif held.worker and time.monotonic() - held.used > self._idle_seconds:
+                    log.info("unloading %s, which nobody has used for a while", held.entry.id)
+                    await self._end(held)
+
+    async def _load(self, entry: ModelEntry, options: ModelOptions, job: Job, fetches: bool) -> dict[str, Any]:
+        job.progress(Progress(stage="connecting", fraction=0.0, message="Starting the engine"))
+        worker: Worker | None = None
+        ready = False
+        try:
+            worker = started = await Worker.start(self._spawn)
+            job.progress(Progress(stage="initializing", fraction=0.01, message="Starting the engine"))
+            loaded: Loaded | None = None
+            async for event in worker.stream(_request(entry, options, fetches)):
+                if isinstance(event, Progress):
+                    job.progress(event)
+                elif isinstance(event, Loaded):
+                    loaded = event
+            assert loaded is not None
+            held = self._held[options]
+            held.worker, held.loaded = worker, loaded
+            held.used = time.monotonic()
+            worker.on_death = lambda error: self._lost(options, started)
+            ready = True
+            self.changed(options)
+            job.progress(Progress(stage="ready", fraction=1.0, message="Ready"))
+            return loaded.model_dump(exclude={"type"})
+        except EngineError as error:
+            raise self._explained(error, entry, options) from error
+        finally:
+            if not ready:
+                self._held.pop(options, None)
+                if worker:
+                    before = resident(worker)
+                    await asyncio.shield(worker.stop(patience=0.2))
+                    job.row["result"] = {"memory_before": before, "memory_after": resident(worker)}
+
+    def _explained(self, error: EngineError, entry: ModelEntry, options: ModelOptions) -> TrellisError:
+        """A load that ran out of memory names a smaller way, where there is one."""
+        if error.code == "engine_died" and "killed" in error.message:
+            return EngineDied(  # which is tried again, since it may have been killed for another reason
+                f"The engine was killed while loading “{entry.id}”, most likely because memory ran out.",
+                code="out_of_memory",
+                next_step=self._smaller(entry, options) or error.next_step,
+            )
+        if error.code == "out_of_memory" and (smaller := self._smaller(entry, options)):
+            return LoadFailed(error.message, code=error.code, next_step=smaller)
+        return error
+
+    def _lost(self, options: ModelOptions, worker: Worker) -> None:
+        held = self._held.get(options)
+        if held and held.worker is worker:
+            del self._held[options]
+            self.changed(options)
+
+    async def _describe(self, entry: ModelEntry) -> dict[str, Any]:
+        held = [each for each in self._held.values() if each.entry.id == entry.id]
+        engines = [await self._engine_of(each) for each in held]
+        states = [engine["state"] for engine in engines]
+        state = "loaded" if "loaded" in states else states[0] if states else "unloaded"
+        first = next((engine for engine in engines if engine["state"] == state), None)
+        precision = self.precision(held[0].options if held else ModelOptions(model=entry.id))
+        needed = estimate(entry.shape, SessionConfig(), precision)
+        return {
+            "id": entry.id,
+            "kind": "text",
+            "source": entry.source,
+            "size": entry.bytes,
+            "parameters": entry.parameters,
+            "architecture": entry.architecture,
+            "problem": entry.problem.as_json() if entry.problem else None,
+            "state": state,
+            "memory_estimate": needed.total if entry.parameters else None,
+            "memory": first["memory"] if first else None,
+            "device": first["device"] if first else None,
+            "job": first["job"] if first else None,
+            "engines": engines,
+        }
+
+    async def _engine_of(self, held: Held) -> dict[str, Any]:
+        memory = None
+        if held.worker and held.worker.alive:
+            with suppress(EngineError, asyncio.TimeoutError):
+                report = await asyncio.wait_for(held.worker.ask(Status(), priority=-1), 0.25)
+                memory = report.resident_bytes if isinstance(report, StatusReport) else None
+        loaded = held.loaded
+        broken = broken_template(held.entry.id, loaded) if loaded else None
+        return {
+            "state": "loaded" if held.worker else "loading",
+            "precision": held.options.precision if not loaded else loaded.dtype,
+            "revision": held.options.revision,
+            "device": loaded.device if loaded else None,
+            "memory": memory,
+            "template_problem": broken.as_json() if broken else None,
+            "job": held.job.id,
+        }
+
+
+def resident(worker: Worker) -> int:
+    """Bytes of memory that an engine takes; 0 when it is gone."""
+    try:
+        return int(psutil.Process(worker.pid).memory_info().rss) if worker.pid else 0
+    except psutil.Error:
+        return 0
+
+
+def _request(entry: ModelEntry, options: ModelOptions, fetches: bool) -> Load:
+    return Load(
+        path=str(entry.path), repository=entry.repository, revision=options.revision, precision=options.precision,
+        device=options.device, engine=options.engine, remote_code=options.remote_code, fetches=fetches,
+    )  # fmt: skip

@@ -1,0 +1,86 @@
+"""What a session's options ask of its model's chat template, and whether the template can do it.
+
+Only an engine runs a chat template; here it is read as text at most.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from ...errors import Invalid, shorten
+from ...messages import Loaded, TemplateKwargs
+from ...params import THINKING_SWITCHES, SessionConfig
+
+LARGEST = 4_000_000
+"""Bytes of a file that is looked into; templates have some tens of thousands."""
+
+
+def thinking_kwargs(config: SessionConfig) -> TemplateKwargs:
+    """The variables of the chat template that a session's options set."""
+    return {} if config.enable_thinking == "auto" else {"enable_thinking": config.enable_thinking == "on"}
+
+
+def template_trouble(config: SessionConfig, loaded: Loaded) -> Invalid | None:
+    """What the chat template of a loaded model cannot do of what a session's options ask."""
+    if not config.chat_template:
+        return None
+    if broken := broken_template(config.model, loaded):
+        return broken
+    return no_switch(config) if config.enable_thinking != "auto" and not loaded.can_switch_thinking else None
+
+
+def broken_template(model: str, loaded: Loaded) -> Invalid | None:
+    """Why the chat template of a loaded model cannot be used, where that is so."""
+    if not loaded.template_problem:
+        return None
+    return Invalid(
+        f"The chat template of the model “{shorten(model)}” cannot be used: {loaded.template_problem}",
+        code="bad_template",
+        field="config.chat_template",
+        next_step="Start a new session with the option “Chat template” off, or put a template that works into the "
+        "model's folder as chat_template.jinja and load the model again.",
+    )
+
+
+def template_trouble_in(config: SessionConfig, folder: Path) -> Invalid | None:
+    """The same of a model that is not loaded, as far as its files show. Reads files."""
+    asked = config.chat_template and config.enable_thinking != "auto"
+    return no_switch(config) if asked and not may_switch(folder) else None
+
+
+def no_switch(config: SessionConfig) -> Invalid:
+    return Invalid(
+        f"Thinking is “{config.enable_thinking}”, and the chat template of the model “{shorten(config.model)}” has no "
+        "switch for it.",
+        code="no_thinking_switch",
+        field="config.enable_thinking",
+        next_step="Set “Thinking” to “auto”, or choose a model that can be told whether to think.",
+    )
+
+
+def may_switch(folder: Path) -> bool:
+    """Whether a model's chat template may have a switch for thinking; True where its files do not say. Reads files."""
+    templates = chat_templates(folder)
+    names = rf"\b({'|'.join(THINKING_SWITCHES)})\b"
+    return not (folder / "config.json").is_file() or any(re.search(names, each) for each in templates)
+
+
+def chat_templates(folder: Path) -> list[str]:
+    """The chat templates of a model's folder, as text."""
+    found = []
+    for file in (folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))):
+        found.append(_text_of(file))
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        with suppress(ValueError, AttributeError):
+            found.append(json.dumps(json.loads(_text_of(folder / name)).get("chat_template")))
+    return found
+
+
+def _text_of(file: Path) -> str:
+    with suppress(OSError, UnicodeDecodeError):
+        if file.is_file() and file.stat().st_size < LARGEST:
+            return file.read_text(encoding="utf-8")
+    return ""

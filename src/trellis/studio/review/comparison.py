@@ -1,0 +1,67 @@
+"""Two nodes of a session on the same prompts, side by side: a job that any page can follow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import Invalid
+from ...messages import Progress
+from ..jobs import Job, Jobs
+from ..steering.sessions import Steering
+from ..steering.tree import step_name
+from .journal import place_of
+
+MOST_PROMPTS = 12
+
+
+class Comparisons:
+    """Starts comparisons and shows them."""
+
+    def __init__(self, jobs: Jobs, steering: Steering) -> None:
+        self._jobs = jobs
+        self._steering = steering
+
+    async def start(
+        self, session_id: str, left: str, right: str, prompts: list[str], request: str | None = None
+    ) -> Job:
+        """Answer each prompt from both nodes with the same seed. Raises NotFound, or Invalid."""
+        session = await self._steering.session(session_id)
+        session.node(left), session.node(right)
+        prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
+        if not 1 <= len(prompts) <= MOST_PROMPTS:
+            raise Invalid(
+                f"prompts: must be 1 to {MOST_PROMPTS}, got {len(prompts)}.",
+                field="prompts",
+                next_step="Enter one prompt per line.",
+            )
+        known = await self._jobs.by_request(request, "compare") if request else None
+        if known and known["body"]["session"] == session_id:
+            prompts = known["body"]["prompts"]  # those that come next may be others by now
+        body = {"session": session_id, "left": left, "right": right, "prompts": prompts}
+        return await self._jobs.start("compare", body, lambda job: self._run(job, body), request)
+
+    async def usual_prompts(self, session_id: str, count: int = 3) -> list[str]:
+        """What to compare on, where nobody says: the control prompt, and the prompts that come next."""
+        session = await self._steering.session(session_id)
+        found = [session.config.control_prompt] if session.config.control_prompt else []
+        if session.prompts:
+            at = session.tree.head.position
+            found += [session.prompts.at(at + step) for step in range(1, count + 1)]
+        return list(dict.fromkeys(" ".join(prompt.split()) for prompt in found))[:count]
+
+    async def _run(self, job: Job, body: dict[str, Any]) -> dict[str, Any]:
+        session = await self._steering.session(body["session"])
+        rounds: list[dict[str, str]] = []
+        total = 2 * len(body["prompts"])
+        for prompt in body["prompts"]:
+            pair: dict[str, str] = {"prompt": prompt}
+            for side in ("left", "right"):
+                done = 2 * len(rounds) + (side == "right")
+                step = session.node(body[side]).step
+                message = f"{step_name(step)}: prompt {len(rounds) + 1} of {len(body['prompts'])}"
+                job.progress(Progress(stage="checking", fraction=done / total, message=message))
+                seed = {"seed": session.config.seed}
+                (pair[side],) = await self._steering.sample(session.id, prompt, body[side], 1, seed, key="compare")
+            rounds.append(pair)
+        names = {side: session.node(body[side]) for side in ("left", "right")}
+        return {side: place_of(node) for side, node in names.items()} | {"rounds": rounds}

@@ -1,0 +1,190 @@
+"""Export the choices of a session: a readable journal in Markdown, and JSONL in common formats."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from ...errors import Invalid, shorten
+from ...messages import Choice, Option, Ranking, Written
+from ...store import blind_test as blind_rows
+from ...store import steering as rows
+from ...store.store import Store
+from ..jobs import timestamp
+from ..steering.offer import options_from
+from ..steering.session import Session
+from ..steering.tree import Fitted, Node, node_row
+from .win_rate import in_words, names_of, result_json
+
+FORMATS = ("raw", "trl-preference", "trl-unpaired", "openai-dpo")
+LETTERS = "ABCDEFGH"
+FITTED = {"refit": "retrained on", "import": "imported", "replay": "replayed"}
+
+
+async def journal(store: Store, session: Session, last: int | None = None) -> str:
+    """The branch to the head: every prompt, all options, the choice, the figures. Markdown, for people.
+
+    `last` leaves out all but so many steps.
+    """
+    path = session.tree.path(session.tree.head_id)
+    path = [path[0], *path[1:][-last:]] if last else path
+    offers = await store.read(rows.get_offers, [node.answered for node in path if node.answered])
+    lines = [
+        f"# {_inline(session.name)}",
+        "",
+        f"Model `{session.config.model}`. Started {timestamp(session.created)[:16].replace('T', ' ')} UTC. "
+        f"Steps on this branch: {session.tree.head.step}. Nodes in the tree: {len(session.tree.nodes)}.",
+        "",
+    ]
+    for node in path[1:]:
+        offer = offers.get(node.answered or "")
+        named = f" ({_inline(node.name)})" if node.name else ""
+        lines += [f"## Step {node.step}: {describe(node.choice)}{named}", ""]
+        lines += [_quote(offer["prompt"]), ""] if offer else []
+        good = _good(node.choice)
+        for index, option in enumerate(options_from(offer) or () if offer else ()):
+            mark = " **(chosen)**" if index in good else ""
+            lines += [f"**{LETTERS[index]}**{mark}", "", _quote(option.text), ""]
+        if isinstance(node.choice, Written):
+            lines += ["**Your answer**", "", _quote(node.choice.written), ""]
+        if node.metrics:
+            m = node.metrics
+            lines += [
+                f"Probability of the pick {m.share_before:.1%} → {m.share_after:.1%}, loss {m.loss:.3f}, "
+                f"KL {m.kl:.4f}, drift {m.drift:.2%}, {m.inner_steps} optimizer steps.",
+                "",
+            ]
+    return "\n".join([*lines, *await _blind(store, session)])
+
+
+async def _blind(store: Store, session: Session) -> list[str]:
+    """The blind comparisons that were brought to an end, oldest first."""
+    trials = [trial for trial in await store.read(blind_rows.list_trials, session.id) if trial["state"] == "done"]
+    lines = ["## Blind tests", ""] if trials else []
+    for trial in reversed(trials):
+        rounds = await store.read(blind_rows.get_rounds, trial["id"])
+        result = result_json([each["verdict"] for each in rounds if each["verdict"]])
+        left, right = names_of(*(place_of(session.node(trial[side])) for side in ("left", "right")))
+        lines += [f"- {timestamp(trial['created'])[:10]}, {left} vs. {right}: {in_words(result, left, right)}"]
+    return [*lines, ""] if lines else []
+
+
+async def choices(store: Store, session: Session, layout: str) -> Iterator[str]:
+    """Every choice of the session, one JSON object a line. Raises Invalid for an unknown layout.
+
+    Layouts: our own log; TRL's preference and unpaired preference types (conversational); OpenAI's
+    preference fine-tuning file. Skips teach nothing and appear in the log only.
+    """
+    if layout not in FORMATS:
+        raise Invalid(
+            f"format: unknown format “{shorten(layout)}”.",
+            field="format",
+            next_step=f"Use one of: {', '.join(FORMATS)}.",
+        )
+    nodes = [node for node in session.tree.nodes.values() if node.answered]
+    offers = await store.read(rows.get_offers, [node.answered for node in nodes if node.answered])
+    return (
+        json.dumps(line, ensure_ascii=False) + "\n"
+        for node in nodes
+        for line in _lines(session, node, offers[node.answered or ""], layout)
+    )
+
+
+def describe(choice: Choice | Fitted | None) -> str:
+    """A choice in a few words."""
+    match choice:
+        case None:
+            return "base model"
+        case "none":
+            return "none of these"
+        case "skip":
+            return "skipped"
+        case int():
+            return f"chose {LETTERS[choice]}"
+        case Ranking():
+            return "ranked " + " › ".join(LETTERS[index] for index in choice.ranking)
+        case Written():
+            return "wrote an answer"
+        case Fitted():
+            return f"{FITTED[choice.kind]} {choice.lessons} choice{'s' if choice.lessons != 1 else ''}"
+        case _:
+            return "chose " + ", ".join(LETTERS[index] for index in choice)
+
+
+def place_of(node: Node) -> dict[str, Any]:
+    """A node as a comparison names it."""
+    return {"node": node.id, "step": node.step, "what": node.name or describe(node.choice)}
+
+
+def _lines(session: Session, node: Node, offer: dict[str, Any], layout: str) -> Iterator[dict[str, Any]]:
+    options = options_from(offer) or ()
+    asked = [{"role": "system", "content": session.config.system_prompt}] if session.config.system_prompt else []
+    asked = [*asked, {"role": "user", "content": offer["prompt"]}]
+    if layout == "raw":
+        yield {
+            "node": node.id, "parent": node.parent, "step": node.step, "prompt": offer["prompt"],
+            "options": [option.text for option in options], "finish": [option.finish for option in options],
+            "choice": node_row(node)["choice"], "system": session.config.system_prompt,
+            "metrics": node.metrics.model_dump() if node.metrics else None, "created": timestamp(node.created),
+        }  # fmt: skip
+    elif layout == "trl-unpaired":
+        for text, label in _labels(options, node.choice):
+            yield {"prompt": asked, "completion": [_answer(text)], "label": label}
+    else:
+        for better, worse in _pairs(options, node.choice):
+            if layout == "trl-preference":
+                yield {"prompt": asked, "chosen": [_answer(better)], "rejected": [_answer(worse)]}
+            else:
+                yield {
+                    "input": {"messages": asked, "tools": [], "parallel_tool_calls": True},
+                    "preferred_output": [_answer(better)],
+                    "non_preferred_output": [_answer(worse)],
+                }
+
+
+def _answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def _good(choice: Choice | Fitted | None) -> list[int]:
+    match choice:
+        case int():
+            return [choice]
+        case Ranking():
+            return [choice.ranking[0]]
+        case tuple():
+            return list(choice)
+        case _:
+            return []
+
+
+def _labels(options: tuple[Option, ...], choice: Choice | Fitted | None) -> Iterator[tuple[str, bool]]:
+    if choice is None or choice == "skip":
+        return
+    written = [choice.written] if isinstance(choice, Written) else []
+    good = {*written, *(options[index].text for index in _good(choice))}
+    for text in dict.fromkeys([*(option.text for option in options), *written]):  # what was drawn twice is one answer
+        yield text, text in good
+
+
+def _pairs(options: tuple[Option, ...], choice: Choice | Fitted | None) -> Iterator[tuple[str, str]]:
+    """(better, worse) pairs that a choice implies, each once; none of these and skip imply none. An answer is never
+    worse than itself, drawn a second time."""
+    if isinstance(choice, Written):
+        better = [choice.written]
+    else:
+        named = list(choice.ranking) if isinstance(choice, Ranking) else _good(choice)
+        better = list(dict.fromkeys(options[index].text for index in named))
+    rest = [text for text in dict.fromkeys(option.text for option in options) if text not in better]
+    for place, text in enumerate(better):
+        below = better[place + 1 :] if isinstance(choice, Ranking) else []
+        yield from ((text, worse) for worse in [*below, *rest])
+
+
+def _quote(text: str) -> str:
+    return "\n".join(f"> {line}" for line in text.splitlines() or [""])
+
+
+def _inline(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,108 @@
+"""What the verdicts of a blind comparison come to: a win rate, its interval, and whether that is enough. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..steering.tree import step_name
+
+CONFIDENCE = 1.959963984540054
+"""The normal quantile of a 95 % interval."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the judged rounds come to, for the right node. `low` and `high` bound its win rate among decided rounds."""
+
+    left: int
+    right: int
+    ties: int
+    rate: float | None
+    low: float
+    high: float
+
+    @property
+    def enough(self) -> bool:
+        """Whether the interval leaves one of the two ahead."""
+        return self.low > 0.5 or self.high < 0.5
+
+
+def wilson(wins: int, decided: int, quantile: float = CONFIDENCE) -> tuple[float, float]:
+    """The score interval of a rate (Wilson 1927): sound for few rounds and for rates at 0 and 1; (0, 1) without any."""
+    if decided == 0:
+        return 0.0, 1.0
+    rate, square = wins / decided, quantile**2
+    middle = (rate + square / (2 * decided)) / (1 + square / decided)
+    spread = (
+        quantile / (1 + square / decided) * math.sqrt(rate * (1 - rate) / decided + square / (4 * decided**2))
+    )  # fmt: skip
+    return 0.0 if wins == 0 else middle - spread, 1.0 if wins == decided else middle + spread
+
+
+def result_of(verdicts: Sequence[str]) -> Result:
+    left, right = verdicts.count("left"), verdicts.count("right")
+    decided = left + right
+    low, high = wilson(right, decided)
+    return Result(left, right, len(verdicts) - decided, right / decided if decided else None, low, high)
+
+
+def rounds_needed(result: Result, most: int = 2000) -> int | None:
+    """How many decided rounds would be enough if the rate stayed as it is; None when it would take too many."""
+    decided = result.left + result.right
+    if result.rate is None or result.left == result.right:
+        return None
+    for count in range(decided + 1, most):
+        low, high = wilson(round(result.rate * count), count)
+        if low > 0.5 or high < 0.5:
+            return count
+    return None
+
+
+def result_json(verdicts: Sequence[str]) -> dict[str, Any]:
+    result = result_of(verdicts)
+    return {
+        "left": result.left,
+        "right": result.right,
+        "ties": result.ties,
+        "rate": result.rate,
+        "low": result.low,
+        "high": result.high,
+        "enough": result.enough,
+        "needed": None if result.enough else rounds_needed(result),
+    }
+
+
+def names_of(left: dict[str, Any], right: dict[str, Any]) -> tuple[str, str]:
+    """How to call two nodes `{step, what, name}` so that they are told apart."""
+    one, other = (step_name(each["step"]) for each in (left, right))
+    if one == other:
+        one, other = (f"{step_name(each['step'])} ({each['what']})" for each in (left, right))
+    return (one, other) if one != other else (f"{one}, first", f"{other}, second")
+
+
+def in_words(result: dict[str, Any], left: str, right: str) -> str:
+    """What a comparison came to, in sentences. `left` and `right` name the two."""
+    decided = result["left"] + result["right"]
+    count = result["ties"]
+    ties = f" {count} tie{'s' if count > 1 else ''}." if count else ""
+    if not decided:
+        return f"All {count} rounds were ties." if count > 1 else "It was a tie." if count else "No rounds judged."
+    if result["left"] == result["right"]:
+        return f"Each won {result['left']} of {decided} decided rounds.{ties} No clear winner."
+    ahead = right if result["right"] >= result["left"] else left
+    won = max(result["left"], result["right"])
+    low, high = result["low"], result["high"]
+    if result["right"] < result["left"]:
+        low, high = 1 - high, 1 - low
+    rate = won / decided
+    told = f"{ahead} won {won} of {decided} decided rounds: {rate:.0%} (95% interval {low:.0%} to {high:.0%}).{ties}"
+    if result["enough"]:
+        return f"{told} That is a clear win."
+    if result["needed"]:
+        more = result["needed"] - decided
+        rounds = f"about {more} more decided round{'s' if more != 1 else ''}"
+        return f"{told} No clear winner yet: at this rate it takes {rounds}."
+    return f"{told} No clear winner."

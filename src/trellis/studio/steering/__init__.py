@@ -1,0 +1,1 @@
+"""A session: the tree of choices, the offer on the screen, and the work that each choice needs."""

@@ -1,0 +1,71 @@
+"""Whether what a person said of an offer fits it, and what it means where several options are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...errors import Invalid
+from ...messages import Choice, Option, Ranking, Written
+
+
+def equal_options(options: Sequence[Option]) -> list[tuple[int, ...]]:
+    """For each option the indexes of all that are word for word the same and ended alike, itself among them."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for index, option in enumerate(options):
+        groups.setdefault((option.text, option.finish), []).append(index)
+    return [tuple(groups[option.text, option.finish]) for option in options]
+
+
+def including_equals(choice: Choice, options: Sequence[Option]) -> Choice:
+    """The choice with every option that is equal to one it names, so that no method learns to avoid an answer that was
+    chosen. An answer that was written word for word like an option that ended by itself is a choice of that option."""
+    equal = equal_options(options)
+    match choice:
+        case int():
+            return equal[choice] if len(equal[choice]) > 1 else choice
+        case Ranking():
+            return Ranking(ranking=_with_equals(choice.ranking, equal))
+        case tuple():
+            return _with_equals(choice, equal)
+        case Written():
+            same = [index for index, option in enumerate(options)
+                    if option.text == choice.written and option.finish == "stop"]  # fmt: skip
+            return including_equals(same[0], options) if same else choice
+        case _:
+            return choice
+
+
+def _with_equals(named: Sequence[int], equal: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """What is named, each followed by the equal ones that are not named themselves."""
+    found: list[int] = []
+    for index in named:
+        found += [index, *(each for each in equal[index] if each not in named and each not in found)]
+    return tuple(found)
+
+
+def require_fits(choice: Choice, size: int) -> None:
+    """Raises Invalid for a choice that does not fit an offer of so many options."""
+    match choice:
+        case int():
+            indexes: tuple[int, ...] = (choice,)
+        case Ranking():
+            indexes = choice.ranking
+        case tuple():
+            indexes = choice
+        case Written() if not choice.written.strip():
+            raise Invalid("choice.written: is empty.", field="choice.written", next_step="Write an answer.")
+        case _:
+            return
+    for index in indexes:
+        if not 0 <= index < size:
+            raise Invalid(
+                f"choice: must be from 0 to {size - 1}, got {index}.",
+                field="choice",
+                next_step=f"Send an index from 0 to {size - 1}.",
+            )
+    if len(set(indexes)) != len(indexes):
+        raise Invalid(
+            f"choice: {list(indexes)} has an answer twice.",
+            field="choice",
+            next_step="Send each index once.",
+        )

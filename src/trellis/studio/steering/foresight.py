@@ -1,0 +1,154 @@
+"""What a session works out before anyone asks: requests that are pure, so that whoever asks later is given the same.
+
+A request runs on its own; whoever needs its result follows it from its beginning, and makes it urgent. It does not know
+what the requests mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Collection, Iterator
+from contextlib import aclosing
+
+from ...messages import Event, Request, recipe_id, recipe_of
+from ...workers.worker import Worker
+
+WAITED_FOR = 0
+"""The priority of what somebody waits for."""
+
+AHEAD = 3
+"""The priority of what nobody asked for yet: after people, after what is shown beside the options, after long jobs."""
+
+KEPT = 64
+"""So many finished results are kept, the last used ones: an undo and another choice find them."""
+
+
+async def last(events: AsyncGenerator[Event, None]) -> Event:
+    """The result that a stream of events ends in."""
+    async with aclosing(events):
+        async for event in events:
+            result = event
+    return result
+
+
+def key_of(request: Request) -> str:
+    """The name of a request: the same for the same work."""
+    return recipe_id("q", [request.type, recipe_of(request)])
+
+
+class Ahead:
+    """One request that was begun before anyone asked, and what came of it so far."""
+
+    def __init__(self, worker: Worker, owner: str, request: Request, node: str) -> None:
+        self.node = node
+        self.worker = worker
+        self._owner = owner
+        self.request = request
+        self._priority = AHEAD
+        self._events: list[Event] = []
+        self._news = asyncio.Event()
+        self.task = asyncio.create_task(self._run(), name=f"ahead {request.type}")
+
+    @property
+    def finished(self) -> bool:
+        return self.task.done()
+
+    @property
+    def useful(self) -> bool:
+        """Whether it has a result, or may still come to one."""
+        return not self.task.done() or not (self.task.cancelled() or self.task.exception())
+
+    @property
+    def result(self) -> Event:
+        """What it ended in."""
+        return self._events[-1]
+
+    async def _run(self) -> None:
+        try:
+            async with aclosing(self.worker.stream(self.request, self._priority, self._owner)) as events:
+                async for event in events:
+                    self._events.append(event)
+                    self._news.set()
+        finally:
+            self._news.set()
+
+    async def follow(self) -> AsyncGenerator[Event, None]:
+        """Its events from the first on, the result last. Raises what the request did."""
+        told = 0
+        while True:
+            while told < len(self._events):
+                told += 1
+                yield self._events[told - 1]
+            if self.task.done():
+                if told == len(self._events):
+                    await self.task
+                    return
+                continue
+            self._news.clear()
+            await self._news.wait()
+
+    async def urge(self) -> None:
+        """Somebody waits for it now."""
+        self._priority = WAITED_FOR  # also for one that has not been sent yet
+        if not self.task.done():
+            await self.worker.urge(self.request)
+
+    def cancel(self) -> None:
+        self.task.cancel()
+
+
+class Foresight:
+    """The requests that one session had begun ahead, by what they ask; each for the node that it would lead to."""
+
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
+        self._known: OrderedDict[str, Ahead] = OrderedDict()
+
+    async def begin(self, worker: Worker, request: Request, node: str) -> Event:
+        """Work something out unless that is done or under way. Returns the result; who leaves early leaves it
+        running."""
+        ahead = self._find(request)
+        if ahead is None:
+            key = key_of(request)
+            ahead = self._known[key] = Ahead(worker, self._owner, request, node)
+            while len(self._known) > KEPT:
+                self._known.popitem(last=False)[1].cancel()
+        return await last(ahead.follow())
+
+    async def take(self, request: Request, node: str) -> Ahead | None:
+        """What was begun of a request that somebody now waits for, made urgent; what leads elsewhere gives way."""
+        self.only({node})
+        ahead = self._find(request)
+        if ahead is not None:
+            await ahead.urge()
+        return ahead
+
+    def whole(self, node: str) -> Iterator[tuple[Request, Event, Worker]]:
+        """What is done of what leads to a node, and by whom."""
+        for each in self._known.values():
+            if each.node == node and each.finished and each.useful:
+                yield each.request, each.result, each.worker
+
+    def only(self, nodes: Collection[str]) -> None:
+        """Give up what is under way and leads to none of these."""
+        for key, each in list(self._known.items()):
+            if not each.finished and each.node not in nodes:
+                each.cancel()
+                del self._known[key]
+
+    def _find(self, request: Request) -> Ahead | None:
+        for key, each in list(self._known.items()):
+            if not each.useful:
+                del self._known[key]
+        key = key_of(request)
+        if key in self._known:
+            self._known.move_to_end(key)
+        return self._known.get(key)
+
+    async def close(self) -> None:
+        """Give everything up."""
+        for each in self._known.values():
+            each.cancel()
+        await asyncio.gather(*(each.task for each in self._known.values()), return_exceptions=True)
+        self._known.clear()

@@ -1,0 +1,1 @@
+"""The pages of a session: start page, form of options, workbench."""

@@ -1,0 +1,71 @@
+"""How fast tokens come: told where it was measured, and by the clock of who drew them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from trellis.messages import Answered, Event, Heard, Spoke
+from trellis.studio.chat.answer import Answering
+from trellis.studio.chat.message import Message
+from trellis.studio.throughput import tokens_per_second
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seconds", "speed"),
+    [
+        (100, 2.0, 50.0), (4, 0.02, 200.0), (3, 2.0, None), (1, 0.0, None), (0, 1.0, None), (64, 0.001, None),
+        (9, -1.0, None),
+    ],
+)  # fmt: skip
+def test_a_speed_is_told_only_where_it_was_measured(tokens: int, seconds: float, speed: float | None) -> None:
+    assert tokens_per_second(tokens, seconds) == speed
+
+
+class Room:
+    def __init__(self, *events: Event) -> None:
+        self._events = events
+
+    async def speak(self, message: Message, answering: Answering) -> None:
+        for event in self._events:
+            await answering.take(event)
+
+    async def save(self, message: Message) -> None:
+        return
+
+    def publish(self, kind: str, **data: Any) -> None:
+        return
+
+
+async def usage_of(*events: Event) -> dict[str, Any]:
+    message = Message("a", "r", None, "assistant", "")
+    answering = Answering(Room(*events), message)
+    await answering.run()
+    await answering.finish()
+    assert message.usage is not None
+    return message.usage
+
+
+HEARD = Heard(read=3, prompt_tokens=3, warm=0, left_out=0, context_length=100)
+
+
+async def test_words_that_arrive_at_once_are_as_fast_as_they_were_drawn() -> None:
+    words = [Spoke(text=f"{number} ", tokens=number) for number in range(1, 12)]
+    answered = Answered(finish="stop", tokens=11, prompt_tokens=3, seconds_to_first=0.5, seconds=0.7)
+    usage = await usage_of(HEARD, *words, answered)
+    assert usage["tokens_per_second"] == pytest.approx(50.0)
+    assert usage["completion_tokens"] == 11
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+async def test_an_answer_of_a_word_or_two_has_no_speed(tokens: int) -> None:
+    words = [Spoke(text="Yes", tokens=number) for number in range(1, tokens + 1)]
+    answered = Answered(finish="stop", tokens=tokens, prompt_tokens=3, seconds_to_first=0.01, seconds=0.01003)
+    assert (await usage_of(HEARD, *words, answered))["tokens_per_second"] is None
+
+
+async def test_an_answer_that_was_stopped_at_once_has_no_speed() -> None:
+    assert (await usage_of(HEARD, Spoke(text="a", tokens=1), Spoke(text="b", tokens=40)))["tokens_per_second"] is None
