@@ -1,4 +1,4 @@
-# Everything a newcomer and CI need. `make run` and `make test` do all the set-up on a fresh machine.
+# `make run` and `make test` do all the setup on a fresh machine.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,13 +12,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .PHONY: help run install test test-fast check format bench demo-model screenshots browser clean
 
-help: ## Say what can be done
+help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-run: $(STAMP) ## Start the studio on the demo model
+run: $(STAMP) ## Set up and start Trellis
 	$(BIN)/trellis $(ARGS)
 
-install: $(DEV) ## Make the environment, with what developers need
+install: $(DEV) ## Set up the environment for development
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Trellis needs Python 3.11 or newer; set PYTHON=python3.11")'
@@ -31,23 +31,23 @@ $(DEV): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(DEV)
 
-check: $(DEV) ## Format, lint, types, import contracts
+check: $(DEV) ## Check format, lint, types, import contracts
 	$(BIN)/ruff format --check src tests bench
 	$(BIN)/ruff check src tests bench
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-format: $(DEV) ## Let ruff write the format
+format: $(DEV) ## Format and fix with ruff
 	$(BIN)/ruff format src tests bench
 	$(BIN)/ruff check --fix src tests bench
 
-test-fast: $(DEV) ## The tests that need neither torch nor a browser nor patience
+test-fast: $(DEV) ## Run the tests that need neither torch nor a browser
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m 'not engine and not browser and not slow'
 
-test: check browser ## Everything
+test: check browser ## Run all checks and tests
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
-browser: $(DEV) # nginx and the browser that the tests drive: Debian's where apt is there, else Playwright's own
+browser: $(DEV) # nginx and the browser for the tests: Debian's if apt is available, otherwise Playwright's
 	@test -x /usr/sbin/nginx || command -v nginx >/dev/null \
 	  || { command -v apt-get >/dev/null && $(SUDO) apt-get update -qq \
 	       && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends nginx-light; }
@@ -56,7 +56,7 @@ browser: $(DEV) # nginx and the browser that the tests drive: Debian's where apt
 	       && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } \
 	  || $(BIN)/python -m playwright install --with-deps chromium
 
-bench: $(DEV) ## Measure: drawing, the loop's speed, how soon a model takes up a voice, how it scales
+bench: $(DEV) ## Run the benchmarks
 	$(BIN)/python bench/decoding.py
 	$(BIN)/python bench/speed.py
 	$(BIN)/python bench/crowd.py
@@ -66,11 +66,11 @@ bench: $(DEV) ## Measure: drawing, the loop's speed, how soon a model takes up a
 	$(BIN)/python bench/learning.py --methods choice --seeds 1
 	$(BIN)/python bench/scale.py
 
-demo-model: $(STAMP) ## Train the demo model from nothing (about 12 minutes on two cores)
+demo-model: $(STAMP) ## Train the demo model from scratch (about 12 minutes on two cores)
 	$(BIN)/python -m trellis.demo.text.make
 
-screenshots: browser ## Take every page in light, dark and phone into docs/images
+screenshots: browser ## Take screenshots of every page (light, dark, phone) into docs/images
 	$(BIN)/python -m tests.screenshots
 
-clean: ## Remove the environment and what was built
+clean: ## Remove the environment and build files
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .hypothesis

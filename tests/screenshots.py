@@ -84,13 +84,13 @@ def make_room(page: Page, server: Server, session: str) -> str:
         body = {"format": "trellis-room-1", "title": "Watching it grow", "messages": said, "head": "2"}
         client.post("/api/rooms/import", json=body)
     page.goto(f"{server.url}/chat?model=session:{session}")
-    page.get_by_text("Compare with another").click()
-    page.get_by_label("Who answers too").select_option("demo")
+    page.get_by_text("Compare", exact=True).click()
+    page.get_by_label("Model 2").select_option("demo")
     page.get_by_label("Message", exact=True).fill("What do you think of the sea?")
     page.keyboard.press("Enter")
     page.wait_for_url("**/chat/r*")
     page.locator(".message.assistant[data-state=done]").nth(1).wait_for(timeout=60_000)
-    page.get_by_role("button", name="Good").first.click()
+    page.get_by_role("button", name="Good answer").first.click()
     return page.url.removeprefix(server.url).split("#")[0]
 
 
@@ -107,23 +107,23 @@ def main() -> None:
         first.wait_for_function("!document.querySelector('.control blockquote:last-of-type').textContent.includes('…')")
         session = first.url
         first.goto(f"{session}/compare")
-        first.get_by_role("button", name="Answer from both").click()
+        first.get_by_role("button", name="Compare", exact=True).click()
         first.locator(".round").first.wait_for(timeout=60_000)
         compared = first.url.split("job=")[1]
         first.goto(f"{session}/blind")
         first.get_by_label("Rounds").fill("16")
-        first.get_by_role("button", name="Begin").click()
+        first.get_by_role("button", name="Start").click()
         judge_rounds(first, "pirate", 16)
         first.locator(".verdict").wait_for()
         result = first.url.removeprefix(server.url)
         first.goto(f"{session}/blind")
-        first.get_by_role("button", name="Begin").click()
+        first.get_by_role("button", name="Start").click()
         judge_rounds(first, "pirate", 4)
         first.locator(".answer").first.wait_for()
         judging = first.url.removeprefix(server.url)
         first.goto(f"{session}/log")
         first.locator("#refit-title ~ form button").click()
-        first.get_by_text("Agrees with the log").wait_for(timeout=120_000)
+        first.get_by_text("Preference accuracy").wait_for(timeout=120_000)
         room = make_room(first, server, session.split("/steer/")[1])
         for name, options in SCREENS.items():
             page = browser.new_context(**options).new_page()  # type: ignore[arg-type]
@@ -139,10 +139,10 @@ def main() -> None:
                 page.screenshot(path=IMAGES / f"{what}-{name}.png")
             if name == "phone":
                 page.goto(session)
-                for tab in ("Tree", "Figures"):
+                for tab, what in (("Tree", "tree"), ("Metrics", "figures")):
                     page.get_by_role("link", name=tab, exact=True).click()
                     page.wait_for_timeout(300)
-                    page.screenshot(path=IMAGES / f"steering-{name}-{tab.lower()}.png")
+                    page.screenshot(path=IMAGES / f"steering-{name}-{what}.png")
         browser.close()
         server.stop()
 

@@ -62,7 +62,7 @@ def test_a_port_that_is_taken_is_said_to_be(tmp_path: Path) -> None:
         taken.listen()
         done = trellis("--port", str(taken.getsockname()[1]), "--save-dir", str(tmp_path), "--no-open")
     assert done.returncode == 2
-    assert "cannot be used" in done.stderr
+    assert "Can't listen on 127.0.0.1" in done.stderr
     assert "--port" in done.stderr
 
 
@@ -78,7 +78,7 @@ def test_a_save_folder_that_cannot_be_made_is_said_to_be(tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     done = trellis("--save-dir", str(tmp_path / "file" / "below"), "--no-open", "--port", "0")
     assert done.returncode == 2
-    assert "cannot be written" in done.stderr
+    assert "Can't write to" in done.stderr
 
 
 @pytest.mark.engine
@@ -100,7 +100,7 @@ def test_the_doctor_says_what_to_do(tmp_path: Path) -> None:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "no-such-part False Install it" in out
     assert "Devices False" in out
-    assert "Save folder False Choose another" in out
+    assert "Save folder False Choose another folder" in out
 
 
 def test_the_web_process_never_imports_torch_and_starts_light(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_the_next_step_of_a_missing_extra_names_the_extra(monkeypatch: pytest.Mo
     [
         (("--port", "[gpu]"), "--port or TRELLIS_PORT: must be a whole number, got “[gpu]”."),
         (("--port", "70000"), "TRELLIS_PORT: must be 65535 or less, got “70000”."),
-        (("--save-dir", "/proc/[bold]x"), "The folder “/proc/[bold]x” cannot be written"),
+        (("--save-dir", "/proc/[bold]x"), "Can't write to “/proc/[bold]x”"),
         (("steer", "--group-size", "[red]x"), "--group-size: must be a whole number, got “[red]x”."),
     ],
 )
@@ -221,4 +221,4 @@ def test_a_session_with_brackets_in_its_name_is_told_as_it_is(tmp_path: Path) ->
             assert client.get("/api/steering/sessions").json()[0]["name"] == "[gpu] one"
     finally:
         server.stop()
-    assert "The session “[gpu] one” is at http" in server.output
+    assert "Session “[gpu] one”: http" in server.output

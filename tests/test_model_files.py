@@ -91,10 +91,10 @@ UNSUPPORTED = "unsupported_architecture"
 CASES: list[tuple[str, Change, str, str]] = [
     # a name, what is done to a folder that loads, the code, words of the message or the next step
     ("tokenizer too large", in_tokenizer(lambda about: about["model"]["vocab"].update({"beyond": 5000})),
-     "unsupported_tokenizer", "number 5000"),
+     "unsupported_tokenizer", "id 5000"),
     ("token of the template without a row", several(
         add_token("<|im_start|>", ROWS), write("chat_template.jinja", b"<|im_start|>{{ messages[0].content }}")),
-     "unsupported_tokenizer", "“<|im_start|>” with number 373"),
+     "unsupported_tokenizer", "“<|im_start|>” with id 373"),
     ("tokenizer that is no JSON", write("tokenizer.json", b"{"), "corrupt_file", "tokenizer.json"),
     ("tokenizer_config that is a list", write("tokenizer_config.json", []), "corrupt_file", "tokenizer_config.json"),
     ("no tokenizer", remove("tokenizer*"), "not_found", "has no tokenizer"),
@@ -127,25 +127,25 @@ CASES: list[tuple[str, Change, str, str]] = [
     ("no heads", config(num_attention_heads=0), "corrupt_file", "“0” for num_attention_heads"),
     ("heads that do not divide", config(num_attention_heads=5, head_dim=None), "corrupt_file", "5 attention heads"),
     ("quantization that is a list", config(quantization_config=[4]), "corrupt_file", "quantization_config"),
-    ("BERT", config(**SAVED_AS_BERT), UNSUPPORTED, "This is a BERT encoder, which fills in masks; Trellis steers"),
+    ("BERT", config(**SAVED_AS_BERT), UNSUPPORTED, "This is a BERT encoder, which fills in masks. Trellis steers"),
     ("BERT as a decoder's class", config(model_type="bert", architectures=["BertLMHeadModel"]), UNSUPPORTED, "encoder"),
     ("RoBERTa", config(model_type="roberta", architectures=["RobertaForMaskedLM"]), UNSUPPORTED, "encoder (Roberta"),
     ("DistilBERT", config(model_type="distilbert", architectures=["DistilBertForMaskedLM"]), UNSUPPORTED, "fills in"),
     ("T5", config(model_type="t5", architectures=["T5ForConditionalGeneration"], is_encoder_decoder=True), UNSUPPORTED,
      "encoder-decoder"),
     ("BART", config(model_type="bart", architectures=["BartForConditionalGeneration"]), UNSUPPORTED, "encoder-decoder"),
-    ("Whisper", config(model_type="whisper", architectures=["WhisperForConditionalGeneration"]), UNSUPPORTED, "sound"),
+    ("Whisper", config(model_type="whisper", architectures=["WhisperForConditionalGeneration"]), UNSUPPORTED, "audio"),
     ("ViT", config(model_type="vit", architectures=["ViTForImageClassification"]), UNSUPPORTED, "causal"),
     ("vision and text", config(model_type="qwen2_5_vl", architectures=["Qwen2_5_VLForConditionalGeneration"]),
-     UNSUPPORTED, "reads pictures"),
+     UNSUPPORTED, "reads images"),
     ("classifier", config(architectures=["LlamaForSequenceClassification"]), UNSUPPORTED, "classifies text"),
     ("reward model", config(architectures=["LlamaRewardModel"]), UNSUPPORTED, "scores answers"),
     ("embedding model", write("modules.json", []), UNSUPPORTED, "embedding model"),
     ("no output layer", config(architectures=["LlamaModel"], tie_word_embeddings=False), UNSUPPORTED, "output layer"),
     ("unknown architecture", config(model_type="nonesuch"), UNSUPPORTED, "“nonesuch”"),
     ("no model type", config(model_type=None), UNSUPPORTED, "model_type"),
-    ("code of its own", config(model_type="homegrown", auto_map={"AutoConfig": "evil.C"}), "remote_code_refused",
-     "pin the revision"),
+    ("its own Python code", config(model_type="homegrown", auto_map={"AutoConfig": "evil.C"}), "remote_code_refused",
+     "set the revision"),
     *((f"quantised: {name}", config(quantization_config={"quant_method": name}), QUANTIZED, shown) for name, shown in (
         ("awq", "AWQ"), ("gptq", "GPTQ"), ("compressed-tensors", "compressed-tensors"), ("mxfp4", "MXFP4"),
         ("hqq", "hqq"), ("aqlm", "aqlm"), ("torchao", "torchao"), ("quanto", "quanto"), ("nonsense", "nonsense"))),
@@ -211,14 +211,14 @@ async def test_the_check_of_the_form_tells_what_a_folder_says(folder: Path) -> N
         change_config(folder, model_type="llama", architectures=None, max_position_embeddings=64)
         (error,) = (await studio.steering.check_config({"model": "model"}))["errors"]
         assert error["field"] == "config.max_new_tokens"
-        assert "at most 32 tokens" in error["message"]
+        assert "Set max new tokens to 32 or less" in error["message"]
         assert "longer context" not in error["message"]
 
 
 def test_answers_that_leave_no_room_name_a_length_that_works() -> None:
     problem = answer_length_problem(64, 96)
     assert problem is not None
-    assert problem.next_step == "Allow answers of at most 32 tokens."
+    assert problem.next_step == "Set max new tokens to 32 or less."
     assert answer_length_problem(64, 32) is None
     assert answer_length_problem(None, 8192) is None
 

@@ -91,7 +91,7 @@ def test_the_code_is_that_of_the_first_address_for_others(monkeypatch: pytest.Mo
 
 def test_without_an_address_for_others_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     text = " ".join(printed(monkeypatch, "http://127.0.0.1:80", [], True).split())
-    assert "Set TRELLIS_PASSWORD and start with --host 0.0.0.0 --qr." in text
+    assert "No QR code: this address works on this computer only. Set TRELLIS_PASSWORD and add --host 0.0.0.0." in text
     assert "█" not in text
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from trellis.errors import Invalid, shorten
 from trellis.messages import CHOICE
 from trellis.params import Adapter, Learning, Sampling, SessionConfig
-from trellis.text_rules import require_storable
+from trellis.text_rules import plain_number, require_storable
 
 
 def test_every_option_explains_itself() -> None:
@@ -87,3 +87,56 @@ def test_a_quoted_value_is_short_and_on_one_line(text: str, limit: int) -> None:
     quoted = shorten(text, limit)
     assert len(quoted) <= limit
     assert "\n" not in quoted
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ("0,5", 0.5), ("0.5", 0.5), (",5", 0.5), ("1,5", 1.5), (" 2 ", 2), ("1,25e0", 1.25), ("0,024", 0.024),
+        ("3,0", 3),
+    ],
+)  # fmt: skip
+def test_a_decimal_comma_is_taken(typed: str, value: float) -> None:
+    assert SessionConfig.parse({"temperature": typed}).temperature == value
+
+
+@pytest.mark.parametrize("typed", ["1024", "1,024", "1 024", "1\u202f024", "1'024", "1024.0", "+1,024"])
+def test_a_whole_number_may_have_groups_of_thousands(typed: str) -> None:
+    assert SessionConfig.parse({"seed": typed}).seed == 1024
+
+
+@pytest.mark.parametrize("typed", ["1.024", "0,5", "1,02", "1,0245", "10,24", "1 2", "1,024,5", "0,024", ",", "1,,024"])
+def test_what_is_no_whole_number_is_refused_with_its_value(typed: str) -> None:
+    with pytest.raises(Invalid, match="must be a whole number, got") as raised:
+        SessionConfig.parse({"seed": typed})
+    assert f"“{typed}”" in raised.value.message
+
+
+def test_a_number_that_can_be_read_in_two_ways_is_refused_with_both() -> None:
+    with pytest.raises(Invalid) as raised:
+        SessionConfig.parse({"choice_beta": "1,024"})
+    assert raised.value.message == "config.choice_beta: is ambiguous: write 1024 or 1.024, got “1,024”."
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_a_number_with_a_decimal_comma_is_the_same_number_or_refused(value: float) -> None:
+    try:
+        read = plain_number(repr(value).replace(".", ","), whole=False)
+    except ValueError as error:
+        assert "ambiguous" in str(error)
+    else:
+        assert float(read) == value
+
+
+@given(st.integers(-(10**30), 10**30), st.sampled_from([",", " ", "\xa0", "’"]))
+def test_a_whole_number_in_groups_is_the_same_number(value: int, mark: str) -> None:
+    assert int(plain_number(f"{value:,}".replace(",", mark), whole=True)) == value
+
+
+@given(st.text(), st.booleans())
+def test_text_that_is_no_number_is_left_as_it_is(text: str, whole: bool) -> None:
+    try:
+        read = plain_number(text, whole=whole)
+    except ValueError:
+        return
+    assert read == text or float(read) is not None

@@ -1,4 +1,4 @@
-"""The command line, and the only place that builds: it reads settings, makes every part, and starts them."""
+"""The command line and composition root: it reads the settings, builds every part and starts the server."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
     from .studio.studio import Studio
 
 app = typer.Typer(
-    help="Trellis: grow models by hand. Without a command it starts the studio.",
+    help="Trellis: steer language models by choosing between their answers. Without a command, starts the server.",
     no_args_is_help=False,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 console = Console(stderr=True, highlight=False, markup=False, emoji=False)
-"""It takes text as it is: names, paths and messages may hold brackets."""
+"""Prints text verbatim: names, paths and messages may contain brackets."""
 
 Host = Annotated[str | None, typer.Option(help=f"{Settings.model_fields['host'].description}")]
 Port = Annotated[str | None, typer.Option(metavar="INTEGER", help=f"{Settings.model_fields['port'].description}")]
 SaveDir = Annotated[Path | None, typer.Option(help=f"{Settings.model_fields['save_dir'].description}")]
-Reload = Annotated[bool, typer.Option("--reload", help="Start again when a source file changes (for developers).")]
-Qr = Annotated[bool, typer.Option("--qr", help="Show the address as a QR code, for a phone in the same network.")]
-Open = Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")]
+Reload = Annotated[bool, typer.Option("--reload", help="Restart when a source file changes (development).")]
+Qr = Annotated[bool, typer.Option("--qr", help="Print a QR code of the network address, for a phone.")]
+Open = Annotated[bool, typer.Option("--open/--no-open", help="Open Trellis in a browser.")]
 
 
 def _version(show: bool) -> None:
@@ -59,10 +59,10 @@ def default(
     open: Open = True,
     qr: Qr = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it and end.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Start the studio, or run a command."""
+    """Start the server, or run a command."""
     if context.invoked_subcommand is None:
         serve(host, port, save_dir, reload, open, qr)
 
@@ -72,7 +72,7 @@ def serve(
     host: Host = None, port: Port = None, save_dir: SaveDir = None, reload: Reload = False, open: Open = True,
     qr: Qr = False,
 ) -> None:  # fmt: skip
-    """Start the studio and print its address."""
+    """Start the server and print its address."""
     settings = _load_settings(host=host, port=port, save_dir=save_dir)
     try:
         settings.require_password_beyond_loopback()
@@ -87,7 +87,7 @@ def serve(
 
 @app.command()
 def doctor(save_dir: SaveDir = None) -> None:
-    """Say what is installed, which devices there are, and what to do about what is missing."""
+    """Check the installation, devices, memory and folders."""
     from .doctor import run_checks
 
     findings = run_checks(_load_settings(save_dir=save_dir))
@@ -101,20 +101,22 @@ def doctor(save_dir: SaveDir = None) -> None:
 
 
 def main() -> None:
-    """The commands above, and `steer`, whose flags are the rows of params.py."""
-    app.command("steer", help="Start the studio with a new session: a flag for each option.")(_with_flags(_steer))
+    """Run the command line: the commands above and `steer`, whose flags are the session options."""
+    app.command("steer", help="Start the server with a new session. Every option of a session is a flag.")(
+        _with_flags(_steer)
+    )
     app()
 
 
 def _with_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """A function with a keyword for each option of a session, as Typer reads it."""
+    """Return a function with one keyword per session option, as Typer reads them."""
     from .params import flag_rows
 
     def steer(**given: Any) -> None:
         command(**given)
 
     flags: dict[str, Any] = {"host": Host, "port": Port, "save_dir": SaveDir}
-    flags["name"] = Annotated[str | None, typer.Option(help="Name of the session.")]
+    flags["name"] = Annotated[str | None, typer.Option(help="Session name.")]
     for name, row in flag_rows():
         about = typer.Option(*row.declarations, help=row.help, show_default=row.default_text or False)
         flags[name.replace(".", "_")] = Annotated[row.type | None, about]
@@ -173,7 +175,7 @@ def _run_studio(
     *,
     qr: bool = False,
 ) -> None:
-    """Run the studio until it is ended; `first` is the name and configuration of a session to begin with."""
+    """Run the server until it is stopped; `first` is the name and configuration of a session to create."""
     import uvicorn
 
     from .store.store import Store, migrate
@@ -214,7 +216,7 @@ def _run_studio(
                 try:
                     session = await studio.steering.create(*first_session)
                     link = (f"{address}/steer/{session.id}", "bold")
-                    console.print(Text.assemble(f"The session “{session.name}” is at ", link), soft_wrap=True)
+                    console.print(Text.assemble(f"Session “{session.name}”: ", link), soft_wrap=True)
                 except TrellisError as error:
                     startup_errors.append(error)
                     self.should_exit = True
@@ -242,23 +244,23 @@ def _run_studio(
 
 
 def _print_addresses(local: str, network: list[str], qr: bool) -> None:
-    """Say where the studio is: for this computer, for others in its network, and on demand as a QR code."""
-    console.print(Text.assemble(f"Trellis {__version__} is at ", (local, "bold"), "  (Ctrl-C ends it)"), soft_wrap=True)
+    """Print the local address, the network addresses and, if asked, a QR code."""
+    console.print(Text.assemble(f"Trellis {__version__}: ", (local, "bold"), "  (Ctrl-C to stop)"), soft_wrap=True)
     others = [url for url in network if url != local]
     for number, url in enumerate(others):
-        label = "For other devices in your network:" if number == 0 else " " * 34
+        label = "Other devices on your network:" if number == 0 else " " * 30
         console.print(Text.assemble(f"{label} ", (url, "bold")), soft_wrap=True)
     if qr and network:
         console.print(Text(qr_code(network[0]), style="bright_white on black"), soft_wrap=True)
     elif qr:
         console.print(
-            "A phone cannot reach this address. Set TRELLIS_PASSWORD and start with --host 0.0.0.0 --qr.",
+            "No QR code: this address works on this computer only. Set TRELLIS_PASSWORD and add --host 0.0.0.0.",
             soft_wrap=True,
         )
 
 
 def _close_event_streams(studio: Studio) -> None:
-    """Open event streams would hold the server; it is told to end inside its own loop."""
+    """Close open event streams, which would keep the server from stopping, inside its own loop."""
     import asyncio
 
     try:
@@ -268,7 +270,7 @@ def _close_event_streams(studio: Studio) -> None:
 
 
 def _bind_socket(settings: Settings) -> socket.socket:
-    """The socket to serve on. Raises TrellisError with what to do when the address cannot be had."""
+    """Return the socket to serve on. Raise TrellisError when the address is not available."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # With the protocol named, asyncio turns Nagle's algorithm off: without, every answer waits 40 ms for an ACK.
     server_socket = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -278,15 +280,15 @@ def _bind_socket(settings: Settings) -> socket.socket:
         server_socket.listen(2048)  # from now on a browser waits instead of being refused
     except (OSError, OverflowError) as error:
         raise TrellisError(
-            f"The address {settings.host}:{settings.port} cannot be used: {error}.",
+            f"Can't listen on {settings.host}:{settings.port}: {error}.",
             code="address_in_use",
-            next_step="Stop what runs there, or choose another with --port (0 takes a free one).",
+            next_step="Stop the program that uses this port, or choose another with --port (0 picks a free one).",
         ) from None
     return server_socket
 
 
 def _lock_save_dir(settings: Settings) -> Any:
-    """One studio for one save folder: two would both think that they alone write its database."""
+    """Lock the save folder: a server expects to be the only writer of its database."""
     import fcntl
 
     try:
@@ -294,9 +296,9 @@ def _lock_save_dir(settings: Settings) -> Any:
         lock = (settings.save_dir / "studio.lock").open("w")
     except OSError as error:
         raise TrellisError(
-            f"The folder “{settings.save_dir}” cannot be written: {error.strerror}.",
+            f"Can't write to “{settings.save_dir}”: {error.strerror}.",
             code="permission_denied",
-            next_step="Choose another with --save-dir.",
+            next_step="Choose another folder with --save-dir.",
         ) from None
     for attempt in range(20):
         try:
@@ -306,9 +308,9 @@ def _lock_save_dir(settings: Settings) -> Any:
             if attempt < 19:
                 time.sleep(0.1)
     raise TrellisError(
-        f"Another studio is using the folder “{settings.save_dir}”.",
+        f"Another Trellis server is using “{settings.save_dir}”.",
         code="already_running",
-        next_step="Use that one, stop it, or choose another folder with --save-dir.",
+        next_step="Stop it, or choose another folder with --save-dir.",
     )
 
 
@@ -318,7 +320,7 @@ def _open_browser_later(address: str) -> None:
 
 
 def _serve_and_reload(arguments: list[str]) -> None:
-    """Run the studio as a child and start it again when a source file changes."""
+    """Run the server as a child process and restart it when a source file changes."""
     import subprocess
 
     from watchfiles import PythonFilter, watch
@@ -341,4 +343,4 @@ def _serve_and_reload(arguments: list[str]) -> None:
             child.wait()
         if changed is None:
             return
-        console.print(f"changed: {', '.join(sorted({Path(path).name for _, path in changed}))}")
+        console.print(f"Restarting: changed {', '.join(sorted({Path(path).name for _, path in changed}))}")

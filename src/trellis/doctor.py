@@ -1,4 +1,4 @@
-"""What is installed, which devices there are, whether folders can be written, and what to do about what is missing."""
+"""Check what is installed, the devices, memory, disk and folders, with a next step for each problem."""
 
 from __future__ import annotations
 
@@ -18,11 +18,8 @@ import psutil
 from .settings import Settings
 
 REQUIRED_PACKAGES = ("torch", "transformers", "peft", "safetensors", "datasets", "fastapi", "uvicorn", "sqlalchemy")
-OPTIONAL_PACKAGES = (
-    ("bitsandbytes", "8-bit and 4-bit", "quantized"),
-    ("nvidia-ml-py", "how much of a GPU is free", "gpu"),
-)
-"""Parts that one can do without: what each is for, and the extra that brings it."""
+OPTIONAL_PACKAGES = (("bitsandbytes", "8-bit and 4-bit", "quantized"), ("nvidia-ml-py", "free GPU memory", "gpu"))
+"""Optional packages: what each is for, and the extra that installs it."""
 MIN_FREE_DISK = 2_000_000_000
 MIN_FREE_MEMORY = 2_000_000_000
 
@@ -43,7 +40,7 @@ class CheckResult:
 
 
 def run_checks(settings: Settings) -> list[CheckResult]:
-    """Look at everything that Trellis needs, without starting it."""
+    """Check everything that Trellis needs, without starting it."""
     return [
         _check_python(),
         *(_check_package(name) for name in REQUIRED_PACKAGES),
@@ -66,19 +63,19 @@ def _check_package(name: str) -> CheckResult:
     try:
         return CheckResult(name, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
-        return CheckResult(name, "not installed", False, f"Install it: pip install {name} (or run `make install`).")
+        return CheckResult(name, "not installed", False, f"Install it: pip install {name} (or `make install`).")
 
 
 def _check_optional_package(name: str, purpose: str, extra: str) -> CheckResult:
     try:
         return CheckResult(name, f"{importlib.metadata.version(name)} ({purpose})")
     except importlib.metadata.PackageNotFoundError:
-        install_hint = f"If you want it: pip install 'trellis-studio[{extra}]'."
+        install_hint = f"Optional: pip install 'trellis-studio[{extra}]'."
         return CheckResult(name, f"not installed ({purpose})", False, install_hint, optional=True)
 
 
 def _check_devices() -> CheckResult:
-    """Asked in a process of its own, so that this one stays light and a broken driver cannot end it."""
+    """Ask in a separate process: torch is heavy, and a broken driver must not crash this one."""
     try:
         done = subprocess.run(  # noqa: S603 - our own interpreter and text
             [sys.executable, "-c", DEVICE_PROBE], capture_output=True, text=True, timeout=120, check=True
@@ -87,10 +84,10 @@ def _check_devices() -> CheckResult:
     except (subprocess.SubprocessError, ValueError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         last = (detail.strip().splitlines() or ["?"])[-1]
-        return CheckResult("Devices", f"torch does not start: {last}", False, "Install torch again.")
+        return CheckResult("Devices", f"torch fails to start: {last}", False, "Reinstall torch.")
     if found["cuda"]:
         return CheckResult("Devices", ", ".join(found["cuda"]))
-    return CheckResult("Devices", f"CPU, {found['threads']} threads; no GPU (small models work well without one)")
+    return CheckResult("Devices", f"CPU, {found['threads']} threads; no GPU (fine for small models)")
 
 
 def _check_memory() -> CheckResult:
@@ -99,7 +96,7 @@ def _check_memory() -> CheckResult:
         "Memory",
         f"{free / 1e9:.1f} GB free",
         free >= MIN_FREE_MEMORY,
-        "Close other programs: an engine needs about 1 GB.",
+        "Close other programs: a model needs at least 1 GB.",
     )
 
 
@@ -109,8 +106,10 @@ def _check_save_folder(folder: Path) -> CheckResult:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        return CheckResult("Save folder", f"{folder}: {error.strerror}", False, "Choose another with --save-dir.")
-    return CheckResult("Save folder", f"{folder} can be written")
+        return CheckResult(
+            "Save folder", f"{folder}: {error.strerror}", False, "Choose another folder with --save-dir."
+        )
+    return CheckResult("Save folder", f"{folder} is writable")
 
 
 def _check_disk(folder: Path) -> CheckResult:
@@ -118,11 +117,13 @@ def _check_disk(folder: Path) -> CheckResult:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     return CheckResult(
-        "Disk", f"{free / 1e9:.1f} GB free", free >= MIN_FREE_DISK, f"Make room on the disk of {folder}."
+        "Disk", f"{free / 1e9:.1f} GB free", free >= MIN_FREE_DISK, f"Free disk space on the disk of {folder}."
     )
 
 
 def _check_demo_model() -> CheckResult:
     files = Path(__file__).parent / "demo" / "text" / "model"
     there = (files / "model.safetensors").is_file() and os.access(files / "config.json", os.R_OK)
-    return CheckResult("Demo model", "there" if there else "missing", there, "Run `make demo-model`, or install again.")
+    return CheckResult(
+        "Demo model", "installed" if there else "missing", there, "Run `make demo-model`, or reinstall Trellis."
+    )

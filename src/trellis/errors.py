@@ -90,7 +90,7 @@ class WeightsMissing(EngineError):
     def __init__(self, weights: str) -> None:
         super().__init__(
             f"The weights “{weights}” are not on disk.",
-            next_step="They are worked out again from the log of choices.",
+            next_step="They will be recomputed from your choices.",
             details={"weights": weights},
         )
         self.weights = weights
@@ -107,9 +107,9 @@ class LoadFailed(EngineError):
 def internal_error(reference: str) -> TrellisError:
     """What a person is told of a bug, which the log has under a reference."""
     return TrellisError(
-        "The studio met an error that it does not know.",
+        "Something went wrong.",
         code="internal",
-        next_step=f"Try again. The log has the details under reference {reference}.",
+        next_step=f"Try again. Error ID {reference} (see the log).",
     )
 
 

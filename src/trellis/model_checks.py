@@ -43,7 +43,7 @@ PACKED_TENSOR_SUFFIXES = ("qweight", "qzeros", "weight_packed", "weight_blocks",
 BLOCK_FP8 = "fp8"
 BITSANDBYTES = "bitsandbytes"
 
-_USE_UNQUANTIZED = "Use the model it was made from, in 32 or 16 bits; Trellis can load that in 4-bit."
+_USE_UNQUANTIZED = "Use the original model in 32-bit or 16-bit. Trellis can load that in 4-bit."
 
 _SIZE_KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "n_embd", "n_layer", "n_head")
 
@@ -123,9 +123,9 @@ def answer_length_problem(max_positions: int | None, max_new_tokens: int) -> Pro
         return None
     fitting = max(1, max_positions // 2)
     return Problem(
-        f"This model can look back on {max_positions} tokens, and answers of up to {max_new_tokens} leave no room for "
+        f"This model has a context of {max_positions} tokens, and answers of up to {max_new_tokens} leave no room for "
         "a prompt.",
-        f"Allow answers of at most {fitting} tokens.",
+        f"Set max new tokens to {fitting} or less.",
         "invalid", "max_new_tokens",
     )  # fmt: skip
 
@@ -139,24 +139,24 @@ def _missing_files(files: ModelFiles) -> Iterator[Problem]:
             base = str(read_json(files.path / "adapter_config.json", CONFIG_LIMIT).get("base_model_name_or_path", ""))
         of = f" for “{shorten(base)}”" if base else ""
         yield Problem(
-            f"The folder “{folder}” holds an adapter{of}, not a model.",
-            "Merge it into its base model with PEFT (merge_and_unload, save_pretrained), and use the merged folder.",
+            f"The folder “{folder}” contains an adapter{of}, not a model.",
+            "Merge it into its base model with PEFT (merge_and_unload, save_pretrained) and use the merged folder.",
             "unsupported_format",
         )
         return
     if not own_weights and not any(name.endswith(".index.json") and name == WEIGHT_INDEX for name in names):
         if any(name.endswith(".gguf") for name in names):
             yield Problem(
-                f"The folder “{folder}” holds a GGUF file, which can be run and not learned on.",
-                "Use the folder of the original model, which has safetensors files.",
+                f"The folder “{folder}” contains a GGUF file, which can be run but not trained.",
+                "Use the original model with safetensors files.",
                 "unsupported_format",
             )
             return
         pickled = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
         if pickled and "config.json" in names:
             yield Problem(
-                f"The weights are in “{pickled[0]}”, a pickle, which can run code when it is read.",
-                "Use a version of the model with safetensors files, or convert it with transformers' save_pretrained.",
+                f"The weights are in “{pickled[0]}”, a pickle file, which can run code when it is loaded.",
+                "Use a version with safetensors files, or convert it with transformers' save_pretrained.",
                 "unsupported_format",
             )
             return
@@ -215,36 +215,36 @@ def _unsupported_architecture(files: ModelFiles, remote_code: bool) -> Iterator[
         brings_code = isinstance(config.get("auto_map"), dict)
         if brings_code and not remote_code:
             yield Problem(
-                "This model brings Python code of its own, which would run on this computer with your rights.",
-                "Read that code. If you trust it, pin the revision to the commit you read and turn on “Run the model's "
-                "own code”; or choose a model that needs none.",
+                "This model needs its own Python code, which would run here with your permissions.",
+                "Review that code. If you trust it, set the revision to the reviewed commit and turn on “Run the "
+                "model's own code”. Or choose a model that needs none.",
                 "remote_code_refused",
             )
         elif not kind:
             yield Problem(
-                "The file “config.json” does not say which architecture the model has (its model_type).",
+                "The file “config.json” has no model_type, so the architecture is unknown.",
                 "Copy or download it again, or choose another model.",
                 "unsupported_architecture",
             )
         elif not brings_code:
             yield Problem(
-                f"The architecture “{shorten(kind)}” is not one that the installed transformers knows.",
+                f"The installed transformers doesn't know the architecture “{shorten(kind)}”.",
                 "Update transformers if the architecture is new, or choose another model.",
                 "unsupported_architecture",
             )
         return
     if what := _describe_non_causal(files):
-        yield Problem(f"{what}; Trellis steers causal language models.", CHOOSE_CAUSAL_MODEL, UNSUPPORTED_ARCHITECTURE)
+        yield Problem(f"{what}. Trellis steers causal language models.", CHOOSE_CAUSAL_MODEL, UNSUPPORTED_ARCHITECTURE)
     elif {"modules.json", "config_sentence_transformers.json"} & files.file_names:
         yield Problem(
-            f"This is an embedding model ({shorten(architecture or kind)}), which turns text into vectors; Trellis "
+            f"This is an embedding model ({shorten(architecture or kind)}), which turns text into vectors. Trellis "
             "steers causal language models.",
             CHOOSE_CAUSAL_MODEL,
             "unsupported_architecture",
         )
     elif _lacks_output_layer(files):
         yield Problem(
-            f"The folder holds {shorten(architecture or kind)} without an output layer, so that it cannot say words.",
+            f"The folder holds {shorten(architecture or kind)} without an output layer, so it can't generate text.",
             CHOOSE_CAUSAL_MODEL,
             "unsupported_architecture",
         )
@@ -259,10 +259,10 @@ def _describe_non_causal(files: ModelFiles) -> str:
         or kind in known_model_types("TEXT_TO_WAVEFORM")
         or kind == "trocr"
     ):
-        return f"This model ({name}) works on sound or pictures"
+        return f"This model ({name}) works with audio or images"
     if config.get("is_encoder_decoder") is True or kind in known_model_types("SEQ_TO_SEQ_CAUSAL_LM"):
         if config.get("is_encoder_decoder") is not False:
-            return f"This is an encoder-decoder ({name}), which rewrites a text as another"
+            return f"This is an encoder-decoder ({name}), which rewrites one text as another"
     elif kind in known_model_types("MASKED_LM") and config.get("is_decoder") is not True:
         what = "a BERT encoder" if kind == "bert" else f"an encoder ({name})"
         return f"This is {what}, which fills in masks"
@@ -272,7 +272,7 @@ def _describe_non_causal(files: ModelFiles) -> str:
     causal = known_model_types("CAUSAL_LM")
     if causal and kind not in causal and kind in known_model_types("CONFIG"):
         if kind in known_model_types("IMAGE_TEXT_TO_TEXT"):
-            return f"This model ({name}) reads pictures together with text, and Trellis cannot load its text part alone"
+            return f"This model ({name}) reads images together with text, and Trellis can't load its text part alone"
         return f"This model ({name}) is not a causal language model"
     return ""
 
@@ -304,20 +304,20 @@ def _unsupported_quantization(files: ModelFiles) -> Iterator[Problem]:
     if method == BLOCK_FP8:
         if odd := _unsupported_fp8_tensor(files):
             yield Problem(
-                f"The weights are in FP8, and “{shorten(odd)}” has scales of a kind that Trellis does not know.",
+                f"The weights are in FP8, and “{shorten(odd)}” has scales that Trellis doesn't support.",
                 _USE_UNQUANTIZED, "unsupported_quantization",
             )  # fmt: skip
     elif method == BITSANDBYTES and not _is_installed("bitsandbytes"):
         yield Problem(
-            "The weights were quantised with bitsandbytes, which is not installed.",
+            "The weights are quantized with bitsandbytes, which is not installed.",
             f"Install it with `pip install 'trellis-studio[quantized]'`. Or: {_USE_UNQUANTIZED}",
             "not_installed",
         )
     elif method not in ("", BITSANDBYTES):
         name = {"awq": "AWQ", "gptq": "GPTQ", "mxfp4": "MXFP4", "fbgemm_fp8": "FBGEMM FP8"}.get(method, f"“{method}”")
-        packed = "in a way that config.json does not name" if method == "unknown" else f"with {shorten(name)}"
+        packed = "in a way that config.json doesn't name" if method == "unknown" else f"with {shorten(name)}"
         yield Problem(
-            f"The weights are quantised {packed}, in which Trellis cannot learn.",
+            f"The weights are quantized {packed}, which Trellis can't train on.",
             _USE_UNQUANTIZED,
             "unsupported_quantization",
         )
@@ -328,8 +328,8 @@ def _unsupported_quantization(files: ModelFiles) -> Iterator[Problem]:
             )
             if name.endswith(".weight") and (about.get("dtype") in ("I8", "U8", "I32") or scaled):
                 yield Problem(
-                    f"The tensor “{shorten(name)}” holds packed numbers ({about['dtype']}), and config.json does not "
-                    "say how they are to be read.",
+                    f"The tensor “{shorten(name)}” contains packed numbers ({about['dtype']}), and config.json doesn't "
+                    "say how to read them.",
                     _USE_UNQUANTIZED,
                     "unsupported_quantization",
                 )
@@ -381,7 +381,7 @@ def _inconsistent_sizes(files: ModelFiles) -> Iterator[Problem]:
         value = config.get(name, 1)
         if not isinstance(value, list) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             yield Problem(
-                f"The file “config.json” says “{shorten(value)}” for {name}, which must be a whole number above 0.",
+                f"“config.json” has “{shorten(value)}” for {name}, which must be a whole number above 0.",
                 "Copy or download config.json again.",
                 "corrupt_file",
             )
@@ -390,7 +390,7 @@ def _inconsistent_sizes(files: ModelFiles) -> Iterator[Problem]:
     divides = files.model_type in ("llama", "mistral", "qwen2", "gpt_neox")
     if divides and isinstance(heads, int) and isinstance(hidden, int) and "head_dim" not in config and hidden % heads:
         yield Problem(
-            f"The file “config.json” says {heads} attention heads, which do not divide the hidden size {hidden}.",
+            f"“config.json” has {heads} attention heads, which don't divide the hidden size {hidden}.",
             "Copy or download config.json again.",
             "corrupt_file",
         )
@@ -410,8 +410,8 @@ def _inconsistent_sizes(files: ModelFiles) -> Iterator[Problem]:
         configured = config.get(key)
         if isinstance(configured, int) and configured != actual:
             yield Problem(
-                f"The file “config.json” says {configured} for {key}, and the tensor “{shorten(name)}” has {actual}.",
-                "Copy or download config.json and the weights again, from the same model.",
+                f"“config.json” has {configured} for {key}, but the tensor “{shorten(name)}” has {actual}.",
+                "Copy or download config.json and the weights of the same model again.",
                 "corrupt_file",
             )
             return
@@ -438,7 +438,7 @@ def _unsupported_tokenizer(files: ModelFiles, remote_code: bool) -> Iterator[Pro
     if not tokenizer_files:
         yield Problem(
             f"The folder “{files.path.name}” has no tokenizer, such as tokenizer.json.",
-            "Copy or download the tokenizer's files of this model into it.",
+            "Copy or download the model's tokenizer files into it.",
             "not_found",
         )
         return
@@ -457,9 +457,8 @@ def tokenizer_too_large_problem(token_and_id: tuple[str, int], rows: int) -> Pro
     text, number = token_and_id
     token = f"“{shorten(text)}”" if text else "a token"
     return Problem(
-        f"The tokenizer has {token} with number {number}, and the model's embedding has rows for {rows} tokens.",
-        "Use the tokenizer's files that belong to this model, or resize the embedding with transformers "
-        "(resize_token_embeddings).",
+        f"The tokenizer has {token} with id {number}, but the model's embedding has only {rows} rows.",
+        "Use the tokenizer files of this model, or resize the embedding with transformers (resize_token_embeddings).",
         "unsupported_tokenizer",
     )
 
@@ -490,7 +489,7 @@ def _missing_libraries(tokenizer_files: list[str]) -> Iterator[Problem]:
     missing = [_PACKAGE_NAMES.get(name, name) for name in needed if not _is_installed(name)]
     if missing:
         yield Problem(
-            f"The tokenizer is in “{sorted(tokenizer_files)[0]}”, and reading it needs {' and '.join(missing)}, which "
+            f"The tokenizer is in “{sorted(tokenizer_files)[0]}”, which needs {' and '.join(missing)}, and "
             f"{'are' if len(missing) > 1 else 'is'} not installed.",
             f"Install {'them' if len(missing) > 1 else 'it'} with `pip install {' '.join(missing)}`, or use a version "
             "of the model with a tokenizer.json.",

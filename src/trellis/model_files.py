@@ -151,7 +151,7 @@ def folder_signature(path: Path) -> FolderSignature:
     """What changes when a file of a folder does. Raises LoadFailed for one that is not there or may not be read."""
     if not path.is_dir():
         raise LoadFailed(
-            f"There is no folder “{path}”.", code="not_found", next_step="Check the name, or choose another model."
+            f"There is no folder “{path}”.", code="not_found", next_step="Check the name or choose another model."
         )
     marks = []
     try:
@@ -165,7 +165,7 @@ def folder_signature(path: Path) -> FolderSignature:
             marks.append((file.name, about.st_size, about.st_ctime_ns, stat.S_ISREG(about.st_mode)))
     except PermissionError:
         raise LoadFailed(
-            f"The folder “{path}” may not be read.", code="permission_denied", next_step=GRANT_READ_ACCESS
+            f"No permission to read the folder “{path}”.", code="permission_denied", next_step=GRANT_READ_ACCESS
         ) from None
     return tuple(marks)
 
@@ -237,7 +237,7 @@ def _tensors_missing_from_files(path: Path, tensors: Mapping[str, Any]) -> list[
         if missing := sorted(name for name in named if name not in tensors):
             return [
                 Problem(
-                    f"The tensor “{shorten(missing[0])}”, which “{WEIGHT_INDEX}” lists, is in none of its files.",
+                    f"The tensor “{shorten(missing[0])}” is listed in “{WEIGHT_INDEX}” but is in none of the files.",
                     "Copy or download the model again.",
                     "corrupt_file",
                 )
@@ -247,7 +247,7 @@ def _tensors_missing_from_files(path: Path, tensors: Mapping[str, Any]) -> list[
 
 def damaged_file_problem(file: Path, error: BaseException) -> Problem:
     if isinstance(error, PermissionError):
-        return Problem(f"The file “{file}” may not be read.", GRANT_READ_ACCESS, "permission_denied")
+        return Problem(f"No permission to read the file “{file}”.", GRANT_READ_ACCESS, "permission_denied")
     with suppress(OSError), file.open("rb") as stream:
         if stream.read(24).startswith(b"version https://git-lfs"):
             return Problem(
@@ -256,17 +256,15 @@ def damaged_file_problem(file: Path, error: BaseException) -> Problem:
                 "corrupt_file",
             )
     if file.name == WEIGHT_INDEX:
-        return Problem(f"The file “{WEIGHT_INDEX}” cannot be read.", "Copy or download it again.", "corrupt_file")
+        return Problem(f"The file “{WEIGHT_INDEX}” can't be read.", "Copy or download it again.", "corrupt_file")
     if file.suffix == ".safetensors":
         reason = str(error) if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError) else ""
         detail = f": {reason}." if reason and "codec" not in reason else "."
         return Problem(
-            f"The file “{file.name}” is not a whole safetensors file{detail}", "Copy or download the file again.",
+            f"The file “{file.name}” is not a complete safetensors file{detail}", "Copy or download the file again.",
             "corrupt_file",
         )  # fmt: skip
-    return Problem(
-        f"The file “{file.name}” is not a JSON file that can be read.", "Copy or download it again.", "corrupt_file"
-    )
+    return Problem(f"The file “{file.name}” is not valid JSON.", "Copy or download it again.", "corrupt_file")
 
 
 def read_json(file: Path, limit: int) -> Any:

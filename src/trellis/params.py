@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from .errors import Invalid, shorten
-from .text_rules import PROMPT_LIMIT, require_storable
+from .text_rules import PROMPT_LIMIT, plain_number, require_storable
 
 Precision = Literal["auto", "32-bit", "16-bit", "8-bit", "4-bit"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -55,37 +55,43 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _number_as_people_write_it(cls, value: Any, about: ValidationInfo) -> Any:
+        kinds = get_args(row := cls.model_fields[str(about.field_name)].annotation) or (row,)
+        return plain_number(value, whole=int in kinds) if isinstance(value, str) and {int, float} & {*kinds} else value
+
 
 class ModelOptions(Options):
     """Which model, and how it is loaded. Equal ones share an engine."""
 
     model: str = option(
-        "demo", "Model", "The demo, a folder in the studio's models folder, or a model on the hub such as “org/name”.",
+        "demo", "Model",
+        "The demo model, a folder in the studio's models folder, or a Hugging Face model such as “org/name”.",
         group="Model", min_length=1, max_length=200,
     )  # fmt: skip
     revision: str = option(
-        "", "Revision", "For a model on the hub: a branch, tag or commit. A commit pins the files. Empty: main.",
+        "", "Revision", "Branch, tag or commit of a Hugging Face model. A commit pins the files. Empty: main.",
         group="Model", advanced=True, max_length=100, pattern=r"^[A-Za-z0-9._/-]*$",
     )  # fmt: skip
     precision: Precision = option(
-        "auto", "Precision",
-        "How exactly the base model's numbers are kept. Fewer bits take less memory; the adapter always learns in 32. "
-        "“auto”: 32-bit on a CPU, 16-bit on a GPU.",
+        "auto", "Weight precision",
+        "Fewer bits need less memory. The adapter trains in 32-bit. “auto”: 32-bit on a CPU, 16-bit on a GPU.",
         group="Model",
     )  # fmt: skip
     device: Device = option(
-        "auto", "Device", "Where the model runs. “auto”: the GPU where there is one.", group="Model", advanced=True
+        "auto", "Device", "Where the model runs. “auto”: the GPU, if there is one.", group="Model", advanced=True
     )
     engine: EngineName = option(
         "transformers", "Engine",
-        "“transformers” runs the model with fused attention; “transformers-eager” with plain attention, slower, "
-        "for models or devices on which the fused one fails.",
+        "“transformers” uses fused attention. “transformers-eager” uses plain attention: slower, for models or "
+        "devices on which fused attention fails.",
         group="Model", advanced=True,
     )  # fmt: skip
     remote_code: bool = option(
         False, "Run the model's own code",
-        "Some models bring Python code that would run on this computer with your rights. Only for a model on the hub "
-        "whose revision is pinned to a commit that you have read.",
+        "Some models need Python code of their own, which runs on this computer with your permissions. Only for a "
+        "Hugging Face model whose revision is a commit that you have reviewed.",
         group="Model", advanced=True,
     )  # fmt: skip
 
@@ -94,20 +100,20 @@ class Adapter(Options):
     """The low-rank adapter that learns while the base model stays as it is (LoRA, arXiv 2106.09685)."""
 
     lora_rank: int = option(
-        16, "Adapter rank", "How much the adapter can hold. More learns finer things and costs memory.",
+        16, "Adapter rank", "Capacity of the LoRA adapter. Higher learns finer detail and needs more memory.",
         group="Adapter", advanced=True, ge=1, le=256,
     )  # fmt: skip
     lora_alpha: int = option(
-        16, "Adapter alpha", "Scale of the adapter: its output is multiplied by alpha over rank.",
+        16, "Adapter alpha", "Scales the adapter: its output is multiplied by alpha / rank.",
         group="Adapter", advanced=True, ge=1, le=1024,
     )  # fmt: skip
     lora_dropout: float = option(
-        0.0, "Adapter dropout", "Share of the adapter's inputs dropped at random while it learns; 0 drops none.",
+        0.0, "Adapter dropout", "Fraction of the adapter's inputs dropped at random in training. 0 turns it off.",
         group="Adapter", advanced=True, later=True, ge=0.0, le=0.9,
     )  # fmt: skip
     target_modules: str = option(
         "all-linear", "Target modules",
-        "Which layers get an adapter: “all-linear”, or names with commas, such as “q_proj, v_proj” or “experts”.",
+        "Layers that get an adapter: “all-linear”, or comma-separated names such as “q_proj, v_proj” or “experts”.",
         group="Adapter", advanced=True, later=True, min_length=1, max_length=500,
     )  # fmt: skip
 
@@ -116,7 +122,7 @@ class Adapter(Options):
     def _normalize_target_modules(cls, value: str) -> str:
         names = [name.strip() for name in value.split(",")]
         if not all(re.fullmatch(r"[A-Za-z0-9_.-]+", name) for name in names):
-            raise ValueError("must be “all-linear” or names of layers with commas between them")
+            raise ValueError("must be “all-linear” or comma-separated layer names")
         return ", ".join(dict.fromkeys(names))
 
 
@@ -124,19 +130,19 @@ class Sampling(Options):
     """How an answer is drawn from the model."""
 
     temperature: float = option(
-        1.0, "Temperature", "How freely the model speaks: 0 is always its likeliest word, higher is more varied.",
+        1.0, "Temperature", "Randomness. 0 is deterministic; higher is more varied.",
         group="Answers", ge=0.0, le=5.0,
     )  # fmt: skip
     top_p: float = option(
-        1.0, "Top-p", "Keep only the likeliest words that together hold this much probability; 1 keeps all.",
+        1.0, "Top-p", "Sample only from the most likely tokens that together have this probability. 1 keeps all.",
         group="Answers", advanced=True, gt=0.0, le=1.0,
     )  # fmt: skip
     min_p: float = option(
-        0.05, "Min-p", "Drop words less likely than this fraction of the likeliest one; 0 drops none.",
+        0.05, "Min-p", "Drop tokens less likely than this fraction of the most likely one. 0 drops none.",
         group="Answers", advanced=True, ge=0.0, lt=1.0,
     )  # fmt: skip
     max_new_tokens: int = option(
-        96, "Longest answer", "An answer that reaches this length is cut.",
+        96, "Max new tokens", "Longer answers are cut off.",
         unit="tokens", group="Answers", ge=1, le=8192,
     )  # fmt: skip
 
@@ -146,66 +152,65 @@ class Learning(Options):
 
     learning_method: MethodName = option(
         "choice", "Learning method",
-        "How a click becomes a change. “choice”, the default, takes “none of these” as one more option and needs the "
-        "fewest clicks. “dpo”, “dpo-norm”, “ipo” and “simpo” set the chosen answer against each other one; “kto” and "
-        "“apo-zero” call each answer good or bad by itself; “sft” only imitates what was chosen; “grpo”, “dr-grpo” and "
-        "“rloo” reward it; “trellis-classic” is the first Trellis' rule.",
+        "How your pick changes the model. “choice”, the default, counts “none of these” as one more option and needs "
+        "the fewest picks. “dpo”, “dpo-norm”, “ipo” and “simpo” are pairwise; “kto” and “apo-zero” are pointwise; "
+        "“sft” imitates your pick; “grpo”, “dr-grpo” and “rloo” reward it; “trellis-classic” is the rule of the "
+        "first Trellis.",
         group="Learning", advanced=True, later=True,
     )  # fmt: skip
     learning_rate: float | None = option(
-        None, "Learning rate", "The strength of a click. Empty: chosen by the model's size.",
+        None, "Learning rate", "Step size per choice. Empty: set by the model's size.",
         group="Learning", gt=0.0, le=0.1,
     )  # fmt: skip
     kl_beta: float = option(
-        0.04, "KL strength", "How hard the model is held to the base model's way of speaking.",
+        0.04, "KL penalty", "Keeps it close to the base model. Higher changes it less.",
         group="Learning", ge=0.0, le=10.0,
     )  # fmt: skip
     choice_beta: float = option(
-        1.0, "Choice sharpness", "How strongly a difference in likelihood counts as a preference.",
+        1.0, "Preference beta", "How strongly a difference in likelihood counts as a preference.",
         group="Learning", advanced=True, gt=0.0, le=100.0,
     )  # fmt: skip
     opening_weight: float = option(
-        0.5, "Weight of the opening",
-        "How much of what sets one answer against another lies on its first few words, where it is decided what kind "
-        "of answer it becomes; the rest is spread over all of it.",
+        0.5, "Opening weight",
+        "How much of the preference lies on an answer's first few tokens, which decide what kind of answer it "
+        "becomes. The rest is spread over the whole answer.",
         group="Learning", advanced=True, later=True, ge=0.0, le=1.0,
     )  # fmt: skip
     inner_steps: int = option(
-        5, "Inner steps", "At most so many optimiser steps for one click; it stops sooner when the click has taken.",
+        5, "Max optimizer steps", "Most optimizer steps per choice. Stops earlier at the stop threshold.",
         unit="steps", group="Learning", advanced=True, ge=1, le=64,
     )  # fmt: skip
     refusal_steps: int = option(
-        2, "Steps for a refusal",
-        "At most so many for “none of these”: it says what is wrong and not what is right, and pushed as far as a "
-        "choice it tears down more than it teaches.",
+        2, "Max steps for “none of these”",
+        "It says what is wrong but not what is right, so too many steps do more harm than good.",
         unit="steps", group="Learning", advanced=True, later=True, ge=1, le=64,
     )  # fmt: skip
     settling: int = option(
-        8, "Settling",
-        "After so many choices a click counts half as much, after three times as many a quarter, so that a model that "
-        "has found its voice is not worn down. 0: every click counts the same.",
+        8, "Learning decay",
+        "After this many choices a pick counts half as much, after three times as many a quarter, so that a model "
+        "that is already good is not worn down. 0: every pick counts the same.",
         unit="choices", group="Learning", advanced=True, later=True, ge=0, le=10_000,
     )  # fmt: skip
     target_share: float = option(
-        0.9, "Target share", "A click has taken when the chosen answer holds this share among the options.",
+        0.9, "Stop threshold", "Stop once the chosen answer has this probability among the answers.",
         group="Learning", advanced=True, gt=0.0, lt=1.0,
     )  # fmt: skip
     step_limit: float = option(
-        10.0, "Step limit", "A click moves the answers at most this far (mean k3 distance); a step over it is halved.",
+        10.0, "Step limit", "The most one choice may move the answers (mean k3 distance). A larger step is halved.",
         unit="nats", group="Learning", advanced=True, gt=0.0, le=100.0,
     )  # fmt: skip
     nll_weight: float = option(
-        1.5, "Pull on the winner",
-        "How much the chosen answer itself becomes likelier, beside being set against the others. It is what makes few "
-        "clicks enough.",
+        1.5, "NLL weight",
+        "How much the chosen answer itself is made more likely, beside being compared with the others. This is why "
+        "few choices are enough.",
         group="Learning", advanced=True, ge=0.0, le=10.0,
     )  # fmt: skip
     replay: int = option(
-        3, "Replayed choices", "So many earlier choices of this branch are learned again with each click.",
+        3, "Replay count", "Earlier choices of this branch to train on again with each new one.",
         unit="choices", group="Learning", advanced=True, ge=0, le=8,
     )  # fmt: skip
     replay_weight: float = option(
-        1.0, "Replay weight", "How much the replayed choices count together, against 1 for the new one.",
+        1.0, "Replay weight", "Weight of all replayed choices together. The new choice counts 1.",
         group="Learning", advanced=True, ge=0.0, le=10.0,
     )  # fmt: skip
 
@@ -214,33 +219,33 @@ class Dataset(Options):
     """Where prompts come from."""
 
     source: Literal["demo", "file", "hub"] = option(
-        "demo", "Prompts from",
-        "“demo” ships with the demo model; “file” is a file or folder in the studio's prompts folder; "
-        "“hub” is a dataset on the Hugging Face hub.",
+        "demo", "Source",
+        "“demo”: prompts that ship with the demo model. “file”: a file or folder in the studio's prompts folder. "
+        "“hub”: a Hugging Face dataset.",
         group="Prompts",
     )  # fmt: skip
     id: str = option(
-        "", "File or dataset", "The name of a file or folder of prompts, or a dataset on the hub such as “org/name”.",
+        "", "File or dataset", "A file or folder of prompts, or a Hugging Face dataset such as “org/name”.",
         group="Prompts", max_length=400,
     )  # fmt: skip
     subset: str = option(
-        "", "Subset", "Which configuration of a hub dataset. Empty: its only or default one.",
+        "", "Subset", "Configuration of a Hugging Face dataset. Empty: the only or default one.",
         group="Prompts", advanced=True, max_length=200,
     )  # fmt: skip
     split: str = option(
-        "", "Split", "Which part of the dataset, such as “train”. Empty: train, or the only one.",
+        "", "Split", "Part of the dataset, such as “train”. Empty: train, or the only one.",
         group="Prompts", advanced=True, max_length=200,
     )  # fmt: skip
     column: str = option(
-        "", "Column", "Which column holds the prompts. Empty: found by the usual names (prompt, question, messages …).",
+        "", "Column", "Column with the prompts. Empty: found by its name (prompt, question, messages …).",
         group="Prompts", advanced=True, max_length=200,
     )  # fmt: skip
     rows: int | None = option(
-        None, "Rows", "Take only the first so many rows. Empty: all of them.",
+        None, "Row limit", "Use only the first rows. Empty: all of them.",
         unit="rows", group="Prompts", advanced=True, ge=1, le=100_000_000,
     )  # fmt: skip
     shuffle: bool = option(
-        True, "Shuffle", "Draw the prompts in an order that the seed gives, instead of the file's own.",
+        True, "Shuffle", "Use the prompts in a random order set by the seed, instead of the file's order.",
         group="Prompts", advanced=True,
     )  # fmt: skip
 
@@ -257,65 +262,63 @@ class SessionConfig(ModelOptions, Adapter, Sampling, Learning):
     """All options of one steering session, flat, by their usual names."""
 
     context_length: int = option(
-        1024, "Context length", "Prompt and answer together; a prompt that leaves no room is refused.",
+        1024, "Context length", "Prompt and answer together. A prompt that leaves no room for an answer is refused.",
         unit="tokens", group="Model", ge=64, le=131_072,
     )  # fmt: skip
     chat_template: bool = option(
-        True, "Chat template", "Put prompts into the model's chat format. Off for base models, which continue text.",
+        True, "Chat template", "Format prompts with the model's chat template. Turn off for base models.",
         group="Prompts", advanced=True,
     )  # fmt: skip
-    group_size: int = option(
-        4, "Options per prompt", "How many answers stand beside each other.", group="Answers", ge=2, le=8
-    )
+    group_size: int = option(4, "Answers per prompt", "How many answers you choose from.", group="Answers", ge=2, le=8)
     openings: int = option(
-        1, "Openings", "After “none of these” so many answers are begun for each option that is shown, half of them "
-        "by the base model, and those whose first words differ most go on. 3 helps people who sometimes err; 1 shows "
-        "plain draws.",
-        unit="for each option", group="Answers", advanced=True, later=True, ge=1, le=8,
+        1, "Candidate drafts",
+        "After “none of these”, start this many drafts for each answer, half of them by the base model, and continue "
+        "those that differ most. 3 helps if you sometimes misclick; 1 turns it off.",
+        unit="per answer", group="Answers", advanced=True, later=True, ge=1, le=8,
     )  # fmt: skip
     seed: int = option(
-        0, "Seed", "The same seed, prompts and choices give the same answers again.",
+        0, "Seed", "The same seed, prompts and choices give the same answers.",
         group="Answers", advanced=True, ge=0, le=2**31 - 1,
     )  # fmt: skip
     dataset: Dataset = option(
         Dataset(),
         "Prompts",
-        "The prompts that the model is steered on, in an order that the seed gives.",
+        "The prompts to steer on, in an order set by the seed.",
         group="Prompts",
     )
     system_prompt: str = option(
-        "", "System prompt", "Said to the model before every prompt.", group="Prompts", max_length=20_000
+        "", "System prompt", "System message for every prompt.", group="Prompts", max_length=20_000
     )
     prompt_prefix: str = option(
-        "", "Before every prompt", "Text that is put before each prompt.",
+        "", "Prompt prefix", "Text added before each prompt.",
         group="Prompts", advanced=True, max_length=20_000,
     )  # fmt: skip
     prompt_suffix: str = option(
-        "", "After every prompt", "Text that is put after each prompt.",
+        "", "Prompt suffix", "Text added after each prompt.",
         group="Prompts", advanced=True, max_length=20_000,
     )  # fmt: skip
     append_think: bool = option(
-        False, "Append <think>", "Begin every answer with a <think> tag, for models that think before they speak.",
+        False, "Append <think>", "Start every answer with a <think> tag, for models that think before they answer.",
         group="Prompts", advanced=True,
     )  # fmt: skip
     enable_thinking: Literal["auto", "on", "off"] = option(
         "auto", "Thinking",
-        "Whether a model that can think before it answers does so. “auto” leaves it to the model's chat template; “on” "
-        "and “off” need a template that knows such a switch.",
+        "Whether the model thinks before it answers. “auto”: as its chat template does. “on” and “off” need a "
+        "template with such a switch.",
         group="Prompts", advanced=True, later=True,
     )  # fmt: skip
     control_prompt: str = option(
-        "Tell me about the sea.", "Control prompt",
-        "Answered after every step, so that you see what changed. Empty turns it off.",
+        "Tell me about the sea.", "Test prompt",
+        "Re-answered after each step, so that you see what changed. Empty turns it off.",
         group="Prompts", max_length=20_000,
     )  # fmt: skip
     max_undos: int = option(
-        32, "Kept steps", "So many last steps keep their weights on disk. Older ones are worked out again when needed.",
+        32, "Undo history", "Latest steps whose weights stay on disk. Older ones are recomputed when needed.",
         unit="steps", group="History", advanced=True, ge=1, le=100_000,
     )  # fmt: skip
     checkpoint_interval: int = option(
         8, "Checkpoint interval",
-        "Every so many steps the weights stay on disk for good, so that going far back is quick.",
+        "Also keep the weights of every n-th step for good, so that going far back is fast.",
         unit="steps", group="History", advanced=True, ge=1, le=100_000,
     )  # fmt: skip
 
@@ -356,19 +359,19 @@ class SessionConfig(ModelOptions, Adapter, Sampling, Learning):
         if self.max_new_tokens >= self.context_length:
             yield (
                 "max_new_tokens",
-                (f"leaves no room for a prompt: {self.max_new_tokens} of the context's {self.context_length} tokens."),
+                f"leaves no room for a prompt: {self.max_new_tokens} of {self.context_length} tokens of context.",
             )
         if self.dataset.source != "demo" and not self.dataset.id:
-            yield "dataset.id", "is empty. Name a file of prompts or a dataset on the hub."
+            yield "dataset.id", "is empty. Enter a file of prompts or a Hugging Face dataset."
         if self.enable_thinking != "auto" and not self.chat_template:
             yield (
                 "enable_thinking",
-                f"is “{self.enable_thinking}”, which needs the chat template. Turn “Chat template” on.",
+                f"is “{self.enable_thinking}”, which needs the chat template. Turn on “Chat template”.",
             )
         if self.enable_thinking == "off" and self.append_think:
-            yield "enable_thinking", "is “off”, and “Append <think>” begins a thought. Turn one of them off."
+            yield "enable_thinking", "is “off”, but “Append <think>” starts a thought. Use only one of them."
         if self.remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.revision):
-            yield "remote_code", "needs a model on the hub and a revision that is a whole commit (40 hex digits)."
+            yield "remote_code", "needs a Hugging Face model with a full commit as its revision (40 hex digits)."
 
 
 StorableText = Annotated[str, Field(min_length=1, max_length=PROMPT_LIMIT), AfterValidator(require_storable)]
@@ -444,7 +447,7 @@ def invalid_from_entries(fields: list[dict[str, str]]) -> Invalid:
     message = f"{first['field'] or 'The request'}: {first['message']}"
     if len(fields) > 1:
         message += f" ({len(fields) - 1} more)"
-    return Invalid(message, next_step="Correct the named fields and send again.", field=first["field"], fields=fields)
+    return Invalid(message, next_step="Fix the highlighted fields.", field=first["field"], fields=fields)
 
 
 BOUND_MESSAGES = {
@@ -454,7 +457,7 @@ BOUND_MESSAGES = {
 }  # fmt: skip
 TYPE_MESSAGES = {
     "int_parsing": "a whole number", "int_type": "a whole number", "int_from_float": "a whole number",
-    "int_parsing_size": "a whole number of a usual size", "float_parsing": "a number", "float_type": "a number",
+    "int_parsing_size": "a smaller whole number", "float_parsing": "a number", "float_type": "a number",
     "finite_number": "a finite number", "bool_parsing": "on or off", "bool_type": "on or off",
     "string_type": "text", "string_sub_type": "text", "string_unicode": "text", "bytes_type": "text",
     "list_type": "a list", "tuple_type": "a list", "set_type": "a list", "iterable_type": "a list",
@@ -480,28 +483,33 @@ def _error_sentence(detail: Mapping[str, Any], prefix: str = "") -> str:
         return "is empty."
     if kind in BOUND_MESSAGES:
         name, words = BOUND_MESSAGES[kind]
-        return f"must be {words.format(limits[name])}{got}"
+        return f"must be {words.format(_limit(limits[name]))}{got}"
     if kind in TYPE_MESSAGES:
         return f"must be {TYPE_MESSAGES[kind]}{got}"
     if kind in LENGTH_MESSAGES:
         name, words = LENGTH_MESSAGES[kind]
-        return words.format(limits[name])
+        return words.format(_limit(limits[name]))
     if kind in ("literal_error", "enum"):
         return f"must be {_requote(limits['expected'])}{got}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         tags = f" {_requote(limits['expected_tags'])}" if "expected_tags" in limits else " one of the kinds"
         return f"must have{tags} as its {_requote(limits.get('discriminator', 'type'))}."
     if kind == "missing":
-        return "is missing."
+        return "is required."
     if kind == "extra_forbidden":
-        options = "is not an option. The options are listed at /api/steering/schema."
+        options = "is not an option. See /api/steering/schema for all options."
         return options if prefix == "config" else "is not a field of this request."
     if kind == "string_pattern_mismatch":
-        return f"has characters or a form that it cannot have{got}"
+        return f"contains invalid characters{got}"
     if kind in ("value_error", "assertion_error"):  # what our own validators say
         message = str(detail["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ").rstrip(".")
         return f"{message}{got}"
-    return f"cannot be used{got}"
+    return f"is not valid{got}"
+
+
+def _limit(value: object) -> str:
+    """`5` and `20,000`, whether whole or not."""
+    return f"{value:,.15g}" if isinstance(value, int | float) else str(value)
 
 
 def _requote(expected: object) -> str:

@@ -18,52 +18,54 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="TRELLIS_", frozen=True, extra="forbid")
 
-    host: str = Field("127.0.0.1", description="Address to listen on. Any but this computer's own needs a password.")
-    port: int = Field(8117, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    host: str = Field(
+        "127.0.0.1", description="Address to listen on. Any address other than loopback needs a password."
+    )
+    port: int = Field(8117, ge=0, le=65535, description="Port to listen on. 0: any free port.")
     save_dir: Path = Field(
         Path.home() / ".trellis",
-        description="Folder for everything that is kept: database, weights, models, logs.",
+        description="Folder for all data: database, weights, models, logs.",
     )
-    database_url: str = Field("", description="SQLAlchemy address of the database. Empty: SQLite in the save folder.")
-    password: SecretStr = Field(SecretStr(""), description="Password of the owner. Empty: no login, loopback only.")
+    database_url: str = Field("", description="SQLAlchemy URL of the database. Empty: SQLite in the save folder.")
+    password: SecretStr = Field(SecretStr(""), description="The owner's password. Empty: no login, loopback only.")
     allowed_hosts: str = Field(
         "",
-        description="More names that browsers may use for this server, with commas, for use behind a proxy.",
+        description="Additional host names for this server, comma-separated, for use behind a proxy.",
     )
     behind_proxy: bool = Field(
-        False, description="Believe the X-Forwarded headers of a proxy on this computer, which must set them itself."
+        False, description="Trust the X-Forwarded headers of a proxy on this computer, which must set them itself."
     )
     model_dirs: str = Field(
-        "", description="More folders that hold a folder for each model, with “:” between them (“;” on Windows)."
+        "", description="Additional folders with one folder per model, separated by “:” (“;” on Windows)."
     )
-    data_dirs: str = Field(
-        "", description="More folders that files of prompts may be read from, written like model_dirs."
-    )
+    data_dirs: str = Field("", description="Additional folders with files of prompts, written like model_dirs.")
     idle_minutes: float = Field(
-        120.0, ge=0, description="A model that nobody has used for so long is unloaded; sessions stay. 0: never."
+        120.0,
+        ge=0,
+        description="Unload a model that has not been used for this many minutes; its sessions are kept. 0: never.",
     )
-    engine_memory_gb: float = Field(0.0, ge=0, description="Memory that one engine may take, in GB. 0: no limit.")
+    engine_memory_gb: float = Field(0.0, ge=0, description="Memory limit of one engine, in GB. 0: no limit.")
     engine_cache_gb: float = Field(
         0.5,
         ge=0,
-        description="Weights that one engine keeps in memory, in GB: those in use, and those that foresight made.",
+        description="Weights that one engine keeps in memory, in GB: those in use and those that foresight computed.",
     )
-    upload_gb: float = Field(50.0, gt=0, description="The largest upload of a model or a file of prompts, in GB.")
+    upload_gb: float = Field(50.0, gt=0, description="Largest upload of a model or a file of prompts, in GB.")
     hub_timeout: float = Field(
-        60.0, gt=0, description="Seconds to wait for a hub that says nothing, before a download is given up."
+        60.0, gt=0, description="Seconds without any data from Hugging Face after which a download fails."
     )
     local_servers: str = Field(
         "",
-        description="Servers of models in your own network that may be talked to, as host:port with commas, such as "
-        "“localhost:11434”. Others must have public addresses, or be permitted on the page of connections.",
+        description="Model servers in your own network that may be used, as comma-separated host:port, such as "
+        "“localhost:11434”. Others must have public addresses, or be allowed on the Connections page.",
     )
     rate_limit: int = Field(
-        120, ge=0, description="Expensive actions a minute that one client may take (sessions, loads, exports). 0: any."
+        120, ge=0, description="Expensive actions per minute for one client (sessions, loads, exports). 0: no limit."
     )
-    engine_threads: int = Field(0, ge=0, description="CPU threads of an engine; 0 takes one per core.")
+    engine_threads: int = Field(0, ge=0, description="CPU threads of an engine. 0: one per core.")
     foresight: Literal["on", "mains", "off"] = Field(
         "on",
-        description="Work out what each choice would lead to while it is read: always, on mains power alone, or never.",
+        description="Compute the result of each choice while you read: always, on mains power only, or never.",
     )
     fake_engine: bool = Field(False, description="Run without models, for tests of the studio itself.")
 

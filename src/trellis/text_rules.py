@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 PROMPT_LIMIT = 100_000
@@ -11,11 +12,11 @@ PROMPT_LIMIT = 100_000
 def require_storable(text: str) -> str:
     """Text as it can be stored and encoded. Raises ValueError for NUL and lone surrogates."""
     if "\x00" in text:
-        raise ValueError("must not hold the character NUL")
+        raise ValueError("must not contain the character NUL")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("must be text that can be encoded as UTF-8") from None
+        raise ValueError("must be valid UTF-8") from None
     return text
 
 
@@ -29,3 +30,27 @@ def fold_text(text: str) -> str:
 def search_spellings(word: str) -> list[str]:
     """A word as it may stand in stored text: folded, or as it was stored before letters were composed."""
     return list(dict.fromkeys([fold_text(word), word.casefold(), unicodedata.normalize("NFD", fold_text(word))]))
+
+
+GROUPED = re.compile(r"\d{1,3}([ ,.'’])\d{3}(?:\1\d{3})*")
+DECIMAL = re.compile(r"(\d*|\d{1,3}([ ,.'’])\d{3}(?:\2\d{3})*)(?!\2)[.,](\d+)")
+
+
+def plain_number(text: str, *, whole: bool) -> str:
+    """A number as people write it (`0,5`, `1 024`, `1.024,5`), written as Python reads it; other text as it is.
+
+    Raises ValueError for a number that can be read in two ways, such as `1,024` where it need not be whole.
+    """
+    found = re.fullmatch(r"\s*([+-]?)([\d.,'’\s]*\d)((?:[eE][+-]?\d+)?)\s*", text[:60])
+    if not found or len(text) > 60:
+        return text
+    sign, digits, exponent = found[1], re.sub(r"\s", " ", found[2]), found[3]
+    if grouped := GROUPED.fullmatch(digits):
+        mark = grouped[1]
+        if mark in " '’" or digits.count(mark) > 1 or (mark == "," and whole and digits[0] != "0"):
+            return sign + digits.replace(mark, "") + exponent
+        if mark == "," and digits[0] != "0":
+            raise ValueError(f"is ambiguous: write {digits.replace(',', '')} or {digits.replace(',', '.')}")
+    if not whole and (decimal := DECIMAL.fullmatch(digits)):
+        return f"{sign}{re.sub('[^0-9]', '', decimal[1])}.{decimal[3]}{exponent}"
+    return text

@@ -190,7 +190,7 @@ def test_nothing_of_what_was_foreseen_is_lost_with_the_real_engine(tmp_path: Pat
 def test_a_second_studio_on_the_same_folder_is_refused(tmp_path: Path) -> None:
     server = Server(tmp_path)
     try:
-        with pytest.raises(AssertionError, match="Another studio is using the folder"):
+        with pytest.raises(AssertionError, match="Another Trellis server is using"):
             Server(tmp_path)
     finally:
         server.stop()

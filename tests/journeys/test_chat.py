@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,8 @@ def test_a_conversation(open_page: Open, server: Server) -> None:
     room = begin(page, server, "Tell me\nabout the sea.")
     whole(page, 1)
     assert on_screen(page) == [stored(server, room)[1]["text"]]
-    expect(page.locator(".measured")).to_contain_text("to the first word")
-    expect(page.locator(".measured")).to_contain_text("tokens of context")
+    expect(page.locator(".measured")).to_contain_text("TTFT")
+    expect(page.locator(".measured")).to_contain_text("context")
     expect(page).to_have_title("Tell me · Chat · Trellis")
     box = page.get_by_label("Message", exact=True)
     box.fill("One")
@@ -99,14 +100,14 @@ def test_stop_by_button_and_by_key_and_go_on(open_page: Open, server: Server) ->
     say(page, SLOW)
     expect(page.locator(".tail.growing")).to_contain_text(" ")
     page.get_by_role("button", name="Stop Esc").click()
-    expect(page.get_by_text("Stopped.")).to_be_visible()
+    expect(page.get_by_text("Stopped", exact=True)).to_be_visible()
     text = stored(server, room)[-1]["text"]
     assert on_screen(page)[-1] == text
-    page.get_by_role("button", name="Go on").click()
+    page.get_by_role("button", name="Continue").click()
     expect(page.locator(".tail.growing")).to_be_visible()
     page.wait_for_timeout(300)
     page.keyboard.press("Escape")
-    expect(page.get_by_text("Stopped.")).to_be_visible()
+    expect(page.get_by_text("Stopped", exact=True)).to_be_visible()
     more = stored(server, room)[-1]["text"]
     assert more.startswith(text)
     assert len(more) > len(text)
@@ -118,21 +119,21 @@ def test_edits_and_answers_once_more_keep_their_branches(open_page: Open, server
     begin(page, server, "Hello.")
     whole(page, 1)
     first = on_screen(page)[0]
-    page.get_by_role("button", name="Once more").click()
-    expect(page.locator(".branches")).to_contain_text("2 of 2")
+    page.get_by_role("button", name="Regenerate").click()
+    expect(page.locator(".branches")).to_contain_text("2/2")
     whole(page, 1)
     assert on_screen(page)[0] != first
-    page.get_by_role("button", name="‹ before").click()
-    expect(page.locator(".branches")).to_contain_text("1 of 2")
+    page.get_by_role("button", name="Previous version").click()
+    expect(page.locator(".branches")).to_contain_text("1/2")
     assert on_screen(page) == [first]
     page.get_by_label("Message", exact=True).focus()
     page.keyboard.press("ArrowUp")
     page.get_by_role("textbox", name="Text").first.fill("Good evening.")
-    page.get_by_role("button", name="Ask this instead").click()
+    page.get_by_role("button", name="Save & submit").click()
     expect(page.locator(".message.user .tail")).to_have_text("Good evening.")
     whole(page, 1)
-    expect(page.locator(".branches").first).to_contain_text("2 of 2")
-    page.get_by_role("button", name="‹ before").first.click()
+    expect(page.locator(".branches").first).to_contain_text("2/2")
+    page.get_by_role("button", name="Previous version").first.click()
     expect(page.locator(".message.user .tail")).to_have_text("Hello.")
 
 
@@ -228,12 +229,12 @@ def test_a_restart_of_the_server_in_mid_answer(open_page: Open, save_dir: Path) 
     server.start()
     try:
         expect(page.locator("[data-connection]")).to_have_attribute("data-state", "connected")
-        expect(page.get_by_text("This answer broke off")).to_be_visible()
+        expect(page.get_by_text("Interrupted when the server stopped.")).to_be_visible()
         assert on_screen(page)[-1] == stored(server, room)[-1]["text"] != ""
-        page.get_by_role("button", name="Go on").click()
+        page.get_by_role("button", name="Continue").click()
         expect(page.locator(".tail.growing")).to_be_visible()
         page.keyboard.press("Escape")
-        expect(page.get_by_text("Stopped.")).to_be_visible()
+        expect(page.get_by_text("Stopped", exact=True)).to_be_visible()
         expect(page.locator(".message.assistant .said").last).to_have_text(stored(server, room)[-1]["text"])
     finally:
         server.stop()
@@ -246,21 +247,21 @@ def test_models_answer_side_by_side_and_one_is_gone_on_with(open_page: Open, ser
     page.goto(f"{server.url}/steer/{state['id']}")
     page.get_by_role("link", name="Chat with this step").click()
     chosen = page.locator("[data-model]").first
-    expect(chosen.locator("option:checked")).to_have_text(f"{state['name']}, before any step")
-    page.get_by_text("Compare with another").click()
-    page.get_by_label("Who answers too").select_option("demo")
+    expect(chosen.locator("option:checked")).to_have_text(f"{state['name']}, Base model")
+    page.get_by_text("Compare", exact=True).click()
+    page.get_by_label("Model 2").select_option("demo")
     say(page, "Hello.")
     page.wait_for_url("**/chat/r*")
     whole(page, 2)
     expect(page.locator(".turn.columns .message")).to_have_count(2)
-    expect(page.locator(".turn.columns .who")).to_have_text([f"{state['name']}, before any step", "demo"])
-    page.get_by_role("button", name="Go on with this one").click()
-    expect(page.locator(".turn.columns .message.aside .who")).to_have_text(f"{state['name']}, before any step")
-    page.get_by_role("button", name="Good").last.click()
-    expect(page.get_by_role("button", name="Good").last).to_have_attribute("aria-pressed", "true")
+    expect(page.locator(".turn.columns .who")).to_have_text([f"{state['name']}, Base model", "demo"])
+    page.get_by_role("button", name="Use this answer").click()
+    expect(page.locator(".turn.columns .message.aside .who")).to_have_text(f"{state['name']}, Base model")
+    page.get_by_role("button", name="Good answer").last.click()
+    expect(page.get_by_role("button", name="Good answer").last).to_have_attribute("aria-pressed", "true")
     page.locator(".teach summary").last.click()
-    page.get_by_role("button", name="Learn from this").last.click()
-    page.get_by_role("link", name="See how it goes").click()
+    page.get_by_role("button", name="Train", exact=True).last.click()
+    page.get_by_role("link", name="Show progress").click()
     page.wait_for_url("**/log#fits")
     expect(page.get_by_text("an answer in").first).to_be_visible()
 
@@ -324,17 +325,17 @@ def test_prompts_by_slash_and_keys_by_question_mark(open_page: Open, server: Ser
     whole(page, 1)
     box = page.get_by_label("Message", exact=True)
     box.press_sequentially("/brief Answer in three words.")
-    page.get_by_role("button", name="Keep as “brief”").click()
+    page.get_by_role("button", name="Save as /brief").click()
     expect(box).to_have_value("Answer in three words.")
     box.fill("")
     box.press_sequentially("/br")
     expect(page.locator(".prompt-row")).to_have_count(1)
     page.keyboard.press("Enter")
     expect(box).to_have_value("Answer in three words.")
-    page.get_by_role("button", name="Keys").click()
-    expect(page.get_by_role("dialog", name="Keys")).to_be_visible()
+    page.get_by_role("button", name="Shortcuts").click()
+    expect(page.get_by_role("dialog", name="Shortcuts")).to_be_visible()
     page.keyboard.press("Escape")
-    expect(page.get_by_role("dialog", name="Keys")).not_to_be_visible()
+    expect(page.get_by_role("dialog", name="Shortcuts")).not_to_be_visible()
 
 
 @pytest.mark.parametrize("text", ["/etc/fstab is broken, why?", "/brief is what I would call it", "/nobody", "/a/b"])
@@ -385,12 +386,12 @@ def test_a_text_that_is_too_long_is_kept_told_and_can_become_a_file(open_page: O
     box = page.get_by_label("Message", exact=True)
     text = "word " * 30_004 + "last"
     box.evaluate("(node, text) => { node.focus(); document.execCommand('insertText', false, text); }", text)
-    expect(page.locator("#say-limit")).to_contain_text("150,024 characters; 100,000 are the most")
+    expect(page.locator("#say-limit")).to_contain_text("150,024 characters; the limit is 100,000")
     page.keyboard.press("Enter")
     page.wait_for_timeout(300)
     assert box.input_value() == text, "nothing of it is lost"
     assert len(stored(server, room)) == 2
-    page.get_by_role("button", name="Add it as a file").click()
+    page.get_by_role("button", name="Attach it as a file").click()
     expect(page.locator("[data-chips] .chip")).to_contain_text("pasted.txt")
     expect(box).to_have_value("")
     expect(page.locator("#say-limit")).to_be_hidden()
@@ -407,8 +408,8 @@ def test_an_edit_that_is_too_long_is_kept_and_told(open_page: Open, server: Serv
     page.get_by_label("Message", exact=True).focus()
     page.keyboard.press("ArrowUp")
     page.get_by_role("textbox", name="Text").first.fill("x" * 100_001)
-    page.get_by_role("button", name="Ask this instead").click()
-    expect(page.get_by_text("100,001 characters; 100,000 are the most")).to_be_visible()
+    page.get_by_role("button", name="Save & submit").click()
+    expect(page.get_by_text("100,001 characters; the limit is 100,000")).to_be_visible()
     page.wait_for_timeout(200)
     assert len(stored(server, room)) == 2
 
@@ -468,7 +469,7 @@ def test_the_first_message_takes_files_and_one_that_cannot_be_used_is_refused_al
     (tmp_path / "bad.bin").write_bytes(b"\x00\x01")
     (tmp_path / "cat.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 20)
     rooms = len(httpx.get(f"{server.url}/api/rooms").json())
-    for bad, reason in (("bad.bin", "neither text"), ("cat.png", "does not see pictures")):
+    for bad, reason in (("bad.bin", "isn't UTF-8 text"), ("cat.png", "can't read images")):
         page.locator("#add-file").set_input_files([tmp_path / bad])
         expect(page.locator(".toast.error")).to_contain_text(bad)
         expect(page.locator(".toast.error")).to_contain_text(reason)
@@ -483,7 +484,7 @@ def test_the_first_message_takes_files_and_one_that_cannot_be_used_is_refused_al
     assert (first["text"], first["files"][0]["name"]) == ("What is it?", "notes.md")
     assert len(httpx.get(f"{server.url}/api/rooms").json()) == rooms + 1
     page.locator("#add-file").set_input_files([tmp_path / "cat.png"])
-    expect(page.locator(".toast.error")).to_contain_text("does not see pictures")
+    expect(page.locator(".toast.error")).to_contain_text("can't read images")
     expect(page.locator("[data-chips] .chip")).to_have_count(0)
 
 
@@ -492,7 +493,7 @@ def test_a_file_that_is_far_too_large_or_gone_is_told_as_that(open_page: Open, s
     page.goto(f"{server.url}/chat")
     (tmp_path / "large.txt").write_bytes(b"x" * 13_000_000)
     page.locator("#add-file").set_input_files([tmp_path / "large.txt"])
-    expect(page.locator(".toast.error")).to_contain_text("It has 13.0 MB; 12.0 MB are the most.")
+    expect(page.locator(".toast.error")).to_contain_text("It is 13.0 MB; the limit is 12.0 MB.")
     page.locator("[data-say]").evaluate("""node => {
         const gone = new File(['x'], 'folder');
         gone.slice = () => ({ arrayBuffer: () => Promise.reject(new DOMException('', 'NotFoundError')) });
@@ -511,12 +512,12 @@ def test_a_local_server_is_permitted_on_the_page(open_page: Open, server: Server
         page = open_page(viewport={"width": 375, "height": 800})
         page.goto(f"{other.url}/connections")
         page.get_by_label("Name", exact=True).fill("local")
-        page.get_by_label("Address").fill(server.url)
-        page.get_by_role("button", name="Add this server").click()
-        expect(page.get_by_role("alert")).to_contain_text("this computer or its own network")
-        expect(page.get_by_role("button", name="Allow and add this server")).to_be_in_viewport()
-        expect(page.get_by_label("Address")).to_have_value(server.url)
-        page.get_by_role("button", name="Allow and add this server").click()
+        page.get_by_label("Base URL").fill(server.url)
+        page.get_by_role("button", name="Add provider").click()
+        expect(page.get_by_role("alert")).to_contain_text("this computer or its local network")
+        expect(page.get_by_role("button", name="Allow and add provider")).to_be_in_viewport()
+        expect(page.get_by_label("Base URL")).to_have_value(server.url)
+        page.get_by_role("button", name="Allow and add provider").click()
         expect(page.locator("li", has_text="local")).to_contain_text(f"{server.url}/v1")
         page.goto(f"{other.url}/chat?model=remote:local/demo")
         say(page, "Hello.")
@@ -554,21 +555,21 @@ def test_looking_at_the_steps_of_a_session_chooses_none(open_page: Open, server:
     page.goto(f"{server.url}/chat?model=session:{state['id']}")
     select = page.locator("[data-model]").first
     for _ in range(2):
-        page.get_by_role("button", name="Step …").first.click()
+        page.get_by_role("button", name="Choose step").first.click()
         expect(select.locator("optgroup[data-steps] option")).to_have_count(3)
         expect(select).to_have_value(f"session:{state['id']}")
     texts = select.locator("optgroup[data-steps] option").all_inner_texts()
     assert all(text.startswith(state["name"]) and not text.rstrip().endswith((":", ",")) for text in texts), texts
-    assert [("the newest" in text, "where it stands" in text) for text in texts] == [
+    assert [("newest" in text, "current" in text) for text in texts] == [
         (True, False), (False, True), (False, False),
     ]  # fmt: skip
     page.keyboard.press("Escape")
     value = select.locator("optgroup[data-steps] option").nth(1).get_attribute("value")
     select.select_option(value)
-    page.get_by_role("button", name="Step …").first.click()
+    page.get_by_role("button", name="Choose step").first.click()
     expect(select).to_have_value(value or "")
     page.route("**/versions", lambda route: (page.wait_for_timeout(300), route.continue_()))
-    page.get_by_role("button", name="Step …").first.click()
+    page.get_by_role("button", name="Choose step").first.click()
     other = select.locator("optgroup[data-steps] option").nth(2).get_attribute("value")
     with page.expect_response("**/versions"):
         select.select_option(other)  # while the list is still on its way
@@ -584,24 +585,24 @@ def test_teach_takes_the_session_that_answered_or_says_why_it_cannot(open_page: 
     say(page, "Hello.")
     whole(page, 1)
     page.locator(".teach summary").click()
-    expect(page.locator(".teach .help")).to_contain_text("There is nothing to learn from this yet")
-    page.get_by_role("button", name="Good").click()
-    expect(page.get_by_role("button", name="Good")).to_have_attribute("aria-pressed", "true")
+    expect(page.locator(".teach .help")).to_contain_text("Rate it or regenerate first")
+    page.get_by_role("button", name="Good answer").click()
+    expect(page.get_by_role("button", name="Good answer")).to_have_attribute("aria-pressed", "true")
     page.locator(".teach summary").click()
     expect(page.locator(".teach select")).to_have_value(mine["id"])
     url = page.url
-    page.get_by_role("button", name="Learn from this").click()
-    expect(page.locator("[data-taught]")).to_contain_text(f"“{mine['name']}” learns from this")
+    page.get_by_role("button", name="Train", exact=True).click()
+    expect(page.locator("[data-taught]")).to_contain_text(f"Training “{mine['name']}” on this answer")
     assert page.url == url, "the talk goes on where it was"
     say(page, "And then?")
     whole(page, 2)
     page.locator(".teach summary").last.click()
-    expect(page.locator(".teach .help").last).to_contain_text("answers to a single prompt")
+    expect(page.locator(".teach .help").last).to_contain_text("Only answers to the first message of a chat")
     page.goto(f"{server.url}/chat?model=demo")
     say(page, "Hello.")
     page.wait_for_url("**/chat/r*")
     whole(page, 1)
-    page.get_by_role("button", name="Good").click()
+    page.get_by_role("button", name="Good answer").click()
     page.locator(".teach summary").click()
     expect(page.locator(".teach select")).to_have_value("")
     assert other["id"] in page.locator(".teach select").inner_html()
@@ -624,17 +625,86 @@ def test_rooms_are_found_renamed_and_deleted(open_page: Open, server: Server) ->
     page = open_page()
     begin(page, server, "Of zebras and quaggas.")
     whole(page, 1)
-    page.get_by_label("Name of the room").fill("Striped ones")
+    page.get_by_label("Chat title").fill("Striped ones")
     page.keyboard.press("Enter")
     expect(page.locator("#room-list a[aria-current=page] strong")).to_have_text("Striped ones")
-    page.get_by_label("Search all rooms").fill("QUAGGAS zebras")
+    page.get_by_label("Search chats").fill("QUAGGAS zebras")
     expect(page.locator("#room-list li")).to_have_count(1)
     expect(page.locator("#room-list .found")).to_contain_text("quaggas")
     page.on("dialog", lambda dialog: dialog.accept())
     page.locator(".room-menu summary").first.click()
-    page.get_by_role("button", name="Delete this room").click()
-    page.wait_for_url("**/chat")
+    page.get_by_role("button", name="Delete chat").click()
+    page.wait_for_url(re.compile("/chat([?]done=deleted)?$"))
+    expect(page.get_by_role("status").filter(has_text="Chat deleted")).to_be_visible()
     expect(page.locator("#room-list")).not_to_contain_text("Striped ones")
+
+
+@pytest.mark.parametrize("size", [(1440, 900), (375, 780), (720, 450), (320, 256)])
+def test_the_composer_grows_with_its_text_and_shrinks_again(
+    open_page: Open, server: Server, size: tuple[int, int]
+) -> None:
+    """The last two are a laptop and a phone at 200 %."""
+    page = open_page(viewport={"width": size[0], "height": size[1]})
+    begin(page, server)
+    whole(page, 1)
+
+    def height() -> float:
+        return float(page.locator(".composer").evaluate("node => node.getBoundingClientRect().height"))
+
+    small = height()
+    assert small < (130 if size[1] > 500 else 110)
+    box = page.get_by_label("Message", exact=True)
+    box.fill("line\n" * 40)
+    assert small < height() < small + size[1] * 0.3, "it grows, and leaves the messages their place"
+    box.fill("")
+    assert height() == small
+    box.fill("line\n" * 40)
+    page.keyboard.press("Enter")
+    whole(page, 2)
+    assert height() == small
+
+
+def test_icons_have_names_and_say_them(open_page: Open, server: Server) -> None:
+    room = imported(server, "Hello.", "Good day.")
+    page = open_page(viewport={"width": 375, "height": 780})
+    page.goto(f"{server.url}/chat/{room}")
+    icons = page.locator(".message .icon")
+    names = [icon.get_attribute("aria-label") for icon in icons.all()]
+    answer = ["Good answer", "Bad answer", "Regenerate", "Copy", "Edit", "Use for training"]
+    assert names == ["Copy", "Edit", *answer]
+    for icon, name in zip(icons.all(), names, strict=True):
+        box = icon.bounding_box()
+        assert box is not None
+        assert min(box["width"], box["height"]) >= 44, f"“{name}” is too small for a thumb"
+    page.get_by_label("Bad answer").focus()
+    page.keyboard.press("Tab")
+    shown = "node => [getComputedStyle(node, '::after').display, getComputedStyle(node, '::after').content]"
+    assert page.get_by_label("Regenerate").evaluate(shown) == ["block", '"Regenerate"']
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.get_by_label("Copy").last.click()
+    expect(page.locator(".toast")).to_have_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == "Good day."
+
+
+def test_what_was_done_is_said(open_page: Open, server: Server) -> None:
+    page = open_page()
+    begin(page, server)
+    whole(page, 1)
+    page.locator(".room-menu summary").first.click()
+    page.get_by_label("System prompt").fill("Be brief.")
+    page.get_by_role("button", name="Save", exact=True).first.click()
+    expect(page.locator(".toast")).to_have_text("Saved")
+    page.locator(".room-menu summary").first.click()
+    page.get_by_role("button", name="Archive").click()
+    expect(page.get_by_text("Chat archived")).to_be_visible()
+    expect(page).to_have_url(f"{server.url}/chat")
+    chats = [{"title": f"Chat {number}", "messages": [{"role": "user", "content": "Hello."}]} for number in range(3)]
+    page.get_by_text("More", exact=True).click()
+    page.get_by_label("Import chats").set_input_files(
+        {"name": "chats.json", "mimeType": "application/json", "buffer": json.dumps(chats).encode()}
+    )
+    page.get_by_role("button", name="Import", exact=True).click()
+    expect(page.get_by_text("Imported 3 chats")).to_be_visible()
 
 
 def test_the_view_follows_unless_the_reader_scrolled_up(open_page: Open, server: Server) -> None:
@@ -654,11 +724,11 @@ def test_the_view_follows_unless_the_reader_scrolled_up(open_page: Open, server:
         page.wait_for_timeout(50)
     page.wait_for_timeout(600)
     assert scroller.evaluate("node => node.scrollTop") == 0
-    page.get_by_role("button", name="Newest").click()
+    page.get_by_role("button", name="Jump to latest").click()
     page.wait_for_timeout(300)
     assert scroller.evaluate(at) < 60
     page.keyboard.press("Escape")
-    expect(page.get_by_text("Stopped.")).to_be_visible()
+    expect(page.get_by_text("Stopped", exact=True)).to_be_visible()
 
 
 def test_five_hundred_messages_open_and_can_be_written_under(open_page: Open, server: Server) -> None:
@@ -681,12 +751,12 @@ def test_without_a_script(open_page: Open, server: Server) -> None:
     page.wait_for_timeout(700)
     page.reload()
     whole(page, 1)
-    page.get_by_role("button", name="Once more").click()
+    page.get_by_role("button", name="Regenerate").click()
     page.wait_for_timeout(500)
     page.reload()
-    expect(page.locator(".branches")).to_contain_text("2 of 2")
-    page.get_by_role("button", name="‹ before").click()
-    expect(page.locator(".branches")).to_contain_text("1 of 2")
+    expect(page.locator(".branches")).to_contain_text("2/2")
+    page.get_by_role("button", name="Previous version").click()
+    expect(page.locator(".branches")).to_contain_text("1/2")
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1440), ("dark", 1440), ("light", 375), ("dark", 375)])
@@ -708,7 +778,7 @@ def test_every_page_of_chat_passes_axe_and_fits(open_page: Open, server: Server,
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     if width == 375:
         page.locator(".room-menu summary").first.click()
-        page.get_by_role("button", name="Show the rooms").click()
+        page.get_by_role("button", name="Show chats").click()
         expect(page.locator("#room-list a").first).to_be_visible()
         assert Axe().run(page).response["violations"] == []
 
@@ -716,8 +786,8 @@ def test_every_page_of_chat_passes_axe_and_fits(open_page: Open, server: Server,
 def test_a_key_is_shown_once(open_page: Open, server: Server) -> None:
     page = open_page()
     page.goto(f"{server.url}/connections")
-    page.get_by_label("For which program").fill("My script")
-    page.get_by_role("button", name="Make a key").click()
+    page.get_by_label("Key name").fill("My script")
+    page.get_by_role("button", name="Create API key").click()
     key = page.locator("[data-made-key]").inner_text()
     assert httpx.get(f"{server.url}/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
     page.goto(f"{server.url}/connections")

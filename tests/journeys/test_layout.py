@@ -137,6 +137,79 @@ def test_all_answers_can_be_read_without_scrolling(open_page: Open, server: Stat
     assert page.evaluate(IN_VIEW) == 4
 
 
+LONGEST_PROMPT = "What would you say about the first winter in a house of wood and stone by the cold sea?"
+LONGEST = (
+    "Now, this was told to me as a child. The old people knew that mushrooms are neither plants nor animals but "
+    "something in between, and they told it to us by the fire. They tell it in that village to this day.",
+    "It is recorded that, upon a certain occasion, a family burned their last log on the coldest night, and a "
+    "neighbour came through the drifts with more; the event was, I understand, widely remarked upon.",
+    "I am obliged to you for the question. In the first place, people have cooked with it for hundreds of thousands of "
+    "years; in the second, fire needs fuel, heat and air, and dies without any one of them.",
+    "The red heart under the ash, orange cloth torn by the wind;\nan old man carried embers in a pot from house to "
+    "house, and the village had one fire for a hundred years,\nslow as the shadow of a cloud.",
+)
+"""The longest of 3,000 answers of the demo's corpus, and the one with the most lines."""
+
+FILL = """([prompt, texts]) => {
+  document.querySelector("[data-prompt]").textContent = prompt;
+  const fill = (text, index) => { text.textContent = texts[index % texts.length]; };
+  document.querySelectorAll("[data-text]").forEach(fill);
+}"""
+
+
+@pytest.mark.parametrize("size", ["laptop", "wide"])
+@pytest.mark.parametrize("texts", [LONGEST, LONGEST[3:]], ids=["longest", "most lines"])
+def test_the_longest_answers_of_the_demo_are_all_in_sight(
+    open_page: Open, server: StatesServer, size: str, texts: tuple[str, ...]
+) -> None:
+    page = open_page(viewport=SIZES[size])
+    settled(page, f"{server.url}/steer/{server.states.fresh_session}")
+    page.locator("[data-status=ready]").wait_for()
+    before = page.locator("[name=offer]").first.input_value()
+    page.keyboard.press("a")  # the strip then says what the last pick did
+    page.locator(f"[name=offer]:not([value='{before}'])").first.wait_for(state="attached")
+    page.locator("[data-status=ready]").wait_for()
+    page.locator("[data-strip-text]", has_text="Learned.").wait_for()
+    page.evaluate(FILL, [LONGEST_PROMPT, texts])
+    assert page.evaluate(IN_VIEW) == 4
+    assert page.evaluate("scrollY") == 0
+    assert page.get_by_role("button", name="None of these").is_visible()
+    assert problems(page) == []
+
+
+def test_what_ticking_is_for_is_said_before_anything_is_ticked(open_page: Open, server: StatesServer) -> None:
+    for size, said in (("laptop", "best first (Shift+letter)"), ("phone", "best first")):
+        page = open_page(viewport=SIZES[size])
+        settled(page, f"{server.url}/steer/{server.states.fresh_session}")
+        page.locator("[data-status=ready]").wait_for()
+        hint = page.locator(".hint")
+        assert hint.inner_text().strip() == f"More than one good? Tick them, {said}"
+        page.get_by_label("Tick A").check()
+        assert not hint.is_visible()
+
+
+def test_skip_links_lead_to_the_content_and_to_the_answers_without_an_outline(
+    open_page: Open, server: StatesServer
+) -> None:
+    page = open_page(viewport=SIZES["laptop"])
+    outline = "getComputedStyle(document.activeElement).outlineStyle"
+    for name, path in server.states.pages.items():
+        settled(page, server.url + path)
+        page.get_by_role("link", name="Skip to content").press("Enter")
+        assert page.evaluate("document.activeElement.id") == "main", name
+        assert page.evaluate(outline) == "none", name
+    settled(page, f"{server.url}/steer/{server.states.fresh_session}")
+    page.locator("[data-status=ready]").wait_for()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the answers"
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "choose"
+    assert page.evaluate(outline) == "none"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.ariaLabel") == "Choose A"
+
+
 TALL = 'document.querySelector(".options-grid").offsetHeight'
 
 

@@ -22,11 +22,11 @@ def test_several_good_ones_are_marked_by_keys_and_learned_together(open_page: Op
     before = page.locator("[name=offer]").first.input_value()
     page.keyboard.press("Shift+C")
     page.keyboard.press("Shift+A")
-    expect(page.locator("[data-marked-text]")).to_have_text("Marked: C › A")
-    page.get_by_role("button", name="All marked are good").click()
+    expect(page.locator("[data-marked-text]")).to_have_text("Ticked: C › A")
+    page.get_by_role("button", name="Learn all ticked").click()
     expect(page.locator("[name=offer]").first).not_to_have_value(before)
     is_ready(page)
-    expect(page.locator("[data-strip-text]")).to_contain_text("Learned: what you marked")
+    expect(page.locator("[data-strip-text]")).to_contain_text("Learned. Your last pick: ")
     session = page.url.rsplit("/", 1)[1]
     with server.client() as client:
         nodes = client.get(f"/api/steering/sessions/{session}/tree").json()["nodes"]
@@ -37,8 +37,8 @@ def test_a_ranking_is_given_by_the_order_of_marking(open_page: Open, server: Ser
     page = open_page()
     start(page, server)
     for letter in ("B", "D", "A"):
-        page.get_by_label(f"Mark {letter} as good").check()
-    page.get_by_label("Mark D as good").uncheck()
+        page.get_by_label(f"Tick {letter}").check()
+    page.get_by_label("Tick D").uncheck()
     press(page, "o")
     session = page.url.rsplit("/", 1)[1]
     with server.client() as client:
@@ -51,7 +51,7 @@ def test_an_answer_is_repaired_and_a_draft_survives_a_reload(open_page: Open, se
     page = open_page()
     start(page, server)
     text = answers(page)[1]
-    page.get_by_role("button", name="Repair B").click()
+    page.get_by_role("button", name="Edit this answer (B)").click()
     place = page.locator("#written")
     expect(place).to_have_value(text)
     place.press_sequentially(" And more.")
@@ -70,17 +70,18 @@ def test_a_step_is_named_and_two_steps_are_compared(open_page: Open, server: Ser
     page = open_page()
     start(page, server)
     press(page, "a")
-    page.get_by_label("Name of step 1").fill("The good one")
+    page.get_by_label("Name step 1").fill("The good one")
     page.get_by_role("button", name="Save", exact=True).click()
+    expect(page.locator(".toast")).to_have_text("Saved")
     expect(page.locator("#tree [aria-current]")).to_contain_text("The good one")
     press(page, "b")
     page.get_by_role("link", name="Compare", exact=True).click()
-    page.get_by_label("Prompts, one a line").fill("What is rain?\nWhy?")
-    page.get_by_role("button", name="Answer from both").click()
+    page.get_by_label("One prompt per line").fill("What is rain?\nWhy?")
+    page.get_by_role("button", name="Compare", exact=True).click()
     expect(page.locator(".round")).to_have_count(2, timeout=30_000)
     expect(page.locator(".round").first).to_contain_text("What is rain?")
     expect(page.locator(".round").first.locator("article")).to_have_count(2)
-    expect(page.locator(".round").first).to_contain_text("Step 0")
+    expect(page.locator(".round").first).to_contain_text("Base model")
     expect(page.locator(".round").first).to_contain_text("Step 2")
     page.reload()
     expect(page.locator(".round")).to_have_count(2)
@@ -90,7 +91,7 @@ def test_a_name_that_is_being_written_outlives_what_happens_meanwhile(open_page:
     page = open_page()
     start(page, server)
     press(page, "a")
-    place = page.get_by_label("Name of step 1")
+    place = page.get_by_label("Name step 1")
     place.fill("Kept")
     place.press("ArrowLeft")
     with page.expect_response(lambda response: response.url.endswith("/side/tree")):
@@ -102,7 +103,7 @@ def test_a_name_that_is_being_written_outlives_what_happens_meanwhile(open_page:
     expect(place).to_have_value("Kept")  # it still names the step that it was begun for
     page.get_by_role("button", name="Save", exact=True).click()
     expect(page.locator("#tree button", has_text="Kept").locator(".step")).to_have_text("1")
-    expect(page.get_by_label("Name of step 2")).to_have_value("")
+    expect(page.get_by_label("Name step 2")).to_have_value("")
 
 
 def test_the_view_is_in_the_address_and_the_back_button_goes_back(open_page: Open, server: Server) -> None:
@@ -112,7 +113,7 @@ def test_the_view_is_in_the_address_and_the_back_button_goes_back(open_page: Ope
     expect(page.locator("#tree")).to_be_visible()
     page.reload()
     expect(page.locator("#tree")).to_be_visible()
-    page.get_by_role("link", name="Figures", exact=True).click()
+    page.get_by_role("link", name="Metrics", exact=True).click()
     page.go_back()
     expect(page.locator("#tree")).to_be_visible()
     page.go_back()
@@ -128,19 +129,19 @@ def test_the_review_tells_the_story_and_gives_it_all_away(open_page: Open, serve
     story = page.locator(".story li")
     expect(story).to_have_count(2)
     expect(story.first).to_contain_text("you chose A")
-    expect(story.nth(1)).to_contain_text("you took none of the answers")
+    expect(story.nth(1)).to_contain_text("you chose none of these")
     expect(page.locator(".chart polyline")).to_have_count(4)
     expect(page.locator(".markdown h2").first).to_contain_text("Step 1: chose A")
     page.get_by_label("Name", exact=True).fill("browser-adapter")
-    page.get_by_role("button", name="Export the adapter").click()
+    page.get_by_role("button", name="Export adapter").click()
     card = page.locator("[data-export=browser-adapter]")
     expect(card).to_be_visible()
     page.get_by_label("Name", exact=True).fill("browser")
-    page.get_by_role("button", name="Merge into the base model").click()
+    page.get_by_role("button", name="Export merged model").click()
     merged = page.locator("[data-export=browser-merged]")
-    expect(merged).to_contain_text("nats a token")
+    expect(merged).to_contain_text("nats/token")
     with page.expect_download() as download:
-        merged.get_by_role("link", name="Download as a zip").click()
+        merged.get_by_role("link", name="Download zip").click()
     with zipfile.ZipFile(io.BytesIO(Path(download.value.path()).read_bytes())) as archive:
         assert archive.testzip() is None
         assert "browser-merged/model.safetensors" in archive.namelist()
@@ -149,15 +150,16 @@ def test_the_review_tells_the_story_and_gives_it_all_away(open_page: Open, serve
         page.get_by_role("link", name="Journal (Markdown)").click()
     assert "## Step 1: chose A" in Path(download.value.path()).read_text()
     page.get_by_label("Name", exact=True).fill("browser-merged")
-    page.get_by_role("button", name="Export the adapter").click()
-    expect(page.locator(".toast.error")).to_contain_text("There is an export “browser-merged” already")
+    page.get_by_role("button", name="Export adapter").click()
+    expect(page.locator(".toast.error")).to_contain_text("An export named “browser-merged” already exists")
     page.once("dialog", lambda dialog: dialog.accept())
     card.get_by_role("button", name="Delete").click()
     expect(card).to_have_count(0)
-    page.get_by_role("button", name="Start over with these settings").click()
+    expect(page.locator(".toast")).to_have_text("Export deleted.")
+    page.get_by_role("button", name="New session with these settings").click()
     page.wait_for_url("**/steer/*")
     is_ready(page)
-    assert step(page) == "0"
+    assert step(page) == "Base model"
 
 
 def test_without_javascript_marks_review_and_export_are_plain_forms(open_page: Open, server: Server) -> None:
@@ -165,13 +167,13 @@ def test_without_javascript_marks_review_and_export_are_plain_forms(open_page: O
         session = new_session(client)["id"]
         page = open_page(java_script_enabled=False)
         page.goto(f"{server.url}/steer/{session}")
-        page.get_by_label("Mark A as good").check()
-        page.get_by_label("Mark B as good").check()
-        page.get_by_role("button", name="All marked are good").click()
+        page.get_by_label("Tick A").check()
+        page.get_by_label("Tick B").check()
+        page.get_by_role("button", name="Learn all ticked").click()
         assert wait_ready(client, session)["head"]["step"] == 1
         page.goto(f"{server.url}/steer/{session}/review")
         page.get_by_label("Name", exact=True).fill("by-plain-form")
-        page.get_by_role("button", name="Export the adapter").click()
+        page.get_by_role("button", name="Export adapter").click()
         for _ in range(20):
             page.goto(f"{server.url}/steer/{session}/review")
             if page.locator("[data-export=by-plain-form]").count():
@@ -198,7 +200,7 @@ def test_where_streams_are_blocked_a_page_asks_by_ordinary_requests(open_page: O
     page.keyboard.press("a")
     expect(page.locator("[name=offer]").first).not_to_have_value(before, timeout=30_000)
     is_ready(page)
-    expect(page.locator("#figures .figures dd").first).to_have_text("1")
+    expect(page.locator("#all-metrics dd").first).to_have_text("1")
     expect(page.locator("#tree li")).to_have_count(2)
     assert len(blocked) >= 3
 
@@ -220,8 +222,7 @@ def test_a_screen_reader_hears_what_happened_and_no_tokens(open_page: Open, serv
     page = open_page()
     start(page, server)
     press(page, "a")
-    expect(page.locator("[data-announce]")).to_contain_text("Learned: A is now 3.0 times as likely")
-    expect(page.locator("[data-announce]")).to_contain_text("4 new options are ready to be read.")
+    expect(page.locator("[data-announce]")).to_have_text("Learned. Your last pick: 20% → 60% (3.0×). 4 new answers.")
     live = page.locator("[aria-live], [role=status], [role=alert]")
     for region in live.all():
         assert not region.locator("[data-text]").count()
@@ -274,16 +275,16 @@ def test_a_curve_tells_its_values_at_the_pointer_and_by_keys(open_page: Open, se
     box = curve.bounding_box()
     assert box
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 20)
-    expect(readout).to_have_text(f"step 1: {drifts[0]} %")
+    expect(readout).to_have_text(f"step 1: {drifts[0]}%")
     page.mouse.move(box["x"] + box["width"] - 2, box["y"] + 20)
-    expect(readout).to_have_text(f"step 2: {drifts[1]} %")
+    expect(readout).to_have_text(f"step 2: {drifts[1]}%")
     page.mouse.move(0, 0)
     expect(readout).to_contain_text("arrow keys")
     curve.focus()
     page.keyboard.press("Home")
-    expect(curve).to_have_attribute("aria-valuetext", "step 0: 0 %")
+    expect(curve).to_have_attribute("aria-valuetext", "step 0: 0%")
     page.keyboard.press("ArrowRight")
-    expect(readout).to_have_text(f"step 1: {drifts[0]} %")
+    expect(readout).to_have_text(f"step 1: {drifts[0]}%")
     page.keyboard.press("End")
     expect(curve).to_have_attribute("aria-valuenow", "2")
     expect(figure.locator(".axis-values span").first).to_contain_text("%")

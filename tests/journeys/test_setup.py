@@ -25,20 +25,20 @@ def field(page: Page, name: str) -> object:
 def test_the_form_is_checked_while_it_is_filled_in_and_when_it_is_sent(open_page: Open, server: Server) -> None:
     page = open_page()
     page.goto(f"{server.url}/new")
-    size = page.get_by_label("Options per prompt")
+    size = page.get_by_label("Answers per prompt")
     size.fill("99")
-    expect(page.locator("#error-option-group_size")).to_contain_text("must be 8 or less, got “99”")
+    expect(page.locator("#error-option-group_size")).to_contain_text("Must be 8 or less")
     expect(size).to_have_attribute("aria-invalid", "true")
-    expect(page.locator("[data-problems]")).to_contain_text("Options per prompt")
+    expect(page.locator("[data-problems]")).to_contain_text("Answers per prompt")
     page.get_by_role("button", name="Load demo and start").click()
-    expect(page.get_by_role("alert")).to_contain_text("Options per prompt: must be 8 or less")
-    expect(page.get_by_label("Options per prompt")).to_be_focused()
-    size = page.get_by_label("Options per prompt")
+    expect(page.get_by_role("alert")).to_contain_text("Answers per prompt: Must be 8 or less")
+    expect(page.get_by_label("Answers per prompt")).to_be_focused()
+    size = page.get_by_label("Answers per prompt")
     expect(size).to_have_value("99")
     size.fill("3")
     expect(page.locator("[data-problems]")).to_be_empty()
     expect(page.get_by_role("alert")).to_have_count(0)
-    page.get_by_label("Name of the session").fill("Of my own")
+    page.get_by_label("Session name").fill("Of my own")
     page.get_by_role("button", name="Load demo and start").click()
     page.wait_for_url("**/steer/*")
     is_ready(page)
@@ -50,35 +50,80 @@ def test_a_preset_fills_the_form_and_keeps_what_was_typed(open_page: Open, serve
     page = open_page()
     page.goto(f"{server.url}/new")
     page.get_by_label("Temperature").fill("0.33")
-    page.get_by_role("link", name="Thinking model").click()
-    expect(page.get_by_label("Longest answer")).to_have_value("1024")
-    expect(page.get_by_label("Options per prompt")).to_have_value("3")
+    page.get_by_role("button", name="Thinking model").click()
+    expect(page.get_by_label("Max new tokens")).to_have_value("1024")
+    expect(page.get_by_label("Answers per prompt")).to_have_value("3")
     assert page.locator("[name=append_think]").is_checked()
-    page.get_by_role("link", name="Small model").click()
+    page.get_by_role("button", name="Small").click()
     expect(page.get_by_label("Context length")).to_have_value("2048")
-    expect(page.get_by_label("Options per prompt")).to_have_value("4")
+    expect(page.get_by_label("Answers per prompt")).to_have_value("4")
     assert not page.locator("[name=append_think]").is_checked()
     expect(page.get_by_label("Temperature")).to_have_value("0.33")
-    page.get_by_role("link", name="Large model").click()
+    page.get_by_role("button", name="Large").click()
     expect(page.locator("[name=precision]")).to_have_value("4-bit")
-    page.get_by_role("link", name="The demo").click()
+    expect(page.locator("[data-preset-note]")).to_contain_text("Set by the preset: Model, Weight precision, ")
+    expect(page.get_by_label("Model", exact=True)).to_have_value("Qwen/Qwen2.5-14B-Instruct")
+    page.get_by_role("button", name="Demo").click()
     expect(page.locator("[name=precision]")).to_have_value("auto")
+    expect(page.get_by_label("Model", exact=True)).to_have_value("demo")
+    page.get_by_label("Model", exact=True).fill("my-own")
+    page.get_by_role("button", name="Thinking model").click()
+    expect(page.get_by_label("Model", exact=True)).to_have_value("my-own")
+    note = page.locator("[data-preset-note]")
+    expect(note).to_have_text(
+        re.compile("^Set by the preset: Context length, .*\\. Kept as you set them: Model, Temperature\\.$")
+    )
 
 
 def test_without_javascript_presets_clones_previews_and_the_form_work(open_page: Open, server: Server) -> None:
     page = open_page(java_script_enabled=False)
     page.goto(f"{server.url}/new")
-    page.get_by_role("link", name="Base model").click()
-    expect(page.get_by_label("Longest answer")).to_have_value("80")
-    page.get_by_role("button", name="Preview three prompts").click()
+    page.get_by_label("Model", exact=True).fill("demo-of-mine")
+    page.get_by_label("Temperature").fill("0,5")
+    page.get_by_role("button", name="Thinking model").click()
+    page.get_by_role("button", name="Base model").click()
+    expect(page.get_by_label("Max new tokens")).to_have_value("80")
+    expect(page.get_by_label("Model", exact=True)).to_have_value("demo-of-mine")
+    expect(page.get_by_label("Temperature")).to_have_value("0,5")
+    expect(page.locator("[data-preset-note]")).to_contain_text("Kept as you set them: Model, Temperature.")
+    page.get_by_label("Model", exact=True).fill("demo")
+    page.get_by_role("button", name="Preview").click()
     expect(page.locator(".samples li")).to_have_count(3)
-    expect(page.get_by_label("Longest answer")).to_have_value("80")
+    expect(page.get_by_label("Max new tokens")).to_have_value("80")
     page.get_by_role("button", name="Load the model and start").click()
     page.wait_for_url("**/steer/*")
     page.goto(server.url)
-    page.get_by_role("link", name=re.compile("^Clone the settings")).first.click()
-    expect(page.get_by_label("Longest answer")).to_have_value("80")
+    page.get_by_role("link", name=re.compile("^Duplicate the settings")).first.click()
+    expect(page.get_by_label("Max new tokens")).to_have_value("80")
     assert not page.locator("[name=chat_template]").is_checked()
+    assert field(page, "temperature") == "0.5"
+
+
+@pytest.mark.parametrize("size", [(1366, 650), (375, 780)])
+def test_start_and_memory_stay_in_sight_and_cover_no_field(
+    open_page: Open, server: Server, size: tuple[int, int]
+) -> None:
+    page = open_page(viewport={"width": size[0], "height": size[1]})
+    page.goto(f"{server.url}/new")
+    assert page.locator("details[open]").count() == 0
+    start, memory = page.get_by_role("button", name="Load demo and start"), page.locator("[data-memory-text]")
+    for summary in page.locator("summary").all():
+        summary.click()
+    page.get_by_label("Session name").focus()
+    for _ in range(80):
+        if page.evaluate("document.activeElement.closest('.setup-end') !== null"):
+            break
+        expect(start).to_be_in_viewport(ratio=1)
+        expect(memory).to_be_in_viewport(ratio=1)
+        covered = page.evaluate("""() => {
+            const field = document.activeElement.getBoundingClientRect();
+            const at = document.elementFromPoint(field.left + field.width / 2, field.top + field.height / 2);
+            return at === null || at.closest(".setup-end") !== null;
+        }""")
+        assert not covered, page.evaluate("document.activeElement.outerHTML")
+        page.keyboard.press("Tab")
+    else:
+        raise AssertionError("Start is not reached by Tab")
 
 
 def test_memory_follows_the_options_and_what_would_fit_can_be_taken(
@@ -89,12 +134,12 @@ def test_memory_follows_the_options_and_what_would_fit_can_be_taken(
         page = open_page()
         page.goto(f"{server.url}/new")
         memory = page.locator("[data-memory-text]")
-        expect(memory).to_contain_text("It may not fit")
+        expect(memory).to_contain_text("may not fit")
         before = memory.inner_text()
-        page.get_by_label("Longest answer").fill("64")
+        page.get_by_label("Max new tokens").fill("64")
         expect(memory).not_to_have_text(before)
-        page.get_by_role("button", name=re.compile("^Use .*which fits")).first.click()
-        expect(memory).to_contain_text("It fits")
+        page.get_by_role("button", name=re.compile("^Use .*, fits")).first.click()
+        expect(memory).to_contain_text(": fits")
     finally:
         server.stop()
 
@@ -109,11 +154,11 @@ def test_a_file_of_prompts_is_uploaded_previewed_and_steered_on(
     page = open_page()
     page.goto(f"{server.url}/new")
     page.locator("#upload-prompts").set_input_files(file)
-    expect(page.locator("[data-upload-status]")).to_contain_text("“garden.jsonl” is here")
+    expect(page.locator("[data-upload-status]")).to_contain_text("“garden.jsonl” uploaded")
     expect(page.locator("[name='dataset.source']")).to_have_value("file")
     expect(page.locator("[name='dataset.id']")).to_have_value("garden.jsonl")
     expect(page.locator(".samples li")).to_have_count(3)
-    expect(page.locator("#preview")).to_contain_text("2 500 prompts")
+    expect(page.locator("#preview")).to_contain_text("2,500 prompts")
     page.get_by_role("button", name="Load demo and start").click()
     page.wait_for_url("**/steer/*")
     expect(page.locator("[data-prompt]")).to_contain_text("How does plant")
@@ -155,7 +200,7 @@ def test_an_upload_goes_on_after_the_connection_broke(open_page: Open, server: S
 
     page.route("**/api/uploads/*/files/*", sometimes)
     page.locator("#upload-prompts").set_input_files(file)
-    expect(page.locator("[data-upload-status]")).to_contain_text("“broken.txt” is here")
+    expect(page.locator("[data-upload-status]")).to_contain_text("“broken.txt” uploaded")
     assert (server.save_dir / "prompts" / "broken.txt").read_bytes() == file.read_bytes()
 
 
@@ -165,7 +210,9 @@ def test_what_cannot_be_uploaded_is_told_in_place(open_page: Open, server: Serve
     page = open_page()
     page.goto(f"{server.url}/new")
     page.locator("#upload-prompts").set_input_files(file)
-    expect(page.locator("[data-upload-status] .field-error")).to_contain_text("“program.exe” is not a file of prompts")
+    expect(page.locator("[data-upload-status] .field-error")).to_contain_text(
+        "“program.exe” is not a supported prompt file"
+    )
 
 
 def test_a_wrong_split_is_told_with_what_there_is(open_page: Open, server: Server) -> None:
@@ -179,7 +226,7 @@ def test_a_wrong_split_is_told_with_what_there_is(open_page: Open, server: Serve
     page.locator("[name='dataset.id']").fill("parted")
     page.get_by_text("Advanced: prompts").click()
     page.locator("[name='dataset.split']").fill("dev")
-    page.get_by_role("button", name="Preview three prompts").click()
+    page.get_by_role("button", name="Preview").click()
     expect(page.locator("#preview")).to_contain_text("The splits are “test”, “train”.")
 
 
@@ -197,11 +244,11 @@ def test_sessions_are_searched_and_gone_on_with(open_page: Open, server: Server)
     page.locator(".session-link").click()
     page.wait_for_url(f"**/steer/{needle}")
     page.goto(server.url)
-    expect(page.get_by_role("link", name="Go on with Needle in the hay")).to_be_visible()
+    expect(page.get_by_role("link", name="Continue “Needle in the hay”")).to_be_visible()
     cookies = {cookie["name"]: cookie for cookie in page.context.cookies()}  # type: ignore[typeddict-item]
     assert cookies["trellis_last"]["httpOnly"]
     page.goto(f"{server.url}/?q=nothing+like+it")
-    expect(page.locator(".empty")).to_contain_text("No session has “nothing like it”")
+    expect(page.locator(".empty")).to_contain_text("No matching sessions")
 
 
 def test_what_the_server_refused_stays_on_the_page_until_it_is_changed(open_page: Open, server: Server) -> None:
@@ -209,7 +256,7 @@ def test_what_the_server_refused_stays_on_the_page_until_it_is_changed(open_page
     page.goto(f"{server.url}/new")
     page.locator("[name='dataset.source']").select_option("file")
     page.locator("[name='dataset.id']").fill("not-there.jsonl")
-    page.get_by_label("Name of the session").fill("Kept name")
+    page.get_by_label("Session name").fill("Kept name")
     page.get_by_role("button", name="Load demo and start").click()
     expect(page.get_by_role("alert")).to_contain_text("not-there.jsonl")
     with page.expect_response("**/api/steering/check"):  # what the page asks by itself sees nothing wrong
@@ -218,7 +265,7 @@ def test_what_the_server_refused_stays_on_the_page_until_it_is_changed(open_page
     expect(page.get_by_role("alert")).to_contain_text("not-there.jsonl")
     expect(page.locator("#error-option-dataset-id")).to_contain_text("not-there.jsonl")
     expect(page.locator("[data-problems]")).not_to_be_empty()
-    expect(page.get_by_label("Name of the session")).to_have_value("Kept name")
+    expect(page.get_by_label("Session name")).to_have_value("Kept name")
     page.locator("[name='dataset.id']").fill("another.jsonl")
     expect(page.get_by_role("alert")).to_have_count(0)
     expect(page.locator("#error-option-dataset-id")).to_be_empty()
@@ -244,13 +291,13 @@ def test_what_was_typed_survives_a_refusal_and_then_a_preset(open_page: Open, se
     page = open_page()
     page.goto(f"{server.url}/new")
     page.get_by_label("Temperature").fill("0.33")
-    page.get_by_label("Options per prompt").fill("99")
+    page.get_by_label("Answers per prompt").fill("99")
     page.get_by_role("button", name="Load demo and start").click()
     expect(page.get_by_role("alert")).to_be_visible()
-    page.get_by_role("link", name="Thinking model").click()
-    expect(page.get_by_label("Longest answer")).to_have_value("1024")
+    page.get_by_role("button", name="Thinking model").click()
+    expect(page.get_by_label("Max new tokens")).to_have_value("1024")
     expect(page.get_by_label("Temperature")).to_have_value("0.33")
-    expect(page.get_by_label("Options per prompt")).to_have_value("99")
+    expect(page.get_by_label("Answers per prompt")).to_have_value("99")
 
 
 def test_preview_and_start_say_at_once_that_they_are_at_work(open_page: Open, server: Server) -> None:
@@ -258,8 +305,8 @@ def test_preview_and_start_say_at_once_that_they_are_at_work(open_page: Open, se
     page.goto(f"{server.url}/new")
     held: list[Any] = []
     page.route("**/new/preview", lambda route: held.append(route))
-    page.get_by_role("button", name="Preview three prompts").click()
-    expect(page.locator("#preview .working")).to_contain_text("Reading the prompts")
+    page.get_by_role("button", name="Preview").click()
+    expect(page.locator("#preview .working")).to_contain_text("Reading prompts")
     expect(page.locator("#preview .spinner")).to_be_visible()
     expect(page.locator("#preview .num")).to_have_text("1 s")
     held[0].continue_()
@@ -267,5 +314,5 @@ def test_preview_and_start_say_at_once_that_they_are_at_work(open_page: Open, se
     expect(page.locator(".working")).to_have_count(0)
     page.evaluate("addEventListener('submit', (event) => event.preventDefault())")  # the page as it is until the answer
     page.get_by_role("button", name="Load demo and start").click()
-    expect(page.locator("[data-beginning] .working")).to_contain_text("Checking the options and the prompts")
+    expect(page.locator("[data-beginning] .working")).to_contain_text("Checking options and prompts")
     expect(page.locator("[data-begin]")).to_have_attribute("aria-busy", "true")

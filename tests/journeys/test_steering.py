@@ -32,7 +32,7 @@ def answers(page: Page) -> list[str]:
 
 
 def step(page: Page) -> str:
-    return page.locator(".figures:not(.vitals) dd").first.inner_text()
+    return page.locator("#all-metrics dd").first.text_content() or ""
 
 
 def press(page: Page, key: str) -> None:
@@ -50,11 +50,13 @@ def test_the_whole_loop_by_keyboard(open_page: Open, server: Server) -> None:
     assert len(first) == 4
     assert all(first)
     press(page, "a")
-    expect(page.locator("[data-strip-text]")).to_contain_text("Learned: A is now 3.0 times as likely")
+    expect(page.locator("[data-strip-text]")).to_have_text(
+        re.compile(r"^Learned\. Your last pick: \d+% → \d+% \(3\.0×\)\.$")
+    )
     assert answers(page) != first
-    expect(page.locator("#figures .figures:not(.vitals) dd").first).to_have_text("1")
-    expect(page.locator("#figures [data-report]")).to_contain_text("of the choice among the options and has")
-    expect(page.locator("#figures [data-agreed]")).to_have_text("It agrees with your choice.")
+    expect(page.locator("#all-metrics dd").first).to_have_text("1")
+    expect(page.locator("#figures [data-report]")).to_have_text(re.compile(r"^Last pick: \d+% → \d+% \(3\.0×\)$"))
+    expect(page.locator("#all-metrics div", has_text="Preference accuracy").locator("dd")).to_have_text("1/1")
     press(page, "n")
     expect(page.locator("#tree li")).to_have_count(3)
     expect(page.locator("#tree [aria-current]")).to_contain_text("none of these")
@@ -80,7 +82,7 @@ def test_a_card_can_be_clicked_and_any_node_returned_to(open_page: Open, server:
     page.locator(".option").nth(2).locator("[data-text]").click()
     expect(page.locator("[name=offer]").first).not_to_have_value(before)
     is_ready(page)
-    page.get_by_role("button", name="base model").click()
+    page.get_by_role("button", name="Base model").click()
     expect(page.locator("[name=offer]").first).to_have_value(before)
     is_ready(page)
     assert answers(page) == first
@@ -92,13 +94,13 @@ def test_the_prompt_is_edited_in_place_and_an_answer_written(open_page: Open, se
     start(page, server)
     page.keyboard.press("e")
     page.locator("#edit-text").fill("What is rain?")
-    page.get_by_role("button", name="Offer again").click()
+    page.get_by_role("button", name="Generate new answers").click()
     expect(page.locator("[data-prompt]")).to_have_text("What is rain?")
     is_ready(page)
     page.keyboard.press("w")
     page.locator("#written").fill("Rain is the sky, arr.")
-    page.get_by_role("button", name="Learn this answer").click()
-    expect(page.locator("[data-strip-text]")).to_contain_text("your answer")
+    page.get_by_role("button", name="Train on this answer").click()
+    expect(page.locator("[data-strip-text]")).to_contain_text("Learned. Your answer: ")
     is_ready(page)
     expect(page.locator("#tree li").first).to_contain_text("Rain is the sky, arr.")
 
@@ -162,7 +164,7 @@ def test_a_page_says_so_when_the_studio_refuses(open_page: Open, server: Server)
     start(page, server)
     page.evaluate("document.querySelector('[name=offer]').value = 'stale'")
     page.keyboard.press("a")
-    expect(page.locator(".toast.error")).to_contain_text("is not the one on the screen")
+    expect(page.locator(".toast.error")).to_contain_text("These answers are out of date")
     expect(page.get_by_role("button", name="Choose A")).to_be_enabled()
 
 
@@ -171,12 +173,12 @@ def test_a_failure_is_shown_with_a_way_out(open_page: Open, server: Server) -> N
     start(page, server)
     page.keyboard.press("e")
     page.locator("#edit-text").fill("word " * 2000)
-    page.get_by_role("button", name="Offer again").click()
+    page.get_by_role("button", name="Generate new answers").click()
     expect(page.locator("[data-strip][data-kind=failed]")).to_contain_text("Shorten it")
     expect(page.get_by_role("button", name="Try again")).to_be_visible()
     page.locator("[data-edit] summary").click()
     page.locator("#edit-text").fill("What is rain?")
-    page.get_by_role("button", name="Offer again").click()
+    page.get_by_role("button", name="Generate new answers").click()
     is_ready(page)
 
 
@@ -211,7 +213,7 @@ def test_it_works_on_a_phone(open_page: Open, server: Server) -> None:
     is_ready(page)
     page.get_by_role("link", name="Tree", exact=True).tap()
     expect(page.locator("#tree li")).to_have_count(2)
-    page.get_by_role("link", name="Figures", exact=True).tap()
+    page.get_by_role("link", name="Metrics", exact=True).tap()
     expect(page.locator("#figures")).to_be_visible()
     page.get_by_role("link", name="Answers", exact=True).tap()
     undo = page.get_by_role("button", name="Undo")
@@ -243,14 +245,16 @@ def test_every_page_passes_axe_and_fits_its_screen(open_page: Open, server: Serv
         "/login",
     ):
         page.goto(server.url + path)
-        for summary in page.locator("main details:not([hidden], [data-edit], [data-write]) > summary").all():
+        for summary in page.locator("main details:not([hidden], [data-edit], [data-write]) > summary:visible").all():
             summary.click()
         found = Axe().run(page)
         assert found.violations_count == 0, f"{path}: {found.generate_report()}"
         assert page.evaluate("document.documentElement.scrollWidth") <= width, path
     page.goto(f"{server.url}/steer/{session}")
-    for tab in ("Tree", "Figures") if width == 375 else ():
+    for tab in ("Tree", "Metrics") if width == 375 else ():
         page.get_by_role("link", name=tab, exact=True).click()
+        if tab == "Metrics":
+            page.get_by_text("All metrics").click()
         found = Axe().run(page)
         assert found.violations_count == 0, f"{tab}: {found.generate_report()}"
 
@@ -264,7 +268,7 @@ def test_everything_can_be_reached_by_keyboard(open_page: Open, server: Server) 
         reached.add(
             page.evaluate("(document.activeElement.ariaLabel || document.activeElement.innerText || '').trim()")
         )
-    for wanted in ("Choose A", "Choose D", "Skip", "Edit", "None of these", "Write my own", "base model"):
+    for wanted in ("Choose A", "Choose D", "Skip", "Edit prompt", "None of these", "Write my own", "Base model"):
         assert any(wanted in name for name in reached), (wanted, reached)
 
 
@@ -314,7 +318,7 @@ def test_with_many_options_e_chooses_and_p_edits(open_page: Open, server: Server
     page.goto(f"{server.url}/steer/{session}")
     is_ready(page)
     press(page, "e")
-    expect(page.locator("[data-strip-text]")).to_contain_text("E is now")
+    expect(page.locator("[data-strip-text]")).to_contain_text("Learned. Your last pick: ")
     page.keyboard.press("p")
     expect(page.locator("#edit-text")).to_be_visible()
 
@@ -329,8 +333,8 @@ def test_a_written_answer_stays_with_the_prompt_it_was_begun_for(open_page: Open
         client.post(f"/api/steering/sessions/{page.url.rsplit('/', 1)[1]}/skip")
     expect(page.locator("#choose [name=offer]")).not_to_have_value(before)
     is_ready(page)
-    page.get_by_role("button", name="Learn this answer").click()
-    expect(page.locator(".toast.error")).to_contain_text("is not the one on the screen")
+    page.get_by_role("button", name="Train on this answer").click()
+    expect(page.locator(".toast.error")).to_contain_text("These answers are out of date")
     expect(page.locator("#written")).to_have_value("An answer to the first prompt.")
 
 
@@ -379,7 +383,7 @@ def test_options_that_are_the_same_are_one_card_and_one_choice(open_page: Open, 
     start(page, server)
     page.keyboard.press("e")
     page.locator("#edit-text").fill("Please repeat yourself.")
-    page.get_by_role("button", name="Offer again").click()
+    page.get_by_role("button", name="Generate new answers").click()
     expect(page.locator("[data-prompt]")).to_have_text("Please repeat yourself.")
     is_ready(page)
     expect(page.locator(".option:visible")).to_have_count(3)
@@ -392,7 +396,7 @@ def test_options_that_are_the_same_are_one_card_and_one_choice(open_page: Open, 
     is_ready(page)
     expect(page.locator(".option:visible")).to_have_count(3)
     press(page, "a")
-    expect(page.locator("[data-strip-text]")).to_contain_text("Learned: A is now")
+    expect(page.locator("[data-strip-text]")).to_contain_text("Learned. Your last pick: ")
     session = page.url.rsplit("/", 1)[1]
     with server.client() as client:
         nodes = client.get(f"/api/steering/sessions/{session}/tree").json()["nodes"]

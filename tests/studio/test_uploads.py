@@ -139,7 +139,7 @@ async def test_what_came_meanwhile_is_not_written_over(uploads: Uploads, tmp_pat
     one = await uploads.begin("prompts", "p", [("p.txt", 1)])
     two = await uploads.begin("prompts", "p", [("p.txt", 2)])
     await uploads.append(two["id"], 0, 0, b"22")
-    with pytest.raises(Conflict, match="came while this was sent"):
+    with pytest.raises(Conflict, match="was added during the upload"):
         await uploads.append(one["id"], 0, 0, b"1")
     assert (tmp_path / "prompts" / "p.txt").read_bytes() == b"22"
 

@@ -37,7 +37,7 @@ def test_points_stand_where_their_values_say() -> None:
     assert found.points == ((0, "0", 0.0, 100.0), (2, "1.5", 50.0, 50.0), (4, "3", 100.0, 0.0))
     assert [(mark.percent, mark.label) for mark in found.value_ticks][-1] == (100.0, "3")
     assert [(mark.percent, mark.label) for mark in found.step_ticks] == [(0.0, "0"), (50.0, "2"), (100.0, "4")]
-    assert found.description == "Drift: 0 % at step 0, 3 % at step 4"
+    assert found.description == "Drift: 0% at step 0, 3% at step 4"
 
 
 def test_a_step_stands_in_the_middle_only_where_the_middle_is_a_step() -> None:

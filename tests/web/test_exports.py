@@ -144,8 +144,8 @@ def test_the_card_says_that_it_was_grown_in_few_bits(client: httpx.Client) -> No
     job = export(client, state["id"], kind="merged", name="few bits")
     assert job["state"] == "done", job["error"]
     card = (Path(job["result"]["path"]) / "README.md").read_text()
-    assert "rounded to 4-bit" in card
-    assert "Written in float32" in card
+    assert "base model in 4-bit" in card
+    assert "Saved in float32" in card
 
 
 def test_a_zip_holds_all_of_it(client: httpx.Client, session: str) -> None:

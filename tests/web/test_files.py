@@ -65,11 +65,14 @@ def test_the_text_of_a_pdf_is_read(client: httpx.Client, room: str) -> None:
     assert file.json()["characters"] == len("\n\n".join(["Trellis grows"] * 3))
 
 
+NOT_TEXT = "isn't UTF-8 text, a PDF or an image"
+
+
 @pytest.mark.parametrize(("name", "data", "says"), [
-    ("empty.txt", b"", "is empty"), ("white.txt", b" \n ", "no text"), ("a.bin", b"\x00\x01\x02", "neither text"),
-    ("latin.txt", b"\xe4\xf6", "neither text"), ("broken.pdf", b"%PDF-1.4\nnothing", "PDF"),
+    ("empty.txt", b"", "is empty"), ("white.txt", b" \n ", "no text"), ("a.bin", b"\x00\x01\x02", NOT_TEXT),
+    ("latin.txt", b"\xe4\xf6", NOT_TEXT), ("broken.pdf", b"%PDF-1.4\nnothing", "PDF"),
     ("scanned.pdf", a_pdf(""), "no text"), ("long.txt", b"x" * 1_000_001, "MB"),
-    ("words.txt", b"a b " * 125_000, "characters"), ("nul.txt", b"a\x00b", "neither text"),
+    ("words.txt", b"a b " * 125_000, "characters"), ("nul.txt", b"a\x00b", NOT_TEXT),
 ])  # fmt: skip
 def test_what_cannot_be_read_is_refused_in_words(
     client: httpx.Client, room: str, name: str, data: bytes, says: str

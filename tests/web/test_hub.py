@@ -152,7 +152,7 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(client: httpx.Client, h
     assert size > 4 * PIECE
     assert job["state"] == "failed"
     assert job["error"]["code"] in ("network", "timeout")
-    assert "what has arrived is kept" in job["error"]["next_step"]
+    assert "partial download is kept" in job["error"]["next_step"]
     job, _ = load(client, model="org/broken")
     assert job["state"] == "done", job["error"]
     assert size <= hub.bytes_sent["model.safetensors"] < size + PIECE, "bytes that had arrived were fetched again"

@@ -70,7 +70,7 @@ def failure(client: httpx.Client, **body: Any) -> dict[str, Any]:
     [
         ("cut", "corrupt_file", "“model.safetensors” is not a whole safetensors file"),
         ("strange", "unsupported_architecture", "nobody_knows"),
-        ("coded", "remote_code_refused", "Python code of its own"),
+        ("coded", "remote_code_refused", "its own Python code"),
         ("empty", "not_found", "has no *.safetensors"),
         ("closed", "permission_denied", "may not be read"),
         ("bert", "unsupported_architecture", "BERT encoder"),
@@ -94,7 +94,7 @@ def test_answers_that_leave_no_room_in_a_model_are_refused_with_a_length_that_wo
         answer = client.post("/api/steering/sessions", json={"config": config})
         assert answer.status_code == 422
         assert answer.json()["error"]["field"] == "config.max_new_tokens"
-        assert answer.json()["error"]["next_step"] == "Allow answers of at most 32 tokens."
+        assert answer.json()["error"]["next_step"] == "Set max new tokens to 32 or less."
         made = client.post("/api/steering/sessions", json={"config": config | {"max_new_tokens": 32}}).json()
         state = wait_ready(client, made["id"], 60)
         assert len(state["offer"]["options"]) == 4

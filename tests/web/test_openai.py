@@ -321,12 +321,12 @@ def test_only_what_is_here_is_served_and_listed(tmp_path: Path) -> None:
             reasons = {model["id"]: model["problem"] for model in client.get("/api/models").json()}
             assert set(reasons) == {"demo", here.name, "adapter", "gguf", "pickle", "torn", "loose.gguf"}
             assert all(reasons[name] is None for name in ("demo", here.name))
-            assert "holds an adapter" in reasons["adapter"]["message"]
+            assert "contains an adapter" in reasons["adapter"]["message"]
             assert "GGUF" in reasons["loose.gguf"]["message"]
             assert "can run code" in reasons["pickle"]["message"]
             page = client.get("/models", headers={"accept": "text/html"}).text
             assert page.count("data-cannot-load=") == 4
-            assert "holds an adapter" in page
+            assert "contains an adapter" in page
             assert client.post("/api/models/load", json={"model": "adapter"}).status_code == 422
             assert client.delete("/api/models/loose.gguf").status_code == 204
             assert list(models.glob("*loose*")) + list(models.glob(".deleted*")) == []

@@ -135,7 +135,7 @@ def test_a_wrong_key_and_a_silent_place_are_said(tmp_path: Path, server: Server)
         silent = client.post("/api/remotes", json={"name": "a", "url": "http://127.0.0.1:1/v1"})
         assert silent.status_code == 502
         assert silent.json()["error"]["code"] == "network"
-        assert "nothing answers" in silent.json()["error"]["message"]
+        assert "nothing is listening" in silent.json()["error"]["message"]
         not_ours = client.post("/api/remotes", json={"name": "a", "url": f"{server.url}/static"})
         assert not_ours.status_code >= 400
 
@@ -384,7 +384,7 @@ def test_an_answer_that_broke_off_is_gone_on_with(there: Elsewhere, here: httpx.
     there.answers(b'data: {"choices": [{"delta": {"content": " answer."}, "finish_reason": "stop"}]}\n\n')
     rooms = here.get("/api/rooms").json()
     page = here.get(f"/chat/{rooms[0]['id']}").text
-    assert "Go on" in page
+    assert "Continue" in page
     here.post(f"/chat/{rooms[0]['id']}/go-on", data={"message": found["id"]})
     while (state := here.get(f"/api/rooms/{rooms[0]['id']}").json())["growing"]:
         time.sleep(0.05)
@@ -436,7 +436,7 @@ def test_a_person_at_this_computer_permits_a_local_server_once(tmp_path: Path, t
     with at_home(tmp_path) as (_, client):
         asks = client.post("/connections/remotes", data=form)
         assert asks.status_code == 403
-        assert "Allow and add this server" in asks.text
+        assert "Allow and add provider" in asks.text
         assert form["url"] in asks.text, "what was typed is kept"
         assert client.get("/api/remotes").json() == []
         assert client.post("/connections/remotes", data=form | {"permit": "true"}).status_code == 303
@@ -481,7 +481,7 @@ def test_what_no_server_of_models_has_cannot_be_permitted(tmp_path: Path, url: s
     with at_home(tmp_path) as (_, client):
         refused = client.post("/connections/remotes", data={"name": "a", "url": url, "permit": "true"})
         assert refused.status_code == 403
-        assert "no server of models can be" in refused.text
+        assert "no model server can be" in refused.text
 
 
 def test_a_permission_holds_for_its_port_and_while_there_is_such_a_server(tmp_path: Path, there: Elsewhere) -> None:
@@ -491,7 +491,7 @@ def test_a_permission_holds_for_its_port_and_while_there_is_such_a_server(tmp_pa
         failed = client.post("/connections/remotes", data=form)
         assert failed.status_code >= 400
         assert "answered 500" in failed.text
-        assert "Allow and add this server" in failed.text, "what was said is kept in the form"
+        assert "Allow and add provider" in failed.text, "what was said is kept in the form"
         assert client.post("/api/remotes", json={"name": "a", "url": form["url"]}).status_code == 403
         there.answers(b'{"data": [{"id": "llama"}]}')
         assert client.post("/connections/remotes", data=form).status_code == 303

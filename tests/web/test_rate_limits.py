@@ -129,7 +129,9 @@ def test_every_preset_is_a_valid_configuration(client: httpx.Client) -> None:
     presets = client.get("/api/steering/presets").json()
     assert {each["id"] for each in presets} >= {"small", "medium", "large", "base", "thinking"}
     for each in presets:
-        errors = client.post("/api/steering/check", json={"config": each["config"]}).json()["errors"]
+        assert client.post("/api/steering/check", json={"config": each["config"]}).json()["errors"] == [], each["id"]
+        on_demo = each["config"] | {"model": "demo"}
+        errors = client.post("/api/steering/check", json={"config": on_demo}).json()["errors"]
         # The demo, which is asked about here, looks back on fewer tokens than a model that thinks needs for an answer.
         expected = ["config.max_new_tokens"] if each["id"] == "thinking" else []
         assert [error["field"] for error in errors] == expected, each["id"]

@@ -64,11 +64,11 @@ def test_a_file_of_choices_is_learned_from(server: Server, client: httpx.Client,
     url = f"{API}/{session['id']}"
     name = upload(server, LIKES + '{"prompt": "Why?", "chosen": "A", "rejected": "A"}\n')
     job = client.post(f"{url}/import", json={"file": name}).json()
-    assert job["about"]["notes"] == ["1 of 5 rows left out, the first in line 5: both answers are the same."]
+    assert job["about"]["notes"] == ["1 of 5 rows skipped, the first in line 5: both answers are identical."]
     assert finished(client, job)["lessons"] == 4
     page = client.get(f"/steer/{session['id']}/log").text
-    assert "1 of 5 rows left out" in page
-    assert "4 of 4 choices" in page
+    assert "1 of 5 rows skipped" in page
+    assert "4/4" in page
 
 
 def test_choices_that_were_exported_can_be_learned_from(
@@ -136,7 +136,7 @@ def test_a_blind_comparison_by_program(client: httpx.Client, session: dict[str, 
     assert late.json()["error"]["code"] == "stale_round"
     assert [each["id"] for each in client.get(f"{url}/blind").json()] == [found["id"]]
     assert client.post(f"{trial}/end").json()["state"] == "done"
-    assert "## Blind comparisons" in client.get(f"{url}/journal").text
+    assert "## Blind tests" in client.get(f"{url}/journal").text
     assert client.get(f"{url}/blind/b404").status_code == 404
 
 
@@ -154,8 +154,8 @@ def test_the_pages_work_without_a_script(server: Server, client: httpx.Client, s
         assert time.monotonic() < deadline
         time.sleep(0.05)
     done = client.post(f"{trial}/verdict", data={"round": "0", "verdict": "second"}, follow_redirects=True).text
-    assert "liked better in 1 of 1 decided rounds" in done
-    assert "Not enough to tell them apart" in done
+    assert "won 1 of 1 decided rounds" in done
+    assert "No clear winner" in done
     assert client.post(f"{place}/blind", data=form | {"rounds": "many", "request": "q" * 12}).status_code == 422
     assert client.post(f"{place}/blind", data=form | {"left": nodes[0], "request": "p" * 12}).status_code == 422
     answer = client.post(f"{place}/refit", data={"epochs": "nine"})
@@ -164,9 +164,9 @@ def test_the_pages_work_without_a_script(server: Server, client: httpx.Client, s
     assert client.post(f"{place}/import", data={"file": "absent.jsonl"}).status_code == 422
     assert client.post(f"{place}/replay", data={"model": "absent"}).status_code == 404
     answer = client.post(f"{place}/refit", data={"epochs": "1"}, follow_redirects=True)
-    assert "Fitted afresh" in answer.text
+    assert "Retrain from scratch: " in answer.text
     upload(server, LIKES)
     assert (
-        "Learned from a file"
+        "Preference data: likes.jsonl"
         in client.post(f"{place}/import", data={"file": "likes.jsonl"}, follow_redirects=True).text
     )

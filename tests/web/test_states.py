@@ -77,7 +77,7 @@ async def test_a_load_that_failed_can_be_tried_again_changed_and_removed(
     assert (await client.post("/models/broken/forget")).status_code == 303
     page = (await client.get("/models")).text
     assert 'data-model="broken"' in page
-    assert "Remove this message" not in page
+    assert "Dismiss" not in page
 
 
 async def test_a_session_whose_model_cannot_be_loaded_shows_ways_out_instead_of_empty_options(
@@ -86,7 +86,7 @@ async def test_a_session_whose_model_cannot_be_loaded_shows_ways_out_instead_of_
     page = (await client.get(f"/steer/{states.failed_session}")).text
     assert re.search(r"<div class=\"stuck\" data-stuck>", page)
     assert "Change model" in page
-    assert "Remove this session" in page
+    assert "Delete session" in page
     assert re.search(r'<form id="choose" hidden', page)
     page = (await client.get(f"/steer/{states.session}")).text
     assert re.search(r"<div class=\"stuck\" data-stuck hidden>", page)

@@ -140,7 +140,7 @@ async def test_an_engine_that_cannot_be_started_is_told_about() -> None:
 @pytest.mark.parametrize(
     ("code", "said"),
     [(-signal.SIGKILL, "ran out of memory"), (137, "ran out of memory"), (-signal.SIGSEGV, "SIGSEGV"),
-     (-signal.SIGABRT, "SIGABRT"), (1, "exit code 1: ImportError: no torch"), (None, "The engine ended")],
+     (-signal.SIGABRT, "SIGABRT"), (1, "exit code 1: ImportError: no torch"), (None, "The engine stopped")],
 )  # fmt: skip
 def test_an_exit_becomes_a_sentence_with_a_next_step(tmp_path: Path, code: int | None, said: str) -> None:
     log = tmp_path / "engine.log"

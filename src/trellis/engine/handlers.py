@@ -347,9 +347,9 @@ def lessons_in(folder: Path) -> Iterator[Lesson]:
                 yield Lesson.model_validate_json(line)
     except FileNotFoundError:
         raise TrellisError(
-            "The log of choices that this was to be fitted to is not on disk any more.",
+            "The training data for this step no longer exists on disk.",
             code="log_missing",
-            next_step="Fit the branch again, or import the file again.",
+            next_step="Retrain the branch, or import the file again.",
         ) from None
 
 
@@ -358,7 +358,7 @@ def _fit_progress(done: int, total: int, loss: float, seconds: float, lessons: i
     return Progress(
         stage="fitting",
         fraction=min(done / total, 1.0),
-        message=f"Step {min(done + 1, total)} of {total} over {lessons} choices{told}",
+        message=f"Optimizer step {min(done + 1, total)} of {total}, {lessons} choices{told}",
         seconds_left=seconds / done * (total - done) if done else None,
     )
 

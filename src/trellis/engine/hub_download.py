@@ -70,13 +70,13 @@ def download(
         if known := _latest(cache, repository, revision):
             return known
         raise LoadFailed(
-            f"The files of “{repository}” are not here any more.", code="not_found",
-            next_step="Load it on the Models page, which fetches them.",
+            f"The files of “{repository}” are no longer here.", code="not_found",
+            next_step="Load it on the Models page to download them.",
         )  # fmt: skip
-    yield Progress(stage="initializing", fraction=0.01, message=f"Asking the hub for {repository}")
+    yield Progress(stage="initializing", fraction=0.01, message=f"Looking up {repository} on Hugging Face")
     patterns = [*WANTED, "*.py"] if with_code else WANTED
     try:
-        info = yield from _beside(patience, "The hub did not answer", _info, repository, revision)
+        info = yield from _beside(patience, "Hugging Face did not answer", _info, repository, revision)
     except LoadFailed as error:
         kept = _latest(cache, repository, revision) if error.code in ("network", "timeout") else None
         if kept is None:
@@ -85,9 +85,9 @@ def download(
     commit, sizes = str(info.sha), _wanted(info, patterns)
     if not any(name.endswith(".safetensors") for name in sizes):
         raise LoadFailed(
-            f"The repository “{repository}” has no safetensors files.",
+            f"“{repository}” has no safetensors files.",
             code="not_found",
-            next_step="Choose a model that is published as safetensors; other formats can carry code and are not read.",
+            next_step="Choose a model with safetensors files. Other formats can contain code and are not loaded.",
         )
     if known := _kept(cache, repository, commit, with_code):
         _remember(cache, repository, commit, revision, known, with_code)
@@ -106,12 +106,12 @@ def download(
         if found != done or hashing.is_set():  # no byte comes while one file is being checked
             done, moved = found, now
         if done < total and now - moved > patience:
-            raise _timeout(f"No byte of “{repository}” has come for {patience:.0f} seconds.")
+            raise _timeout(f"The download of “{repository}” received nothing for {patience:.0f} seconds.")
         rate = max(done - have, 0) / max(now - begun, 1e-6)
         yield Progress(
             stage="downloading",
             fraction=0.01 + 0.09 * min(done / max(total, 1), 1.0),
-            message=f"Downloading {repository}" if done < total else f"Checking what came of {repository}",
+            message=f"Downloading {repository}" if done < total else f"Verifying {repository}",
             bytes=min(done, total),
             total_bytes=total,
             rate=rate,
@@ -167,9 +167,9 @@ def _fetch_missing(
         if not right:
             part.unlink()
             raise LoadFailed(
-                f"The file “{name}” of “{repository}” did not arrive as the hub describes it.",
+                f"The file “{name}” of “{repository}” doesn't match its checksum on Hugging Face.",
                 code="corrupt_file",
-                next_step="Load it again: this file is fetched anew, the others are kept.",
+                next_step="Load it again. This file is downloaded again; the others are kept.",
             )
         part.rename(whole)
 
@@ -290,16 +290,16 @@ def _require_room(folder: Path, needed: int, repository: str) -> None:
     free = shutil.disk_usage(folder).free
     if needed + ROOM > free:
         raise LoadFailed(
-            f"“{repository}” needs {needed / 1e9:.2f} GB on the disk of “{folder}”, and {free / 1e9:.2f} GB are free.",
+            f"“{repository}” needs {needed / 1e9:.2f} GB in “{folder}”, but only {free / 1e9:.2f} GB are free.",
             code="disk_full",
-            next_step="Make room there, or start the studio with another --save-dir.",
+            next_step="Free up disk space, or start the studio with another --save-dir.",
         )
 
 
 def _timeout(message: str) -> LoadFailed:
     return LoadFailed(
         message, code="timeout",
-        next_step="Check the connection and load again: what has arrived is kept. TRELLIS_HUB_TIMEOUT waits longer.",
+        next_step="Check the connection or raise TRELLIS_HUB_TIMEOUT, then load again. The partial download is kept.",
     )  # fmt: skip
 
 
@@ -311,33 +311,33 @@ def _in_words(error: Exception, repository: str, revision: str) -> TrellisError:
         if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
             return _no_repository(repository)
         return LoadFailed(
-            f"The hub does not give “{repository}” to you.", code="permission_denied",
-            next_step="Accept its terms on the hub, and start the studio with a token that may read it in HF_TOKEN.",
+            f"You don't have access to “{repository}” on Hugging Face.", code="permission_denied",
+            next_step="Accept its terms on Hugging Face and start the studio with HF_TOKEN set to a token with access.",
         )  # fmt: skip
     if isinstance(error, RevisionNotFoundError):
         return LoadFailed(
             f"“{repository}” has no revision “{revision}”.", code="not_found",
-            next_step="Use a branch, a tag or a whole commit that its page on the hub lists.", field="revision",
+            next_step="Use a branch, tag or full commit listed on its Hugging Face page.", field="revision",
         )  # fmt: skip
     if isinstance(error, RepositoryNotFoundError):
         return _no_repository(repository)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return LoadFailed(
-            f"The disk became full while “{repository}” was fetched.", code="disk_full",
-            next_step="Make room and load again: what has arrived is kept.",
+            f"The disk is full: “{repository}” could not be downloaded completely.", code="disk_full",
+            next_step="Free up disk space and load again. The partial download is kept.",
         )  # fmt: skip
     if "timed out" in str(error).lower() or "timeout" in type(error).__name__.lower():
-        return _timeout(f"The hub did not answer in time about “{repository}”.")
+        return _timeout(f"Hugging Face did not answer in time for “{repository}”.")
     status = f" (status {_status(error)})" if _status(error) else ""
     if isinstance(error, (HfHubHTTPError, LocalEntryNotFoundError, OSError)) or "httpx" in type(error).__module__:
         return LoadFailed(
-            f"The hub could not be reached for “{repository}”{status}: {_reason(error)}.",
+            f"Can't reach Hugging Face for “{repository}”{status}: {_reason(error)}.",
             code="network",
-            next_step="Check the connection and load again: what has arrived is kept.",
+            next_step="Check the connection and load again. The partial download is kept.",
         )  # fmt: skip
     return LoadFailed(
-        f"“{repository}” could not be fetched: {type(error).__name__}: {str(error)[:200]}", code="network",
-        next_step="Load it again: what has arrived is kept.",
+        f"“{repository}” could not be downloaded: {type(error).__name__}: {str(error)[:200]}", code="network",
+        next_step="Load it again. The partial download is kept.",
     )  # fmt: skip
 
 
@@ -349,7 +349,7 @@ def _reason(error: Exception) -> str:
 
 def _no_repository(repository: str) -> LoadFailed:
     return LoadFailed(
-        f"There is no model “{repository}” on the hub, or it is private.", code="not_found",
+        f"There is no model “{repository}” on Hugging Face, or it is private.", code="not_found",
         next_step="Check the name. A private model needs HF_TOKEN set when the studio starts.",
     )  # fmt: skip
 

@@ -30,8 +30,8 @@ def explained(error: Exception) -> Failed:
     log.error("a request failed", exc_info=error)
     return Failed(
         code="engine_bug",
-        message=f"The engine met an error it does not know: {type(error).__name__}: {shorten(error, 1000)}",
-        next_step="Try again. If it comes back, the engine's log has the details.",
+        message=f"Something went wrong in the engine: {type(error).__name__}: {shorten(error, 1000)}",
+        next_step="Try again. If it happens again, see the engine's log.",
     )
 
 
@@ -42,24 +42,24 @@ def _by_kind(error: Exception) -> TrellisError | None:
         return out_of_memory("this computer's memory")
     if isinstance(error, ImportError):
         return TrellisError(
-            f"A library that this needs cannot be used: {shorten(error, 300)}.",
+            f"A required library can't be used: {shorten(error, 300)}.",
             code="not_installed",
-            next_step="Install it where Trellis runs, and load the model again.",
+            next_step="Install it where Trellis runs, then load the model again.",
         )
     if isinstance(error, NotImplementedError):
         return TrellisError(
-            f"The device or the precision does not know a step of this model: {shorten(error, 300) or 'no details'}.",
+            f"The device or precision lacks an operation of this model: {shorten(error, 300) or 'no details'}.",
             code="not_supported",
-            next_step="Load it on another device, in another precision, or with the engine “transformers-eager”.",
+            next_step="Try another device, another precision, or the engine “transformers-eager”.",
         )
     return None
 
 
 def out_of_memory(where: str) -> TrellisError:
     return TrellisError(
-        f"There was not enough of {where} for this.",
+        f"Out of memory: not enough of {where}.",
         code="out_of_memory",
-        next_step="Use fewer or shorter options, a shorter context, or a smaller model.",
+        next_step="Use fewer or shorter answers, a shorter context, or a smaller model.",
     )
 
 
@@ -67,15 +67,15 @@ def device_trouble(error: Exception) -> TrellisError:
     return TrellisError(
         f"The device failed: {shorten((str(error).splitlines() or ['no details'])[0], 300)}.",
         code="device_failed",
-        next_step="Unload the model and load it again. If it comes back, load it on the CPU.",
+        next_step="Unload the model and load it again. If it happens again, load it on the CPU.",
     )
 
 
 def damaged(error: Exception) -> TrellisError:
     return TrellisError(
-        f"A file of weights is damaged: {shorten(error, 300)}.",
+        f"A weights file is damaged: {shorten(error, 300)}.",
         code="corrupt_file",
-        next_step="Copy or download the model again. Weights of a session are worked out again from its log.",
+        next_step="Copy or download the model again. A session's weights are recomputed from its choices.",
     )
 
 
@@ -85,30 +85,30 @@ def disk_trouble(error: OSError) -> TrellisError:
         return TrellisError(
             f"The disk is full{where}.",
             code="disk_full",
-            next_step="Make room on the disk, then resume: the choice is kept and is learned from then.",
+            next_step="Free up disk space, then resume. Your choice is saved and is learned then.",
         )
     if isinstance(error, FileNotFoundError) and error.filename:
         return TrellisError(
-            f"The file “{error.filename}” is not there any more.",
+            f"The file “{error.filename}” no longer exists.",
             code="disk_write",
-            next_step="Put it back, then resume: nothing else is lost.",
+            next_step="Put it back, then resume. Nothing else is lost.",
         )
     if isinstance(error, PermissionError) and error.filename:
         return TrellisError(
-            f"The file “{error.filename}” may not be read or written.",
+            f"No permission to read or write “{error.filename}”.",
             code="disk_write",
-            next_step="Give the studio's user the right to it, then resume.",
+            next_step="Give the studio's user access to it, then resume.",
         )
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return TrellisError(
-            "The engine may not open more files.",
+            "The engine has reached the limit of open files.",
             code="disk_write",
-            next_step="Raise the limit of open files (`ulimit -n`), and start the studio again.",
+            next_step="Raise the limit (`ulimit -n`) and restart the studio.",
         )
     return TrellisError(
         f"The disk could not be read or written{where}: {error.strerror or shorten(error, 300) or 'no details'}.",
         code="disk_write",
-        next_step="Check the studio's save folder, then resume: the choice is kept and is learned from then.",
+        next_step="Check the studio's save folder, then resume. Your choice is saved and is learned then.",
     )
 
 

@@ -30,7 +30,7 @@ class Load(Message):
 
 
 class Merge(Message):
-    """Merge an adapter into a freshly loaded base in its own precision, write it, and prove it (docs/exports.md).
+    """Merge an adapter into a freshly loaded base in its own precision, write it, and prove it (docs/export.md).
 
     `root` and `plant` name what the adapter grew from: another base than that one is refused.
     """

@@ -35,7 +35,7 @@ def extract_text(data: bytes, max_characters: int) -> dict[str, str]:
         if reader.is_encrypted and not reader.decrypt(""):
             return {"problem": "is locked with a password"}
         if len(reader.pages) > MAX_PAGES:
-            return {"problem": f"has {len(reader.pages)} pages; {MAX_PAGES} are the most"}
+            return {"problem": f"has {len(reader.pages)} pages; the limit is {MAX_PAGES}"}
         parts: list[str] = []
         length = 0
         for page in reader.pages:
@@ -44,7 +44,7 @@ def extract_text(data: bytes, max_characters: int) -> dict[str, str]:
             if length > max_characters:
                 break
     except (PyPdfError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OSError) as error:
-        return {"problem": f"could not be read as a PDF ({type(error).__name__})"}
+        return {"problem": f"couldn't be read as a PDF ({type(error).__name__})"}
     except MemoryError:
         return {"problem": "needs too much memory to be read"}
     return {"text": "\n\n".join(part for part in parts if part)[: max_characters + 1]}

@@ -72,17 +72,16 @@ async def check_url(url: str, own_servers: Collection[str], is_permitted: Permis
     for address in lookup.addresses:
         if is_never_allowed(address):
             raise Refused(
-                f"“{shorten(lookup.host)}” is at {address}, where no server of models can be.",
+                f"“{shorten(lookup.host)}” is at {address}, where no model server can be.",
                 code="forbidden_address", field="url", next_step="Check the address.",
             )  # fmt: skip
         is_allowed = lookup.server in own_servers or (is_permitted is not None and is_permitted(lookup.server, address))
         if not (is_allowed or is_public(address)):
             raise Refused(
-                f"“{shorten(lookup.host)}” is at {address}, which is this computer or its own network.",
-                code="private_address", field="url", details={"server": lookup.server},
-                next_step="If it is a server of "
-                "yours, add it on the page “Connections” in a browser on the computer that runs the studio, or start "
-                f"the studio with TRELLIS_LOCAL_SERVERS={shorten(lookup.server)}.",
+                f"“{shorten(lookup.host)}” is at {address}, which is this computer or its local network.",
+                code="private_address", field="url", details={"server": lookup.server}, next_step="If the server is "
+                "yours, add it on the page “API keys & providers” in a browser on the computer that runs the studio, "
+                f"or start the studio with TRELLIS_LOCAL_SERVERS={shorten(lookup.server)}.",
             )  # fmt: skip
     parts = lookup.parts
     return CheckedUrl(parts.scheme, lookup.host, lookup.port, parts.path.rstrip("/"), lookup.addresses[0])
@@ -96,13 +95,13 @@ async def resolve_url(url: str) -> ResolvedUrl:
         host = str(parts.hostname) if ":" in str(parts.hostname) else str(parts.hostname).encode("idna").decode()
     except UnicodeError:
         raise Invalid(
-            f"url: “{shorten(parts.hostname)}” is no name of a server.", field="url", next_step="Check the address."
+            f"url: “{shorten(parts.hostname)}” isn't a valid server name.", field="url", next_step="Check the address."
         ) from None
     try:
         address_infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         raise TrellisError(
-            f"There is no server called “{shorten(host)}”.", code="network", field="url",
+            f"There is no server named “{shorten(host)}”.", code="network", field="url",
             next_step="Check the address.",
         ) from None  # fmt: skip
     addresses = dict.fromkeys(ipaddress.ip_address(str(each[4][0]).split("%")[0]) for each in address_infos)
@@ -129,7 +128,7 @@ def parse_url(url: str) -> SplitResult:
     if not is_valid or any(ord(letter) < 33 for letter in url.strip()):
         raise Invalid(
             f"url: must be an address such as “https://example.org/v1”, got “{shorten(url)}”.", field="url",
-            next_step="Type it with http or https, without a key in it.",
+            next_step="Begin with http:// or https://, and leave the key out.",
         )  # fmt: skip
     return parts
 

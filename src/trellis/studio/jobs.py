@@ -46,9 +46,9 @@ Work = Callable[[Job], Awaitable[dict[str, Any]]]
 
 def key_reused_error(kind: str) -> Conflict:
     return Conflict(
-        f"This Idempotency-Key was used for another action: {kind}.",
+        f"This Idempotency-Key was already used for another action: {kind}.",
         code="key_reused",
-        next_step="Send a key of its own with each action.",
+        next_step="Use a new key for each action.",
     )
 
 
@@ -67,9 +67,7 @@ class Jobs:
 
     async def open(self) -> None:
         """Say of jobs that a crash cut off that they ended."""
-        error = TrellisError(
-            "The studio stopped while this was running.", code="interrupted", next_step="Start it again."
-        )
+        error = TrellisError("Interrupted: the server stopped.", code="interrupted", next_step="Start it again.")
         await self._store.write(rows.interrupt_jobs, error.as_json())
 
     async def close(self) -> None:
@@ -131,9 +129,9 @@ class Jobs:
         job = self._running.get(job_id)
         if job is None or job.task is None:
             raise Conflict(
-                f"The job has ended already: it is {row['state']}.",
+                f"This job has already ended ({row['state']}).",
                 code="job_ended",
-                next_step="Nothing is left to cancel.",
+                next_step="There is nothing to cancel.",
             )
         job.task.cancel()
         await asyncio.wait([job.task])
@@ -155,7 +153,7 @@ class Jobs:
             return self._running[job_id].row
         row = await self._store.read(rows.get_job, job_id)
         if row is None:
-            raise NotFound(f"There is no job “{shorten(job_id)}”.", next_step="The jobs are listed at /api/jobs.")
+            raise NotFound(f"Job “{shorten(job_id)}” not found.", next_step="Jobs are listed at /api/jobs.")
         return row
 
     async def _run(self, job: Job, work: Work) -> None:
@@ -170,9 +168,9 @@ class Jobs:
         except Exception:
             log.exception("job %s failed", job.id)
             job.failure = TrellisError(
-                "The work ended with an error that the studio does not know.",
+                "Something went wrong.",
                 code="internal",
-                next_step=f"The studio's log has the details, under job {job.id}.",
+                next_step=f"Try again. Error ID {job.id} (see the log).",
             )
             await self._finish(job, state="failed", error=job.failure.as_json())
 

@@ -80,34 +80,32 @@ class Uploads:
     def _validate(self, kind: Kind, name: str, files: Sequence[tuple[str, int]]) -> None:
         problems: list[dict[str, str]] = []
         if kind == "model" and (not FOLDER_NAME_PATTERN.fullmatch(name) or name == DEMO):
-            message = f"“{shorten(name)}” cannot be a model's name: letters, digits and “.-_” can, and not “{DEMO}”."
+            message = f"“{shorten(name)}” isn't a valid model name. Use letters, digits and “.-_”, and not “{DEMO}”."
             problems.append({"field": "name", "message": message})
         elif not _FILE_NAME_PATTERN.fullmatch(name):
-            message = f"“{shorten(name)}” is not a name of letters, digits and “.-_ ”."
+            message = f"“{shorten(name)}” isn't a valid file name. Use letters, digits and “.-_ ”."
             problems.append({"field": "name", "message": message})
         if not files or len(files) > (1 if kind == "prompts" else MAX_FILES):
-            problems.append({"field": "files", "message": f"there are {len(files)}; 1 to {MAX_FILES} can be sent."})
+            problems.append({"field": "files", "message": f"must be 1 to {MAX_FILES} files, got “{len(files)}”."})
         for number, (path, _size) in enumerate(files):
             if kind == "model" and not MODEL_FILE_PATTERN.fullmatch(path):
-                message = (
-                    f"“{shorten(path)}” is not a file of a model; safetensors, JSON and tokenizer files are taken."
-                )
+                message = f"“{shorten(path)}” is not a model file. Send safetensors, JSON and tokenizer files."
                 problems.append({"field": f"files.{number}.path", "message": message})
             elif kind == "prompts" and (
                 not _FILE_NAME_PATTERN.fullmatch(path) or not path.lower().endswith(PROMPT_FILE_SUFFIXES)
             ):
-                message = f"“{shorten(path)}” is not a file of prompts; it must end in {SUFFIX_HELP}."
+                message = f"“{shorten(path)}” is not a supported prompt file. It must end in {SUFFIX_HELP}."
                 problems.append({"field": f"files.{number}.path", "message": message})
         if kind == "model" and "config.json" not in {path for path, _ in files}:
-            problems.append({"field": "files", "message": "there is no config.json among them."})
+            problems.append({"field": "files", "message": "must include config.json."})
         if len({path for path, _ in files}) != len(files):
-            problems.append({"field": "files", "message": "a name stands there twice."})
+            problems.append({"field": "files", "message": "contain the same name twice."})
         total = sum(size for _, size in files)
         if total > self._max_bytes:
             problems.append(
                 {
                     "field": "files",
-                    "message": f"{total / 1e9:.2f} GB are over the limit of {self._max_bytes / 1e9:.2f} GB.",
+                    "message": f"are too large: {total / 1e9:.2f} GB, the limit is {self._max_bytes / 1e9:.2f} GB.",
                 }
             )
         if problems:
@@ -121,17 +119,17 @@ class Uploads:
             target = self._destination(kind, name, files)
             if target.exists():
                 raise Conflict(
-                    f"There is “{target.name}” already.",
+                    f"“{target.name}” already exists.",
                     code="exists",
-                    next_step="Give it another name, or delete the old one.",
+                    next_step="Choose another name or delete the old one.",
                 )
             total = sum(size for _, size in files)
             self._folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self._folder).free
             if total + DISK_RESERVE_BYTES > free:
                 raise Conflict(
-                    f"“{name}” has {total / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on the disk.",
-                    code="disk_full", next_step="Make room there, or start the studio with another --save-dir.",
+                    f"“{name}” has {total / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free on the disk.",
+                    code="disk_full", next_step="Free up disk space, or start the studio with another --save-dir.",
                 )  # fmt: skip
             draft_folder = self._folder / f".{upload_id}"
             shutil.rmtree(draft_folder, ignore_errors=True)
@@ -151,12 +149,12 @@ class Uploads:
         if offset != file["received"]:
             raise Conflict(
                 f"{file['received']} bytes of “{file['path']}” are here, and this piece begins at {offset}.",
-                code="wrong_offset", next_step="Go on from what is here.", details={"upload": state},
+                code="wrong_offset", next_step="Continue from what has been received.", details={"upload": state},
             )  # fmt: skip
         if offset + len(chunk) > file["bytes"]:
             raise Invalid(
-                f"offset: “{file['path']}” has {file['bytes']} bytes, and this piece ends at {offset + len(chunk)}.",
-                field="offset", next_step="Begin the upload again: the file may have changed.",
+                f"offset: “{file['path']}” has {file['bytes']} bytes, but this piece ends at {offset + len(chunk)}.",
+                field="offset", next_step="Start the upload again. The file may have changed.",
             )  # fmt: skip
         with (self._upload_folder(upload_id) / str(number)).open("ab") as out:
             out.write(chunk)
@@ -173,9 +171,9 @@ class Uploads:
         )
         if target.exists():
             raise Conflict(
-                f"There is “{target.name}” already; it came while this was sent.",
+                f"“{target.name}” already exists. It was added during the upload.",
                 code="exists",
-                next_step="Delete the old one and begin again, or send this under another name.",
+                next_step="Delete the old one or choose another name, then upload again.",
             )
         complete_folder = folder / "whole"
         complete_folder.mkdir(exist_ok=True)
@@ -209,9 +207,7 @@ class Uploads:
     def _upload_folder(self, upload_id: str) -> Path:
         folder = self._folder / upload_id
         if not _UPLOAD_ID_PATTERN.fullmatch(upload_id) or not (folder / "upload.json").is_file():
-            raise NotFound(
-                f"There is no upload “{shorten(upload_id)}” that is not finished.", next_step="Begin it again."
-            )
+            raise NotFound(f"There is no unfinished upload “{shorten(upload_id)}”.", next_step="Start it again.")
         return folder
 
     def _destination(self, kind: Kind, name: str, files: Sequence[tuple[str, int]]) -> Path:

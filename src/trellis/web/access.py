@@ -28,6 +28,7 @@ from ..settings import Settings, is_loopback
 from ..store import logins
 from ..store.store import Store
 from ..studio.chat.api_keys import KEY_PREFIX, ApiKeys
+from .numbers import set_reader
 from .openai_errors import is_openai_path, to_openai_error
 
 LOGIN_COOKIE = "trellis"
@@ -87,7 +88,7 @@ class LoginGuard:
         """A new token. Raises Refused for a wrong password or too many tries."""
         async with self._login_lock:  # a hash takes 64 MB while it is made
             if not all(self._limiter.test(rate, "login", who) for rate, who in self._rate_limits(client)):
-                raise Refused("Too many tries to log in.", code="too_many_tries", next_step="Wait a minute.")
+                raise Refused("Too many attempts.", code="too_many_tries", next_step="Wait a minute.")
             is_correct = self._password_hash is not None and await asyncio.to_thread(
                 self._password_matches, password[:1024]
             )
@@ -95,7 +96,7 @@ class LoginGuard:
                 for rate, who in self._rate_limits(client):
                     self._limiter.hit(rate, "login", who)
         if not is_correct:
-            raise Refused("The password is not right.", code="wrong_password", next_step="Try again.", field="password")
+            raise Refused("Wrong password.", code="wrong_password", next_step="Try again.", field="password")
         token = secrets.token_urlsafe(32)
         await self._store.write(logins.add_login, _hash_token(token), time.time())
         return token
@@ -158,6 +159,7 @@ class AccessMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        set_reader(headers.get("accept-language", ""))
         is_openai_request = scope["type"] == "http" and is_openai_path(scope["path"])
         key: str | None = None
         try:
@@ -203,9 +205,9 @@ class AccessMiddleware:
             if name in self._allowed_hosts or (self._allows_any_ip and _is_ip_address(name)):
                 return
         raise Refused(
-            f"This server is not called “{shorten(headers.get('host', ''))}”.",
+            f"“{shorten(headers.get('host', ''))}” is not a name of this server.",
             code="bad_host",
-            next_step="Use the address that was printed at the start, or add the name to TRELLIS_ALLOWED_HOSTS.",
+            next_step="Use the address printed at startup, or add the name to TRELLIS_ALLOWED_HOSTS.",
         )
 
     async def _require_login(self, scope: Scope, headers: Headers, send: Send) -> None:
@@ -246,7 +248,7 @@ def check_origin(headers: Headers) -> None:
         raise Refused(
             f"This request came from another site (“{shorten(origin or site or '')}”).",
             code="foreign_origin",
-            next_step="Do this from Trellis' own pages.",
+            next_step="Use Trellis' own pages.",
         )
 
 
@@ -273,9 +275,9 @@ def preflight_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
 
 def invalid_api_key_error() -> Refused:
     return Refused(
-        "A key of this studio is needed.",
+        "An API key of this studio is required.",
         code="invalid_api_key",
-        next_step="Make one on its Connections page, and send it as “Authorization: Bearer …”.",
+        next_step="Create one on the Connections page and send it as “Authorization: Bearer …”.",
     )
 
 
@@ -290,9 +292,9 @@ def check_content_length(headers: Headers, limit: int = MAX_BODY) -> None:
     length = headers.get("content-length", "0")
     if not length.isascii() or not length.isdecimal() or int(length[:18]) > limit:
         raise Refused(
-            f"The request has {shorten(length, 20)} bytes; {limit} is the most.",
+            f"The request is too large: “{shorten(length, 20)}” bytes, the limit is {limit}.",
             code="too_large",
-            next_step="Send less at once.",
+            next_step="Send less at a time.",
         )
 
 

@@ -214,7 +214,7 @@ class RoomConnection:
                 models = [command.model] if isinstance(command.model, str) else command.model or []
                 if len(models) > MAX_MODELS:
                     raise Invalid(
-                        f"model: {MAX_MODELS} can answer at once, got {len(models)}.", field="model",
+                        f"model: at most {MAX_MODELS} can answer at once, got {len(models)}.", field="model",
                         next_step="Choose fewer.",
                     )  # fmt: skip
                 await room.send(
@@ -244,7 +244,7 @@ class RoomConnection:
         if self._commands_left < 1:
             self._refusals += 1
             raise Refused(
-                "Too much came at once over this connection.", code="too_many_requests", next_step="Wait a second."
+                "Too many commands at once over this connection.", code="too_many_requests", next_step="Wait a second."
             )
         self._commands_left -= 1
 
@@ -331,7 +331,9 @@ def _request_id_field(text: str | None) -> dict[str, str]:
 def _parse_command(text: str | None) -> Command:
     """A command as it was sent. Raises Invalid, which says what is wrong with it."""
     if text is None:
-        raise Invalid("Only text is taken here.", code="bad_json", next_step="Send a JSON object as text.", fields=[])
+        raise Invalid(
+            "Only text is accepted here.", code="bad_json", next_step="Send a JSON object as text.", fields=[]
+        )
     try:
         data = json.loads(text)
     except (ValueError, RecursionError):

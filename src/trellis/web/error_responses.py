@@ -62,7 +62,9 @@ def install_error_handlers(app: FastAPI, render: Renderer) -> None:
             for finding in cast(RequestValidationError, raised).errors()
         ]
         if any(finding["type"] == "json_invalid" for finding in details):
-            error = Invalid("The body is not JSON.", code="bad_json", next_step="Send valid JSON.", fields=[])
+            error = Invalid(
+                "The request body isn't valid JSON.", code="bad_json", next_step="Send valid JSON.", fields=[]
+            )
             return error_response(request, error, 422)
         return error_response(request, invalid_from_details(details), 422)
 
@@ -70,16 +72,16 @@ def install_error_handlers(app: FastAPI, render: Renderer) -> None:
         http_error = cast(HTTPException, raised)
         status = http_error.status_code
         code, message, next_step = {
-            404: ("not_found", f"There is nothing at “{request.url.path[:80]}”.", "Go to the first page."),
+            404: ("not_found", f"Page not found: “{request.url.path[:80]}”.", "Go back to home."),
             405: (
                 "method_not_allowed",
-                f"This address does not take {request.method}.",
-                "See /openapi.json.",
+                f"This address doesn't support {request.method}.",
+                "See /openapi.json for what it supports.",
             ),
-            413: ("too_large", "The request is too large.", "Send less at once."),
-        }.get(status, ("bad_request", str(http_error.detail)[:200], "Check the request and send it again."))
+            413: ("too_large", "The request is too large.", "Send less at a time."),
+        }.get(status, ("bad_request", str(http_error.detail)[:200], "Check the request and try again."))
         if status == 404 and is_openai_path(request.url.path):
-            next_step = "Ask /v1/models, /v1/chat/completions or /v1/completions."
+            next_step = "Use /v1/models, /v1/chat/completions or /v1/completions."
         error = TrellisError(message, code=code, next_step=next_step)
         response = error_response(request, error, status)
         response.headers.update(http_error.headers or {})

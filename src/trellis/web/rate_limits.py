@@ -22,9 +22,9 @@ class RateLimiter:
         """Raises Refused when this client has asked too often."""
         if self._rate is not None and not self._limiter.hit(self._rate, "expensive", client):
             raise Refused(
-                f"More than {self._per_minute} expensive actions in a minute came from you.",
+                f"Too many requests: the limit is {self._per_minute} expensive actions per minute.",
                 code="too_many_requests",
-                next_step="Wait a minute. TRELLIS_RATE_LIMIT sets how many are taken.",
+                next_step="Wait a minute, or raise TRELLIS_RATE_LIMIT.",
             )
 
 

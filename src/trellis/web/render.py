@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
 from .. import __version__
+from . import numbers
 
 HERE = Path(__file__).parent
 STATIC = HERE / "static"
@@ -44,19 +45,14 @@ class Renderer:
             auto_reload=False,
         )
         self._environment.globals.update(
-            version=__version__,
-            static=f"/static/{STATIC_VERSION}",
-            letters=OPTION_LETTERS,
-            can_log_out=can_log_out,
-            times=format_ratio,
-        )
+            version=__version__, static=f"/static/{STATIC_VERSION}", letters=OPTION_LETTERS, can_log_out=can_log_out,
+            locale=numbers.reader_locale,
+        )  # fmt: skip
         self._environment.filters.update(
-            duration=format_duration,
-            percent=format_percent,
-            size=format_bytes,
-            ago=format_age,
-            count=lambda value: f"{value:,}".replace(",", " "),
-        )
+            ago=format_age, number=numbers.number, count=numbers.number, percent=numbers.percent,
+            compact=numbers.compact,
+            factor=numbers.factor, size=numbers.size, duration=numbers.duration,
+        )  # fmt: skip
 
     def html_response(self, template: str, status: int = 200, /, **values: Any) -> HTMLResponse:
         return HTMLResponse(self.render(template, **values), status)
@@ -68,35 +64,6 @@ class Renderer:
 def get_renderer(request: Request) -> Renderer:
     render: Renderer = request.app.state.render
     return render
-
-
-def format_percent(value: float | None, digits: int = 0) -> str:
-    return "–" if value is None else f"{value * 100:.{digits}f} %"
-
-
-def format_ratio(before: float | None, after: float | None) -> str:
-    """How many times as likely: `3.0`."""
-    if not before or after is None:
-        return "–"
-    ratio = after / before
-    return f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
-
-
-def format_bytes(value: int | None) -> str:
-    """Bytes for people."""
-    if value is None:
-        return "–"
-    amount = float(value)
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if amount < 1000 or unit == "TB":
-            break
-        amount /= 1000
-    return f"{amount:.0f} {unit}" if amount >= 100 or unit == "bytes" else f"{amount:.1f} {unit}"
-
-
-def format_duration(milliseconds: float) -> str:
-    """`312 ms`, and from a second on `1.2 s`."""
-    return f"{milliseconds:.0f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.1f} s"
 
 
 def format_age(timestamp: str) -> str:

@@ -10,22 +10,22 @@ from ..errors import EngineDied
 
 def explain_exit(code: int | None, log: Path | None) -> EngineDied:
     """Why an engine's process ended, in words. `code` is negative for a signal, None while unknown."""
-    where = f" Its log is at {log}." if log else ""
+    where = f" Log: {log}" if log else ""
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
         return EngineDied(
-            "The engine was killed, most often because the computer ran out of memory.",
-            next_step="It is started again by itself. If it happens again, close other programs or use a smaller model."
+            "The engine was killed, most likely because the computer ran out of memory.",
+            next_step="It restarts by itself. If it happens again, close other programs or use a smaller model."
             + where,
         )
     if code in (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGILL):
         return EngineDied(
             f"The engine crashed ({signal.Signals(-code).name}).",
-            next_step="It is started again by itself. If it happens again, the log helps to find out why." + where,
+            next_step="It restarts by itself. If it happens again, see the log." + where,
         )
     last = _last_line(log)
     return EngineDied(
-        f"The engine ended{'' if code is None else f' with exit code {code}'}{f': {last}' if last else ''}.",
-        next_step="It is started again by itself. If it happens again, run `trellis doctor`." + where,
+        f"The engine stopped{'' if code is None else f' with exit code {code}'}{f': {last}' if last else ''}.",
+        next_step="It restarts by itself. If it happens again, run `trellis doctor`." + where,
     )
 
 

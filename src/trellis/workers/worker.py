@@ -53,9 +53,7 @@ def _end_what_was_started(starting: asyncio.Future[tuple[socket.socket, Engine, 
         engine.wait(1.0)
 
 
-UNLOADED = EngineStopped(
-    "The model was unloaded while it was at work here.", next_step="Go on, and the model is loaded again."
-)
+UNLOADED = EngineStopped("The model was unloaded while it was in use.", next_step="Try again to load it.")
 
 
 class Worker:

@@ -55,7 +55,7 @@ async def test_the_good_ones_of_a_file_are_imported_and_the_bad_named(studio: St
     imported = await import_rooms(studio.rooms, json.dumps(body).encode())
     assert [room.title for room in imported.rooms] == ["First", "Last"]
     assert len(imported.left_out) == 3
-    assert imported.left_out[0] == "“The bad one”: message 1 is neither text nor a list of parts."
+    assert imported.left_out[0] == "“The bad one”: message 1 isn't text or a list of parts."
     assert imported.left_out[1].startswith("“Too warm”: ")
     assert "99" in imported.left_out[1]
     assert imported.left_out[2].startswith("“number 4”")
@@ -66,7 +66,7 @@ async def test_a_file_of_bad_ones_alone_is_refused_with_the_first_reason(studio:
     bad = [open_webui({"role": "user", "content": 7}, title=f"Bad {number}") for number in range(3)]
     with pytest.raises(Invalid) as refused:
         await import_rooms(studio.rooms, json.dumps(bad).encode())
-    assert "“Bad 0”: message 1 is neither" in refused.value.message
+    assert "“Bad 0”: message 1 isn't text" in refused.value.message
     assert "2 others" in refused.value.message
     assert await studio.rooms.search() == []
 
@@ -203,7 +203,7 @@ def test_json_lines_utf_16_and_archives() -> None:
     line = json.dumps(open_webui(ASKED, ANSWERED))
     plans, left_out = plan_rooms(f"{line}\n{{broken}}\n{line}\n".encode())
     assert len(plans) == 2
-    assert left_out[0].startswith("“line 2”: it is not whole JSON")
+    assert left_out[0].startswith("“line 2”: it isn't valid JSON")
     assert branch(planned(line.encode("utf-16"))) == TALK
     with pytest.raises(Invalid, match="unpack it"):
         plan_rooms(b"PK\x03\x04rest")
@@ -211,7 +211,7 @@ def test_json_lines_utf_16_and_archives() -> None:
 
 def test_a_role_that_nobody_has_is_told_in_our_own_format_too() -> None:
     messages = [{"id": "1", "role": "tool", "text": "x"}]
-    with pytest.raises(Invalid, match="message 1 is from neither"):
+    with pytest.raises(Invalid, match="message 1 has a role other than"):
         plan_rooms(json.dumps({"format": "trellis-room-1", "messages": messages}).encode())
 
 

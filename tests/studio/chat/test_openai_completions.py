@@ -75,7 +75,7 @@ SHAPES: dict[str, tuple[bytes, str, str]] = {
     ),
     "a picture": (
         delta("stop", content=[{"type": "image_url", "image_url": {"url": "data:x"}}]),
-        "(A picture, which cannot be shown here.)", "stop",
+        "(An image, which can't be shown here.)", "stop",
     ),
     "reasoning_content": (
         delta(reasoning_content="Hm. ") + delta(reasoning_content="So.") + delta(content="A") + delta("stop"),

@@ -144,7 +144,7 @@ async def test_every_step_of_a_session_can_be_talked_to(studio: Studio) -> None:
     await until(lambda: session.tree.head.step == 1)
     await ready(session)
     names = {
-        f"session:{session.id}": "Hop", "session:Hop@0": "Hop, before any step", "session:Hop@1": "Hop, step 1",
+        f"session:{session.id}": "Hop", "session:Hop@0": "Hop, Base model", "session:Hop@1": "Hop, step 1",
         f"session:{session.id}@{session.tree.head_id}": "Hop, step 1",
     }  # fmt: skip
     for name, label in names.items():
@@ -646,5 +646,5 @@ async def test_steps_are_named_and_the_newest_is_not_where_the_session_stands(st
     await session.undo("undo-request")
     await until(lambda: session.tree.head.step == 0)
     versions = await studio.chat_targets.list_versions(session.id)
-    assert [each["label"] for each in versions] == ["Hop, step 1", "Hop, before any step"]
+    assert [each["label"] for each in versions] == ["Hop, step 1", "Hop, Base model"]
     assert [(each["newest"], each["head"]) for each in versions] == [(True, False), (False, True)]

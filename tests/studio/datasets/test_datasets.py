@@ -145,9 +145,9 @@ async def test_deleting_the_last_session_frees_its_prompts(tmp_path: Path, studi
         ({"source": "file", "id": "mine.jsonl", "column": "nope"}, "config.dataset.column", "“prompt”"),
         ({"source": "file", "id": "mine.jsonl", "split": "dev"}, "config.dataset.split", "“all”"),
         ({"source": "file", "id": ""}, "config.dataset.id", "is empty"),
-        ({"source": "hub", "id": "../../etc"}, "config.dataset.id", "not the name of a dataset"),
-        ({"source": "hub", "id": "json"}, "config.dataset.id", "not the name of a dataset"),
-        ({"source": "hub", "id": "secret"}, "config.dataset.id", "not the name of a dataset"),
+        ({"source": "hub", "id": "../../etc"}, "config.dataset.id", "not the name of a Hugging Face dataset"),
+        ({"source": "hub", "id": "json"}, "config.dataset.id", "not the name of a Hugging Face dataset"),
+        ({"source": "hub", "id": "secret"}, "config.dataset.id", "not the name of a Hugging Face dataset"),
     ],
 )
 async def test_what_is_wrong_is_said_before_anything_is_loaded(

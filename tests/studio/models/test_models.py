@@ -82,7 +82,7 @@ async def test_a_load_can_be_cancelled(tmp_path: Path) -> None:
         assert (await studio.jobs.cancel(job.id))["state"] == "cancelled"
         assert studio.models.state(ModelOptions(model="demo")) == "unloaded"
         assert (await follow(studio, job.id))[-1][0] == "cancelled"
-        with pytest.raises(Conflict, match="ended already"):
+        with pytest.raises(Conflict, match="already ended"):
             await studio.jobs.cancel(job.id)
 
 
@@ -290,17 +290,17 @@ async def test_one_key_sent_twice_at_once_is_one_job(studio: Studio) -> None:
 @pytest.mark.parametrize(("name", "files", "reason"), [
     ("plain", ["config.json", "model.safetensors"], None),
     ("with spaces (and more) + é", ["config.json", "a.safetensors"], None),
-    ("adapter", ["adapter_config.json", "adapter_model.safetensors"], "holds an adapter"),
-    ("adapter-of-config", ["config.json", "adapter_config.json", "adapter_model.bin"], "holds an adapter"),
-    ("gguf", ["model.Q4_K_M.gguf", "README.md"], "holds a GGUF file"),
-    ("gguf-too", ["config.json", "model.gguf"], "holds a GGUF file"),
+    ("adapter", ["adapter_config.json", "adapter_model.safetensors"], "contains an adapter"),
+    ("adapter-of-config", ["config.json", "adapter_config.json", "adapter_model.bin"], "contains an adapter"),
+    ("gguf", ["model.Q4_K_M.gguf", "README.md"], "contains a GGUF file"),
+    ("gguf-too", ["config.json", "model.gguf"], "contains a GGUF file"),
     ("pickle", ["config.json", "pytorch_model.bin"], "can run code"),
     ("original", ["params.json", "consolidated.00.pth", "config.json"], "can run code"),
     ("pictures", ["model_index.json"], "diffusion pipeline"),
     ("no-weights", ["config.json", "tokenizer.json"], "has no *.safetensors"),
     ("no-config", ["model.safetensors", "tokenizer.json"], "has no config.json"),
-    ("session:mine", ["config.json", "model.safetensors"], "name that cannot be used"),
-    (" spaced ", ["config.json", "model.safetensors"], "name that cannot be used"),
+    ("session:mine", ["config.json", "model.safetensors"], "invalid name for a model"),
+    (" spaced ", ["config.json", "model.safetensors"], "invalid name for a model"),
 ])  # fmt: skip
 async def test_whatever_is_meant_to_be_a_model_is_listed_with_why_it_is_none(
     tmp_path: Path, fake_spawn: Spawn, name: str, files: list[str], reason: str | None

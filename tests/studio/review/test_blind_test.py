@@ -63,8 +63,8 @@ async def test_a_person_who_knows_one_of_them_by_its_words_is_found_out(studio: 
     assert set(orders) == {"left", "right"}
     assert len({each["left"] for each in result["rounds"]}) > 6
     text = await journal_markdown(studio.store, session)
-    assert "## Blind comparisons" in text
-    assert "Step 0 and Step 1: Step 1 was liked better in 12 of 12 decided rounds" in text
+    assert "## Blind tests" in text
+    assert "Base model vs. Step 1: Step 1 won 12 of 12 decided rounds" in text
 
 
 async def test_the_prompts_are_those_that_come_next_where_none_are_named(studio: Studio, session: Session) -> None:
@@ -83,13 +83,13 @@ async def test_a_round_is_judged_once(studio: Studio, session: Session) -> None:
     rounds = await studio.store.read(rows.get_rounds, trial["id"])
     assert [each["number"] for each in rounds if each["verdict"]] == [0]
     assert (await studio.blind_tests.judge(session.id, trial["id"], 0, as_said(rounds[0])))["judged"] == 1
-    with pytest.raises(Conflict, match="Round 7 is not the one"):
+    with pytest.raises(Conflict, match="Round 7 is not the current round"):
         await studio.blind_tests.judge(session.id, trial["id"], 7, "first")
 
 
 async def test_a_verdict_can_be_taken_back_until_the_end(studio: Studio, session: Session) -> None:
     trial = await start(studio, session, planned=2)
-    with pytest.raises(Conflict, match="no verdict to take back"):
+    with pytest.raises(Conflict, match="no vote to undo"):
         await studio.blind_tests.undo_verdict(session.id, trial["id"])
     first = (await current(studio, trial))["round"]
     assert (await studio.blind_tests.judge(session.id, trial["id"], 0, "first"))["can_undo"]
@@ -98,7 +98,7 @@ async def test_a_verdict_can_be_taken_back_until_the_end(studio: Studio, session
     for number in range(2):
         await current(studio, trial)
         await studio.blind_tests.judge(session.id, trial["id"], number, "second")
-    with pytest.raises(Conflict, match="no verdict to take back"):
+    with pytest.raises(Conflict, match="no vote to undo"):
         await studio.blind_tests.undo_verdict(session.id, trial["id"])
 
 

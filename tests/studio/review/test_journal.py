@@ -68,14 +68,14 @@ async def test_unpaired_labels_say_good_or_not(studio: Studio, session: Session)
 
 
 async def test_an_unknown_format_is_refused(studio: Studio, session: Session) -> None:
-    with pytest.raises(Invalid, match="“xml” is not a format"):
+    with pytest.raises(Invalid, match="unknown format “xml”"):
         await export_choices(studio.store, session, "xml")
     for layout in CHOICE_FORMATS:
         assert await lines(studio, session, layout)
 
 
 def test_every_choice_has_words() -> None:
-    assert describe_choice(None) == "the beginning"
+    assert describe_choice(None) == "base model"
     assert len({describe_choice(choice) for choice in [*ALL, "skip", None]}) == 7  # type: ignore[list-item]
 
 

@@ -106,10 +106,8 @@ def test_rows_that_cannot_be_choices_are_left_out_and_counted() -> None:
     assert len(found.lessons) == 1
     assert found.rows == 9
     told = found.sentences()
-    assert told[0] == "1 of 9 rows left out, the first in line 2: both answers are the same."
-    assert any(
-        sentence.startswith("2 of 9 rows left out, the first in line 4: its conversation has") for sentence in told
-    )
+    assert told[0] == "1 of 9 rows skipped, the first in line 2: both answers are identical."
+    assert any(sentence.startswith("2 of 9 rows skipped, the first in line 4: multi-turn") for sentence in told)
     assert len(told) == 6
 
 
@@ -118,7 +116,7 @@ def test_rows_that_lack_something_or_say_it_oddly_are_left_out() -> None:
     system = {"role": "system", "content": "x\ud800"}
     found = read(good, {"prompt": "Why?", "chosen": "A"}, good | {"prompt": [system, user("Why?")]})
     assert len(found.lessons) == 1
-    assert found.sentences()[0] == "1 of 3 rows left out, the first in line 2: it lacks rejected."
+    assert found.sentences()[0] == "1 of 3 rows skipped, the first in line 2: missing rejected."
     row = {"prompt": "Why?", "completion": "A"}
     found = read(row | {"label": 1}, *(row | {"label": odd} for odd in ("maybe", None, 2, [])))
     assert [lesson.choice for lesson in found.lessons] == [0]
@@ -144,12 +142,15 @@ def test_more_labelled_answers_than_an_offer_holds_make_no_refusal_of_a_choice()
         ([], "is empty"),
         ([{"text": [1, 2]}], "line 1 has the keys text"),
         ([{"prompt": "Why?", "text": "Because."}], "line 1 has the keys prompt, text"),
-        ([{"prompt": "Why?", "chosen": "A", "rejected": "A"}], "none of its 1 rows is a choice"),
-        ([{"prompt": "Why?", "options": ["A"], "choice": 4}], "names an option that is not there"),
-        ([{"prompt": "Why?", "options": ["A"], "choice": "skip"}], "was skipped"),
-        ([{"prompt": "Why?", "options": ["A"], "choice": {"odd": 1}}], "is not a choice"),
+        ([{"prompt": "Why?", "chosen": "A", "rejected": "A"}], "no usable choices (rows read: 1)"),
+        ([{"prompt": "Why?", "options": ["A"], "choice": 4}], "refers to a missing option"),
+        ([{"prompt": "Why?", "options": ["A"], "choice": "skip"}], "skipped prompts"),
+        ([{"prompt": "Why?", "options": ["A"], "choice": {"odd": 1}}], "invalid choice"),
         ([{"prompt": "Why?", "options": "A", "choice": 0}], "does not have 1 to 8 options"),
-        ([{"chosen": [user("Why?"), answer("A")], "rejected": [user("How?"), answer("B")]}], "do not end the same"),
+        (
+            [{"chosen": [user("Why?"), answer("A")], "rejected": [user("How?"), answer("B")]}],
+            "belong to different conversations",
+        ),
     ],
 )
 def test_a_file_that_holds_no_choices_is_refused_in_words(rows: list[Any], words: str) -> None:
@@ -208,24 +209,24 @@ def test_pairs_are_read_in_the_layouts_that_people_use(row: dict[str, Any], prom
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"prompt": "Why?", **both(*CONTEXT)}, "is not what its answers answer"),
-        ({"prompt": "And then?", **both(*CONTEXT)}, "has several turns"),
-        ({"chosen": hh("Why?", "So.", "And?", "A"), "rejected": hh("Why?", "So.", "And?", "B")}, "has several turns"),
-        ({"prompt": hh("Why?", "So.", "And?", ""), **PAIR}, "has several turns"),
-        ({"chosen": hh("Why?", "A"), "rejected": hh("How?", "B")}, "do not end the same conversation"),
+        ({"prompt": "Why?", **both(*CONTEXT)}, "does not match the conversation"),
+        ({"prompt": "And then?", **both(*CONTEXT)}, "multi-turn"),
+        ({"chosen": hh("Why?", "So.", "And?", "A"), "rejected": hh("Why?", "So.", "And?", "B")}, "multi-turn"),
+        ({"prompt": hh("Why?", "So.", "And?", ""), **PAIR}, "multi-turn"),
+        ({"chosen": hh("Why?", "A"), "rejected": hh("How?", "B")}, "belong to different conversations"),
         ({"prompt": "Why?", **both(user("Why?")), "chosen": [user("Why?")]}, "does not end with an answer"),
         ({"chosen": "A", "rejected": "B"}, "it has no prompt"),
         ({"prompt": 7, **PAIR}, "neither text nor a list of messages"),
         ({"prompt": [{"role": "user", "content": [{"type": "image_url"}, "Why?"]}], **PAIR}, "more than text"),
         ({"prompt": "Why?", **PAIR, "chosen": [answer("A") | {"tool_calls": [{}]}]}, "more than text"),
-        ({"prompt": "[{'role': 'user'\n 'content': 'Why?'}]", **PAIR}, "a list of messages that is not valid JSON"),
-        ({"input": {"messages": [user("Why?")], "tools": [{"type": "function"}]}, **OPENAI}, "it offers tools"),
+        ({"prompt": "[{'role': 'user'\n 'content': 'Why?'}]", **PAIR}, "a list of messages is not valid JSON"),
+        ({"input": {"messages": [user("Why?")], "tools": [{"type": "function"}]}, **OPENAI}, "tools are not supported"),
         ({"input": {"messages": "Why?"}, **OPENAI}, "no list of messages"),
         ({"input": "Why?", **OPENAI}, "not an object with messages"),
     ],
 )  # fmt: skip
 def test_what_a_lesson_cannot_hold_is_refused_and_not_cut(row: dict[str, Any], words: str) -> None:
-    with pytest.raises(Invalid, match="none of its 1 rows is a choice") as raised:
+    with pytest.raises(Invalid, match=r"no usable choices \(rows read: 1\)") as raised:
         read(row)
     assert words in raised.value.message
 

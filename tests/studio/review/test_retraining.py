@@ -71,8 +71,8 @@ async def test_a_branch_is_fitted_afresh_beside_itself(studio: Studio, session: 
     await session.go_to(node.id, "there")
     state = await ready(session)
     assert state["offer"]["options"]
-    assert "fitted afresh to 3 choices" in await journal_markdown(studio.store, session)
-    assert describe_choice(node.choice) == "fitted afresh to 3 choices"
+    assert "retrained on 3 choices" in await journal_markdown(studio.store, session)
+    assert describe_choice(node.choice) == "retrained on 3 choices"
 
 
 async def test_the_same_branch_fitted_twice_is_one_node(studio: Studio, session: Session) -> None:
@@ -152,8 +152,8 @@ async def test_choices_are_learned_from_whatever_the_format(studio: Studio, sess
     result = await done(job)
     assert result["lessons"] == 1
     (note,) = job.row["body"]["notes"]
-    assert note.startswith("1 of 2 rows left out, the first in ")
-    assert "several turns" in note
+    assert note.startswith("1 of 2 rows skipped, the first in ")
+    assert "multi-turn" in note
     lessons = await session.lessons(session.node(result["node"]))
     assert lessons[-1].prompt.text == "Why, and how?"
     assert [option.text for option in lessons[-1].options] == ["A; b", "B"]
@@ -246,7 +246,7 @@ async def test_undo_from_a_fit_brings_back_what_was_shown(studio: Studio, sessio
 
 async def test_what_cannot_be_learned_from_is_refused(studio: Studio, session: Session) -> None:
     empty = await studio.steering.create(None, {})
-    with pytest.raises(Conflict, match="Nothing was said"):
+    with pytest.raises(Conflict, match="no choices on this branch"):
         await studio.retraining.retrain(empty.id)
     with pytest.raises(NotFound):
         await studio.retraining.retrain(session.id, "n404")
@@ -255,7 +255,7 @@ async def test_what_cannot_be_learned_from_is_refused(studio: Studio, session: S
     with pytest.raises(Invalid, match="there is no file"):
         await studio.retraining.import_preferences(session.id, "../../etc/passwd")
     for name, content, words in (
-        ("odd.txt", b"a\n", "“odd.txt” is no table of choices"),
+        ("odd.txt", b"a\n", "“odd.txt” isn't a supported file type"),
         ("bytes.jsonl", b"\xff\xfe\x00", "cannot be read: it is not UTF-16"),
         ("broken.jsonl", b'{"prompt": "a"}\n{nope\n', "line 2, column 2 is not JSON"),
         ("header.csv", b"prompt,chosen,rejected\n", "is empty"),
@@ -360,10 +360,10 @@ def test_a_log_is_named_by_its_content_and_read_by_number(tmp_path: Path) -> Non
     log = logs.write(lessons)
     assert logs.write(lessons) == log != logs.write(lessons[::-1])
     assert [each.options[0].text for each in logs.read(log, [2, 0])] == ["a", "b"]
-    with pytest.raises(Conflict, match="not on disk"):
+    with pytest.raises(Conflict, match="no longer exists on disk"):
         logs.read(log, [3])
     logs.discard(log)
-    with pytest.raises(Conflict, match="not on disk"):
+    with pytest.raises(Conflict, match="no longer exists on disk"):
         logs.read(log, [0])
     words = without_tokens(lessons[0]).options[0]
     assert (words.text, words.tokens, words.finish) == ("b", (), "length")

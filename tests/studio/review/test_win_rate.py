@@ -49,34 +49,31 @@ def test_nothing_judged_says_nothing() -> None:
     assert wilson_interval(0, 0) == (0.0, 1.0)
     result = win_rate_of(["tie", "same"])
     assert (result.rate, result.ties, result.is_conclusive) == (None, 2, False)
-    assert win_rate_sentence(win_rate_json([]), "Step 0", "Step 4") == "No round was judged."
-    assert win_rate_sentence(win_rate_json(["same"]), "Step 0", "Step 4") == "Nothing was decided: it was a tie."
-    assert (
-        win_rate_sentence(win_rate_json(["same", "tie"]), "Step 0", "Step 4")
-        == "Nothing was decided: all 2 rounds were ties."
-    )
+    assert win_rate_sentence(win_rate_json([]), "Base model", "Step 4") == "No rounds judged."
+    assert win_rate_sentence(win_rate_json(["same"]), "Base model", "Step 4") == "It was a tie."
+    assert win_rate_sentence(win_rate_json(["same", "tie"]), "Base model", "Step 4") == "All 2 rounds were ties."
 
 
 def test_enough_is_said_and_for_whom() -> None:
-    words = win_rate_sentence(win_rate_json(["right"] * 9 + ["left", "tie"]), "Step 0", "Step 4")
-    assert words.startswith("Step 4 was liked better in 9 of 10 decided rounds: 90 %")
-    assert "1 more was a tie." in words
-    assert words.endswith("That is enough to say that it is liked better than step 0.")
-    other = win_rate_sentence(win_rate_json(["left"] * 9 + ["right"]), "Step 0", "Step 4")
-    assert other.startswith("Step 0 was liked better in 9 of 10")
-    assert words.split("interval of")[1].split(".")[0] == other.split("interval of")[1].split(".")[0]
+    words = win_rate_sentence(win_rate_json(["right"] * 9 + ["left", "tie"]), "Base model", "Step 4")
+    assert words.startswith("Step 4 won 9 of 10 decided rounds: 90%")
+    assert " 1 tie." in words
+    assert words.endswith("That is a clear win.")
+    other = win_rate_sentence(win_rate_json(["left"] * 9 + ["right"]), "Base model", "Step 4")
+    assert other.startswith("Base model won 9 of 10")
+    assert words.split("interval")[1].split(")")[0] == other.split("interval")[1].split(")")[0]
 
 
 def test_an_even_result_puts_nobody_ahead() -> None:
-    words = win_rate_sentence(win_rate_json(["left", "right"]), "Step 0", "Step 4")
-    assert words == "Each was liked better in 1 of 2 decided rounds. That is not enough to tell them apart."
+    words = win_rate_sentence(win_rate_json(["left", "right"]), "Base model", "Step 4")
+    assert words == "Each won 1 of 2 decided rounds. No clear winner."
 
 
 def test_two_steps_of_one_number_are_told_apart() -> None:
     def at(step: int, what: str) -> dict[str, object]:
         return {"step": step, "what": what}
 
-    assert distinct_names(at(0, "x"), at(4, "x")) == ("Step 0", "Step 4")
+    assert distinct_names(at(0, "x"), at(4, "x")) == ("Base model", "Step 4")
     assert distinct_names(at(1, "chose A"), at(1, "fitted")) == ("Step 1 (chose A)", "Step 1 (fitted)")
     one, other = distinct_names(at(1, "chose A"), at(1, "chose A"))
     assert one != other
@@ -89,6 +86,6 @@ def test_not_enough_says_how_many_more_would_be() -> None:
     low, _ = wilson_interval(round(0.6 * needed), needed)
     assert low > 0.5
     assert f"about {needed - 10} more" in win_rate_sentence(
-        win_rate_json(["right"] * 6 + ["left"] * 4), "Step 0", "Step 4"
+        win_rate_json(["right"] * 6 + ["left"] * 4), "Base model", "Step 4"
     )
     assert rounds_needed(win_rate_of(["right", "left"])) is None

@@ -47,13 +47,13 @@ def test_a_healthy_model_gets_figures_and_no_warning() -> None:
 
 def test_a_model_that_loses_its_language_is_told_about_with_a_way_out() -> None:
     (warning,) = last_pick_report(branch(*[(-1, 0.9)] * 3, *[(-2, 0.9)] * 3)).warnings  # type: ignore[union-attr]
-    assert "losing its language" in warning
+    assert "less fluent" in warning
     assert "Undo" in warning
 
 
 def test_answers_that_are_much_alike_are_told_about() -> None:
     (warning,) = last_pick_report(branch(*[(-1, 0.9)] * 3, *[(-1, 0.4)] * 3)).warnings  # type: ignore[union-attr]
-    assert "alike" in warning
+    assert "too similar" in warning
 
 
 def test_steps_from_before_these_figures_were_kept_are_passed_over() -> None:

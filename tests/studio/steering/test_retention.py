@@ -93,7 +93,7 @@ async def test_old_weights_go_and_come_back_with_progress(tmp_path: Path, studio
             told.append(event.data["message"])
         if len(told) == 3:
             break
-    assert told == [f"Working out step {step} again: {step - 4} of 3" for step in (5, 6, 7)]
+    assert told == [f"Recomputing step {step}: {step - 4} of 3" for step in (5, 6, 7)]
     await until(lambda: path[10].weights not in on_disk(tmp_path))  # the window of kept steps moves with the head
     await session.go_to(path[-1].id, "forth")
     assert (await ready(session))["head"]["step"] == 11

@@ -228,23 +228,23 @@ async def test_options_that_are_still_growing_cannot_be_chosen_but_skipped(studi
     session = await studio.steering.create(None, {})
     await until(lambda: session.status == "offering" and session.offer)
     assert session.offer is not None
-    with pytest.raises(Conflict, match="still being written"):
+    with pytest.raises(Conflict, match="still being generated"):
         await session.choose(session.offer.id, 0, "r1")
     await session.skip("r2")
     assert (await ready(session))["dataset"]["position"] == 1
 
 
 async def test_there_is_no_undo_at_the_beginning_and_no_redo_at_the_end(session: Session) -> None:
-    with pytest.raises(Conflict, match="nothing to undo"):
+    with pytest.raises(Conflict, match="Nothing to undo"):
         await session.undo("r1")
-    with pytest.raises(Conflict, match="nothing to redo"):
+    with pytest.raises(Conflict, match="Nothing to redo"):
         await session.redo("r2")
-    with pytest.raises(NotFound, match="no node"):
+    with pytest.raises(NotFound, match="Node “n123” not found"):
         await session.go_to("n123", "r3")
 
 
 async def test_unknown_things_are_refused(studio: Studio) -> None:
-    with pytest.raises(NotFound, match="no session “nope”"):
+    with pytest.raises(NotFound, match="Session “nope” not found"):
         await studio.steering.session("nope")
     with pytest.raises(NotFound, match="Known: demo"):
         await studio.steering.create(None, {"model": "nope"})
@@ -453,7 +453,7 @@ async def test_an_option_that_overflowed_is_said(tmp_path: Path, monkeypatch: py
         await ready(await studio.steering.create(None, {}))
         notices = [data["message"] for name, data in told if name == "notice"]
         assert len(notices) == 1
-        assert notices[0].startswith("B and D: cut short, because the model's numbers overflowed")
+        assert notices[0].startswith("Truncated after a numeric overflow: B and D.")
 
 
 async def test_deleting_in_mid_stream_lets_everyone_go(studio: Studio) -> None:
@@ -539,7 +539,7 @@ async def test_a_session_of_another_version_keeps_nobody_else_from_opening(tmp_p
             lambda connection: connection.execute(text("UPDATE sessions SET config = '{\"from_the_future\": 1}'"))
         )
     async with open_studio(tmp_path, fake_spawn) as studio:
-        with pytest.raises(TrellisError, match="cannot be read by this version") as raised:
+        with pytest.raises(TrellisError, match="This version can't read the session “Old”") as raised:
             await studio.steering.session(session.id)
         assert raised.value.code == "session_unreadable"
         await ready(await studio.steering.create("New", {}))

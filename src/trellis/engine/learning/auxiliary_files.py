@@ -144,16 +144,15 @@ def _written(tokenizer: Any, conversation: tuple[tuple[str, str], ...]) -> str |
 def require_same_use(base: Use, merged: Use) -> None:
     """Raises LoadFailed where a merged model would be used otherwise than its base."""
     compared = {
-        f"it ends answers at the tokens {sorted(merged.ends)}, the base at {sorted(base.ends)}": base.ends
-        == merged.ends,
-        "its generation settings are not the base's": base.generation == merged.generation,
-        "its chat templates are not the base's": base.templates == merged.templates,
-        "its template writes a conversation otherwise": base.written == merged.written,
-        "its tokenizer reads a text as other tokens": base.tokens == merged.tokens,
+        f"end-of-answer tokens {sorted(merged.ends)} instead of {sorted(base.ends)}": base.ends == merged.ends,
+        "the generation settings differ": base.generation == merged.generation,
+        "the chat templates differ": base.templates == merged.templates,
+        "the chat template renders a conversation differently": base.written == merged.written,
+        "the tokenizer encodes a text differently": base.tokens == merged.tokens,
     }
     if wrong := [what for what, same in compared.items() if not same]:
         raise LoadFailed(
-            f"The merged model would be used otherwise than its base: {wrong[0]}.",
+            f"Verification failed: the merged model behaves differently from its base model: {wrong[0]}.",
             code="not_proved",
-            next_step="Nothing was kept. Export the adapter instead.",
+            next_step="The merged model was discarded. Export the adapter instead.",
         )

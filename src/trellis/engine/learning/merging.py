@@ -55,7 +55,7 @@ def merge(request: Merge, adapter: Path) -> Generator[Progress | None, None, Mer
     loaded = yield from _scaled(read_model(base, plain, dtype), 0.0, 0.4)
     model = loaded.model
     tied, with_code = model.config.tie_word_embeddings, bool(model.is_remote_code())
-    yield Progress(stage="merging", fraction=0.4, message="Putting the adapter beside the base")
+    yield Progress(stage="merging", fraction=0.4, message="Loading the adapter")
     both = PeftModel.from_pretrained(model, adapter).eval()
     _require_whole_adapter(both, adapter)
     changed = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
@@ -63,8 +63,8 @@ def merge(request: Merge, adapter: Path) -> Generator[Progress | None, None, Mer
     before = []
     for number, probe in enumerate(probes):
         before.append(_logprobs(both, probe))
-        yield _checking(0.45, 0.55, number, len(probes), "Asking base and adapter")
-    yield Progress(stage="merging", fraction=0.55, message="Merging the adapter into the weights")
+        yield _checking(0.45, 0.55, number, len(probes), "Running base model + adapter")
+    yield Progress(stage="merging", fraction=0.55, message="Merging the adapter")
     _untie_head(both)
     merged = both.merge_and_unload()
     _restore_precision(merged, base, dtype, changed)
@@ -77,7 +77,7 @@ def merge(request: Merge, adapter: Path) -> Generator[Progress | None, None, Mer
     write_config(base, into, with_code, untied)
     copy_side_files(base, into, with_code)
     del both, merged, model, loaded
-    yield Progress(stage="checking", fraction=0.8, message="Reading the merged model again")
+    yield Progress(stage="checking", fraction=0.8, message="Loading the merged model to verify it")
     again = AutoModelForCausalLM.from_pretrained(
         into, dtype=dtype, local_files_only=True, trust_remote_code=with_code
     ).eval()
@@ -107,10 +107,10 @@ def merge(request: Merge, adapter: Path) -> Generator[Progress | None, None, Mer
     )
     if not result.mean_difference <= tolerance(dtype):
         raise LoadFailed(
-            f"The merged model answers otherwise than base and adapter: {result.mean_difference:.4f} nats a token on "
-            f"average, where {tolerance(dtype)} is the most that rounding to {result.dtype} explains.",
+            f"Verification failed: the merged model differs from base model + adapter by {result.mean_difference:.4f} "
+            f"nats/token on average; rounding to {result.dtype} explains at most {tolerance(dtype)}.",
             code="not_proved",
-            next_step="Nothing was kept. Export the adapter instead.",
+            next_step="The merged model was discarded. Export the adapter instead.",
         )
     return result
 
@@ -121,9 +121,9 @@ def _require_same_base(request: Merge) -> None:
         if request.plant.makes(fingerprint) == request.root:
             return
     raise LoadFailed(
-        "The files of the base model are not the ones this session was grown on.",
+        "The base model's files have changed since this session started.",
         code="model_changed",
-        next_step="Put the original model back, or export the adapter.",
+        next_step="Restore the original files, or export the adapter.",
     )
 
 
@@ -135,9 +135,9 @@ def _require_whole_adapter(both: PeftModel, adapter: Path) -> None:
     if lost or len(stored) != len(held):
         raise LoadFailed(
             f"{len(lost) or len(held) - len(stored)} of the adapter's {len(stored)} tensors do not fit the base model"
-            + (f", the first is “{lost[0]}”." if lost else "."),
+            + (f" (first: “{lost[0]}”)." if lost else "."),
             code="not_proved",
-            next_step="Nothing was kept. Export the adapter instead.",
+            next_step="The merged model was discarded. Export the adapter instead.",
         )
 
 

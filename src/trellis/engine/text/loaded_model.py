@@ -273,7 +273,7 @@ def read_model(
     Raises LoadFailed with the code of what went wrong and a way out.
     """
     started = time.monotonic()
-    yield Progress(stage="initializing", fraction=INITIALIZING, message="Reading the configuration")
+    yield Progress(stage="initializing", fraction=INITIALIZING, message="Reading the config")
     device = device_for(request)
     precision = precision_for(request.precision, device)
     described = require_loadable(path, precision, request.remote_code)
@@ -285,14 +285,14 @@ def read_model(
     quantized = quantization_method(described)
     state = yield from _read_tensors(described, None if quantized else dtype, digests)
     if quantized:
-        yield Progress(stage="parsing", fraction=PARSING, message=f"Unpacking weights from {quantized}")
+        yield Progress(stage="parsing", fraction=PARSING, message=f"Dequantizing weights from {quantized}")
         state = dequantize(state, quantized, described.quantization or {}, dtype)
         for name, tensor in state.items():
             if not is_finite(name, tensor):
                 raise _not_finite(name, path.name, tensor)
-    yield Progress(stage="parsing", fraction=PARSING, message=f"Putting {len(state)} tensors into their places")
+    yield Progress(stage="parsing", fraction=PARSING, message="Loading weights")
     if precision in ("8-bit", "4-bit"):
-        yield Progress(stage="quantizing", fraction=PLACING, message=f"Rounding the linear layers to {precision}")
+        yield Progress(stage="quantizing", fraction=PLACING, message=f"Quantizing to {precision}")
     model = _build(path, config, state, dtype, precision, device, request)
     del state
     model.requires_grad_(False)
@@ -487,7 +487,7 @@ def _library_missing(error: ImportError) -> LoadFailed:
     return LoadFailed(
         f"A library that this model needs is not installed: {_first_line(error)}",
         code="not_installed",
-        next_step="Install it where Trellis runs, and load the model again.",
+        next_step="Install it where Trellis runs, then load the model again.",
     )
 
 
@@ -526,7 +526,7 @@ def _read_tensors(
     state: dict[str, Tensor] = {}
     done = 0
     begun = told = time.monotonic()
-    yield Progress(stage="reading", fraction=READING, message="Reading the weights", bytes=0, total_bytes=total)
+    yield Progress(stage="reading", fraction=READING, message="Reading weights", bytes=0, total_bytes=total)
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
@@ -694,7 +694,7 @@ def _move(model: Any, device: str) -> Generator[Progress | None, None, None]:
             yield Progress(
                 stage="placing",
                 fraction=PLACING + (WARMING - PLACING) * number / len(modules),
-                message=f"Placing part {number} of {len(modules)} on the {device}",
+                message=f"Moving weights to {device}: {number} of {len(modules)}",
                 bytes=min(done, total),
                 total_bytes=total,
             )

@@ -29,7 +29,7 @@ class ApiKeys:
     async def create(self, name: str) -> tuple[dict[str, Any], str]:
         """A new key, and the key itself, which is nowhere else. Raises Conflict when there are too many."""
         if len(await self._store.read(rows.list_keys)) >= MAX_KEYS:
-            raise Conflict(f"There are {MAX_KEYS} keys already.", code="too_many", next_step="Revoke some first.")
+            raise Conflict(f"There are already {MAX_KEYS} API keys.", code="too_many", next_step="Revoke some first.")
         secret = KEY_PREFIX + secrets.token_urlsafe(32)
         row = {
             "hash": _hash(secret), "id": f"k{secrets.token_hex(8)}", "name": name,
@@ -45,7 +45,9 @@ class ApiKeys:
     async def revoke(self, key_id: str) -> None:
         """Raises NotFound."""
         if not await self._store.write(rows.delete_key, key_id):
-            raise NotFound(f"There is no key “{shorten(key_id)}”.", next_step="The keys are listed on their page.")
+            raise NotFound(
+                f"There is no API key “{shorten(key_id)}”.", next_step="The page “API keys & providers” lists them."
+            )
 
     async def find_key_id(self, secret: str) -> str | None:
         """The id of a key; None for what is not one."""

@@ -46,16 +46,17 @@ class Attachments:
         kind = detect_kind(data)
         if len(data) > MAX_BYTES[kind]:
             max_megabytes = MAX_BYTES[kind] / 1e6
-            named_kind = kind if kind == TEXT else f"a {kind}"
-            problem = f"has {len(data) / 1e6:.1f} MB; {max_megabytes:.0f} MB are the most for {named_kind}"
-            raise self._file_error(name, problem, "Choose a smaller file, or a part of it.")
+            problem = f"is {len(data) / 1e6:.1f} MB; the limit for this type is {max_megabytes:.0f} MB"
+            raise self._file_error(name, problem, "Choose a smaller file, or part of it.")
         text = "" if kind == PICTURE else await self._extract_text(name, kind, data)
         return {"name": safe_file_name(name), "kind": kind, "bytes": len(data), "text": text}
 
     async def add(self, room_id: str, name: str, data: bytes) -> dict[str, Any]:
         """Take a file for a room. Raises Invalid for what cannot be read."""
         if len(await self._store.read(rows.get_files, room_id)) >= MAX_FILES:
-            raise self._file_error(name, f"is too many: a room has {MAX_FILES} files at most", "Start a new room.")
+            raise self._file_error(
+                name, f"is one too many: a chat takes {MAX_FILES} files at most", "Start a new chat."
+            )
         row: dict[str, Any] = {
             "id": f"f{secrets.token_hex(8)}",
             "room": room_id,
@@ -64,7 +65,7 @@ class Attachments:
         await asyncio.to_thread(self._write_content, row["id"], data)
         if not await self._store.write(rows.add_file, row):
             await self.discard(row["id"])
-            raise NotFound("This room is not there any more.", next_step="Start a new room.")
+            raise NotFound("This chat no longer exists.", next_step="Start a new chat.")
         return {name: row[name] for name in ("id", "name", "kind", "bytes")} | {"characters": len(row["text"])}
 
     async def read_content(self, file_id: str) -> bytes:
@@ -73,7 +74,7 @@ class Attachments:
             return await asyncio.to_thread((self._blobs.path(file_id) / CONTENT_FILE_NAME).read_bytes)
         except (OSError, ValueError):
             raise TrellisError(
-                "This file is not on the disk any more.", code="not_found", next_step="Add it again."
+                "This file no longer exists on disk.", code="not_found", next_step="Add it again."
             ) from None
 
     async def picture_data_url(self, file_id: str) -> str:
@@ -96,13 +97,15 @@ class Attachments:
                 text = require_storable(data.decode("utf-8-sig"))
             except ValueError:
                 raise self._file_error(
-                    name, "is neither text in UTF-8, nor a PDF, nor a picture", "Save it as text, and add that."
+                    name, "isn't UTF-8 text, a PDF or an image", "Save it as text and add that."
                 ) from None
         if not text.strip():
-            raise self._file_error(name, "has no text in it", "If it holds scanned pages, have them read first.")
+            raise self._file_error(
+                name, "contains no text", "If its pages are scans, run text recognition (OCR) first."
+            )
         if len(text) > MAX_CHARACTERS:
             raise self._file_error(
-                name, f"has {len(text)} characters of text; {MAX_CHARACTERS} are the most", "Add a part of it."
+                name, f"has {len(text):,} characters of text; the limit is {MAX_CHARACTERS:,}", "Add part of it."
             )
         return text
 
@@ -116,7 +119,7 @@ class Attachments:
             try:
                 output, _ = await asyncio.wait_for(process.communicate(data), PDF_SECONDS)
             except TimeoutError:
-                raise self._file_error(name, "takes too long to read", "Save its text, and add that.") from None
+                raise self._file_error(name, "takes too long to read", "Save its text and add that.") from None
             finally:
                 if process.returncode is None:
                     process.kill()
@@ -124,9 +127,9 @@ class Attachments:
         try:
             result = json.loads(output)
         except ValueError:
-            raise self._file_error(name, "could not be read as a PDF", "Save its text, and add that.") from None
+            raise self._file_error(name, "couldn't be read as a PDF", "Save its text and add that.") from None
         if "problem" in result:
-            raise self._file_error(name, str(result["problem"]), "Save its text, and add that.")
+            raise self._file_error(name, str(result["problem"]), "Save its text and add that.")
         return str(result["text"]).replace("\x00", "").encode("utf-8", "replace").decode()
 
     def _file_error(self, name: str, problem: str, next_step: str) -> Invalid:

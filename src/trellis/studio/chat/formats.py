@@ -73,7 +73,7 @@ def split_conversations(body: bytes) -> list[tuple[str, Any]]:
     except ValueError as error:
         lines = [line for line in text.splitlines() if line.strip()]
         if len(lines) < 2 or not all(line.lstrip().startswith("{") for line in lines):
-            raise Unreadable(f"it is not whole JSON ({error})") from None
+            raise Unreadable(f"it isn't valid JSON ({error})") from None
         return [(f"line {number}", _parse_line(line)) for number, line in enumerate(lines, 1)]
     if isinstance(data, dict) and not _find_parser(data):
         data = next((data[name] for name in LIST_KEYS if isinstance(data.get(name), list)), data)
@@ -85,18 +85,18 @@ def split_conversations(body: bytes) -> list[tuple[str, Any]]:
 
 def _decode(body: bytes) -> str:
     if body.startswith(b"PK\x03\x04"):
-        raise Unreadable("it is a ZIP archive; unpack it, and choose the file “conversations.json” in it")
+        raise Unreadable("it is a ZIP archive; unpack it and choose the file “conversations.json”")
     try:
         return body.decode("utf-16" if body[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
-        raise Unreadable("it is not UTF-8 text") from None
+        raise Unreadable("it isn't UTF-8 text") from None
 
 
 def _parse_line(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        return Unreadable(f"it is not whole JSON ({error})")
+        return Unreadable(f"it isn't valid JSON ({error})")
 
 
 def _find_title(data: Any) -> str:
@@ -115,7 +115,7 @@ def parse_conversation(data: Any) -> Conversation:
         return parse_markdown(data)
     parse = _find_parser(data)
     if parse is None:
-        raise Unreadable("it is no conversation in a format that is known")
+        raise Unreadable("its format isn't supported")
     return parse(data)
 
 
@@ -297,7 +297,7 @@ def parse_content(value: Any) -> Content:
     if isinstance(value, dict):
         value = value["parts"] if isinstance(value.get("parts"), list) else [value]
     if not isinstance(value, list):
-        raise Unreadable("is neither text nor a list of parts")
+        raise Unreadable("isn't text or a list of parts")
     content, thoughts, texts = Content(""), [], []
     for part in value:
         kind, text = _parse_part(part)
@@ -324,7 +324,7 @@ def _parse_part(part: Any) -> tuple[str, str]:
     if isinstance(part, str):
         return "text", part
     if not isinstance(part, dict):
-        raise Unreadable("has a part that is neither text nor an object")
+        raise Unreadable("has a part that isn't text or an object")
     kind = str(part.get("type") or part.get("content_type") or "text")
     if kind in ("thinking", "reasoning", "thoughts"):
         thought = _first_value(part, "thinking", "text", "content")

@@ -72,7 +72,7 @@ def plan_rooms(body: bytes) -> tuple[list[RoomPlan], list[str]]:
     try:
         conversations = split_conversations(body)
         if len(conversations) > MAX_ROOMS:
-            raise Unreadable(f"it has {len(conversations)} conversations, {MAX_ROOMS} are the most")
+            raise Unreadable(f"it has {len(conversations)} conversations; the limit is {MAX_ROOMS}")
     except Unreadable as error:
         raise _unreadable_file_error(str(error)) from None
     plans, left_out = [], []
@@ -85,7 +85,7 @@ def plan_rooms(body: bytes) -> tuple[list[RoomPlan], list[str]]:
             left_out.append(f"“{shorten(name)}”: {error.message}")
     if not plans:
         more = f" (and {len(left_out) - 1} others)" if len(left_out) > 1 else ""
-        raise _unreadable_file_error(left_out[0].rstrip(".") + more if left_out else "it has no conversation in it")
+        raise _unreadable_file_error(left_out[0].rstrip(".") + more if left_out else "it contains no conversation")
     return plans, left_out
 
 
@@ -99,9 +99,9 @@ async def _is_known_target(rooms: Rooms, name: str) -> bool:
 
 def _unreadable_file_error(reason: str) -> Invalid:
     return Invalid(
-        f"This file has no conversation that can be read: {reason}.", field="file", code="unreadable",
-        next_step="Choose what Trellis, open-webui, ChatGPT, Claude or LM Studio has exported, or Markdown with “## "
-        "User” and “## Assistant”.",
+        f"No conversation could be imported from this file: {reason}.", field="file", code="unreadable",
+        next_step="Choose an export from Trellis, open-webui, ChatGPT, Claude or LM Studio, or Markdown with the "
+        "headings “## User” and “## Assistant”.",
     )  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def plan_room(conversation: Conversation) -> RoomPlan:
             kept_messages[imported.id] = _KeptMessage(imported, role, text)
             kept_messages[imported.id].imported.parent = parent_id
     if conversation.is_foreign and not kept_messages:
-        raise Unreadable("nothing was said in it")
+        raise Unreadable("it has no messages")
     ordered = [kept_messages[each.id] for each in conversation.messages if each.id in kept_messages]
     return _make_plan(conversation, ordered, new_ids, "\n\n".join(dict.fromkeys(filter(None, system))), losses)
 
@@ -164,7 +164,7 @@ def _parse_message(index: int, imported: ImportedMessage, is_foreign: bool, loss
     """The role and the text of a message. Raises Unreadable."""
     role = ROLE_ALIASES.get(imported.role, imported.role) if isinstance(imported.role, str) else None
     if role is None or (not is_foreign and role not in ("user", "assistant")):
-        raise Unreadable(f"message {index + 1} is from neither “user” nor “assistant”")
+        raise Unreadable(f"message {index + 1} has a role other than “user” or “assistant”")
     try:
         content = parse_content(imported.content)
     except Unreadable as error:
@@ -243,7 +243,7 @@ def _plural(name: str) -> str:
 def _require_tree(messages: list[ImportedMessage]) -> None:
     """Raises Unreadable where ids are missing or used twice, or where messages come after each other in a circle."""
     if len(messages) > MAX_MESSAGES:
-        raise Unreadable(f"it has {len(messages)} messages, {MAX_MESSAGES} are the most")
+        raise Unreadable(f"it has {len(messages)} messages; the limit is {MAX_MESSAGES}")
     parents = {message.id: message.parent for message in messages if isinstance(message.id, str)}
     if len(parents) < len(messages):
         raise Unreadable("two of its messages have the same id, or one has none")
@@ -253,7 +253,7 @@ def _require_tree(messages: list[ImportedMessage]) -> None:
         current_id: Any = message.id
         while isinstance(current_id, str) and current_id in parents and current_id not in checked_ids:
             if current_id in seen:
-                raise Unreadable("its messages come after each other in a circle")
+                raise Unreadable("its messages form a cycle")
             seen.add(current_id)
             current_id = parents[current_id]
         checked_ids |= seen
@@ -289,7 +289,7 @@ def _require_text(value: Any, what: str = "its text") -> str:
     if not isinstance(value, str):
         return ""
     if len(value) > MAX_TEXT_CHARACTERS:
-        raise Unreadable(f"{what} has {len(value)} characters, {MAX_TEXT_CHARACTERS} are the most")
+        raise Unreadable(f"{what} has {len(value)} characters; the limit is {MAX_TEXT_CHARACTERS}")
     try:
         return require_storable(value)
     except ValueError as error:

@@ -73,7 +73,7 @@ class LocalServers:
             os.replace(draft, self._file)
         except OSError as error:
             raise TrellisError(
-                f"The permission could not be written to “{shorten(self._file)}”: {error.strerror}.", code="disk",
-                next_step="Make room on that disk, and add the server again.",
+                f"The permission couldn't be saved to “{shorten(self._file)}”: {error.strerror}.", code="disk",
+                next_step="Free some space on that disk and add the server again.",
             ) from None  # fmt: skip
         self._permitted = permitted

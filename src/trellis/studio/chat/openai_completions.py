@@ -160,7 +160,7 @@ def _parse_choice(choice: dict[str, Any]) -> CompletionDelta:
         elif kind == "refusal":
             delta.refusal += _join_text(part.get("refusal"))
         elif kind in PICTURE_PART_TYPES:
-            delta.text += "(A picture, which cannot be shown here.)"
+            delta.text += "(An image, which can't be shown here.)"
         else:
             delta.text += _join_text(part.get("text"))
     delta.thought += next(filter(None, (_join_text(content.get(name)) for name in REASONING_KEYS)), "")
@@ -249,37 +249,37 @@ class AnswerAssembler:
         who_answers = f"“{shorten(model)}” at “{shorten(server)}”"
         if self.finish == "content_filter":
             raise TrellisError(
-                f"The content filter of the server “{shorten(server)}” ended this answer.", code="content_filter",
-                next_step="Ask in other words, or ask another model.",
+                f"The content filter of the server “{shorten(server)}” stopped this answer.", code="content_filter",
+                next_step="Rephrase your message, or choose another model.",
             )  # fmt: skip
         if self._is_refused:
             raise TrellisError(
                 f"{who_answers} refused to answer.", code="model_refused",
-                next_step="Ask in other words, or ask another model.",
+                next_step="Rephrase your message, or choose another model.",
             )  # fmt: skip
         if self._tool is not None or self.finish in ("tool_calls", "function_call"):
             called = f"the tool “{shorten(self._tool)}”" if self._tool else "a tool"
             raise TrellisError(
-                f"{who_answers} asked to call {called}, and there are no tools in chat.", code="tool_call",
-                next_step="Ask in other words, or turn tools off on that server.",
+                f"{who_answers} tried to call {called}, but chat has no tools.", code="tool_call",
+                next_step="Rephrase your message, or turn tools off on that server.",
             )  # fmt: skip
         if not self.finish and not is_done:
             raise TrellisError(
-                f"The server “{shorten(server)}” ended the connection before the answer was complete.",
-                code="incomplete_answer", next_step="Go on with the answer, or have it made once more.",
+                f"The server “{shorten(server)}” closed the connection before the answer was complete.",
+                code="incomplete_answer", next_step="Continue the answer, or regenerate it.",
             )  # fmt: skip
         if self._has_text:
             return
         if self._has_thought:
             is_length_limit = self.finish == "length"
             raise TrellisError(
-                f"{who_answers} reached the longest answer while it was still thinking." if is_length_limit
-                else f"{who_answers} ended after its thoughts, without an answer.",
+                f"{who_answers} reached the token limit while still thinking." if is_length_limit
+                else f"{who_answers} stopped after thinking, without an answer.",
                 code="only_thoughts",
-                next_step="Raise “Longest answer” in the settings of this room, and ask again." if is_length_limit
-                else "Ask again, or ask another model.",
+                next_step="Raise “Max new tokens” in the settings of this chat, then regenerate." if is_length_limit
+                else "Regenerate, or choose another model.",
             )  # fmt: skip
         raise TrellisError(
-            f"{who_answers} ended without saying anything.", code="empty_answer",
-            next_step="Ask again. If it stays so, look into that server's log.",
+            f"{who_answers} returned an empty answer.", code="empty_answer",
+            next_step="Regenerate. If it happens again, check that server's log.",
         )  # fmt: skip

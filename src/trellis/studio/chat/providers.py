@@ -67,16 +67,18 @@ class Providers:
         may have a private address from now on: whoever calls has made sure that a person at this computer said so."""
         if "/" in name:
             raise Invalid(
-                f"name: must have no “/”, got “{shorten(name)}”.", field="name", next_step="Call it otherwise."
+                f"name: can't contain “/”, got “{shorten(name)}”.", field="name", next_step="Choose another name."
             )
         if unprintable := next((each for each in (name, *models) if not each.isprintable()), None):
             raise Invalid(
-                f"name: “{shorten(unprintable)}” has letters that cannot be seen.", field="name", next_step="Type it."
+                f"name: “{shorten(unprintable)}” contains invisible characters.",
+                field="name",
+                next_step="Type it by hand.",
             )
         url = url.strip().rstrip("/")
         parse_url(url)
         if not all(32 < ord(letter) < 127 for letter in secret):
-            raise Invalid("key: has letters that no key has.", field="key", next_step="Paste the key alone.")
+            raise Invalid("key: contains invalid characters.", field="key", next_step="Paste only the key.")
         with self._local_servers.permit_temporarily(
             await resolve_url(url) if allow_private else None
         ) as private_server:
@@ -134,7 +136,7 @@ class Providers:
             raise _not_openai_api_error(url) from None
         if not names:
             raise Invalid(
-                f"The server at “{shorten(url)}” lists no models.", field="models", next_step="Name its models by hand."
+                f"The server at “{shorten(url)}” lists no models.", field="models", next_step="Enter its model names."
             )
         return sorted(names)[:MAX_MODELS]
 
@@ -176,7 +178,7 @@ class Providers:
             raise TrellisError(
                 f"The server “{shorten(checked_url.host_header)}” {_describe_failure(error)}.", code="network",
                 field="url",
-                next_step="Check that it runs, and its address.",
+                next_step="Check that it is running and that its address is right.",
             ) from None  # fmt: skip
 
 
@@ -185,14 +187,14 @@ def _describe_failure(error: Exception) -> str:
 
     match error:
         case httpx.ConnectTimeout():
-            return f"did not answer within {CONNECT_SECONDS:.0f} seconds"
+            return f"didn't respond within {CONNECT_SECONDS:.0f} seconds"
         case httpx.ConnectError():
-            return "could not be reached: nothing answers at its address and port"
+            return "can't be reached: nothing is listening at its address and port"
         case httpx.TimeoutException():
-            return f"said nothing for {READ_SECONDS:.0f} seconds"
+            return f"sent nothing for {READ_SECONDS:.0f} seconds"
         case httpx.RemoteProtocolError() | httpx.ReadError():
-            return "ended the connection in the middle of its answer"
-    return f"could not be talked to ({type(error).__name__})"
+            return "closed the connection in the middle of its answer"
+    return f"can't be reached ({type(error).__name__})"
 
 
 def _new_client() -> httpx.AsyncClient:
@@ -277,10 +279,10 @@ class ProviderTarget(ChatTarget):
                     changes[name] = ""
                 else:
                     raise Invalid(
-                        f"The server “{shorten(self._row['name'])}” does not take “{name}”, which is "
-                        f"{shorten(body[name])} here: {shorten(error.response_text, 200)}",
+                        f"The server “{shorten(self._row['name'])}” rejected “{name}” with the value "
+                        f"{shorten(body[name])}: {shorten(error.response_text, 200)}",
                         field=name, code="option_refused",
-                        next_step="Empty that option in the settings of the room, or ask another model.",
+                        next_step="Clear that parameter in the chat's settings, or choose another model.",
                     ) from None  # fmt: skip
 
 
@@ -298,7 +300,7 @@ def _request_body(model: str, request: Chat) -> dict[str, Any]:
     Invalid for what no server can be asked."""
     if request.top is not None:
         raise Invalid(
-            "logprobs: the tokens of models on other servers are not told.", field="logprobs",
+            "logprobs: not available for models of external providers.", field="logprobs",
             code="unsupported_parameter", next_step="Leave it out.",
         )  # fmt: skip
     sampling = {name: value for name, value in request.sampling.model_dump().items() if value is not None}
@@ -378,13 +380,13 @@ async def _read_body(response: httpx.Response, max_bytes: int = MAX_BODY_BYTES) 
 def _status_error(checked_url: CheckedUrl, status: int, response_text: str, secret: str) -> TrellisError:
     if 300 <= status < 400:
         return TrellisError(
-            f"The server “{shorten(checked_url.host_header)}” points to another address, which is not followed.",
-            code="redirected",
-            field="url", next_step="Add that address itself.",
+            f"The server “{shorten(checked_url.host_header)}” redirects to another address; redirects are "
+            "not followed.",
+            code="redirected", field="url", next_step="Add that address instead.",
         )  # fmt: skip
     if status in (401, 403):
         return TrellisError(
-            f"The server “{shorten(checked_url.host_header)}” does not take the key.", code="wrong_key", field="key",
+            f"The server “{shorten(checked_url.host_header)}” rejected the key.", code="wrong_key", field="key",
             next_step="Check the key, and add the server again.",
         )  # fmt: skip
     try:
@@ -393,11 +395,11 @@ def _status_error(checked_url: CheckedUrl, status: int, response_text: str, secr
     except (ValueError, RecursionError):
         server_message = ""
     response_text = _redact(secret, response_text)
-    next_step = "Try again, or look into that server's log."
+    next_step = "Try again, or check that server's log."
     if status == 404:
-        next_step = "Check the address (most servers have the API under /v1), and the name of the model."
+        next_step = "Check the address (it usually ends in /v1) and the model name."
     elif status == 429:
-        next_step = "Wait a moment, or look into your account there."
+        next_step = "Wait a moment, or check your account there."
     return ProviderError(
         f"The server “{shorten(checked_url.host_header)}” answered {status}: "
         f"{shorten(server_message or response_text or 'nothing', 200)}",
@@ -412,15 +414,15 @@ def _redact(secret: str, text: str) -> str:
 
 def _answer_error(name: str, error: str, secret: str) -> TrellisError:
     return TrellisError(
-        f"The server “{shorten(name)}” could not answer: {shorten(_redact(secret, error), 200)}", code="remote_error",
-        next_step="Try again, or look into that server's log.",
+        f"The server “{shorten(name)}” returned an error: {shorten(_redact(secret, error), 200)}", code="remote_error",
+        next_step="Try again, or check that server's log.",
     )  # fmt: skip
 
 
 def _not_openai_api_error(where: str) -> TrellisError:
     return TrellisError(
-        f"The server at “{shorten(where)}” does not speak the OpenAI API.", code="remote_error", field="url",
-        next_step="Check the address; most servers have it under /v1.",
+        f"The server at “{shorten(where)}” doesn't offer an OpenAI-compatible API.", code="remote_error", field="url",
+        next_step="Check the address; it usually ends in /v1.",
     )  # fmt: skip
 
 

@@ -118,8 +118,8 @@ class Room:
         """Raises NotFound."""
         if message_id not in self.messages:
             raise NotFound(
-                f"There is no message “{shorten(message_id)}” in this room.", field="message",
-                next_step="Reload the page to see what was said.",
+                f"There is no message “{shorten(message_id)}” in this chat.", field="message",
+                next_step="Reload the page to see the current messages.",
             )  # fmt: skip
         return self.messages[message_id]
 
@@ -254,9 +254,11 @@ class Room:
         async with self._lock:
             message = self.message(message_id)
             if message.role != "assistant" or message.id in self._answer_tasks:
-                is_growing = message.id in self._answer_tasks
-                problem = "This answer is still growing." if is_growing else "Only an answer can go on."
-                raise Conflict(problem, code="not_now", next_step="Wait for its end.")
+                raise Conflict(
+                    "Only answers can be continued." if message.role != "assistant"
+                    else "This answer is still being generated.",
+                    code="not_now", next_step="Wait until it is done.",
+                )  # fmt: skip
             self._require_can_add()
             await self._store.write(rows.update_message, message.id, {"state": "growing", "error": None})
             message.state, message.error, message.finish = "growing", None, None
@@ -314,7 +316,7 @@ class Room:
             self._require_not_closed()
             message = self.message(message_id)
             if message.role != "assistant" or rating not in (-1, 0, 1):
-                raise Invalid("rating: must be -1, 0 or 1, of an answer.", field="rating", next_step="Rate an answer.")
+                raise Invalid("rating: must be -1, 0 or 1, for an answer.", field="rating", next_step="Rate an answer.")
             message.rating = rating
             await self._store.write(rows.update_message, message.id, {"rating": rating})
             self.publish("message", message=await self.rendered_message(message), head=self.head)
@@ -381,14 +383,14 @@ class Room:
 
     def _require_not_closed(self) -> None:
         if self.is_closed:
-            raise Conflict("This room was closed.", code="closed", next_step="Reload the page.")
+            raise Conflict("This chat was closed.", code="closed", next_step="Reload the page.")
 
     def _require_can_add(self) -> None:
         self._require_not_closed()
         if len(self.messages) >= MAX_MESSAGES:
             raise Conflict(
-                f"This room has {len(self.messages)} messages, which is the most.", code="room_full",
-                next_step="Start a new room.",
+                f"This chat has {len(self.messages):,} messages, which is the limit.", code="room_full",
+                next_step="Start a new chat.",
             )  # fmt: skip
 
     def _resolve_parent(self, parent: str | None) -> str | None:
@@ -398,11 +400,13 @@ class Room:
             return None
         if parent_message.role == "user":
             raise Conflict(
-                "The last message has no answer yet.", code="not_now", next_step="Have it answered first, or edit it."
+                "The last message has no answer yet.",
+                code="not_now",
+                next_step="Generate its answer first, or edit it.",
             )
         if parent_message.id in self._answer_tasks:
             raise Conflict(
-                "The answer is still growing.", code="not_now", next_step="Wait for its end, or stop it."
+                "The answer is still being generated.", code="not_now", next_step="Wait until it is done, or stop it."
             )  # fmt: skip
         return parent_message.id
 
@@ -410,7 +414,7 @@ class Room:
         names = list(dict.fromkeys(models))
         if not 1 <= len(names) <= MAX_MODELS:
             raise Invalid(
-                f"models: 1 to {MAX_MODELS} can answer, got {len(names)}.", field="models",
+                f"models: choose 1 to {MAX_MODELS}, got {len(names)}.", field="models",
                 next_step="Choose fewer." if names else "Choose one.",
             )  # fmt: skip
         return [(await self._targets.find(name)).name for name in names]
@@ -420,7 +424,7 @@ class Room:
         file_row = next((row for row in await self._store.read(rows.get_files, self.id) if row["id"] == file_id), None)
         if file_row is None:
             raise NotFound(
-                f"There is no file “{shorten(file_id)}” in this room.", field="file", next_step="Add it again."
+                f"There is no file “{shorten(file_id)}” in this chat.", field="file", next_step="Add it again."
             )
         return file_row
 
@@ -430,7 +434,7 @@ class Room:
         files_by_id = {row["id"]: row for row in await self._store.read(rows.get_files, self.id)}
         if unknown := [each for each in file_ids if each not in files_by_id]:
             raise NotFound(
-                f"There is no file “{shorten(unknown[0])}” in this room.", field="files", next_step="Add it again."
+                f"There is no file “{shorten(unknown[0])}” in this chat.", field="files", next_step="Add it again."
             )
         return [{name: files_by_id[each][name] for name in ("id", "name", "kind", "bytes")} for each in file_ids]
 
@@ -516,8 +520,8 @@ class Room:
         except Exception as error:
             log.exception("the end of an answer could not be written down")
             message.error = TrellisError(
-                f"The end of this answer could not be written down: {type(error).__name__}.", code="internal",
-                next_step="Copy what you need of it, and ask again.",
+                f"The end of this answer couldn't be saved: {type(error).__name__}.", code="internal",
+                next_step="Copy what you need, then regenerate.",
             ).as_json()  # fmt: skip
         finally:
             self._answer_tasks.pop(message.id, None)
@@ -573,8 +577,8 @@ def _require_within_limit(text: str) -> None:
     """Raises Invalid for more than one message may hold."""
     if len(text) > PROMPT_LIMIT:
         raise Invalid(
-            f"text: the message has {len(text):,} characters; {PROMPT_LIMIT:,} are the most.", field="text",
-            code="too_long", next_step="Add the text as a file, or send it in parts.",
+            f"text: the message has {len(text):,} characters; the limit is {PROMPT_LIMIT:,}.", field="text",
+            code="too_long", next_step="Attach the text as a file, or send it in parts.",
         )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 600.0
 MAX_LISTED_ROOMS = 200
-DEFAULT_TITLE = "New room"
+DEFAULT_TITLE = "New chat"
 MAX_OPTIONS = 8
 
 
@@ -98,9 +98,7 @@ class Rooms:
             await self._close_idle_rooms()
             room_rows = await self._store.read(rows.get_room, room_id)
             if room_rows is None:
-                raise NotFound(
-                    f"There is no room “{shorten(room_id)}”.", next_step="The rooms are listed on the chat page."
-                )
+                raise NotFound(f"There is no chat “{shorten(room_id)}”.", next_step="The chat page lists all chats.")
             row, messages = room_rows
             room = Room(
                 self._store,
@@ -169,15 +167,15 @@ class Rooms:
         says nothing."""
         answer = room.message(message_id)
         if answer.role != "assistant" or answer.parent is None or not answer.text.strip():
-            raise Conflict("Only of an answer something can be said.", code="no_choice", next_step="Choose an answer.")
+            raise Conflict("Only answers can be used for training.", code="no_choice", next_step="Choose an answer.")
         prompt_message = room.message(answer.parent)
         if prompt_message.parent is not None or room.system or prompt_message.files:
             raise Conflict(
-                "A session learns from answers to a single prompt; this one follows others, or has a system prompt or "
-                "files.", code="not_a_prompt", next_step="Ask in a new room, and choose there.",
+                "Only answers to a chat's first message, without system prompt or files, can be used for training.",
+                code="not_a_prompt", next_step="Ask in a new chat.",
             )  # fmt: skip
         if answer.state == "growing":
-            raise Conflict("This answer is still growing.", code="not_now", next_step="Wait for its end.")
+            raise Conflict("This answer is still being generated.", code="not_now", next_step="Wait until it is done.")
         other_answers = [
             each for each in room.children(prompt_message.id) if each.text.strip() and each.text != answer.text
         ]
@@ -186,8 +184,8 @@ class Rooms:
             return prompt_message.text, (_option_from_message(answer),), "none"
         if not other_answers and answer.rating == 0:
             raise Conflict(
-                "There is nothing to set this answer against.", code="no_choice",
-                next_step="Call it good or bad, or have another one made beside it.",
+                "There is nothing to compare this answer with.", code="no_choice",
+                next_step="Rate it or regenerate first.",
             )  # fmt: skip
         if not other_answers:
             return prompt_message.text, (), Written(written=answer.text)

@@ -96,7 +96,7 @@ class ChatTargets:
             targets.append({"name": entry.id, "label": entry.id, "kind": "model", "ready": is_ready, "sees": False})
         for session in await self._steering.list_sessions():
             targets.append({
-                "name": f"session:{session['id']}", "label": f"{session['name']}, step {session['step']}",
+                "name": f"session:{session['id']}", "label": f"{session['name']}, {_step(session['step'])}",
                 "kind": "session", "ready": session["status"] != "asleep", "session": session["name"],
                 "model": session["model"], "sees": False,
             })  # fmt: skip
@@ -127,8 +127,8 @@ class ChatTargets:
             target = await self.find(name)
             if not target.supports_pictures:
                 raise Invalid(
-                    f"“{shorten(target.label)}” does not see pictures.", field="files", code="cannot_see",
-                    next_step="Take the picture away, or choose a model that sees.",
+                    f"“{shorten(target.label)}” can't read images.", field="files", code="cannot_see",
+                    next_step="Remove the image, or choose a vision model.",
                 )  # fmt: skip
 
     async def require_picture_support_for(self, names: Sequence[str], data: bytes) -> None:
@@ -172,7 +172,7 @@ class ChatTargets:
             f"There is no model “{shorten(name)}”.",
             code="model_not_found",
             field="model",
-            next_step="Choose another one; all that there are stand at /v1/models.",
+            next_step="Choose another model; /v1/models lists them all.",
         )
 
 
@@ -188,6 +188,10 @@ def _find_node(session: Session, step_name: str) -> Node | None:
 
 def _step_label(node: Node, labels: dict[str, str]) -> str:
     if node.parent is None:
-        return "before any step"
+        return "Base model"
     label = node.name or labels.get(node.id, "").strip()
-    return f"step {node.step}: {label}" if label else f"step {node.step}"
+    return f"{_step(node.step)}: {label}" if label else _step(node.step)
+
+
+def _step(number: int) -> str:
+    return f"step {number}" if number else "Base model"

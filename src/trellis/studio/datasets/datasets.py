@@ -121,7 +121,7 @@ class Datasets:
         raise Invalid(
             f"{field}: there is no file “{shorten(name)}”. "
             + (f"There are: {shorten(listed, 400)}." if listed else "The prompts folder is empty."),
-            field=field, next_step=f"Choose one of these, upload one, or put one into {self.folder}.",
+            field=field, next_step=f"Choose one of these, upload one, or copy one into {self.folder}.",
         )  # fmt: skip
 
     async def preview(self, dataset: Dataset, count: int = 3) -> dict[str, Any]:
@@ -179,7 +179,7 @@ class Datasets:
         self, prepared_id: str, dataset: Dataset, path: Path | None, on_progress: Callable[[Progress], None]
     ) -> None:
         def on_rows_read(data: dict[str, Any]) -> None:
-            message = f"Reading the prompts: {data['rows']:,} so far".replace(",", " ")
+            message = f"Reading prompts: {data['rows']:,} so far"
             on_progress(
                 Progress(
                     stage="reading", fraction=data["fraction"], message=message, bytes=data["bytes"] or None,
@@ -187,7 +187,7 @@ class Datasets:
                 )
             )  # fmt: skip
 
-        on_progress(Progress(stage="reading", fraction=0.0, message="Reading the prompts"))
+        on_progress(Progress(stage="reading", fraction=0.0, message="Reading prompts"))
         writing = self._prepared.writing(prepared_id)
         folder = await asyncio.to_thread(writing.__enter__)
         try:
@@ -205,7 +205,7 @@ class Datasets:
         if dataset.source == "hub":
             if not _is_repository_name(dataset.id):
                 raise Invalid(
-                    f"config.dataset.id: “{shorten(dataset.id)}” is not the name of a dataset on the hub.",
+                    f"config.dataset.id: “{shorten(dataset.id)}” is not the name of a Hugging Face dataset.",
                     field="config.dataset.id", next_step="Use a name such as “org/name”.",
                 )  # fmt: skip
             return None

@@ -107,11 +107,11 @@ class Catalog:
         """Remove the files of a model that was put here or fetched. Raises NotFound, or Conflict for the demo."""
         entry = await self.find(model_id)
         if entry.source == "shipped":
-            raise Conflict(
-                "The demo model belongs to the studio.", code="shipped", next_step="Other models can be deleted."
-            )
+            raise Conflict("The demo model can't be deleted.", code="shipped", next_step="Delete another model.")
         if entry.repository and entry.bytes == 0:
-            raise NotFound(f"No files of “{shorten(model_id)}” are here.", next_step="There is nothing to delete.")
+            raise NotFound(
+                f"There are no files of “{shorten(model_id)}” here.", next_step="There is nothing to delete."
+            )
         await asyncio.to_thread(self._remove, entry)
 
     async def delete_partial(self, model_id: str) -> None:
@@ -219,15 +219,13 @@ def _find_name_problem(path: Path) -> LoadFailed | None:
         return LoadFailed(f"“{shorten(path.name)}” {message}", code="unsupported_format", next_step=next_step)
 
     if path.name != path.name.strip() or path.name.startswith(RESERVED_PREFIXES):
-        return make_error(
-            "has a name that cannot be used for a model.", "Rename it, for example to letters and hyphens."
-        )
+        return make_error("has an invalid name for a model.", "Rename it, using letters, digits and hyphens.")
     folder_wanted = "Choose a folder with a Hugging Face config.json and safetensors files."
     if path.is_file():
         kind = "a GGUF file" if path.suffix == ".gguf" else "a single file"
-        return make_error(f"is {kind}; a model is loaded from a folder with its config and tokenizer.", folder_wanted)
+        return make_error(f"is {kind}. A model needs a folder with its config and tokenizer.", folder_wanted)
     if (path / "model_index.json").is_file():
-        return make_error("is a diffusion pipeline for pictures, not a language model.", folder_wanted)
+        return make_error("is an image diffusion pipeline, not a language model.", folder_wanted)
     problem = problem_from_file_names(path)
     return problem.to_error() if problem else None
 

@@ -129,7 +129,7 @@ class Models:
                 raise job.failure
             if job.row["state"] == "cancelled":
                 raise EngineError("Loading was cancelled.", code="cancelled", next_step="Load the model again.")
-        raise EngineDied("The engine ended right after it had loaded the model.", next_step="Load the model again.")
+        raise EngineDied("The engine stopped right after loading the model.", next_step="Load the model again.")
 
     async def unload(self, model_id: str) -> None:
         """End all engines of a model and give their memory back. Raises Conflict when there is none."""
@@ -172,7 +172,7 @@ class Models:
         ]
         if not failed:
             raise NotFound(
-                f"No load of “{shorten(model_id)}” has failed.", next_step="The models are listed on the Models page."
+                f"“{shorten(model_id)}” has not failed to load.", next_step="See the Models page for all models."
             )
         await self._jobs.delete_ended(failed)
         await self.catalog.delete_partial(model_id)
@@ -247,9 +247,9 @@ class Models:
         needed = estimate(entry.shape, config, precision).loading
         if needed > free:
             raise LoadFailed(
-                f"“{entry.id}” needs about {needed / 1e9:.1f} GB in {precision}, and {free / 1e9:.1f} GB are free.",
+                f"“{entry.id}” needs about {needed / 1e9:.1f} GB in {precision}; {free / 1e9:.1f} GB are free.",
                 code="out_of_memory",
-                next_step=self._suggest_precision(entry, options) or "Close other programs, or choose a smaller model.",
+                next_step=self._suggest_precision(entry, options) or "Close other programs or choose a smaller model.",
             )
 
     def _suggest_precision(self, entry: ModelEntry, options: ModelOptions) -> str:
@@ -258,7 +258,7 @@ class Models:
         for smaller_precision in ("16-bit", "8-bit", "4-bit"):
             needed = estimate(entry.shape, SessionConfig(), smaller_precision).loading
             if int(smaller_precision.split("-")[0]) < int(precision.split("-")[0]) and needed <= free:
-                return f"Load it in {smaller_precision}, which needs about {needed / 1e9:.1f} GB."
+                return f"Load it in {smaller_precision}: about {needed / 1e9:.1f} GB."
         return ""
 
     def _running_worker(self, options: ModelOptions) -> Worker | None:
@@ -288,7 +288,7 @@ class Models:
                     await self._stop_instance(instance)
 
     async def _load(self, entry: ModelEntry, options: ModelOptions, job: Job, allow_download: bool) -> dict[str, Any]:
-        job.report_progress(Progress(stage="connecting", fraction=0.0, message="Starting an engine"))
+        job.report_progress(Progress(stage="connecting", fraction=0.0, message="Starting the engine"))
         worker: Worker | None = None
         is_ready = False
         try:
@@ -323,7 +323,7 @@ class Models:
         """A load that ran out of memory names a smaller way, where there is one."""
         if error.code == "engine_died" and "killed" in error.message:
             return EngineDied(  # which is tried again, since it may have been killed for another reason
-                f"The engine was killed while it loaded “{entry.id}”, most often because memory ran out.",
+                f"The engine was killed while loading “{entry.id}”, most likely because memory ran out.",
                 code="out_of_memory",
                 next_step=self._suggest_precision(entry, options) or error.next_step,
             )

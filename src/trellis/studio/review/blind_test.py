@@ -17,7 +17,7 @@ from ...messages import derived_seed
 from ...params import Sampling
 from ...store import blind_test as rows
 from ...store.store import Store
-from ..jobs import timestamp
+from ..jobs import key_reused_error, timestamp
 from ..steering.session import Session
 from ..steering.sessions import Sessions
 from .journal import node_summary
@@ -29,11 +29,6 @@ ROUNDS_AHEAD = 3
 """Rounds that are drawn before they are needed."""
 
 MAX_ROUNDS, DEFAULT_ROUNDS = 200, 20
-KEY_REUSED = Conflict(
-    "This Idempotency-Key was used for another action: a comparison in another session.",
-    code="key_reused",
-    next_step="Send a key of its own with each action.",
-)
 Judgement = Literal["first", "second", "tie"]
 
 
@@ -60,7 +55,7 @@ class BlindTests:
         async with self._start_lock:  # one request makes one comparison
             if request and (known := await self._store.read(rows.trial_by_request, request)):
                 if known["session"] != session_id:
-                    raise KEY_REUSED
+                    raise key_reused_error("a blind test in another session")
                 return await self.state(session_id, known["id"])
             trial_id = await self._start(session_id, left, right, planned, prompts or [], request)
         return await self.state(session_id, trial_id)
@@ -72,13 +67,15 @@ class BlindTests:
         left_node, right_node = session.node(left), session.node(right)
         if left_node.weights == right_node.weights:
             raise Invalid(
-                "right: both steps have the same weights, so there is nothing to tell apart.",
+                "right: both steps have the same weights, so their answers would not differ.",
                 field="right",
                 next_step="Choose another step.",
             )
         if not 1 <= planned <= MAX_ROUNDS:
             raise Invalid(
-                f"rounds: must be 1 to {MAX_ROUNDS}, got “{planned}”.", field="rounds", next_step="Choose a number."
+                f"rounds: must be 1 to {MAX_ROUNDS}, got “{planned}”.",
+                field="rounds",
+                next_step=f"Enter a number from 1 to {MAX_ROUNDS}.",
             )
         unused_position = max(node.position for node in session.tree.nodes.values()) + 1  # no branch was steered on it
         trial_id = f"b{secrets.token_hex(8)}"
@@ -121,9 +118,9 @@ class BlindTests:
             if is_recorded or current["verdict"] == verdict:  # said twice is said once
                 return await self.state(session_id, trial_id)
         raise Conflict(
-            f"Round {number} is not the one to judge.",
+            f"Round {number} is not the current round.",
             code="stale_round",
-            next_step="Look at the current round.",
+            next_step="Vote on the current round.",
             details={"trial": _trial_json(session, trial, rounds, None)},
         )
 
@@ -132,9 +129,9 @@ class BlindTests:
         await self._find(session_id, trial_id)
         if not await self._store.write(rows.undo_verdict, trial_id):
             raise Conflict(
-                "There is no verdict to take back.",
+                "There is no vote to undo.",
                 code="nothing_to_undo",
-                next_step="A comparison that has ended stays as it is; judge a round, or start another one.",
+                next_step="A finished blind test can't be changed. Start a new one.",
             )
         return await self.state(session_id, trial_id)
 
@@ -157,8 +154,8 @@ class BlindTests:
         trial = await self._store.read(rows.get_trial, trial_id)
         if trial is None or trial["session"] != session_id:
             raise NotFound(
-                f"There is no comparison “{shorten(trial_id)}” in this session.",
-                next_step="Its comparisons are listed on its blind page.",
+                f"Blind test “{shorten(trial_id)}” not found in this session.",
+                next_step="The session's Blind test page lists its tests.",
             )
         return session, trial
 
@@ -192,9 +189,9 @@ class BlindTests:
         except Exception:
             log.exception("blind comparison %s failed", trial["id"])
             self._errors[trial["id"]] = TrellisError(
-                "The answers could not be drawn, for a reason that the studio does not know.",
+                "Something went wrong while generating the answers.",
                 code="internal",
-                next_step=f"The studio's log has the details, under {trial['id']}.",
+                next_step=f"Try again. Error ID {trial['id']} (see the log).",
             )
 
     async def _generate_round(self, session: Session, trial: dict[str, Any], number: int) -> None:

@@ -8,7 +8,8 @@ from ...errors import Invalid
 from ...messages import Progress
 from ..jobs import Job, Jobs
 from ..steering.sessions import Sessions
-from .journal import describe_choice
+from ..steering.tree import step_name
+from .journal import node_summary
 
 MAX_PROMPTS = 12
 
@@ -29,9 +30,9 @@ class Comparisons:
         prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
         if not 1 <= len(prompts) <= MAX_PROMPTS:
             raise Invalid(
-                f"prompts: there are {len(prompts)}; 1 to {MAX_PROMPTS} can be compared at once.",
+                f"prompts: must be 1 to {MAX_PROMPTS}, got {len(prompts)}.",
                 field="prompts",
-                next_step="Write one prompt a line.",
+                next_step="Enter one prompt per line.",
             )
         known_job = await self._jobs.find_row_by_request(request, "compare") if request else None
         if known_job and known_job["body"]["session"] == session_id:
@@ -57,14 +58,10 @@ class Comparisons:
             for side in ("left", "right"):
                 finished = 2 * len(rounds) + (side == "right")
                 step = session.node(body[side]).step
-                message = f"Step {step} answers prompt {len(rounds) + 1} of {len(body['prompts'])}"
+                message = f"{step_name(step)}: prompt {len(rounds) + 1} of {len(body['prompts'])}"
                 job.report_progress(Progress(stage="checking", fraction=finished / total, message=message))
                 seed = {"seed": session.config.seed}
                 (pair[side],) = await self._steering.sample(session.id, prompt, body[side], 1, seed, seed_key="compare")
             rounds.append(pair)
         nodes = {side: session.node(body[side]) for side in ("left", "right")}
-        about = {
-            side: {"node": node.id, "step": node.step, "what": node.name or describe_choice(node.choice)}
-            for side, node in nodes.items()
-        }
-        return about | {"rounds": rounds}
+        return {side: node_summary(node) for side, node in nodes.items()} | {"rounds": rounds}

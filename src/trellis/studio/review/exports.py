@@ -70,13 +70,13 @@ class Exports:
         node = session.node(node_id) if node_id else session.tree.head
         if not _EXPORT_NAME_PATTERN.fullmatch(name) or name.endswith((".", " ")):
             raise Invalid(
-                f"name: “{shorten(name)}” cannot be the name of a folder.",
+                f"name: “{shorten(name)}” isn't a valid folder name.",
                 field="name",
-                next_step="Use letters, digits, spaces and “.-_”, beginning with a letter or digit.",
+                next_step="Use letters, digits, spaces and “.-_”, starting with a letter or digit.",
             )
         if not node.weights:
             raise Conflict(
-                "The session is not ready yet.", code="offer_not_ready", next_step="Wait for the first options."
+                "The session is not ready yet.", code="offer_not_ready", next_step="Wait for the first answers."
             )
         body = {"session": session_id, "kind": kind, "name": name, "node": node.id}
         if request and (known_job := await self._jobs.find_row_by_request(request, "export")):
@@ -87,7 +87,7 @@ class Exports:
             ):
                 body = known_job["body"]  # the head may have moved since; it is the same action all the same
         elif name in self._names_in_progress or (self.folder / name).exists():
-            raise Conflict(f"There is an export “{name}” already.", code="exists", next_step="Choose another name.")
+            raise Conflict(f"An export named “{name}” already exists.", code="exists", next_step="Choose another name.")
         return await self._jobs.start("export", body, lambda job: self._run(job, session, node, kind, name), request)
 
     async def list_exports(self) -> list[dict[str, Any]]:
@@ -123,7 +123,7 @@ class Exports:
         )
 
     async def _run(self, job: Job, session: Session, node: Node, kind: Kind, name: str) -> dict[str, Any]:
-        job.report_progress(Progress(stage="reading", fraction=0.0, message="Getting the weights of this step"))
+        job.report_progress(Progress(stage="reading", fraction=0.0, message="Loading the weights of this step"))
         work = self.folder / f".work-{job.id}"
         self._names_in_progress.add(name)
         try:
@@ -172,7 +172,7 @@ class Exports:
             for text in dict.fromkeys([session.config.control_prompt, *PROBE_PROMPTS, *prompts])
             if text
         )
-        job.report_progress(Progress(stage="connecting", fraction=0.0, message="Starting an engine for the merge"))
+        job.report_progress(Progress(stage="connecting", fraction=0.0, message="Starting the merge process"))
         worker = await Worker.start(self._spawn)
         try:
             request = Merge(
@@ -187,7 +187,7 @@ class Exports:
                     return event.model_dump(exclude={"type", "files"}) | {"prompts": len(probes)}
         finally:
             await asyncio.shield(worker.stop(patience=0.2))
-        raise EngineError("The merge ended without a result.", code="engine_error", next_step="Try again.")
+        raise EngineError("The merge stopped without a result.", code="engine_error", next_step="Try again.")
 
     async def _model_folder(self, session: Session, entry: ModelEntry) -> Path:
         """Where the base model's files lie; those of a hub model are there once it has been loaded."""
@@ -196,7 +196,7 @@ class Exports:
         found = await asyncio.to_thread(self._catalog.downloaded_folder, entry.repository, session.config.revision)
         if found is None:
             raise LoadFailed(
-                f"The files of “{entry.id}” are not here any more.", code="not_found", next_step="Load the model again."
+                f"The files of “{entry.id}” no longer exist.", code="not_found", next_step="Download the model again."
             )
         return found
 
@@ -205,9 +205,9 @@ class Exports:
         needed_memory, free_now = 2 * size + LIBRARIES, free_memory()  # the merged model, and what was written of it
         if needed_memory > free_now:
             raise LoadFailed(
-                f"Merging needs about {needed_memory / 1e9:.1f} GB of memory, and {free_now / 1e9:.1f} GB are free.",
+                f"Merging needs about {needed_memory / 1e9:.1f} GB of memory; {free_now / 1e9:.1f} GB is free.",
                 code="out_of_memory",
-                next_step="Unload models that are not needed, or export the adapter.",
+                next_step="Unload a model, or export the adapter instead.",
             )
         existing_folder = self.folder
         while not existing_folder.exists():
@@ -215,10 +215,10 @@ class Exports:
         free, needed = shutil.disk_usage(existing_folder).free, int(size * 1.05) + DISK_RESERVE_BYTES
         if needed > free:
             raise LoadFailed(
-                f"The merged model needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on the disk of "
+                f"The merged model needs {needed / 1e9:.2f} GB of disk; {free / 1e9:.2f} GB is free in "
                 f"“{self.folder}”.",
                 code="disk_full",
-                next_step="Make room there, or export the adapter, which is far smaller.",
+                next_step="Free some disk space, or export the adapter: it is much smaller.",
             )
 
     def _publish(
@@ -240,7 +240,7 @@ class Exports:
             fsync(file)
         target = self.folder / name
         if target.exists():
-            raise Conflict(f"There is an export “{name}” already.", code="exists", next_step="Choose another name.")
+            raise Conflict(f"An export named “{name}” already exists.", code="exists", next_step="Choose another name.")
         work.rename(target)
         fsync(self.folder)
         return {"path": str(target), "name": name, "files": files, "bytes": manifest["bytes"], "checks": checks}
@@ -264,7 +264,7 @@ class Exports:
                 raise ValueError
         except (OSError, ValueError):
             raise NotFound(
-                f"There is no export “{shorten(name)}”.", next_step="Exports are listed on a session's review page."
+                f"Export “{shorten(name)}” not found.", next_step="A session's Review page lists its exports."
             ) from None
         return manifest | {"path": str(self.folder / name)}
 
@@ -289,14 +289,14 @@ def model_card(session: Session, node: Node, kind: Kind, name: str, checks: dict
     on_hub = [f"base_model: {config.model}"] if "/" in config.model else []
     front_matter = ["---", f"library_name: {library}", *on_hub, "tags: [trellis, steering]", "---"]
     system = [f"> {line}" for line in config.system_prompt.splitlines()]
-    system_prompt_lines = ["Said to the model before every prompt:", "", *system, ""] if system else []
+    system_prompt_lines = ["System message for every prompt:", "", *system, ""] if system else []
     if kind == "adapter":
         load = [
             "from peft import PeftModel", "from transformers import AutoModelForCausalLM", "",
             'base = AutoModelForCausalLM.from_pretrained("path or name of the base model")',
             f'model = PeftModel.from_pretrained(base, "{name}")',
         ]  # fmt: skip
-        checks_text = f"{checks.get('tensors', 0)} tensors, the same bytes as in the session."
+        checks_text = f"{checks.get('tensors', 0)} tensors, byte for byte those of the session."
     else:
         load = [
             "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
@@ -304,33 +304,33 @@ def model_card(session: Session, node: Node, kind: Kind, name: str, checks: dict
             f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         ]  # fmt: skip
         checks_text = (
-            f"Written in {checks.get('dtype')}, read again, and compared with base and adapter on "
-            f"{checks.get('tokens')} tokens of answers to {checks.get('prompts')} prompts. The log-probabilities "
-            f"differ by {checks.get('mean_difference', 0):.2g} nats on average and "
-            f"{checks.get('largest_difference', 0):.2g} at most; the likeliest token is the same in "
-            f"{checks.get('agreement', 0):.1%} of all places. Generation settings, the tokens that end an answer "
-            f"({', '.join(map(str, checks.get('ends', ()))) or 'none'}), chat templates and tokenizer are the base's; "
-            f"{checks.get('conversations', 0)} conversations are written in the same words."
+            f"Saved in {checks.get('dtype')}, loaded again and compared with base model + adapter on "
+            f"{checks.get('tokens')} answer tokens for {checks.get('prompts')} prompts. Log-probabilities differ by "
+            f"{checks.get('mean_difference', 0):.2g} nats/token on average and "
+            f"{checks.get('largest_difference', 0):.2g} at most; the top-1 token matches for "
+            f"{checks.get('agreement', 0):.1%} of tokens. Generation settings, end-of-answer tokens "
+            f"({', '.join(map(str, checks.get('ends', ()))) or 'none'}), chat templates and tokenizer are those of the "
+            f"base model; {checks.get('conversations', 0)} test conversations render the same."
         )
     lines = [
         *front_matter, "", f"# {name}", "",
-        f"Grown from {base} by hand with Trellis {__version__}: {len(learned)} choices between "
-        f"answers, each learned at once. Session “{' '.join(session.name.split())}”, step {node.step}, drift "
+        f"Steered from {base} with Trellis {__version__}: {len(learned)} choices between answers, each learned "
+        f"immediately. Session “{' '.join(session.name.split())}”, step {node.step}, drift "
         f"{drift_of(node, session.tree):.2%}.", "",
         "## Use", "", "```python", *load, "```", "",
         *system_prompt_lines,
-        "## How it was grown", "",
+        "## Training", "",
         f"- Base: `{config.model}`" + (f", revision `{config.revision}`" if config.revision else ""),
         *(
-            [f"- Grown on a base rounded to {config.precision}: on the whole one it answers a little differently"]
+            [f"- Trained on the base model in {config.precision}; in full precision its answers differ slightly"]
             if config.precision in ("8-bit", "4-bit") else []
         ),
         f"- Adapter: LoRA, rank {adapter.lora_rank}, alpha {adapter.lora_alpha}, dropout {adapter.lora_dropout}, on "
         f"{adapter.target_modules}",
-        f"- Learning: {config.learning_method}, rate {config.learning_rate}, KL strength {config.kl_beta}",
-        f"- Answers were drawn at temperature {config.temperature}, top-p {config.top_p}, min-p {config.min_p}", "",
-        "## Checked", "", checks_text, "",
-        "The licence of the base model holds for this too.", "",
+        f"- Learning: {config.learning_method}, rate {config.learning_rate}, KL penalty {config.kl_beta}",
+        f"- Sampling: temperature {config.temperature}, top-p {config.top_p}, min-p {config.min_p}", "",
+        "## Verification", "", checks_text, "",
+        "The license of the base model applies.", "",
     ]  # fmt: skip
     return "\n".join(lines)
 

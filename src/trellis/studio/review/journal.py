@@ -1,4 +1,4 @@
-"""The log of choices to take away: a readable journal in Markdown, and the choices as JSONL in common layouts."""
+"""Export the choices of a session: a readable journal in Markdown, and JSONL in common formats."""
 
 from __future__ import annotations
 
@@ -19,11 +19,7 @@ from .win_rate import distinct_names, win_rate_json, win_rate_sentence
 
 CHOICE_FORMATS = ("raw", "trl-preference", "trl-unpaired", "openai-dpo")
 LETTERS = "ABCDEFGH"
-RETRAINING_PHRASES = {
-    "refit": "fitted afresh to",
-    "import": "learned from a file of",
-    "replay": "fitted to another model's",
-}
+RETRAINING_PHRASES = {"refit": "retrained on", "import": "imported", "replay": "replayed"}
 
 
 async def journal_markdown(store: Store, session: Session, last: int | None = None) -> str:
@@ -37,8 +33,8 @@ async def journal_markdown(store: Store, session: Session, last: int | None = No
     lines = [
         f"# {_inline(session.name)}",
         "",
-        f"Model `{session.config.model}`, started {timestamp(session.created)}, "
-        f"{session.tree.head.step} steps to the head, {len(session.tree.nodes)} nodes in the tree.",
+        f"Model `{session.config.model}`. Started {timestamp(session.created)[:16].replace('T', ' ')} UTC. "
+        f"Steps on this branch: {session.tree.head.step}. Nodes in the tree: {len(session.tree.nodes)}.",
         "",
     ]
     for node in path[1:]:
@@ -51,13 +47,13 @@ async def journal_markdown(store: Store, session: Session, last: int | None = No
             mark = " **(chosen)**" if index in chosen_indexes else ""
             lines += [f"**{LETTERS[index]}**{mark}", "", _quote(option.text), ""]
         if isinstance(node.choice, Written):
-            lines += ["**Written**", "", _quote(node.choice.written), ""]
+            lines += ["**Your answer**", "", _quote(node.choice.written), ""]
         if node.metrics:
             metrics = node.metrics
             lines += [
-                f"Share of what was chosen {metrics.share_before:.1%} → {metrics.share_after:.1%}, "
+                f"Probability of the pick {metrics.share_before:.1%} → {metrics.share_after:.1%}, "
                 f"loss {metrics.loss:.3f}, KL {metrics.kl:.4f}, drift {metrics.drift:.2%}, "
-                f"{metrics.inner_steps} inner steps.",
+                f"{metrics.inner_steps} optimizer steps.",
                 "",
             ]
     return "\n".join([*lines, *await _blind_test_lines(store, session)])
@@ -66,12 +62,12 @@ async def journal_markdown(store: Store, session: Session, last: int | None = No
 async def _blind_test_lines(store: Store, session: Session) -> list[str]:
     """The blind comparisons that were brought to an end, oldest first."""
     trials = [trial for trial in await store.read(blind_rows.list_trials, session.id) if trial["state"] == "done"]
-    lines = ["## Blind comparisons", ""] if trials else []
+    lines = ["## Blind tests", ""] if trials else []
     for trial in reversed(trials):
         rounds = await store.read(blind_rows.get_rounds, trial["id"])
         result = win_rate_json([each["verdict"] for each in rounds if each["verdict"]])
         left, right = distinct_names(*(node_summary(session.node(trial[side])) for side in ("left", "right")))
-        lines += [f"- {timestamp(trial['created'])[:10]}, {left} and {right}: {win_rate_sentence(result, left, right)}"]
+        lines += [f"- {timestamp(trial['created'])[:10]}, {left} vs. {right}: {win_rate_sentence(result, left, right)}"]
     return [*lines, ""] if lines else []
 
 
@@ -83,9 +79,9 @@ async def export_choices(store: Store, session: Session, layout: str) -> Iterato
     """
     if layout not in CHOICE_FORMATS:
         raise Invalid(
-            f"format: “{shorten(layout)}” is not a format.",
+            f"format: unknown format “{shorten(layout)}”.",
             field="format",
-            next_step=f"Use one of {', '.join(CHOICE_FORMATS)}.",
+            next_step=f"Use one of: {', '.join(CHOICE_FORMATS)}.",
         )
     nodes = [node for node in session.tree.nodes.values() if node.answered]
     offers = await store.read(rows.get_offers, [node.answered for node in nodes if node.answered])
@@ -100,7 +96,7 @@ def describe_choice(choice: Choice | Retraining | None) -> str:
     """A choice in a few words."""
     match choice:
         case None:
-            return "the beginning"
+            return "base model"
         case "none":
             return "none of these"
         case "skip":

@@ -68,7 +68,7 @@ class ParsedPreferences:
 
     def sentences(self) -> list[str]:
         return [
-            f"{count} of {self.rows} rows left out, the first in {place}: {why}."
+            f"{count} of {self.rows} rows skipped, the first in {place}: {why}."
             for why, (count, place) in self.skipped_rows.items()
         ]
 
@@ -109,17 +109,17 @@ def parse_preferences(
             parsed.lessons.append(Lesson(prompt=prompt, options=options, choice=choice, temperature=temperature))
             if len(parsed.lessons) > MAX_LESSONS:
                 raise Invalid(
-                    f"file: has more than {MAX_LESSONS} choices, which is the most that can be learned from at once.",
+                    f"file: has more than {MAX_LESSONS:,} choices, the limit for one training run.",
                     field="file",
                     next_step="Split the file.",
                 )
     if parsed is None:
-        raise Invalid("file: is empty.", field="file", next_step="Choose a file with a choice in each row.")
+        raise Invalid("file: is empty.", field="file", next_step="Use a file with one choice per row.")
     if not parsed.lessons:
         raise Invalid(
-            f"file: none of its {parsed.rows} rows is a choice. {' '.join(parsed.sentences())}".strip(),
+            f"file: no usable choices (rows read: {parsed.rows}). {' '.join(parsed.sentences())}".strip(),
             field="file",
-            next_step="See docs/files.md for the layouts.",
+            next_step="See docs/files.md for the formats.",
         )
     return parsed
 
@@ -152,17 +152,17 @@ def detect_layout(row: Row, location: str) -> Layout:
         if keys <= row.keys():
             return layout
     raise Invalid(
-        f"file: {location} has the keys {shorten(', '.join(sorted(map(str, row))), 120)}; no layout has these.",
+        f"file: unknown format; {location} has the keys {shorten(', '.join(sorted(map(str, row))), 120)}.",
         field="file",
-        next_step="Use TRL's prompt, chosen, rejected or prompt, completion, label; OpenAI's input, preferred_output, "
-        "non_preferred_output; or choices exported by Trellis.",
+        next_step="Use prompt, chosen, rejected or prompt, completion, label (TRL); input, preferred_output, "
+        "non_preferred_output (OpenAI); or choices exported from Trellis.",
     )
 
 
 def _group_key(layout: Layout, row: Row, location: str) -> Any:
     """What neighbouring rows of one choice have in common. Raises Unusable for a row that is none of the layout's."""
     if not LAYOUT_KEYS[layout] <= row.keys():
-        raise UnusableRow(f"it lacks {' or '.join(sorted(LAYOUT_KEYS[layout] - row.keys()))}")
+        raise UnusableRow(f"missing {' or '.join(sorted(LAYOUT_KEYS[layout] - row.keys()))}")
     if layout == "raw":
         _parse_raw_row(row)
         return location
@@ -218,7 +218,7 @@ def _parse_label(row: Row) -> bool:
     label = row["label"]
     word = str(label).strip().lower() if isinstance(label, (str, int, float)) else ""
     if word not in GOOD_LABELS | BAD_LABELS:
-        raise UnusableRow(f"its label is {shorten(json.dumps(label))}, which says neither good nor bad")
+        raise UnusableRow(f"unknown label {shorten(json.dumps(label))}")
     return word in GOOD_LABELS
 
 
@@ -230,10 +230,10 @@ def _parse_pair(layout: Layout, row: Row) -> tuple[Question, str, str]:
         before, better = _split_last_answer(row["chosen"])
         before_worse, worse = _split_last_answer(row["rejected"])
         if _comparable(before) != _comparable(before_worse):
-            raise UnusableRow("the two answers do not end the same conversation")
+            raise UnusableRow("the two answers belong to different conversations")
         question = _parse_question(row, before)
     if better == worse:
-        raise UnusableRow("both answers are the same")
+        raise UnusableRow("both answers are identical")
     return question, better, worse
 
 
@@ -245,12 +245,12 @@ def _parse_labelled_answer(row: Row) -> tuple[Question, str]:
 
 def _parse_openai_input(body: Any) -> Question:
     if not isinstance(body, dict):
-        raise UnusableRow("its input is not an object with messages")
+        raise UnusableRow("input is not an object with messages")
     if body.get("tools"):
-        raise UnusableRow("it offers tools to the model, which cannot be learned with")
+        raise UnusableRow("tools are not supported")
     turns = _turns_or_none(body.get("messages"))
     if turns is None:
-        raise UnusableRow("its input has no list of messages")
+        raise UnusableRow("input has no list of messages")
     return _question_from_turns(turns)
 
 
@@ -260,7 +260,7 @@ def _split_last_answer(value: Any) -> tuple[list[Turn], str]:
     if turns is None:
         return [], _require_text(value)
     if not turns or turns[-1].role != "assistant":
-        raise UnusableRow("a conversation does not end with an answer")
+        raise UnusableRow("the conversation does not end with an answer")
     return turns[:-1], _turn_text(turns[-1])
 
 
@@ -273,7 +273,7 @@ def _parse_question(row: Row, earlier_turns: list[Turn]) -> Question:
     turns = _turns_or_none(prompt)
     if turns is None and prompt:
         if not isinstance(prompt, str):
-            raise UnusableRow("its prompt is neither text nor a list of messages")
+            raise UnusableRow("the prompt is neither text nor a list of messages")
         turns = [Turn("user", prompt)]
     if earlier_turns and turns:
         without_system = [turn for turn in earlier_turns if turn.role != "system"]
@@ -282,7 +282,7 @@ def _parse_question(row: Row, earlier_turns: list[Turn]) -> Question:
             _comparable(without_system),
             _comparable(without_system[-1:]),
         ):
-            raise UnusableRow("its prompt is not what its answers answer")
+            raise UnusableRow("the prompt does not match the conversation of the answers")
     question = _question_from_turns(earlier_turns or turns or [])
     system = row.get("system")
     if isinstance(system, str) and system.strip() and system.strip() != question.system.strip():
@@ -304,7 +304,7 @@ def _question_from_turns(turns: list[Turn]) -> Question:
     ]
     other_turns = [turn for turn in turns if turn.role != "system"]
     if len(other_turns) != 1 or other_turns[0].role != "user":
-        raise UnusableRow("its conversation has several turns; only one question and its answers can be learned from")
+        raise UnusableRow("multi-turn conversations are not supported")
     return Question(_turn_text(other_turns[0]), _require_text("\n\n".join(system_texts)) if system_texts else "")
 
 
@@ -312,7 +312,7 @@ def _turns_or_none(value: Any) -> list[Turn] | None:
     try:
         return parse_turns(value)
     except NotJSON:
-        raise UnusableRow("it holds a list of messages that is not valid JSON") from None
+        raise UnusableRow("a list of messages is not valid JSON") from None
 
 
 def _parse_json_cell(value: Any) -> Any:
@@ -334,13 +334,13 @@ def _parse_raw_row(row: Row) -> ParsedChoice:
     try:
         choice = CHOICE.validate_python(_parse_json_cell(row["choice"]))
     except ValidationError:
-        raise UnusableRow(f"“{shorten(json.dumps(row['choice']))}” is not a choice") from None
+        raise UnusableRow(f"invalid choice “{shorten(json.dumps(row['choice']))}”") from None
     if choice == "skip":
-        raise UnusableRow("it was skipped, which teaches nothing")
+        raise UnusableRow("skipped prompts teach nothing")
     chosen_indexes = choice.ranking if isinstance(choice, Ranking) else (choice,) if isinstance(choice, int) else choice
     if isinstance(chosen_indexes, tuple):
         if not all(0 <= index < len(texts) for index in chosen_indexes):
-            raise UnusableRow("the choice names an option that is not there")
+            raise UnusableRow("the choice refers to a missing option")
         if len(set(chosen_indexes)) != len(chosen_indexes):
             raise UnusableRow("the choice names an option twice")
     system = row.get("system") or ""
@@ -353,7 +353,7 @@ def _parse_raw_row(row: Row) -> ParsedChoice:
 
 def _turn_text(turn: Turn) -> str:
     if not turn.is_text_only:
-        raise UnusableRow("a message holds more than text, such as a picture or a call of a tool")
+        raise UnusableRow("a message contains more than text (such as an image or a tool call)")
     return _require_text(turn.text)
 
 
@@ -362,7 +362,7 @@ def _require_text(value: Any) -> str:
     turns = None if isinstance(value, str) else _turns_or_none(value)
     if turns is not None:
         if len(turns) != 1:
-            raise UnusableRow("an answer is not one message")
+            raise UnusableRow("an answer is more than one message")
         return _turn_text(turns[0])
     if not isinstance(value, str) or not value.strip():
         raise UnusableRow("a prompt or an answer is empty or not text")
@@ -371,7 +371,7 @@ def _require_text(value: Any) -> str:
     try:
         return require_storable(value)
     except ValueError:
-        raise UnusableRow("a prompt or an answer has characters that cannot be stored") from None
+        raise UnusableRow("a prompt or an answer has invalid characters") from None
 
 
 def _make_option(text: str, is_complete: bool = True) -> Option:

@@ -71,13 +71,13 @@ class RetrainingJobs:
         path = await asyncio.to_thread(self._datasets.find_file, file, "file")
         if path.is_dir() or not path.name.lower().endswith(TABLE_SUFFIXES):
             raise Invalid(
-                f"file: “{file}” is no table of choices.",
+                f"file: “{file}” isn't a supported file type.",
                 field="file",
-                next_step="Choose a file of JSON lines, JSON, CSV or Parquet with a choice in each row.",
+                next_step="Use JSON Lines, JSON, CSV or Parquet with one choice per row.",
             )
         if path.stat().st_size > MAX_BYTES:
             raise Invalid(
-                f"file: “{file}” has {path.stat().st_size / 1e6:.0f} MB; {MAX_BYTES / 1e6:.0f} is the most.",
+                f"file: “{file}” is {path.stat().st_size / 1e6:.0f} MB; the limit is {MAX_BYTES / 1e6:.0f} MB.",
                 field="file",
                 next_step="Split the file.",
             )
@@ -158,15 +158,15 @@ class RetrainingJobs:
         lessons = await session.lessons(node)
         if not lessons:
             raise Conflict(
-                "Nothing was said on this branch yet, so there is nothing to learn from.",
+                "There are no choices on this branch yet.",
                 code="empty_log",
                 next_step="Choose some answers first.",
             )
         if len(lessons) > MAX_LESSONS:
             raise Conflict(
-                f"The branch has {len(lessons)} choices; {MAX_LESSONS} is the most that can be learned from at once.",
+                f"This branch has {len(lessons):,} choices; the limit for one training run is {MAX_LESSONS:,}.",
                 code="too_many",
-                next_step="Choose an earlier step.",
+                next_step="Use an earlier step.",
             )
         return lessons
 
@@ -206,7 +206,7 @@ class RetrainingJobs:
         return await self._jobs.start(kind, body, lambda job: self._run(job, session, parent, retraining), request)
 
     async def _run(self, job: Job, session: Session, parent: Node, retraining: Retraining) -> dict[str, Any]:
-        job.report_progress(Progress(stage="connecting", fraction=0.0, message="Waiting for the model"))
+        job.report_progress(Progress(stage="connecting", fraction=0.0, message="Loading the model"))
         await session.wait_until_initialized()
         parent = session.node(parent.id)
         async with session.hold_weights(parent):

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..steering.tree import step_name
+
 NORMAL_QUANTILE_95 = 1.959963984540054
 """The normal quantile of a 95 % interval."""
 
@@ -77,44 +79,32 @@ def win_rate_json(verdicts: Sequence[str]) -> dict[str, Any]:
 
 def distinct_names(left: dict[str, Any], right: dict[str, Any]) -> tuple[str, str]:
     """How to call two nodes `{step, what, name}` so that they are told apart."""
-    both = (left, right)
-    if left["step"] != right["step"]:
-        one, other = (f"Step {each['step']}" for each in both)
-    else:
-        one, other = (f"Step {each['step']} ({each['what']})" for each in both)
-    return (one, other) if one != other else (f"{one}, the first", f"{other}, the second")
+    one, other = (step_name(each["step"]) for each in (left, right))
+    if one == other:
+        one, other = (f"{step_name(each['step'])} ({each['what']})" for each in (left, right))
+    return (one, other) if one != other else (f"{one}, first", f"{other}, second")
 
 
 def win_rate_sentence(result: dict[str, Any], left: str, right: str) -> str:
     """What a comparison came to, in sentences. `left` and `right` name the two."""
     decided = result["left"] + result["right"]
     count = result["ties"]
-    ties = f" {count} more {'were ties' if count > 1 else 'was a tie'}." if count else ""
+    ties = f" {count} tie{'s' if count > 1 else ''}." if count else ""
     if not decided:
-        if not count:
-            return "No round was judged."
-        return (
-            f"Nothing was decided: all {count} rounds were ties." if count > 1 else "Nothing was decided: it was a tie."
-        )
+        return f"All {count} rounds were ties." if count > 1 else "It was a tie." if count else "No rounds judged."
     if result["left"] == result["right"]:
-        even = f"Each was liked better in {result['left']} of {decided} decided rounds.{ties}"
-        return f"{even} That is not enough to tell them apart."
-    ahead, behind = (right, left) if result["right"] >= result["left"] else (left, right)
+        return f"Each won {result['left']} of {decided} decided rounds.{ties} No clear winner."
+    ahead = right if result["right"] >= result["left"] else left
     won = max(result["left"], result["right"])
     low, high = result["low"], result["high"]
     if result["right"] < result["left"]:
         low, high = 1 - high, 1 - low
     rate = won / decided
-    summary = (
-        f"{ahead} was liked better in {won} of {decided} decided rounds: {100 * rate:.0f} %, with a 95 % interval of "
-        f"{100 * low:.0f} to {100 * high:.0f} %.{ties}"
-    )
+    summary = f"{ahead} won {won} of {decided} decided rounds: {rate:.0%} (95% interval {low:.0%} to {high:.0%}).{ties}"
     if result["enough"]:
-        return f"{summary} That is enough to say that it is liked better than {behind[0].lower()}{behind[1:]}."
+        return f"{summary} That is a clear win."
     if result["needed"]:
         more = result["needed"] - decided
-        return (
-            f"{summary} That is not enough to tell them apart. At this rate about {more} more decided "
-            f"round{'s' if more != 1 else ''} would be."
-        )
-    return f"{summary} That is not enough to tell them apart."
+        rounds = f"about {more} more decided round{'s' if more != 1 else ''}"
+        return f"{summary} No clear winner yet: at this rate it takes {rounds}."
+    return f"{summary} No clear winner."

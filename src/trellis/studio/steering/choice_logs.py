@@ -50,9 +50,9 @@ class ChoiceLogs:
             return [lessons_by_index[number] for number in indexes]
         except (FileNotFoundError, KeyError):
             raise Conflict(
-                "The log of choices that this branch was fitted to is not on disk any more.",
+                "The training data of this branch no longer exists on disk.",
                 code="log_missing",
-                next_step="Go to a step before it; a new branch can be grown from there.",
+                next_step="Go to an earlier step and start a new branch there.",
             ) from None
 
     def list_ids(self) -> list[str]:

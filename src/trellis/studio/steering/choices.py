@@ -59,13 +59,13 @@ def require_valid_choice(choice: Choice, size: int) -> None:
     for index in indexes:
         if not 0 <= index < size:
             raise Invalid(
-                f"choice: {index} is not an option; there are {size}, counted from 0.",
+                f"choice: must be from 0 to {size - 1}, got {index}.",
                 field="choice",
                 next_step=f"Send an index from 0 to {size - 1}.",
             )
     if len(set(indexes)) != len(indexes):
         raise Invalid(
-            f"choice: {list(indexes)} names an option twice.",
+            f"choice: {list(indexes)} has an answer twice.",
             field="choice",
-            next_step="Name each option once.",
+            next_step="Send each index once.",
         )

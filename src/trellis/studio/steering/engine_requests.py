@@ -99,7 +99,7 @@ class EngineRequests:
             return await self._models.engine(self._model_options, lambda progress: None)
         if self.was_unloaded_by_user:
             raise UNLOADED
-        self._on_load_progress(Progress(stage="connecting", fraction=0.0, message="Starting"))
+        self._on_load_progress(Progress(stage="connecting", fraction=0.0, message="Starting the engine"))
         try:
             return await self._models.engine(self._model_options, self._on_load_progress)
         finally:
@@ -112,9 +112,9 @@ class EngineRequests:
             initial_weights = await self.init_adapter()
             if initial_weights != self._tree.root.weights:
                 raise Conflict(
-                    f"The files of the model “{self._config.model}” are not the ones this session was grown on.",
+                    f"The files of “{self._config.model}” have changed since this session started.",
                     code="model_changed",
-                    next_step="Put the original files back (config.json and the weights) and resume, or start a new "
+                    next_step="Restore the original files (config.json and the weights) and try again, or start a new "
                     "session.",
                 )
             self._verified_on = worker
@@ -408,7 +408,7 @@ class EngineRequests:
                 chain = await asyncio.to_thread(self._nodes_to_recompute, wanted_node)
                 try:
                     for finished, node in enumerate(chain):
-                        message = f"Working out step {node.step} again: {finished + 1} of {len(chain)}"
+                        message = f"Recomputing step {node.step}: {finished + 1} of {len(chain)}"
                         self._on_load_progress(
                             Progress(stage="regrowing", fraction=finished / len(chain), message=message)
                         )
@@ -447,12 +447,12 @@ class EngineRequests:
             recomputed_weights = learned.weights
             if node.metrics and recomputed_weights == node.weights and learned.metrics.drift != node.metrics.drift:
                 self._on_notice(
-                    f"Step {node.step} was worked out again and came out slightly different on this device: drift "
+                    f"Step {node.step} was recomputed and differs slightly on this device: weight change "
                     f"{learned.metrics.drift:.6%} instead of {node.metrics.drift:.6%}."
                 )
         if recomputed_weights != node.weights:
             raise Conflict(
-                f"The weights of step {node.step} are not on disk, and the log of choices leads to others.",
+                f"The weights of step {node.step} are not on disk, and recomputing them gives different ones.",
                 code="weights_changed",
-                next_step="Go to a step whose weights are on disk; a new branch can be grown from there.",
+                next_step="Go to a step whose weights are on disk. You can branch from there.",
             )

@@ -1,4 +1,4 @@
-"""What the last click did, and whether the model is still well, from the figures along a branch. Pure."""
+"""Report what the last choice did, and whether the model degrades, from the metrics along a branch. Pure."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from ...messages import Metrics
 from .tree import Node, Retraining
 
 FIRST_STEPS = 3
-"""The first choices of a branch say how the model spoke before it was steered."""
+"""So many choices at the start of a branch show how the model wrote before it was steered."""
 
 LAST_STEPS = 3
 MAX_FLUENCY_LOSS = 0.75
-"""Nats per token below its first answers at which a model is said to lose its language."""
+"""Nats per token below the first answers at which a model is reported as less fluent."""
 
 MIN_VARIETY_RATIO = 0.5
-"""Part of the first answers' variety below which answers are said to repeat themselves."""
+"""Fraction of the first answers' variety below which answers are reported as too similar."""
 
 
 @dataclass(frozen=True)
 class LastPickReport:
-    """Changes against the first answers of the branch: fluency in nats per token, variety as a part; None while
-    there is nothing to compare. `agreed` of the last `agreed_of` choices the model would make the same. `warnings` are
-    sentences."""
+    """The last choice's probability before and after training, and changes against the first answers of the branch:
+    fluency in nats per token, variety as a fraction; None while there is nothing to compare. The model would make
+    `agreed` of the last `agreed_of` choices too. `warnings` are sentences."""
 
     share_before: float
     share_after: float
@@ -35,9 +35,14 @@ class LastPickReport:
     variety: float | None
     warnings: list[str]
 
+    @property
+    def little(self) -> bool:
+        """Whether the probability hardly changed."""
+        return 0.95 * self.share_before < self.share_after < 1.05 * self.share_before
+
 
 def last_pick_report(path: Sequence[Node]) -> LastPickReport | None:
-    """The report on the head of a path; None where nothing was learned."""
+    """Return the report on the last choice of a path; None where nothing was learned."""
     learned = [node for node in path if node.metrics]
     if not learned:
         return None
@@ -50,13 +55,12 @@ def last_pick_report(path: Sequence[Node]) -> LastPickReport | None:
     warnings = []
     if fluency is not None and fluency < -MAX_FLUENCY_LOSS:
         warnings.append(
-            "The model may be losing its language: its answers have become unlikely to the base model. Undo a few "
-            "steps, or lower the learning rate in a new session."
+            "answers are becoming less fluent. Undo a few steps, or start a new session with a lower learning rate."
         )
     if variety is not None and variety < MIN_VARIETY_RATIO:
         warnings.append(
-            "The answers to one prompt have become much alike. If that is not what you want, undo a few steps, or skip "
-            "where all options please you."
+            "answers are becoming too similar. If you don't want that, undo a few steps, or skip prompts where you "
+            "like every answer."
         )
     choice = learned[-1].choice
     return LastPickReport(

@@ -1,4 +1,4 @@
-"""Sets of options to begin with: data that ships with Trellis, read once."""
+"""Sets of options to start from: data that ships with Trellis, read once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...errors import NotFound, shorten
 
 @dataclass(frozen=True)
 class Preset:
-    """Options laid over the defaults."""
+    """Options that are applied over the defaults."""
 
     id: str
     title: str
@@ -36,6 +36,6 @@ def get_preset(preset_id: str) -> Preset:
     if found is None:
         raise NotFound(
             f"There is no preset “{shorten(preset_id)}”.",
-            next_step=f"There are {', '.join(each.id for each in all_presets())}.",
+            next_step=f"The presets are {', '.join(each.id for each in all_presets())}.",
         )
     return found

@@ -209,15 +209,15 @@ class Session:
             shown = self.offer
             if shown is None or shown.id != offer:
                 raise self._conflict(
-                    f"The offer “{shorten(offer)}” is not the one on the screen.",
+                    f"These answers are out of date (offer “{shorten(offer)}”).",
                     "stale_offer",
-                    "Look at the current options and choose again.",
+                    "Choose from the current answers.",
                 )
             if shown.options is None:
                 raise self._conflict(
-                    "The options are still being written.",
+                    "The answers are still being generated.",
                     "offer_not_ready",
-                    "Choose when all options are whole.",
+                    "Choose when all answers are complete.",
                 )
             require_valid_choice(choice, len(shown.options))
             known_node = self.tree.nodes.get(child_id_for_choice(self.tree.head, shown.id, choice))
@@ -248,7 +248,7 @@ class Session:
                 return
             self._require_not_busy()
             if self.offer is None:
-                raise self._conflict("There is nothing to skip yet.", "offer_not_ready", "Wait for the first options.")
+                raise self._conflict("Nothing to skip yet.", "offer_not_ready", "Wait for the first answers.")
             known_node = self.tree.nodes.get(child_id(self.tree.head, self.offer.id, "skip"))
             body = {"offer": self.offer.id, "node": self.tree.head_id, "choice": "skip"}
             await self._step_immediately(known_node, "skip", None, self._make_intent(request, "skip", body, "done"))
@@ -261,7 +261,7 @@ class Session:
             self._require_not_busy()
             target = self.tree.undo_target
             if target is None:
-                raise self._conflict("This is the beginning; nothing to undo.", "nothing_to_undo", "Choose an answer.")
+                raise self._conflict("Nothing to undo.", "nothing_to_undo", "Choose an answer.")
             left_node = self.tree.head
             shown = left_node.answered or target.shown  # what was fitted to a log answered no offer
             node_changes = {target.id: {"forward": left_node.id, "shown": shown}}
@@ -277,7 +277,7 @@ class Session:
             self._require_not_busy()
             target = self.tree.redo_target
             if target is None:
-                raise self._conflict("There is nothing to redo.", "nothing_to_redo", "Choose an answer.")
+                raise self._conflict("Nothing to redo.", "nothing_to_redo", "Choose an answer.")
             intent = self._make_intent(request, "redo", {"from": self.tree.head_id}, "done")
             await self._move_head(target, target.shown, {}, intent)
 
@@ -304,7 +304,7 @@ class Session:
                 return
             self._require_not_busy()
             if not self.tree.root.weights:
-                raise self._conflict("The session is not ready yet.", "offer_not_ready", "Wait for the first options.")
+                raise self._conflict("The session isn't ready yet.", "offer_not_ready", "Wait for the first answers.")
             body = {"node": self.tree.head_id, "text": text}
             await self._new_offer(text, self._make_intent(request, "prompt", body, "done"))
             self.intent, self.error = None, None
@@ -365,7 +365,7 @@ class Session:
     async def chat(self, request: Chat, node: Node, owner: str) -> AsyncGenerator[Event, None]:
         """Answer a conversation from any node, without moving the session. Weights that are gone are made again."""
         if not node.weights:
-            raise self._conflict("The session is not ready yet.", "offer_not_ready", "Wait for the first options.")
+            raise self._conflict("The session isn't ready yet.", "offer_not_ready", "Wait for the first answers.")
         self.last_used = time.monotonic()
         self._engine_requests.allow_loading()
         self._pinned_weights[node.weights] += 1
@@ -396,7 +396,7 @@ class Session:
         """Answers from any node without moving the session."""
         start_node = self.node(node) if node else self.tree.head
         if not start_node.weights:
-            raise self._conflict("The session is not ready yet.", "offer_not_ready", "Wait for the first options.")
+            raise self._conflict("The session isn't ready yet.", "offer_not_ready", "Wait for the first answers.")
         self._engine_requests.allow_loading()
         async with self.hold_weights(start_node):
             try:
@@ -482,9 +482,9 @@ class Session:
         """Raises NotFound."""
         if node_id not in self.tree.nodes:
             raise NotFound(
-                f"There is no node “{shorten(node_id)}” in this session.",
+                f"Node “{shorten(node_id)}” not found in this session.",
                 field="node",
-                next_step="The nodes are listed in the session's tree.",
+                next_step="See the session's tree.",
             )
         return self.tree.nodes[node_id]
 
@@ -636,7 +636,7 @@ class Session:
                 if engine_deaths > 2:
                     self._fail(error)
                 else:
-                    self._publish_notice(f"{error.message} It is started again; nothing is lost.")
+                    self._publish_notice(f"{error.message} Restarting it; nothing is lost.")
             except TrellisError as error:
                 self._fail(error)
             except Exception:
@@ -744,7 +744,7 @@ class Session:
         root = self.tree.root
         initial_weights = await self._run_interruptible(self._engine_requests.init_adapter())
         if unadapted_layers := self._engine_requests.unadapted_layers:
-            self._publish_notice(f"Some layers of this model get no adapter: {', '.join(unadapted_layers)}.")
+            self._publish_notice(f"Layers without an adapter: {', '.join(unadapted_layers)}.")
         async with self._lock:
             await self._store.write(rows.set_weights, root.id, initial_weights)
             self.tree.update(root.id, weights=initial_weights)
@@ -817,8 +817,7 @@ class Session:
             if offered.overflowed:
                 letters = " and ".join(chr(ord("A") + index) for index in offered.overflowed)
                 self._publish_notice(
-                    f"{letters}: cut short, because the model's numbers overflowed there. If it happens again, go back "
-                    "to an earlier step."
+                    f"Truncated after a numeric overflow: {letters}. If it happens again, go back to an earlier step."
                 )
 
     async def _answer_control_prompt(self, node: Node) -> None:
@@ -1009,15 +1008,15 @@ class Session:
 
     def _require_open(self) -> None:
         if self._is_closed:
-            raise NotFound("This session was deleted.", next_step="Start another one.")
+            raise NotFound("This session was deleted.", next_step="Start a new one.")
 
     def _require_not_busy(self) -> None:
         self._require_open()
         if self.is_busy:
             raise self._conflict(
-                "The model is still learning from the last choice.",
+                "Still learning from the last choice.",
                 "busy",
-                "Wait for it to finish; it takes seconds.",
+                "Try again in a few seconds.",
             )
 
     def _conflict(self, message: str, code: str, next_step: str) -> Conflict:
@@ -1026,7 +1025,7 @@ class Session:
 
 def _internal_error(session: str) -> TrellisError:
     return TrellisError(
-        "The session met an error that the studio does not know.",
+        "Something went wrong in this session.",
         code="internal",
-        next_step=f"Resume it; if it comes back, the studio's log has the details under {session}.",
+        next_step=f"Try again. If it happens again, see the log. Error ID {session}.",
     )

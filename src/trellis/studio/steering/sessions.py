@@ -96,7 +96,7 @@ class Sessions:
         entry = await self._models.catalog.find(parsed.model, field="config.model")
         if parsed.remote_code and not entry.repository:
             raise Invalid(
-                "config.remote_code: only a model on the hub, pinned to a commit, may run its own code.",
+                "config.remote_code: only a Hugging Face model pinned to a commit may run its own code.",
                 field="config.remote_code",
                 next_step="Turn it off.",
             )
@@ -183,7 +183,7 @@ class Sessions:
                 if session_rows is None:
                     raise NotFound(
                         f"There is no session “{shorten(session_id)}”.",
-                        next_step="Your sessions are listed on the first page.",
+                        next_step="See the home page for your sessions.",
                     )
                 await self._close_idle_sessions()
                 opened = self._session_from_rows(*session_rows)
@@ -201,7 +201,7 @@ class Sessions:
         except ValidationError as error:
             problem = invalid_from(error, prefix="config")
             raise TrellisError(
-                f"The session “{shorten(row['name'])}” cannot be read by this version: {problem.message}",
+                f"This version can't read the session “{shorten(row['name'])}”: {problem.message}",
                 code="session_unreadable",
                 next_step="Open it with the version that wrote it. Nothing was changed.",
             ) from None

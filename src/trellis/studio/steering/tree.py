@@ -159,6 +159,10 @@ def drift_of(node: Node, tree: Tree) -> float:
     return node.metrics.drift if node.metrics else 0.0
 
 
+def step_name(step: int) -> str:
+    return f"Step {step}" if step else "Base model"
+
+
 def root_id(session: str) -> str:
     return recipe_id("n", [session, "root"])
 

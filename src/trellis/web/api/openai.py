@@ -88,8 +88,8 @@ class ChatMessage(BaseModel):
         for part in self.content:
             if part.type != "text":
                 raise Invalid(
-                    f"messages.{index}.content: “{shorten(part.type)}” cannot be read; only text can.",
-                    field=f"messages.{index}.content", code="unsupported_value", next_step="Send text alone.",
+                    f"messages.{index}.content: “{shorten(part.type)}” is not supported; only text is.",
+                    field=f"messages.{index}.content", code="unsupported_value", next_step="Send only text.",
                 )  # fmt: skip
         return Turn(role=role, text="".join(part.text for part in self.content))
 
@@ -152,8 +152,8 @@ class BaseCompletionRequest(BaseModel):
         longest = min(self.answer_token_limit or MAX_ANSWER_TOKENS, MAX_ANSWER_TOKENS)
         if (self.min_tokens or 0) > longest:
             raise Invalid(
-                f"min_tokens: {self.min_tokens} is more than the longest answer of {longest} tokens.",
-                field="min_tokens", code="invalid_value", next_step="Ask for fewer, or allow a longer answer.",
+                f"min_tokens: {self.min_tokens} is more than the limit of {longest} tokens.",
+                field="min_tokens", code="invalid_value", next_step="Lower it, or raise max_tokens.",
             )  # fmt: skip
 
 
@@ -199,7 +199,7 @@ class CompletionRequest(BaseCompletionRequest):
         texts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
         found = [text for text in texts if isinstance(text, str)]
         if len(found) < len(texts) or len(found) > 64:
-            what = "tokens are not taken, only text" if len(found) < len(texts) else "64 prompts are the most"
+            what = "token ids are not supported, only text" if len(found) < len(texts) else "at most 64 prompts"
             raise Invalid(f"prompt: {what}.", field="prompt", code="unsupported_value", next_step="Send text.")
         return found
 
@@ -249,7 +249,7 @@ async def completions(request: Request, body: CompletionRequest, studio: StudioD
     """Go on with a text, without a chat template."""
     body.reject_unsupported()
     if body.best_of not in (None, body.n or 1):
-        raise Invalid("best_of: it must be as many as n.", field="best_of", next_step="Leave it out.")
+        raise Invalid("best_of: must equal n.", field="best_of", next_step="Leave it out.")
     seed = _seed(body)
     chats = [
         body.to_chat(seed, place, text=prompt, top=body.logprobs)
@@ -521,7 +521,7 @@ async def _run_while_connected(request: Request, work: Any) -> Any:
     try:
         while not (await asyncio.wait({task}, timeout=0.5))[0]:
             if await request.is_disconnected():
-                raise EngineError("The client has gone.", code="cancelled", next_step="Ask again.")
+                raise EngineError("The client disconnected.", code="cancelled", next_step="Ask again.")
         return task.result()
     finally:
         task.cancel()
@@ -533,9 +533,9 @@ async def _limit_concurrency(request: Request, owner: str, count: int) -> AsyncI
     answers_in_progress: Counter[str] = request.app.state.answering
     if answers_in_progress[owner] + count > MAX_CONCURRENT_ANSWERS:
         raise Refused(
-            f"{answers_in_progress[owner]} answers are being made for you, and {count} more were asked for; "
-            f"{MAX_CONCURRENT_ANSWERS} are the most.",
-            code="too_many_requests", next_step="Wait for some of them.",
+            f"You have {answers_in_progress[owner]} answers in progress and asked for {count} more; the "
+            f"limit is {MAX_CONCURRENT_ANSWERS}.",
+            code="too_many_requests", next_step="Wait until some are done.",
         )  # fmt: skip
     answers_in_progress[owner] += count
     try:

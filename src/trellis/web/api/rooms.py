@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 from typing import Annotated, Any, Literal
-from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import AfterValidator, Field
@@ -18,6 +17,7 @@ from ...studio.jobs import job_json
 from ...studio.studio import Studio
 from ...text_rules import PROMPT_LIMIT, require_storable
 from ..access import MAX_FILE
+from ..downloads import attachment, slug
 from ..rate_limits import enforce_rate_limit
 from .steering import Name, RequestBody, RequestIdDep, StudioDep, get_studio
 
@@ -184,8 +184,7 @@ async def add_file(
 async def get_file(room: RoomDep, studio: StudioDep, file: str) -> Response:
     """A file as it was sent, as a download."""
     about = await room.get_file(file)
-    quoted = quote(about["name"], safe="")
-    headers = {"content-disposition": f"attachment; filename*=UTF-8''{quoted}", "content-security-policy": "sandbox"}
+    headers = attachment(about["name"]) | {"content-security-policy": "sandbox"}
     return Response(await studio.attachments.read_content(file), media_type="application/octet-stream", headers=headers)
 
 
@@ -208,8 +207,8 @@ async def stop(room: RoomDep) -> dict[str, Any]:
 async def export(room: RoomDep, format: Literal["json", "markdown", "open-webui"] = "json") -> Response:
     """A room to take away: all of it, the branch that is looked at as Markdown, or as open-webui reads it."""
     kind, ending = EXPORT_FORMATS[format]
-    disposition = {"content-disposition": f'attachment; filename="{room.id}.{ending}"'}
+    name = f"{slug(room.title, 'chat')}.{ending}"
     text = await asyncio.to_thread(
         export_room, room, format
     )  # of thousands of messages, longer than the loop may be held
-    return Response(text, media_type=kind, headers=disposition)
+    return Response(text, media_type=kind, headers=attachment(name))

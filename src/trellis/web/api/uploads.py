@@ -48,9 +48,9 @@ async def append(
     chunk = await request.body()
     if not 0 < len(chunk) <= CHUNK_BYTES:
         raise Invalid(
-            f"The piece has {len(chunk)} bytes; 1 to {CHUNK_BYTES} are taken at once.",
+            f"A piece must have 1 to {CHUNK_BYTES} bytes, got “{len(chunk)}”.",
             field="",
-            next_step="Send less at once.",
+            next_step="Send smaller pieces.",
         )
     return await studio.uploads.append(upload, number, offset, chunk)
 

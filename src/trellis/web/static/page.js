@@ -3,16 +3,12 @@
 export const $ = (selector, root = document) => root.querySelector(selector);
 export const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
 export const LETTERS = "ABCDEFGH";
+export const make = (tag, properties = {}) => Object.assign(document.createElement(tag), properties);
 
 /** A notice in the corner. It replaces the last one, and an error that it has made old. */
 export function toast(message, { more = "", error = false, kind = "" } = {}) {
-  const box = document.createElement("div");
-  box.className = `toast ${error ? "error" : kind}`;
-  for (const text of [message, more].filter(Boolean)) {
-    const line = document.createElement("p");
-    line.textContent = text;
-    box.append(line);
-  }
+  const box = make("div", { className: `toast ${error ? "error" : kind}` });
+  box.append(...[message, more].filter(Boolean).map((text) => make("p", { textContent: text })));
   for (const old of $$(".toast")) old.remove();
   $(".toasts").append(box);
   setTimeout(() => box.remove(), error ? 9000 : 3000);
@@ -24,12 +20,7 @@ export function announce(text) {
   if (place.textContent !== text) place.textContent = text;
 }
 
-export const bytes = (count) => {
-  let amount = count, unit = 0;
-  const units = ["bytes", "kB", "MB", "GB", "TB"];
-  while (amount >= 1000 && unit < units.length - 1) { amount /= 1000; unit += 1; }
-  return `${amount >= 100 || unit === 0 ? Math.round(amount) : amount.toFixed(1)} ${units[unit]}`;
-};
+export { size as bytes } from "./numbers.js";
 
 /** Ask the JSON API. Throws an Error whose `told` is the error in the one shape. */
 export async function ask(method, url, body, options = {}) {
@@ -38,19 +29,20 @@ export async function ask(method, url, body, options = {}) {
     const headers = body instanceof Blob ? {} : { "content-type": "application/json" };
     answer = await fetch(url, { method, headers, body: body instanceof Blob || body === undefined ? body : JSON.stringify(body), ...options });
   } catch (cause) {
-    throw Object.assign(new Error("The studio does not answer."), { cause, offline: cause.name !== "AbortError", aborted: cause.name === "AbortError", told: { message: "The studio does not answer.", next_step: "It is tried again by itself." } });
+    throw Object.assign(new Error("Can’t reach the server."), { cause, offline: cause.name !== "AbortError", aborted: cause.name === "AbortError", told: { message: "Can’t reach the server.", next_step: "Retrying…" } });
   }
   const said = answer.status === 204 ? null : await answer.json().catch(() => null);
-  if (!answer.ok) throw Object.assign(new Error(said?.error?.message), { status: answer.status, told: said?.error ?? { message: "The studio could not do that.", next_step: "Try again." }, said });
+  if (!answer.ok) throw Object.assign(new Error(said?.error?.message), { status: answer.status, told: said?.error ?? { message: "Something went wrong.", next_step: "Try again." }, said });
   return said;
 }
 
-/** A form marked with data-keep, with something in it that was not sent, stays as it is when its part of the page is fetched again. */
+/** When a part of the page is fetched again, keep forms marked with data-keep that hold unsent text, and details that are open. */
 function keepWritten() {
   const written = (form) => $$("input, textarea", form).some((each) => each.value !== each.defaultValue);
-  let kept = [];
+  let kept = [], open = [];
   document.addEventListener("htmx:beforeSwap", (event) => {
     kept = $$("form[data-keep]", event.detail.target).filter(written);
+    open = $$("details[id][open]", event.detail.target).map((details) => details.id);
   });
   document.addEventListener("htmx:afterSwap", (event) => {
     for (const form of kept) {
@@ -60,6 +52,7 @@ function keepWritten() {
       htmx.process(form); // its listeners went with the part that it stood in
     }
     kept = [];
+    for (const id of open) document.getElementById(id)?.setAttribute("open", "");
   });
   document.addEventListener("htmx:afterRequest", (event) => {
     if (!event.detail.successful || !event.target.matches?.("form[data-keep]")) return;
@@ -70,13 +63,13 @@ function keepWritten() {
 /** Copy text, and say so on the button that was pressed. */
 export async function copyText(text, button) {
   try { await navigator.clipboard.writeText(text); } catch {
-    const box = document.createElement("textarea");
-    box.value = text;
+    const box = make("textarea", { value: text });
     document.body.append(box);
     box.select();
     document.execCommand("copy");
     box.remove();
   }
+  if (button.ariaLabel) { toast("Copied"); return; } // an icon has no words to change
   const said = button.textContent;
   button.textContent = "Copied";
   setTimeout(() => { button.textContent = said === "Copied" ? "Copy" : said; }, 1200);
@@ -95,18 +88,22 @@ export function bindPage() {
   const name = () => $$("[name=request]").forEach((input) => { input.value = crypto.randomUUID?.() ?? String(Math.random()).slice(2).padEnd(12, "0"); });
   name();
   document.addEventListener("htmx:afterRequest", name);
+  // A form whose effect cannot be seen says what was done.
+  document.addEventListener("htmx:afterRequest", (event) => {
+    if (event.detail.successful && event.target.dataset?.done) toast(event.target.dataset.done);
+  });
 
   document.addEventListener("htmx:responseError", (event) => {
     if (event.detail.xhr.status === 404 && event.target.closest("[data-session]")) {
       // The session is gone, or this was never one: the first page knows what there is.
       setTimeout(() => { location.href = "/"; }, 2500);
     }
-    let error = { message: "The studio could not do that.", next_step: "Try again." };
+    let error = { message: "Something went wrong.", next_step: "Try again." };
     try { error = JSON.parse(event.detail.xhr.responseText).error ?? error; } catch { /* not ours: the plain words stand */ }
     toast(error.message, { more: error.next_step, error: true });
   });
   document.addEventListener("htmx:sendError", () =>
-    toast("The studio does not answer.", { more: "Try again in a moment; nothing is lost.", error: true }));
+    toast("Can’t reach the server.", { more: "Try again in a moment. Nothing is lost.", error: true }));
 
   document.addEventListener("submit", (event) => {
     const question = event.target.dataset?.confirm;
@@ -122,6 +119,9 @@ export function bindPage() {
     delete form.dataset.sent;
     $$("[aria-busy]", form).forEach((button) => button.removeAttribute("aria-busy"));
   }));
+
+  // A notice of what was done is shown once.
+  if (new URLSearchParams(location.search).has("done")) history.replaceState(null, "", location.pathname + location.hash);
 
   keepWritten();
 

@@ -1,6 +1,7 @@
 // Event streams that resume after their last event, and ordinary requests where streams do not get through.
 
-import { $, ask, bytes } from "./page.js";
+import { duration, percent, size } from "./numbers.js";
+import { $, ask } from "./page.js";
 
 const GIVE_UP = 3; // streams that never opened, before ordinary requests take their place
 
@@ -52,20 +53,19 @@ export function follow(url, after, handlers, { onState = () => {}, poll = null }
 }
 
 export function showProgress(root, progress) {
-  const percent = Math.round(progress.fraction * 100);
   const bar = $("[data-load]", root);
   if (!bar) return;
   bar.removeAttribute("hidden");
-  bar.setAttribute("aria-valuenow", percent);
-  bar.setAttribute("aria-valuetext", `${percent} %, ${progress.message}`);
-  $("[data-load-bar]", bar).setAttribute("width", percent);
+  bar.setAttribute("aria-valuenow", Math.round(progress.fraction * 100));
+  bar.setAttribute("aria-valuetext", `${percent(progress.fraction)}, ${progress.message}`);
+  $("[data-load-bar]", bar).setAttribute("width", Math.round(progress.fraction * 100));
 }
 
 export function measures(progress) {
   const parts = [];
-  if (progress.bytes && progress.total_bytes) parts.push(`${bytes(progress.bytes)} of ${bytes(progress.total_bytes)}`);
-  if (progress.rate) parts.push(`${bytes(progress.rate)}/s`);
-  if (progress.seconds_left > 1) parts.push(`${Math.round(progress.seconds_left)} s left`);
+  if (progress.bytes && progress.total_bytes) parts.push(`${size(progress.bytes)} of ${size(progress.total_bytes)}`);
+  if (progress.rate) parts.push(`${size(progress.rate)}/s`);
+  if (progress.seconds_left > 1) parts.push(`${duration(Math.round(progress.seconds_left) * 1000)} left`);
   return parts.join(" · ");
 }
 

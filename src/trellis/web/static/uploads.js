@@ -28,7 +28,7 @@ class Upload {
       state = await this.send(state, chosen, name);
       this.done(state.result);
     } catch (error) {
-      if (this.cancelled || error.aborted) this.say("Cancelled. What was sent is deleted.");
+      if (this.cancelled || error.aborted) this.say("Upload cancelled.");
       else this.fail(error.told ?? { message: String(error), next_step: "Try again." });
     } finally {
       input.value = "";
@@ -50,7 +50,7 @@ class Upload {
       } catch (error) {
         if (error.told?.code === "wrong_offset") state = error.said.upload;
         else if (error.offline || error.status >= 502) {
-          this.say("The connection broke. It goes on by itself.");
+          this.say("Connection lost. Retrying…");
           await pause(wait);
           wait = Math.min(wait * 2, 15);
           continue;
@@ -74,7 +74,7 @@ class Upload {
       text.className = "help num";
       const stop = document.createElement("button");
       stop.type = "button";
-      stop.textContent = "Cancel the upload";
+      stop.textContent = "Cancel upload";
       stop.addEventListener("click", () => this.cancel());
       this.status.append(bar, text, stop);
     }
@@ -87,7 +87,7 @@ class Upload {
     this.cancelled = true;
     this.abort.abort();
     if (this.id) await ask("DELETE", `/api/uploads/${this.id}`).catch(() => {});
-    this.say("Cancelled. What was sent is deleted.");
+    this.say("Upload cancelled.");
     this.cancelled = false;
   }
 
@@ -106,9 +106,9 @@ class Upload {
   }
 
   done(name) {
-    this.say(`“${name}” is here.`);
+    this.say(`“${name}” uploaded`);
     this.status.replaceChildren($("p", this.status));
-    toast(`“${name}” was uploaded.`, { kind: "learned" });
+    toast(`“${name}” uploaded`, { kind: "learned" });
     this.box.dispatchEvent(new CustomEvent("trellis:uploaded", { bubbles: true, detail: { kind: this.kind, name } }));
   }
 }

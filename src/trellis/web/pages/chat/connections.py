@@ -19,6 +19,7 @@ from ...loopback import is_local_request
 from ...rate_limits import enforce_rate_limit
 from ...render import get_renderer
 from ..steering.workbench import ActionForm
+from .rooms import done_before
 
 router = APIRouter(include_in_schema=False)
 
@@ -57,6 +58,7 @@ async def render_page(
         keys=await studio.api_keys.list_keys(),
         remotes=await studio.providers.list_providers(),
         made=new_key,
+        done=done_before(request),
         may_permit=is_local_request(request),
         address=str(request.base_url).rstrip("/"),
         error=error.as_json() if error else None,
@@ -79,7 +81,7 @@ async def create_key(request: Request, studio: StudioDep, form: Annotated[KeyFor
 @router.post("/connections/keys/{key}/revoke")
 async def revoke_key(studio: StudioDep, key: str) -> Response:
     await studio.api_keys.revoke(key)
-    return RedirectResponse("/connections", 303)
+    return RedirectResponse("/connections?done=revoked", 303)
 
 
 @router.post("/connections/remotes")
@@ -90,15 +92,15 @@ async def add_provider(request: Request, studio: StudioDep, form: Annotated[Prov
     try:
         if form.permit and not is_local_request(request):
             raise Refused(
-                "Only a person at the computer that runs the studio may permit a server in its own network.",
+                "Servers in its local network can only be allowed from the computer that runs the studio.",
                 code="not_local", field="url",
-                next_step="Open this page there, at the address with “localhost” or “127.0.0.1”.",
+                next_step="Open this page there, at “localhost” or “127.0.0.1”.",
             )  # fmt: skip
         body = validate_form(form, names)
         await studio.providers.add(body.name.strip(), body.url, body.key.strip(), body.models, body.sees, form.permit)
     except TrellisError as error:
         return await render_page(request, studio, error=error, form_values=form_values)
-    return RedirectResponse("/connections", 303)
+    return RedirectResponse("/connections?done=added", 303)
 
 
 def validate_form(form: ProviderForm, names: list[str]) -> NewProvider:
@@ -112,4 +114,4 @@ def validate_form(form: ProviderForm, names: list[str]) -> NewProvider:
 @router.post("/connections/remotes/{remote}/delete")
 async def delete_provider(studio: StudioDep, remote: str) -> Response:
     await studio.providers.delete(remote)
-    return RedirectResponse("/connections", 303)
+    return RedirectResponse("/connections?done=removed", 303)

@@ -145,6 +145,7 @@ async def render_start_page(
         longest=PROMPT_LIMIT,
         error=error.as_json() if error else None,
         imported=imported,
+        done=done_before(request),
         request_id=secrets.token_hex(12),
         **await room_list_context(studio, q, archived, all),
     )
@@ -178,9 +179,9 @@ async def import_chats(request: Request, studio: StudioDep, file: UploadFile) ->
         imported = await import_rooms(studio.rooms, await file.read())
     except TrellisError as error:
         return await render_start_page(request, studio, error=error)
-    if imported.left_out or imported.notes:
-        return await render_start_page(request, studio, imported=imported)
-    return RedirectResponse(f"/chat/{imported.rooms[0].id}" if len(imported.rooms) == 1 else "/chat", 303)
+    if len(imported.rooms) == 1 and not imported.left_out and not imported.notes:
+        return RedirectResponse(f"/chat/{imported.rooms[0].id}", 303)
+    return await render_start_page(request, studio, imported=imported)
 
 
 @router.get("/chat/{room}")
@@ -212,13 +213,18 @@ async def render_room(
         chosen=room.models,
         most=MAX_MODELS,
         longest=PROMPT_LIMIT,
-        sampling=DEFAULT_SAMPLING.model_dump() | room.sampling,
+        done=done_before(request),
         fields=sampling_fields(room.sampling),
         text=text,
         error=error.as_json() if error else None,
         request_id=secrets.token_hex(12),
         **await room_list_context(studio),
     )
+
+
+def done_before(request: Request) -> str:
+    """What the action did that led to this page: a word of `_notice.html`."""
+    return request.query_params.get("done", "")
 
 
 def sampling_fields(sampling: dict[str, Any]) -> list[dict[str, Any]]:
@@ -420,10 +426,10 @@ async def settings(
 @router.post("/chat/{room}/archive")
 async def archive(room: RoomDep, form: Annotated[ArchiveForm, Form()]) -> Response:
     await room.update_settings(archived=form.archived)
-    return RedirectResponse("/chat" if form.archived else f"/chat/{room.id}", 303)
+    return RedirectResponse("/chat?done=archived" if form.archived else f"/chat/{room.id}?done=unarchived", 303)
 
 
 @router.post("/chat/{room}/delete")
 async def delete(room: str, studio: StudioDep) -> Response:
     await studio.rooms.delete(room)
-    return RedirectResponse("/chat", 303)
+    return RedirectResponse("/chat?done=deleted", 303)

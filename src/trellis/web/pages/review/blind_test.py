@@ -91,7 +91,9 @@ async def start(
     try:
         if not form.rounds.strip().isdecimal():
             raise Invalid(
-                f"rounds: must be a whole number, got “{form.rounds[:20]}”.", field="rounds", next_step="Type a number."
+                f"rounds: must be a whole number, got “{form.rounds[:20]}”.",
+                field="rounds",
+                next_step=f"Enter a number from 1 to {MAX_ROUNDS}.",
             )
         trial = await studio.blind_tests.start(
             session.id, form.left, form.right, int(form.rounds), prompts, form.request

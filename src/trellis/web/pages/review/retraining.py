@@ -39,7 +39,7 @@ class RetrainForm(ActionForm):
             raise Invalid(
                 f"epochs: must be 1 to {MAX_EPOCHS}, got “{text}”.",
                 field="epochs",
-                next_step="Type a number, or leave it empty.",
+                next_step="Enter a number or leave it empty.",
             )
         return int(text)
 

@@ -14,10 +14,11 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ....errors import TrellisError
 from ....markdown import to_html
+from ....studio.jobs import timestamp
 from ....studio.review import journal as journals
 from ....studio.review.narrative import write_narrative
 from ....studio.steering.session import Session
-from ....studio.steering.tree import Node, drift_of
+from ....studio.steering.tree import Node, drift_of, step_name
 from ....studio.studio import Studio
 from ...api.steering import SessionDep, StudioDep
 from ...error_responses import status_of
@@ -69,6 +70,7 @@ async def render_review_page(
         status_of(error) if error else 200,
         place="steer",
         state=session.state(),
+        started=timestamp(session.created),
         story=narrative,
         charts=make_charts(session),
         journal=Markup(shown),  # noqa: S704 - sanitised by to_html
@@ -100,10 +102,10 @@ def make_charts(session: Session) -> list[Chart]:
     path = session.tree.path(session.tree.head_id)
     made = [(node.step, node.metrics) for node in path if node.metrics]
     return [
-        make_chart("Drift from the base", "%", [(0, 0.0), *((step, 100 * m.drift) for step, m in made)]),
-        make_chart("Share of the choice, after it was learned", "%", [(step, 100 * m.share_after) for step, m in made]),
+        make_chart("Weight change from base", "%", [(0, 0.0), *((step, 100 * m.drift) for step, m in made)]),
+        make_chart("Pick probability after learning", "%", [(step, 100 * m.share_after) for step, m in made]),
         make_chart("Loss", "", [(step, m.loss) for step, m in made]),
-        make_chart("KL from the base", "nats", [(step, m.kl) for step, m in made]),
+        make_chart("KL vs. base", " nats", [(step, m.kl) for step, m in made]),
     ]
 
 
@@ -196,9 +198,8 @@ def comparable_nodes(session: Session) -> list[Node]:
 
 
 def node_label(node: Node, labels: dict[str, str]) -> str:
-    if node.parent is None:
-        return node.name or "Step 0: base model"
-    return f"Step {node.step}: {labels[node.id] or journals.describe_choice(node.choice)}"
+    what = node.name if node.parent is None else labels[node.id] or journals.describe_choice(node.choice)
+    return f"{step_name(node.step)}: {what}" if what else step_name(node.step)
 
 
 @router.post("/steer/{session}/compare")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
@@ -37,8 +38,6 @@ class FormField:
     advanced: bool = False
     choices: tuple[str, ...] = ()
     suggestions: tuple[str, ...] = ()
-    minimum: float | None = None
-    maximum: float | None = None
     is_integer: bool = False
 
     @property
@@ -76,8 +75,6 @@ def group_fields(
     for name, row in option_rows():
         about = row.json_schema_extra
         assert isinstance(about, dict)
-        limits = {key: getattr(rule, key) for rule in row.metadata for key in ("ge", "le", "gt", "lt")
-                  if hasattr(rule, key)}  # fmt: skip
         types = [kind for kind in (row.annotation, *get_args(row.annotation)) if isinstance(kind, type)]
         is_choice = get_origin(row.annotation) is Literal
         kind: Literal["choice", "switch", "long", "text", "number"] = (
@@ -90,7 +87,6 @@ def group_fields(
                 value=values.get(name, row.default), default=row.default, error=errors.get(name, ""),
                 unit=str(about["unit"]), advanced=bool(about["advanced"]),
                 choices=get_args(row.annotation) if is_choice else (), suggestions=(suggestions or {}).get(name, ()),
-                minimum=limits.get("ge", limits.get("gt")), maximum=limits.get("le", limits.get("lt")),
                 is_integer=int in types,
             )
         )  # fmt: skip
@@ -107,11 +103,16 @@ def errors_by_option(error: TrellisError | None) -> dict[str, str]:
 
 
 def messages_by_option(entries: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Entries of errors by flat name of the option, without the name that a message may begin with."""
+    """Entries of errors by flat name of the option, as they stand beside the field that shows its name and value."""
     return {
-        entry["field"].removeprefix("config."): entry["message"].removeprefix(f"{entry['field']}: ")
+        entry["field"].removeprefix("config."): beside_field(entry["message"].removeprefix(f"{entry['field']}: "))
         for entry in entries
     }
+
+
+def beside_field(message: str) -> str:
+    """`Must be 5 or less.`, from `must be 5 or less, got “9”.`"""
+    return message[:1].upper() + re.sub(", got (“[^”]*”|nothing|a very large number)\\.$", ".", message[1:])
 
 
 def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def config_from_form(form: Mapping[str, str]) -> dict[str, Any]:
                 _set_option(config, name, name in form)
     known = dict(option_rows())
     for name, value in form.items():
-        if name in ("form", "dataset", "typed"):
+        if name in ("form", "dataset", "typed", "under", "preset"):
             continue
         if name in known and known[name].annotation is bool:
             _set_option(config, name, True)

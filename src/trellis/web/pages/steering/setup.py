@@ -66,7 +66,22 @@ async def new(request: Request, studio: StudioDep, preset: str = "", clone: str 
     values, title = await _initial_values(studio, preset, clone)
     if model:
         values["model"] = model[:200]
-    return await render_form_page(request, studio, values, preset_id=preset, cloned_name=title)
+    typed = "model" if model or clone else ""  # which no preset changes
+    return await render_form_page(request, studio, values, under=preset, cloned_name=title, typed=typed)
+
+
+@router.post("/new")
+async def apply_preset(request: Request, studio: StudioDep) -> HTMLResponse:
+    """The form with a preset under what a person has set: all that is not as the form had it before."""
+    sent = await read_form(request)
+    name, typed, under, chosen = (sent.pop(each, "") for each in ("name", "typed", "under", "preset"))
+    sent.pop("request", "")
+    before, now = await _initial_values(studio, under, ""), values_from_form(sent)
+    had = flatten_config(SessionConfig().model_dump(mode="json")) | before[0]
+    edited = {*typed.split(","), *(each for each, value in now.items() if _written(value) != _written(had.get(each)))}
+    kept = {each: value for each, value in now.items() if each in edited or each.startswith("dataset.")}
+    values = flatten_config(get_preset(chosen).config) | kept
+    return await render_form_page(request, studio, values, name=name, typed=",".join(edited & now.keys()), under=chosen)
 
 
 @router.post("/new/preview")
@@ -74,7 +89,7 @@ async def preview(request: Request, studio: StudioDep) -> HTMLResponse:
     """The first prompts of what the form names: for an open page a part of it, else the whole form again."""
     await enforce_rate_limit(request)
     sent = await read_form(request)
-    name, typed, _ = (sent.pop(each, "") for each in ("name", "typed", "request"))
+    name, typed, under, _ = (sent.pop(each, "") for each in ("name", "typed", "under", "request"))
     found: dict[str, Any] | None = None
     problem: TrellisError | None = None
     try:
@@ -86,7 +101,7 @@ async def preview(request: Request, studio: StudioDep) -> HTMLResponse:
         problem_json = problem.as_json() if problem else None
         return get_renderer(request).html_response("setup/_preview.html", preview=found, problem=problem_json)
     return await render_form_page(
-        request, studio, values_from_form(sent), error=problem, preview=found, name=name, typed=typed
+        request, studio, values_from_form(sent), error=problem, preview=found, name=name, typed=typed, under=under
     )
 
 
@@ -97,13 +112,13 @@ async def create_session(request: Request, studio: StudioDep) -> Response:
     sent = await read_form(request)
     name = sent.pop("name", "").strip()
     key = sent.pop("request", "")
-    typed = sent.pop("typed", "")
+    typed, under = sent.pop("typed", ""), sent.pop("under", "")
     try:
         chosen = parse_name(name)
         session = await studio.steering.create(chosen, config_from_form(sent), key if 8 <= len(key) <= 64 else None)
     except TrellisError as error:
         return await render_form_page(
-            request, studio, values_from_form(sent), error=error, name=name[:1000], typed=typed
+            request, studio, values_from_form(sent), error=error, name=name[:1000], typed=typed, under=under
         )
     return RedirectResponse(f"/steer/{session.id}", 303)
 
@@ -120,12 +135,15 @@ async def render_form_page(
     *,
     name: str = "",
     typed: str = "",
-    preset_id: str = "",
+    under: str = "",
     cloned_name: str = "",
     error: TrellisError | None = None,
     preview: dict[str, Any] | None = None,
 ) -> HTMLResponse:
-    """The form, with what was sent and what was wrong with it, when something was."""
+    """The form, with what was sent and what was wrong with it, when something was.
+
+    `typed` names the options that a person has set, `under` the preset that the others come from.
+    """
     known = {
         "model": tuple(await studio.models.catalog.list_names()),
         "dataset.id": tuple(file["name"] for file in await studio.datasets.list_files()),
@@ -137,14 +155,18 @@ async def render_form_page(
         wrong = messages_by_option([*check["errors"], *await _dataset_errors(studio, config, error)]) | wrong
     groups = group_fields(values, wrong, known)
     titles = {row.name: (row.title, row.id) for group in groups for row in group.fields}
+    options = next((flatten_config(each.config) for each in all_presets() if each.id == under), {})
     return get_renderer(request).html_response(
         "setup/new.html",
         status_of(error) if error else 200,
         place="steer",
         groups=groups,
         presets=all_presets(),
+        titles=titles,
+        preset_set=[title for each, (title, _) in titles.items() if each in options.keys() - typed.split(",")],
+        preset_kept=[title for each, (title, _) in titles.items() if each in options and each in typed.split(",")],
         defaults=flatten_config(SessionConfig().model_dump(mode="json")),
-        chosen=preset_id,
+        under=under,
         cloned=cloned_name,
         name=name,
         typed=typed[:2000],
@@ -157,6 +179,11 @@ async def render_form_page(
         problem=None,
         request_id=secrets.token_hex(12),
     )
+
+
+def _written(value: Any) -> str:
+    """A value as a form sends it."""
+    return "" if value is None else str(value).strip()
 
 
 async def _dataset_errors(studio: Studio, config: dict[str, Any], error: TrellisError) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Where the nodes of a tree stand when it is drawn like a plant: rows and lanes, numbers only."""
+"""The layout of a session's tree, and of its charts: rows, lanes and points, numbers only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class EdgePath:
 
 @dataclass(frozen=True)
 class TreeLayout:
-    """Leaves from the newest (top) to the root (bottom), and the stems between them."""
+    """Nodes from top to bottom, where the root is, and the edges between them."""
 
     nodes: list[NodePosition]
     edges: list[EdgePath]
@@ -38,32 +38,44 @@ class TreeLayout:
 
 
 def layout_tree(tree: Tree, max_nodes: int | None = None) -> TreeLayout:
-    """Lay a tree out: a child stands above its parent, each branch in a lane of its own, the newest at the top.
+    """Lay out a tree: children above their parent, the newest node at the top.
 
-    Of a tree with more than `most` nodes the long stretches are left out: what stays are the newest, those around
-    the head, the root, and all that have a name or where branches part. A node stands above its nearest ancestor.
+    Of a node's children, the one with the newest descendant continues in its lane. The others are branches: each is
+    drawn in one piece between the two, one lane to the right, so that the width follows how deep branches are nested
+    and not how many there are.
+
+    Of a tree with more than `max_nodes` nodes, show the newest, those around the head, the root, those with a name and
+    those with several children. A node then stands above its nearest ancestor that is shown.
     """
     order = sorted(tree.nodes.values(), key=lambda node: (-node.created, -node.step))
     total = len(order)
     if max_nodes is not None and total > max_nodes:
         order = _select_nodes(tree, order, max_nodes)
-    rows = {node.id: row for row, node in enumerate(order)}
-    lanes = _assign_lanes(tree)
-    path = {node.id for node in tree.path(tree.head_id)}
-    positions = {
-        node.id: (MARGIN + lanes[node.id] * LANE_WIDTH, ROW_HEIGHT // 2 + rows[node.id] * ROW_HEIGHT) for node in order
-    }
-    nodes = [NodePosition(node, *positions[node.id], node.id in path, node.id == tree.head_id) for node in order]
-    edges = []
-    for node in order:
+    children: dict[str, list[Node]] = {node.id: [] for node in order}
+    newest = {node.id: rank for rank, node in enumerate(order)}  # 0 is the newest
+    for node in order:  # children come before their parents
         parent = node.parent
-        while parent is not None and parent not in positions:
+        while parent is not None and parent not in children:
             parent = tree.nodes[parent].parent
         if parent is not None:
-            edges.append(EdgePath(_edge_path(positions[parent], positions[node.id]), node.id in path))
-    edges.sort(key=lambda stem: stem.on_path)  # the way to the head is drawn over the others
-    widest = max(lanes[node.id] for node in order)
-    return TreeLayout(nodes, edges, 2 * MARGIN + widest * LANE_WIDTH, len(order) * ROW_HEIGHT, total - len(order))
+            children[parent].append(node)
+            newest[parent] = min(newest[parent], newest[node.id])
+    path = {node.id for node in tree.path(tree.head_id)}
+    nodes: list[NodePosition] = []
+    edges: list[EdgePath] = []
+    widest = 0
+    waiting: list[tuple[Node, int, tuple[int, int] | None]] = [(tree.root, 0, None)]
+    while waiting:
+        node, lane, below = waiting.pop()
+        position = (MARGIN + lane * LANE_WIDTH, (len(order) - len(nodes)) * ROW_HEIGHT - ROW_HEIGHT // 2)
+        nodes.append(NodePosition(node, *position, node.id in path, node.id == tree.head_id))
+        if below:
+            edges.append(EdgePath(_edge_path(below, position), node.id in path))
+        widest = max(widest, lane)
+        branches = sorted(children[node.id], key=lambda child: newest[child.id])
+        waiting += [(child, lane + (place > 0), position) for place, child in enumerate(branches)]
+    edges.sort(key=lambda stem: stem.on_path)  # the path to the head is drawn over the others
+    return TreeLayout(nodes[::-1], edges, 2 * MARGIN + widest * LANE_WIDTH, len(order) * ROW_HEIGHT, total - len(order))
 
 
 def _select_nodes(tree: Tree, order: list[Node], max_nodes: int) -> list[Node]:
@@ -76,29 +88,13 @@ def _select_nodes(tree: Tree, order: list[Node], max_nodes: int) -> list[Node]:
     return [node for node in order if node.id in shown]
 
 
-def _assign_lanes(tree: Tree) -> dict[str, int]:
-    """The first child goes on in its parent's lane, each other one opens the next lane that was never used."""
-    lanes: dict[str, int] = {}
-    used = 0
-    waiting = [(tree.root.id, 0)]
-    while waiting:
-        node_id, lane = waiting.pop()
-        lanes[node_id] = lane
-        children = tree.children(node_id)
-        for child in children[1:]:
-            used += 1
-            waiting.append((child.id, used))
-        if children:
-            waiting.append((children[0].id, lane))
-    return lanes
-
-
 def _edge_path(parent: tuple[int, int], child: tuple[int, int]) -> str:
+    """A line up the parent's lane, and into the child's just below it."""
     (x0, y0), (x1, y1) = parent, child
     if x0 == x1:
         return f"M{x0} {y0}V{y1}"
-    bend = y0 - ROW_HEIGHT
-    return f"M{x0} {y0}C{x0} {y0 - ROW_HEIGHT // 2} {x1} {y0 - ROW_HEIGHT // 2} {x1} {bend}V{y1}"
+    middle = y1 + ROW_HEIGHT // 2
+    return f"M{x0} {y0}V{y1 + ROW_HEIGHT}C{x0} {middle} {x1} {middle} {x1} {y1}"
 
 
 def polyline_points(values: list[float], width: int, height: int) -> str:
@@ -136,8 +132,7 @@ class Chart:
     def description(self) -> str:
         """The curve in words."""
         first, last = self.points[0], self.points[-1]
-        unit = f" {self.unit}" if self.unit else ""
-        return f"{self.title}: {first[1]}{unit} at step {first[0]}, {last[1]}{unit} at step {last[0]}"
+        return f"{self.title}: {first[1]}{self.unit} at step {first[0]}, {last[1]}{self.unit} at step {last[0]}"
 
 
 def make_chart(title: str, unit: str, values: list[tuple[int, float]], max_points: int = 400) -> Chart:

@@ -1,4 +1,4 @@
-"""The workbench, and the parts of it that are fetched again as the tree grows."""
+"""The workbench, and its parts that are fetched again as the tree grows."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from .tree_layout import layout_tree, polyline_points
 router = APIRouter(include_in_schema=False)
 
 TREE_NODES_SHOWN = 60
-"""Nodes that the tree shows before a person asks for all."""
+"""Nodes that the tree shows unless all are requested."""
 
 
 class ActionForm(BaseModel):
-    """A form of the workbench. `request` names the action, so that sending it twice does it once."""
+    """A form of the workbench. `request` makes a repeated request idempotent."""
 
     model_config = ConfigDict(extra="forbid")
     request: str = Field(min_length=8, max_length=64, default_factory=lambda: secrets.token_hex(12))
@@ -42,9 +42,9 @@ class ChooseForm(ActionForm):
     order: str = Field("", max_length=40)
 
     def parse_choice(self) -> Choice:
-        """The choice as the API would have it. Raises Invalid.
+        """Return the choice as the API takes it. Raises Invalid.
 
-        `good` calls all that are marked good; `ranked` takes them in the order in which they were marked.
+        `good` means that all ticked answers are good; `ranked`, that they were ticked best first.
         """
         try:
             if self.written:
@@ -52,14 +52,14 @@ class ChooseForm(ActionForm):
             if self.choice in ("good", "ranked"):
                 order = [int(index) for index in self.order.split(",") if index.isdecimal()] or self.marked
                 if not order:
-                    raise self._invalid_choice("nothing is marked.", "Mark the options first.")
+                    raise self._invalid_choice("nothing is ticked.", "Tick the answers first.")
                 if self.choice == "ranked":
                     return CHOICE.validate_python({"ranking": order})
                 return CHOICE.validate_python(order[0] if len(order) == 1 else order)
             return CHOICE.validate_python(int(self.choice) if self.choice.isdecimal() else self.choice)
         except ValidationError:
             problem = f"“{shorten(self.choice)}” is not a choice."
-            raise self._invalid_choice(problem, "Press one of the buttons under the prompt.") from None
+            raise self._invalid_choice(problem, "Use the buttons under the prompt.") from None
 
     def _invalid_choice(self, problem: str, next_step: str) -> Invalid:
         return Invalid(f"choice: {problem}", field="choice", next_step=next_step)
@@ -86,7 +86,7 @@ class NodeNameForm(ActionForm):
 async def page(
     request: Request, session: SessionDep, studio: StudioDep, view: Literal["answers", "tree", "figures"] = "answers"
 ) -> HTMLResponse:
-    """The workbench."""
+    """Show the workbench."""
     session.preload_model()
     values = await side_context(session)
     state = session.state()
@@ -110,10 +110,10 @@ async def page(
 async def side_panel(
     request: Request, session: SessionDep, part: Literal["tree", "figures"], all: Annotated[bool, Query()] = False
 ) -> HTMLResponse:
-    """The tree or the figures, as they are now."""
+    """Return the current tree or metrics."""
     values = await side_context(session, all)
     page = get_renderer(request).html_response
-    if all:  # hundreds of rows take longer than the event loop may be held
+    if all:  # rendering hundreds of rows would block the event loop
         return await asyncio.to_thread(page, f"steering/_{part}.html", state=session.state(), **values)
     return page(f"steering/_{part}.html", state=session.state(), **values)
 
@@ -133,7 +133,7 @@ async def side_context(session: Session, all: bool = False) -> dict[str, Any]:
 
 
 def action_response(request: Request, session: Session) -> Response:
-    """After an action: nothing for a script (the stream tells), back to the page for a plain form."""
+    """Respond to an action: nothing for a script, which follows the event stream; a redirect for a plain form."""
     if "hx-request" in request.headers:
         return Response(status_code=204)
     return RedirectResponse(f"/steer/{session.id}", 303)
@@ -189,7 +189,7 @@ async def rename(request: Request, session: SessionDep, form: Annotated[RenameFo
 
 @router.post("/steer/{session}/name")
 async def name_node(request: Request, session: SessionDep, form: Annotated[NodeNameForm, Form()]) -> Response:
-    """Give a node a name, or take it away."""
+    """Name a node, or remove its name."""
     await session.name_node(form.node, form.name.strip())
     return action_response(request, session)
 

@@ -1,7 +1,7 @@
-// The socket of a room, which comes back by itself.
+// The socket of a chat, which reconnects by itself.
 
-/** A socket that opens again with a growing pause, and says how it is. */
-export class Line {
+/** A socket that reconnects after growing pauses and reports its state. */
+export class Connection {
   constructor(url, after, { onEvent, onState }) {
     Object.assign(this, { url, last: after, onEvent, onState });
     this.wait = 500;
@@ -45,7 +45,7 @@ export class Line {
 
   beat() {
     if (this.ended || !this.live) return;
-    if (Date.now() - this.heard > 25000) { this.socket.close(); return; } // nobody is there, whatever the network says
+    if (Date.now() - this.heard > 25000) { this.socket.close(); return; } // no server there, whatever the network says
     this.socket.send(JSON.stringify({ type: "ping" }));
   }
 
@@ -55,6 +55,6 @@ export class Line {
     return true;
   }
 
-  /** Have everything after the last event that was understood told again. */
+  /** Ask for all events after the last one that was understood. */
   sync() { this.send({ type: "sync", after: this.last }); }
 }

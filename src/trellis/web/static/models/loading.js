@@ -1,6 +1,7 @@
 // Long work on any page: each element with data-job shows its job's progress, and its part of the page is renewed at the end.
 
-import { $, $$, announce, bytes, toast } from "../page.js";
+import { percent, size } from "../numbers.js";
+import { $, $$, announce, toast } from "../page.js";
 import { followJob, measures, showProgress } from "../streams.js";
 
 const followed = new Set();
@@ -16,11 +17,11 @@ function followAll() {
       const now = find();
       if (!now) return;
       $("[data-progress-text]", now).textContent = progress.message;
-      $("[data-progress-more]", now).textContent = [`${Math.round(progress.fraction * 100)} %`, measures(progress)].filter(Boolean).join(" · ");
+      $("[data-progress-more]", now).textContent = [percent(progress.fraction), measures(progress)].filter(Boolean).join(" · ");
       showProgress(now, progress);
       if (progress.stage !== stage) { stage = progress.stage; announce(progress.message); }
     }, (state, about) => {
-      const what = $("h2, h3", find() ?? document.body)?.textContent ?? "It";
+      const what = $("h2, h3", find() ?? document.body)?.textContent ?? "Model";
       tell(state, about, what);
       renew(find());
     });
@@ -30,9 +31,9 @@ function followAll() {
 function tell(state, about, what) {
   if (state === "failed") toast(about.message, { more: about.next_step, error: true });
   else if (state === "cancelled") {
-    const given = about?.memory_before ? `${bytes(about.memory_before - about.memory_after)} of memory given back.` : "";
-    toast("Cancelled.", { more: given });
-  } else toast(`${what} is ready.`, { kind: "learned" });
+    const given = about?.memory_before ? `${size(about.memory_before - about.memory_after)} freed` : "";
+    toast("Cancelled", { more: given });
+  } else toast(`${what} is ready`, { kind: "learned" });
 }
 
 function renew(card) {

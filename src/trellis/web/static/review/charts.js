@@ -1,6 +1,6 @@
-// The curves of the review: the value where the pointer is, and by the arrow keys.
+// The review page: curves whose values are read by pointer and arrow keys, local times, and notices of what was done.
 
-import { $, $$ } from "../page.js";
+import { $, $$, toast } from "../page.js";
 
 class Plot {
   constructor(field) {
@@ -9,7 +9,7 @@ class Plot {
     this.cursor = $("[data-cursor]", field);
     this.dot = $("[data-at-point]", field);
     this.readout = $("[data-readout]", field.closest("figure"));
-    this.usual = this.readout.textContent;
+    this.hint = this.readout.textContent;
     this.at = this.points.length - 1;
     field.addEventListener("pointermove", (event) => this.show(this.nearest(event)));
     field.addEventListener("pointerdown", (event) => this.show(this.nearest(event)));
@@ -39,25 +39,30 @@ class Plot {
     this.at = index;
     const [step, value, x, y] = this.points[index];
     const unit = this.field.dataset.unit;
-    const told = `step ${step}: ${value}${unit ? ` ${unit}` : ""}`;
+    const label = `step ${step}: ${value}${unit}`;
     this.cursor.setAttribute("x1", x);
     this.cursor.setAttribute("x2", x);
     this.cursor.setAttribute("visibility", "visible");
     this.dot.hidden = false;
     this.dot.style.left = `${x}%`;
     this.dot.style.top = `${y}%`;
-    this.readout.textContent = told;
+    this.readout.textContent = label;
     this.field.setAttribute("aria-valuenow", step);
-    this.field.setAttribute("aria-valuetext", told);
+    this.field.setAttribute("aria-valuetext", label);
   }
 
   hide() {
     this.cursor.setAttribute("visibility", "hidden");
     this.dot.hidden = true;
-    this.readout.textContent = this.usual;
+    this.readout.textContent = this.hint;
   }
 }
 
 export function bindCharts() {
   for (const field of $$("[data-points]")) new Plot(field);
+  for (const time of $$("time[data-local-time]")) time.textContent = new Date(time.dateTime).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
+  document.addEventListener("htmx:afterRequest", ({ detail }) => {
+    const { done } = detail.requestConfig.elt.dataset; // the form may have been removed by its own response
+    if (detail.successful && done) toast(`${done}.`);
+  });
 }

@@ -1,6 +1,10 @@
 // The form of all options: checked while it is filled in, with the memory it would take and what would fit.
 
-import { $, $$, announce, ask, bytes } from "../page.js";
+import { size } from "../numbers.js";
+import { $, $$, ask } from "../page.js";
+
+/** `Must be 5 or less.`, from `must be 5 or less, got “9”.`: the field shows its name and its value itself. */
+const besideField = (message) => message[0].toUpperCase() + message.slice(1).replace(/, got (“[^”]*”|nothing|a very large number)\.$/, ".");
 
 class Setup {
   constructor(root) {
@@ -17,11 +21,11 @@ class Setup {
     this.form.addEventListener("submit", (event) => this.begin(event));
     addEventListener("pageshow", () => this.idle());
     const preview = $("[data-preview]", this.form);
-    preview.addEventListener("htmx:beforeRequest", () => this.wait($("#preview", this.form), preview, "Reading the prompts"));
+    preview.addEventListener("htmx:beforeRequest", () => this.wait($("#preview", this.form), preview, "Reading prompts"));
     preview.addEventListener("htmx:afterRequest", (event) => { this.idle(); if (!event.detail.successful) $("#preview", this.form).replaceChildren(); });
     $$("[data-group] select[name='dataset.source']", this.form).forEach((select) => select.addEventListener("change", () => this.showSource()));
     document.addEventListener("trellis:uploaded", ({ detail }) => this.takeUpload(detail));
-    $$(".presets a", root).forEach((link, index) => link.addEventListener("click", (event) => { event.preventDefault(); this.preset(index, link); }));
+    $$(".presets button", root).forEach((button, index) => button.addEventListener("click", (event) => { event.preventDefault(); this.preset(index, button); }));
     this.presets = JSON.parse($("[data-presets]", root).textContent);
     this.defaults = JSON.parse($("[data-defaults]", root).textContent);
     this.showSource();
@@ -37,7 +41,7 @@ class Setup {
     const config = {};
     for (const field of this.fields()) {
       const value = field.type === "checkbox" ? field.checked : field.value;
-      const text = field.tagName === "TEXTAREA" || (field.tagName === "INPUT" && field.type === "text");
+      const text = field.tagName === "TEXTAREA" || (field.type === "text" && !("number" in field.dataset));
       if (value === "" && !text) continue;
       const [outer, inner] = field.name.split(".");
       if (inner) (config[outer] ??= {})[inner] = value;
@@ -62,7 +66,7 @@ class Setup {
   begin(event) {
     if (event.defaultPrevented || event.submitter === $("[data-preview]", this.form)) return;
     const hub = $("[name='dataset.source']", this.form)?.value === "hub";
-    this.wait($("[data-beginning]", this.form), $("[data-begin]", this.form), hub ? "Checking the options and the data set on the hub" : "Checking the options and the prompts");
+    this.wait($("[data-beginning]", this.form), $("[data-begin]", this.form), hub ? "Checking options and the Hugging Face dataset" : "Checking options and prompts");
   }
 
   /** Say at once that something is being done, and for how long it has been. */
@@ -106,7 +110,7 @@ class Setup {
   }
 
   showErrors(errors) {
-    const wrong = new Map([...this.refused, ...errors.map((entry) => [entry.field.replace(/^config\./, ""), entry.message])]);
+    const wrong = new Map([...this.refused, ...errors.map((entry) => [entry.field.replace(/^config\./, ""), besideField(entry.message)])]);
     for (const place of $$("[data-field]", this.form)) {
       const message = wrong.get(place.dataset.field) ?? "";
       const input = $("input, select, textarea", place);
@@ -118,8 +122,7 @@ class Setup {
       if (message) input.setAttribute("aria-invalid", "true");
       else input.removeAttribute("aria-invalid");
     }
-    const named = [...wrong.keys()].map((name) => $(`[data-field="${CSS.escape(name)}"] label`, this.form)?.textContent.trim() ?? name);
-    const text = named.length ? `Still to be put right: ${named.join(", ")}.` : "";
+    const text = wrong.size ? `Needs fixing: ${this.titles([...wrong.keys()])}` : "";
     const place = $("[data-problems]", this.form);
     if (place.textContent !== text) place.textContent = text;
     const model = $("[name=model]", this.form).value.trim();
@@ -132,21 +135,21 @@ class Setup {
     box.classList.toggle("tight", memory.known && !memory.fits);
     ways.replaceChildren();
     if (!memory.known) {
-      text.textContent = "How much memory it needs is not known before its files are here. The check comes after the download, before anything is read.";
+      text.textContent = "Checked after the download, before anything loads.";
       parts.textContent = "";
       return;
     }
     const need = memory.needed;
-    text.textContent = `${bytes(need.total)} at most in ${memory.precision}, ${bytes(memory.free)} free. ${memory.fits ? "It fits." : "It may not fit."}`;
-    parts.textContent = `Weights ${bytes(need.weights)}, adapter and optimiser ${bytes(need.adapter)}, answers ${bytes(need.answers)}, learning ${bytes(need.learning)}, libraries ${bytes(need.libraries)}; with the longest prompts and answers that these options allow.`;
+    text.textContent = `${size(need.total)} needed (${memory.precision}), ${size(memory.free)} free: ${memory.fits ? "fits" : "may not fit"}.`;
+    parts.textContent = `At most: weights ${size(need.weights)}, adapter and optimizer ${size(need.adapter)}, answers ${size(need.answers)}, learning ${size(need.learning)}, libraries ${size(need.libraries)}.`;
     $("[data-memory-bar]", box)?.setAttribute("width", Math.min(100, 100 * need.total / Math.max(memory.free, 1)).toFixed(1));
     for (const way of memory.would_fit) {
       const line = document.createElement("li");
-      const what = Object.entries(way.change).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`).join(", ");
+      const what = Object.entries(way.change).map(([name, value]) => name === "precision" ? value : `${this.titles([name])} ${value}`).join(", ");
       const button = document.createElement("button");
       button.type = "button";
       button.className = "quiet";
-      button.textContent = `Use ${what}: ${bytes(way.total)}, which fits`;
+      button.textContent = `Use ${what}: ${size(way.total)}, fits`;
       button.addEventListener("click", () => { this.set(way.change); Object.keys(way.change).forEach((name) => this.touch(name)); this.check(); });
       line.append(button);
       ways.append(line);
@@ -162,17 +165,24 @@ class Setup {
     }
   }
 
-  preset(index, link) {
-    // What was typed by hand stays, and so do the model and the prompts; all else becomes what a preset means: its
-    // options over the defaults.
+  titles(names) {
+    return names.map((name) => $(`[data-field="${CSS.escape(name)}"] label`, this.form)?.textContent.trim() ?? name).join(", ");
+  }
+
+  preset(index, button) {
+    // What was typed by hand stays, and so do the prompts; all else becomes what the preset means: its options over the
+    // defaults.
+    const wanted = this.fields().map((each) => each.name).filter((name) => name in this.presets[index]);
     const values = { ...this.defaults, ...this.presets[index] };
     for (const name of Object.keys(values)) {
-      if (this.touched.has(name) || name === "model" || name.startsWith("dataset.")) delete values[name];
+      if (this.touched.has(name) || name.startsWith("dataset.")) delete values[name];
     }
     this.set(values);
-    $$(".presets a", this.root).forEach((each) => { each.classList.toggle("chosen", each === link); each.removeAttribute("aria-current"); });
-    link.setAttribute("aria-current", "true");
-    announce(`Preset ${link.textContent} is set.`);
+    for (const name of wanted.filter((each) => each in values && values[each] !== this.defaults[each])) $(`[data-field="${CSS.escape(name)}"]`, this.form)?.closest("details")?.setAttribute("open", "");
+    $("[name=under]", this.form).value = button.value;
+    $$(".presets button", this.root).forEach((each) => { each.classList.toggle("chosen", each === button); each.setAttribute("aria-pressed", each === button); });
+    const notes = [["Set by the preset", (name) => name in values], ["Kept as you set them", (name) => !(name in values)]];
+    $("[data-preset-note]", this.root).textContent = notes.map(([what, fits]) => [what, wanted.filter(fits)]).filter(([, names]) => names.length).map(([what, names]) => `${what}: ${this.titles(names)}.`).join(" ");
     this.check();
   }
 

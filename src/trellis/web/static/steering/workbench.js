@@ -1,21 +1,27 @@
-// The workbench of steering: what happens shows as it happens, and every key and button does one thing.
+// The workbench of steering: shows events as they arrive; each key and button does one thing.
 
+import { factor, number, percent } from "../numbers.js";
 import { $, $$, LETTERS, announce, ask, toast } from "../page.js";
 import { describeProgress, follow, showProgress } from "../streams.js";
+
+const ENGINE = { loading: "loading", offering: "generating", learning: "learning", ready: "ready", failed: "error" };
+const stepName = (step) => step ? `step ${number(step)}` : "the base model";
 
 export class Workbench {
   constructor(root) {
     this.root = root;
     this.id = root.dataset.session;
     this.state = JSON.parse($("[data-state]", root).textContent);
-    this.learned = null; // what the last click did, until the next one
-    this.marks = []; // options marked as good, in the order of marking
+    this.learned = null; // what the last choice did, until the next one
+    this.marks = []; // ticked options, in the order of ticking
     this.options = $$(".option", root);
     this.bindKeys();
     this.bindForms();
     this.bindTabs();
     this.bindMarks();
     this.keepDrafts();
+    $("#tree").addEventListener("htmx:afterSwap", () => this.showHead());
+    this.showHead();
     addEventListener("resize", () => { $(".options-grid", root).style.minHeight = ""; });
     this.showAll();
     follow(`/api/steering/sessions/${this.id}/events`, root.dataset.after, {
@@ -39,14 +45,14 @@ export class Workbench {
       head_moved: (head) => this.headMoved(head),
       control: () => this.refresh("figures"),
       assessed: () => this.refresh("figures"),
-      node_fitted: () => { toast("A step was learned from a whole log. It stands in the tree.", { kind: "learned" }); this.refresh("tree"); },
+      node_fitted: () => { toast("Training finished. New step added.", { kind: "learned" }); this.refresh("tree"); },
       failed: ({ error, can_undo, can_redo }) => {
         Object.assign(this.state, { error, can_undo, can_redo, status: "failed", learning: null });
         this.showStatus();
         this.showChoice();
         announce(`${error.message} ${error.next_step}`);
       },
-      done: (_, close) => { close(); toast("This session was deleted."); setTimeout(() => { location.href = "/"; }, 1500); },
+      done: (_, close) => { close(); toast("Session deleted"); setTimeout(() => { location.href = "/"; }, 1500); },
     }, {
       onState: (live) => { $("[data-connection]", root).hidden = live; },
       poll: async () => {
@@ -96,35 +102,25 @@ export class Workbench {
     this.showAll();
     this.refresh("figures");
     const shown = options.filter((option) => (option.equal ?? [option.index])[0] === option.index).length;
-    announce(`${this.learned ? `${this.learned} ` : ""}${shown} new option${shown === 1 ? " is" : "s are"} ready to be read.`);
+    announce(`${this.learned ? `${this.learned} ` : ""}${shown} new answer${shown === 1 ? "" : "s"}.`);
   }
 
   nodeAdded(node) {
     this.added = true; // the move of the head that follows is this one's, and has been told
     this.state.learning = null;
-    if (!node.metrics) { this.learned = null; toast("Skipped. Nothing was learned."); return; }
-    const percent = (share) => `${Math.round(share * 100)} %`;
-    const { share_before: before, share_after: after } = node.metrics;
-    const equal = this.state.offer?.options.find((option) => option.index === node.choice?.[0])?.equal ?? [];
-    const same = Array.isArray(node.choice) && node.choice.every((index) => equal.includes(index));
-    const what = typeof node.choice === "number" || same ? LETTERS[node.choice[0] ?? node.choice]
-      : node.choice === "none" ? "none of these" : node.choice?.written ? "your answer"
-      : node.choice?.ranking ? LETTERS[node.choice.ranking[0]] : "what you marked";
-    const times = after / before;
+    if (!node.metrics) { this.learned = null; toast("Skipped"); return; }
+    const { share_before: before, share_after: after } = node.metrics, times = after / before;
+    const what = node.choice === "none" ? "None of these" : node.choice?.written ? "Your answer" : "Your last pick";
+    const change = times > 0.95 && times < 1.05 ? "little change" : factor(times);
     this.learned = node.choice === "none" && times >= 1.05
-      ? `Learned: none of these. Answers like them are now less likely (${percent(before)} → ${percent(after)} for refusing).`
-      : times < 1.05 && times > 0.95
-      ? `Learned: ${what} stays about as likely a choice (${percent(before)} → ${percent(after)}).`
-      : `Learned: ${what} is now ${times.toFixed(1)} times as likely a choice (${percent(before)} → ${percent(after)}).`;
-    toast(`Step ${node.step}: learned from ${what}.`, { kind: "learned" });
+      ? "Learned. Answers like these are now less likely."
+      : `Learned. ${what}: ${percent(before)} → ${percent(after)} (${change}).`;
   }
 
   headMoved(head) {
     if (head.node !== this.state.head.node && !this.added) {
       this.learned = null;
-      toast(head.step > this.state.head.step
-        ? `On to step ${head.step}, where you have been before.`
-        : `Back at step ${head.step}, with the options that were shown there.`);
+      toast(`${head.step > this.state.head.step ? "Moved" : "Back"} to ${stepName(head.step)}`);
     }
     this.added = false;
     Object.assign(this.state.head, { node: head.node, step: head.step });
@@ -158,15 +154,15 @@ export class Workbench {
     place.classList.toggle("growing", !option.finish && this.state.status !== "failed");
     const likely = option.tokens ? 100 * Math.exp(option.logprob / option.tokens) : 0;
     $("[data-length]", card).textContent = option.finish
-      ? `${option.tokens} tokens${option.finish === "length" ? ", cut" : ""} · ${Math.round(likely)} % sure` : "";
+      ? `${number(option.tokens)} tokens · avg. confidence ${percent(likely / 100)}${option.finish === "length" ? "; truncated" : ""}` : "";
     $("[data-likely]", card).setAttribute("width", likely.toFixed(1));
-    // Of options that are the same one is shown, with how often it was drawn.
+    // Identical answers are shown once, with how often they were generated.
     const equal = option.equal ?? [option.index];
     card.hidden = equal[0] !== option.index;
     const times = $("[data-times]", card);
     times.hidden = equal.length === 1;
     times.textContent = `×${equal.length}`;
-    times.title = equal.length > 1 ? `Drawn ${equal.length} times, word for word the same: ${equal.map((each) => LETTERS[each]).join(", ")}` : "";
+    times.title = equal.length > 1 ? `Generated ${equal.length} times: ${equal.map((each) => LETTERS[each]).join(", ")}` : "";
   }
 
   showChoice() {
@@ -178,12 +174,12 @@ export class Workbench {
 
   showStatus() {
     const { status, error, load, learning, queue } = this.state;
-    const turn = !queue ? "" : queue === 1 ? ". Others are at work too: you are next" : `. Others are at work too: ${queue - 1} before you`;
+    const turn = !queue ? "" : queue === 1 ? ". Queued: you're next" : `. Queued: ${number(queue - 1)} ahead of you`;
     this.root.dataset.status = status;
     const strip = $("[data-strip]", this.root);
     const words = {
-      loading: (learning ? "Your choice is kept. " : "") + (load ? describeProgress(load) : "Getting the model ready"),
-      offering: (this.learned ? `${this.learned} Writing the next options` : "Writing the options") + turn,
+      loading: (learning ? "Choice saved. " : "") + (load ? describeProgress(load) : "Loading the model"),
+      offering: (this.learned ? `${this.learned} Generating answers` : "Generating answers") + turn,
       learning: `Learning from your choice${turn}`,
       ready: this.learned ?? "Choose the answer you like best.",
       failed: error ? `${error.message} ${error.next_step}` : "",
@@ -197,7 +193,7 @@ export class Workbench {
     $("[data-stuck]", this.root).hidden = !stuck;
     for (const part of ["[data-prompt-card]", "[data-choose]", ".actions"]) $(part, this.root).hidden = stuck;
     const asleep = this.state.engine === "unloaded" && status === "ready";
-    $("[data-engine-text]").textContent = `${this.state.config.model} · ${asleep ? "unloaded" : status}`;
+    $("[data-engine-text]").textContent = `${this.state.config.model} · ${asleep ? "unloaded" : ENGINE[status]}`;
     $("[data-engine]").classList.toggle("asleep", asleep);
     const can = {
       ready: status === "ready", marked: status === "ready" && this.marks.length > 0, ranked: status === "ready" && this.marks.length > 1, undo: this.state.can_undo && status !== "learning", redo: this.state.can_redo && status !== "learning",
@@ -217,8 +213,14 @@ export class Workbench {
     }
     if (this.state.dataset && this.state.offer) {
       const position = $("[data-position]", this.root);
-      position.textContent = `${this.state.dataset.position + 1} of ${this.state.dataset.total ?? "…"}`;
+      position.textContent = `${number(this.state.dataset.position + 1)} of ${this.state.dataset.total == null ? "…" : number(this.state.dataset.total)}`;
     }
+  }
+
+  /** Scroll the tree, where it scrolls by itself, to the step that is shown. */
+  showHead() {
+    const plant = $(".plant", this.root), head = $("[aria-current]", plant);
+    if (head) plant.scrollTop += head.getBoundingClientRect().top - plant.getBoundingClientRect().top - plant.clientHeight / 2;
   }
 
   flash() {
@@ -342,7 +344,7 @@ export class Workbench {
     });
     $("[data-order]", this.root).value = this.marks.join(",");
     const letters = this.marks.map((index) => LETTERS[index]);
-    $("[data-marked-text]", this.root).textContent = letters.length ? `Marked: ${letters.join(" › ")}` : "Several good ones?";
+    $("[data-marked-text]", this.root).textContent = letters.length ? `Ticked: ${letters.join(" › ")}` : "";
     $("[data-clear]", this.root).hidden = !letters.length;
     this.root.classList.toggle("marking", letters.length > 0);
     this.showStatus();
