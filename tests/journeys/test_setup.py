@@ -43,7 +43,7 @@ def test_the_form_is_checked_while_it_is_filled_in_and_when_it_is_sent(open_page
     page.wait_for_url("**/steer/*")
     is_ready(page)
     expect(page.locator(".option")).to_have_count(3)
-    expect(page.get_by_label("Name of the session")).to_have_value("Of my own")
+    expect(page.get_by_label("Session name")).to_have_value("Of my own")
 
 
 def test_a_preset_fills_the_form_and_keeps_what_was_typed(open_page: Open, server: Server) -> None:
@@ -162,7 +162,7 @@ def test_a_file_of_prompts_is_uploaded_previewed_and_steered_on(
     page.get_by_role("button", name="Load demo and start").click()
     page.wait_for_url("**/steer/*")
     expect(page.locator("[data-prompt]")).to_contain_text("How does plant")
-    expect(page.locator("[data-position]")).to_contain_text("of 2500")
+    expect(page.locator("[data-position]")).to_contain_text("of 2,500")
 
 
 @pytest.mark.parametrize("width", [1280, 375])
@@ -179,7 +179,7 @@ def test_what_is_left_out_of_a_file_is_told_before_and_after_the_start(
     expect(page.locator(".samples")).to_contain_text("Why, oh why?")
     page.get_by_role("button", name="Load demo and start").click()
     page.wait_for_url("**/steer/*")
-    page.get_by_text("What was left out of the prompts").click()
+    page.get_by_text("Prompts left out").click()
     expect(page.locator("[data-notes-list]")).to_have_text(told)
     expect(page.locator("[data-notes-list]")).to_be_in_viewport()
 

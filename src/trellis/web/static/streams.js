@@ -1,13 +1,13 @@
-// Event streams that resume after their last event, and ordinary requests where streams do not get through.
+// Event streams that resume after the last event, and polling where streams are blocked.
 
 import { duration, percent, size } from "./numbers.js";
 import { $, ask } from "./page.js";
 
-const GIVE_UP = 3; // streams that never opened, before ordinary requests take their place
+const GIVE_UP = 3; // failed attempts to open a stream before polling starts
 
 /**
- * Follow `url`, an event stream, after an event id. `handlers` maps event names to functions of (data, close).
- * Where the stream does not open, `poll(close)` is called instead, with exponential back-off, until it does.
+ * Follow the event stream at `url` after an event id. `handlers` maps event names to functions of (data, close).
+ * While the stream cannot be opened, call `poll(close)` instead, with exponential back-off.
  */
 export function follow(url, after, handlers, { onState = () => {}, poll = null } = {}) {
   let source, timer, last = after, wait = 500, failures = 0, ended = false, pollWait = 500, polling = false;
@@ -19,7 +19,7 @@ export function follow(url, after, handlers, { onState = () => {}, poll = null }
       failures += 1;
       if (!polling) onState(false);
       if (failures >= GIVE_UP && poll && !polling) { polling = true; pollWait = 500; ask_again(); }
-      if (source.readyState !== EventSource.CLOSED && failures < GIVE_UP) return; // the browser tries again by itself
+      if (source.readyState !== EventSource.CLOSED && failures < GIVE_UP) return; // the browser reconnects
       source.close();
       clearTimeout(timer);
       timer = setTimeout(open, wait * (0.5 + Math.random()));

@@ -69,11 +69,11 @@ export class Workbench {
     });
   }
 
-  // What happened
+  // Events
 
   offerStarted(offer) {
-    // The grid keeps the height of the last answers while new ones grow, so that nothing moves under the hand; not
-    // that of all answers before, and not more than the screen has.
+    // Keep the height of the last answers while new ones grow, so that nothing moves under the pointer: at most half
+    // the screen, and not the height of all answers before.
     const grid = $(".options-grid", this.root);
     grid.style.minHeight = "";
     grid.style.minHeight = `${Math.min(grid.offsetHeight, innerHeight / 2)}px`;
@@ -89,7 +89,7 @@ export class Workbench {
   optionDelta({ offer, index, text }) {
     if (this.state.offer?.id !== offer) return;
     this.state.offer.options[index].text += text;
-    // A text node grows in place: nothing is parsed, nothing is laid out twice.
+    // Append to the text node: nothing is parsed again.
     const place = $("[data-text]", this.options[index]);
     if (place.firstChild?.nodeType === Node.TEXT_NODE) place.firstChild.appendData(text);
     else place.append(text);
@@ -106,7 +106,7 @@ export class Workbench {
   }
 
   nodeAdded(node) {
-    this.added = true; // the move of the head that follows is this one's, and has been told
+    this.added = true; // the head_moved event that follows needs no notice
     this.state.learning = null;
     if (!node.metrics) { this.learned = null; toast("Skipped"); return; }
     const { share_before: before, share_after: after } = node.metrics, times = after / before;
@@ -130,7 +130,7 @@ export class Workbench {
     this.refresh("tree", "figures");
   }
 
-  // What is shown
+  // Rendering
 
   showAll() {
     const { offer } = this.state;
@@ -139,7 +139,7 @@ export class Workbench {
       const edit = $("#edit-text");
       if (!$("[data-edit]", this.root).open) edit.value = offer.prompt;
       $("#choose [name=offer]", this.root).value = offer.id;
-      // An answer that is being written belongs to the offer that it was begun for.
+      // An answer being written belongs to the offer that it was started for.
       if (!$("[data-write]", this.root).open) $("[data-write] [name=offer]", this.root).value = offer.id;
       offer.options.forEach((option, index) => this.showOption(option, this.options[index]));
     }
@@ -201,7 +201,7 @@ export class Workbench {
     };
     $$("[data-needs]", this.root).forEach((button) => { button.disabled = !can[button.dataset.needs]; });
     $$(".letter", this.root).forEach((button) => { button.disabled = !can.ready; });
-    $$("[data-mark], [data-repair]", this.root).forEach((each) => { each.disabled = !can.ready; });
+    $$("[data-mark], [data-edit-answer]", this.root).forEach((each) => { each.disabled = !can.ready; });
     this.root.setAttribute("aria-busy", String(status !== "ready" && status !== "failed"));
     if (this.state.dataset?.notes) {
       $("[data-notes]", this.root).hidden = !this.state.dataset.notes.length;
@@ -217,7 +217,7 @@ export class Workbench {
     }
   }
 
-  /** Scroll the tree, where it scrolls by itself, to the step that is shown. */
+  /** Scroll the tree to the current step, where the tree has a scroll bar of its own. */
   showHead() {
     const plant = $(".plant", this.root), head = $("[aria-current]", plant);
     if (head) plant.scrollTop += head.getBoundingClientRect().top - plant.getBoundingClientRect().top - plant.clientHeight / 2;
@@ -236,12 +236,12 @@ export class Workbench {
     }
   }
 
-  // What a person does
+  // User actions
 
   bindForms() {
     this.root.addEventListener("htmx:afterRequest", (event) => {
       if (!event.detail.successful) { this.showChoice(); this.showStatus(); return; }
-      if (event.target.matches("[data-keep]")) this.refresh("tree"); // it may have stood for an earlier step
+      if (event.target.matches("[data-keep]")) this.refresh("tree"); // it may still show an earlier step
       for (const details of $$("[data-edit], [data-write]", this.root)) {
         if (details.contains(event.target)) { details.open = false; $("textarea", details).value = ""; this.dropDrafts(); }
       }
@@ -255,8 +255,8 @@ export class Workbench {
     });
     this.root.addEventListener("click", (event) => {
       if (event.target.closest("[data-close]")) { event.target.closest("details").open = false; return; }
-      const repair = event.target.closest("[data-repair]");
-      if (repair) { this.repair(Number(repair.dataset.repair)); return; }
+      const edited = event.target.closest("[data-edit-answer]");
+      if (edited) { this.editAnswer(Number(edited.dataset.editAnswer)); return; }
       const card = event.target.closest(".option");
       if (!card || event.target.closest("button, label, input") || String(getSelection())) return;
       $(".letter", card).click();
@@ -312,12 +312,12 @@ export class Workbench {
     addEventListener("popstate", () => show(new URLSearchParams(location.search).get("view") ?? "answers"));
   }
 
-  // Several good ones, and rankings
+  // Ticks and rankings
 
   bindMarks() {
     $$("[data-mark]", this.root).forEach((box, index) => {
       box.checked = false;
-      // Enter in a form presses its first button, which here would be a choice that nobody made.
+      // Enter would submit the form with its first button: an unintended choice.
       box.addEventListener("keydown", (event) => { if (event.key === "Enter") { event.preventDefault(); box.click(); } });
       box.addEventListener("change", () => {
         this.marks = this.marks.filter((mark) => mark !== index);
@@ -326,7 +326,7 @@ export class Workbench {
       });
     });
     $("[data-clear]", this.root).addEventListener("click", () => this.clearMarks());
-    $$("[data-repair]", this.root).forEach((button) => { button.hidden = false; });
+    $$("[data-edit-answer]", this.root).forEach((button) => { button.hidden = false; });
     this.showMarks();
   }
 
@@ -350,8 +350,8 @@ export class Workbench {
     this.showStatus();
   }
 
-  /** Begin an answer of one's own with the text of an option. */
-  repair(index) {
+  /** Start a written answer from the text of an option. */
+  editAnswer(index) {
     const details = $("[data-write]", this.root);
     details.open = true;
     const place = $("textarea", details);
@@ -361,7 +361,7 @@ export class Workbench {
     this.saveDraft();
   }
 
-  // What was begun and not sent is there after a reload
+  // Drafts, which survive a reload
 
   get draftKey() { return `draft-${this.id}`; }
 
@@ -377,7 +377,7 @@ export class Workbench {
         details.open = true;
         $("textarea", details).value = kept.text;
       } else this.dropDrafts();
-    } catch { /* a browser that keeps nothing: then nothing is kept */ }
+    } catch { /* storage is forbidden: no drafts */ }
   }
 
   saveDraft() {
