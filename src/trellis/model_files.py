@@ -159,7 +159,7 @@ def marks_of(path: Path) -> Marks:
     return tuple(marks)
 
 
-GRANT = "Give the studio's user the right to read it."
+GRANT = "Give the studio's user read access."
 
 
 def inspect_folder(path: Path) -> ModelFiles:

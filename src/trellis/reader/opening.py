@@ -130,8 +130,8 @@ def reading(file: DataFile) -> Iterator[None]:
         raise _not_text(file, error) from None
     except PermissionError:
         raise Invalid(
-            f"“{file.name}” may not be read.", code="permission_denied",
-            field="dataset.id", next_step="Give the studio's user the right to read it.",
+            f"No permission to read “{file.name}”.", code="permission_denied",
+            field="dataset.id", next_step="Give the studio's user read access.",
         ) from None  # fmt: skip
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise _not_whole(file, error) from None

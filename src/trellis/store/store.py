@@ -68,15 +68,15 @@ def _in_words(error: OperationalError) -> TrellisError:
     said = str(error.orig)
     if "full" in said or "No space left" in said:
         return TrellisError(
-            "The disk is full: this could not be written down.",
+            "The disk is full, so this could not be saved.",
             code="disk_full",
-            next_step="Make room on the disk, then do it again. What was there before is safe.",
+            next_step="Free up disk space and try again. Nothing else is lost.",
         )
     log.error("the database answered: %s", said)
     return TrellisError(
-        f"The database could not be used: {shorten(said, 160)}.",
+        f"The database can't be used: {shorten(said, 160)}.",
         code="database",
-        next_step="Check the disk of the studio's save folder, then do it again.",
+        next_step="Check the disk of the studio's save folder and try again.",
     )
 
 

@@ -192,9 +192,9 @@ class Blind:
         except Exception:
             log.exception("blind comparison %s failed", trial["id"])
             self._troubles[trial["id"]] = TrellisError(
-                "The answers could not be drawn, for a reason that the studio does not know.",
+                "Something went wrong while generating the answers.",
                 code="internal",
-                next_step=f"The studio's log has the details, under {trial['id']}.",
+                next_step=f"Try again. Error ID {trial['id']} (see the log).",
             )
 
     async def _draw_round(self, session: Session, trial: dict[str, Any], number: int) -> None:

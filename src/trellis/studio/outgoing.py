@@ -95,7 +95,7 @@ async def resolved(url: str) -> Found:
         host = str(parts.hostname) if ":" in str(parts.hostname) else str(parts.hostname).encode("idna").decode()
     except UnicodeError:
         raise Invalid(
-            f"url: “{shorten(parts.hostname)}” is no name of a server.", field="url", next_step="Check the address."
+            f"url: “{shorten(parts.hostname)}” isn't a valid server name.", field="url", next_step="Check the address."
         ) from None
     try:
         looked_up = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)

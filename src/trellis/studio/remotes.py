@@ -60,7 +60,7 @@ class Remotes:
         may have a private address from now on: whoever calls has made sure that a person at this computer said so."""
         if "/" in name:
             raise Invalid(
-                f"name: must have no “/”, got “{shorten(name)}”.", field="name", next_step="Call it otherwise."
+                f"name: must have no “/”, got “{shorten(name)}”.", field="name", next_step="Choose another name."
             )
         if odd := next((each for each in (name, *models) if not each.isprintable()), None):
             raise Invalid(
@@ -69,7 +69,7 @@ class Remotes:
         url = url.strip().rstrip("/")
         parsed(url)
         if not all(32 < ord(letter) < 127 for letter in secret):
-            raise Invalid("key: has letters that no key has.", field="key", next_step="Paste the key alone.")
+            raise Invalid("key: contains invalid characters.", field="key", next_step="Paste only the key.")
         with self._permitted.trial(await resolved(url) if permit else None) as private:
             url, found = (url, models) if models else await self._found(url, secret)
             await self._require_allowed(url)

@@ -987,7 +987,7 @@ class Session:
 
 def _unknown(session: str) -> TrellisError:
     return TrellisError(
-        "The session met an error that the studio does not know.",
+        "Something went wrong in this session.",
         code="internal",
-        next_step=f"Resume it; if it comes back, the studio's log has the details under {session}.",
+        next_step=f"Resume it. Error ID {session} (see the log).",
     )

@@ -54,7 +54,7 @@ class Group:
     @property
     def open(self) -> bool:
         """Whether the folded ones must be seen: one of them is wrong, or is not at its default."""
-        return any(each.error or str(each.value) != str(each.default) for each in self.folded)
+        return any(each.error or as_sent(each.value) != as_sent(each.default) for each in self.folded)
 
 
 def groups_of(
@@ -135,6 +135,11 @@ def nested(sent: Mapping[str, str]) -> dict[str, Any]:
         elif value.strip() or name in KEPT_EMPTY:
             _set(config, name, value)
     return config
+
+
+def as_sent(value: Any) -> str:
+    """A value as a form sends it."""
+    return "" if value is None else str(value).strip()
 
 
 def config_of(values: Mapping[str, Any]) -> dict[str, Any]:

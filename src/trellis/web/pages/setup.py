@@ -18,7 +18,7 @@ from ..api.steering import Name, OfStudio
 from ..failures import status_of
 from ..limits import expensive
 from ..render import render_of
-from .forms import config_of, errors_of, flat, groups_of, named, nested, shown
+from .forms import as_sent, config_of, errors_of, flat, groups_of, named, nested, shown
 
 router = APIRouter(include_in_schema=False)
 
@@ -70,7 +70,7 @@ async def apply_preset(request: Request, studio: OfStudio) -> HTMLResponse:
     sent.pop("request", "")
     before, now = await _beginning(studio, under, ""), shown(sent)
     had = flat(SessionConfig().model_dump(mode="json")) | before[0]
-    edited = {*typed.split(","), *(each for each, value in now.items() if _written(value) != _written(had.get(each)))}
+    edited = {*typed.split(","), *(each for each, value in now.items() if as_sent(value) != as_sent(had.get(each)))}
     kept = {each: value for each, value in now.items() if each in edited or each.startswith("dataset.")}
     values = flat(preset(chosen).config) | kept
     return await form_page(request, studio, values, name=name, typed=",".join(edited & now.keys()), under=chosen)
@@ -169,11 +169,6 @@ async def form_page(
         problem=None,
         request_id=secrets.token_hex(12),
     )
-
-
-def _written(value: Any) -> str:
-    """A value as a form sends it."""
-    return "" if value is None else str(value).strip()
 
 
 async def _dataset_errors(studio: Studio, config: dict[str, Any], error: TrellisError) -> list[dict[str, str]]:

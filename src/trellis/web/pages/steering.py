@@ -7,11 +7,12 @@ import secrets
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, Query, Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ...errors import Invalid, shorten
 from ...messages import CHOICE, Choice, Written
+from ...params import TypedNumbers
 from ...studio.journal import describe
 from ...studio.report import report_of
 from ...studio.session import Session
@@ -27,7 +28,7 @@ TREE_ROWS = 60
 """Nodes that the tree shows before a person asks for all."""
 
 
-class Sent(BaseModel):
+class Sent(TypedNumbers):
     """A form of the workbench. `request` names the action, so that sending it twice does it once."""
 
     model_config = ConfigDict(extra="forbid")
