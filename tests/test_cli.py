@@ -204,7 +204,7 @@ def test_the_next_step_of_a_missing_extra_names_the_extra(monkeypatch: pytest.Mo
     [
         (("--port", "[gpu]"), "--port or TRELLIS_PORT: must be a whole number, got “[gpu]”."),
         (("--port", "70000"), "TRELLIS_PORT: must be 65,535 or less, got “70000”."),
-        (("--save-dir", "/proc/[bold]x"), "The folder “/proc/[bold]x” cannot be written"),
+        (("--save-dir", "/proc/[bold]x"), "The folder “/proc/[bold]x” is not writable"),
         (("steer", "--group-size", "[red]x"), "--group-size: must be a whole number, got “[red]x”."),
     ],
 )
