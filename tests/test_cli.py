@@ -78,7 +78,7 @@ def test_a_save_folder_that_cannot_be_made_is_said_to_be(tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     done = trellis("--save-dir", str(tmp_path / "file" / "below"), "--no-open", "--port", "0")
     assert done.returncode == 2
-    assert "cannot be written" in done.stderr
+    assert "is not writable" in done.stderr
 
 
 @pytest.mark.engine
