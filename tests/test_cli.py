@@ -203,7 +203,7 @@ def test_the_next_step_of_a_missing_extra_names_the_extra(monkeypatch: pytest.Mo
     ("words", "shown"),
     [
         (("--port", "[gpu]"), "--port or TRELLIS_PORT: must be a whole number, got “[gpu]”."),
-        (("--port", "70000"), "TRELLIS_PORT: must be 65535 or less, got “70000”."),
+        (("--port", "70000"), "TRELLIS_PORT: must be 65,535 or less, got “70000”."),
         (("--save-dir", "/proc/[bold]x"), "Can't write to “/proc/[bold]x”"),
         (("steer", "--group-size", "[red]x"), "--group-size: must be a whole number, got “[red]x”."),
     ],

@@ -170,7 +170,7 @@ def folder_signature(path: Path) -> FolderSignature:
     return tuple(marks)
 
 
-GRANT_READ_ACCESS = "Give the studio's user the right to read it."
+GRANT_READ_ACCESS = "Give the studio's user read access."
 
 
 def inspect_folder(path: Path) -> ModelFiles:

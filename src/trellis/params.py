@@ -50,16 +50,20 @@ def option(
     return Field(default, title=title, description=help, json_schema_extra=extra, **bounds)
 
 
-class Options(BaseModel):
-    """A frozen set of options; unknown names and NaN are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+class TypedNumbers(BaseModel):
+    """A model whose numbers may be given as people type them: with a decimal comma or groups of thousands."""
 
     @field_validator("*", mode="before")
     @classmethod
     def _number_as_people_write_it(cls, value: Any, about: ValidationInfo) -> Any:
         kinds = get_args(row := cls.model_fields[str(about.field_name)].annotation) or (row,)
         return plain_number(value, whole=int in kinds) if isinstance(value, str) and {int, float} & {*kinds} else value
+
+
+class Options(TypedNumbers):
+    """A frozen set of options; unknown names and NaN are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelOptions(Options):

@@ -247,6 +247,10 @@ def test_sessions_are_searched_and_gone_on_with(open_page: Open, server: Server)
     expect(page.get_by_role("link", name="Continue “Needle in the hay”")).to_be_visible()
     cookies = {cookie["name"]: cookie for cookie in page.context.cookies()}  # type: ignore[typeddict-item]
     assert cookies["trellis_last"]["httpOnly"]
+    page.goto(f"{server.url}/?q=needle")
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Delete Needle in the hay").click()
+    expect(page.locator(".toast")).to_have_text("Deleted “Needle in the hay”")
     page.goto(f"{server.url}/?q=nothing+like+it")
     expect(page.locator(".empty")).to_contain_text("No matching sessions")
 

@@ -181,9 +181,9 @@ def test_a_download_can_be_cancelled_and_gives_its_memory_back(
 @pytest.mark.parametrize(
     ("body", "code", "message"),
     [
-        ({"model": "org/nothing"}, "not_found", "no model “org/nothing” on the hub"),
+        ({"model": "org/nothing"}, "not_found", "no model “org/nothing” on Hugging Face"),
         ({"model": "org/tiny", "revision": "v9"}, "not_found", "no revision “v9”"),
-        ({"model": "org/gated"}, "permission_denied", "does not give “org/gated”"),
+        ({"model": "org/gated"}, "permission_denied", "don't have access to “org/gated”"),
         ({"model": "org/pickled"}, "not_found", "no safetensors files"),
     ],
 )
@@ -300,7 +300,7 @@ def test_pictures_in_a_dataset_on_the_hub_do_not_stand_in_the_way(client: httpx.
         ({"id": "org/qa", "subset": "big"}, "config.dataset.subset", "The subsets are “default”."),
         ({"id": "org/qa", "column": "nope"}, "config.dataset.column", "“question”, “answer”"),
         ({"id": "org/none"}, "config.dataset.id", "no dataset “org/none”"),
-        ({"id": "org/scripted"}, "config.dataset.id", "is made by a script of its own, which is not run"),
+        ({"id": "org/scripted"}, "config.dataset.id", "needs a script of its own, which is not run"),
     ],
 )
 def test_a_wrong_name_in_a_dataset_lists_what_there_is(

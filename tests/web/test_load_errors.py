@@ -68,11 +68,11 @@ def failure(client: httpx.Client, **body: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("model", "code", "message"),
     [
-        ("cut", "corrupt_file", "“model.safetensors” is not a whole safetensors file"),
+        ("cut", "corrupt_file", "“model.safetensors” is not a complete safetensors file"),
         ("strange", "unsupported_architecture", "nobody_knows"),
         ("coded", "remote_code_refused", "its own Python code"),
         ("empty", "not_found", "has no *.safetensors"),
-        ("closed", "permission_denied", "may not be read"),
+        ("closed", "permission_denied", "No permission to read"),
         ("bert", "unsupported_architecture", "BERT encoder"),
         ("awq", "unsupported_quantization", "AWQ"),
     ],
@@ -152,7 +152,7 @@ def test_a_load_that_cannot_fit_is_refused_with_the_figures(large: Path, tmp_pat
         with server.client() as client:
             error = failure(client, model="large")
             assert error["code"] == "out_of_memory"
-            assert "needs about 0.7 GB in 32-bit, and 0.6 GB are free" in error["message"]
+            assert "needs about 0.7 GB in 32-bit; 0.6 GB are free" in error["message"]
             assert error["next_step"].startswith("Load it in")
             check = client.post("/api/steering/check", json={"config": {"model": "large", "lora_rank": 64}}).json()
             assert not check["memory"]["fits"]
@@ -209,7 +209,7 @@ def test_a_full_disk_loses_no_choice_and_goes_on_when_there_is_room(small_disk: 
             assert said.status_code == 202, said.text
             state = wait_failed(client, state["id"])
             assert state["error"]["code"] == "disk_full", state["error"]
-            assert "Make room" in state["error"]["next_step"]
+            assert "Free up disk space" in state["error"]["next_step"]
             filler.unlink()
             client.post(f"{url}/resume")
             assert wait_ready(client, state["id"], 60)["head"]["step"] == 1

@@ -187,6 +187,7 @@ def test_a_form_that_is_refused_comes_back_as_it_was_sent_with_the_fields_named(
         assert value in answer.text, value
     assert answer.text.count('aria-invalid="true"') == 2
     assert re.search(r"<details open>\s*<summary>Advanced: adapter", answer.text)
+    assert answer.text.count("<details open>") == 1
     assert client.post("/steer", data={"model": "nope"}, headers=HTML).status_code == 404
 
 

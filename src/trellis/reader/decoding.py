@@ -133,8 +133,8 @@ def translate_read_errors(file: DataFile) -> Iterator[None]:
         raise _encoding_error(file, error) from None
     except PermissionError:
         raise Invalid(
-            f"“{file.name}” may not be read.", code="permission_denied",
-            field="dataset.id", next_step="Give the studio's user the right to read it.",
+            f"No permission to read “{file.name}”.", code="permission_denied",
+            field="dataset.id", next_step="Give the studio's user read access.",
         ) from None  # fmt: skip
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise _truncated_file_error(file, error) from None

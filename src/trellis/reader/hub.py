@@ -137,7 +137,7 @@ def _call_hub(name: str, call: Callable[[], R]) -> R:
         if "is a gated dataset" in str(error) or isinstance(error.__cause__, GatedRepoError):
             raise _access_denied(name) from None
         raise Invalid(
-            f"There is no dataset “{shorten(name)}” on the hub, or it is private.", code="not_found",
+            f"There is no dataset “{shorten(name)}” on Hugging Face, or it is private.", code="not_found",
             field="dataset.id", next_step="Check the name. A private one needs HF_TOKEN set when the studio starts.",
         ) from None  # fmt: skip
     except (
@@ -146,14 +146,14 @@ def _call_hub(name: str, call: Callable[[], R]) -> R:
         ValueError,
     ) as error:
         raise Invalid(
-            f"The dataset “{shorten(name)}” cannot be read: {shorten(error, 200)}", code="unreadable",
+            f"The dataset “{shorten(name)}” can't be read: {shorten(error, 200)}", code="unreadable",
             field="dataset.id", next_step="Choose one with JSON, CSV, Parquet or text files.",
         ) from None  # fmt: skip
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
         raise Invalid(
-            f"The dataset “{shorten(name)}” is made by a script of its own, which is not run.", code="unreadable",
+            f"The dataset “{shorten(name)}” needs a script of its own, which is not run.", code="unreadable",
             field="dataset.id", next_step="Choose one with JSON, CSV, Parquet or text files.",
         ) from None  # fmt: skip
     except Exception as error:
@@ -162,13 +162,13 @@ def _call_hub(name: str, call: Callable[[], R]) -> R:
         if not is_known and not type(error).__module__.startswith("httpx"):
             raise
         raise TrellisError(
-            f"The hub could not be reached for “{shorten(name)}”: {shorten(error, 160)}", code="network",
+            f"Can't reach Hugging Face for “{shorten(name)}”: {shorten(error, 160)}", code="network",
             field="dataset.id", next_step="Check the connection and try again, or use a file.",
         ) from None  # fmt: skip
 
 
 def _access_denied(name: str) -> TrellisError:
     return TrellisError(
-        f"The hub does not give “{shorten(name)}” to you.", code="permission_denied",
-        field="dataset.id", next_step="Accept its terms on the hub, and start the studio with a token in HF_TOKEN.",
+        f"You don't have access to “{shorten(name)}” on Hugging Face.", code="permission_denied",
+        field="dataset.id", next_step="Accept its terms on Hugging Face, and start the studio with HF_TOKEN set.",
     )  # fmt: skip

@@ -68,15 +68,15 @@ def _to_trellis_error(error: OperationalError) -> TrellisError:
     detail = str(error.orig)
     if "full" in detail or "No space left" in detail:
         return TrellisError(
-            "The disk is full: this could not be written down.",
+            "The disk is full, so this could not be saved.",
             code="disk_full",
-            next_step="Make room on the disk, then do it again. What was there before is safe.",
+            next_step="Free up disk space and try again. Nothing else is lost.",
         )
     log.error("the database answered: %s", detail)
     return TrellisError(
-        f"The database could not be used: {shorten(detail, 160)}.",
+        f"The database can't be used: {shorten(detail, 160)}.",
         code="database",
-        next_step="Check the disk of the studio's save folder, then do it again.",
+        next_step="Check the disk of the studio's save folder and try again.",
     )
 
 

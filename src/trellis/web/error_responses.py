@@ -72,7 +72,7 @@ def install_error_handlers(app: FastAPI, render: Renderer) -> None:
         http_error = cast(HTTPException, raised)
         status = http_error.status_code
         code, message, next_step = {
-            404: ("not_found", f"Page not found: “{request.url.path[:80]}”.", "Go back to home."),
+            404: ("not_found", f"Page not found: “{request.url.path[:80]}”.", "Check the address."),
             405: (
                 "method_not_allowed",
                 f"This address doesn't support {request.method}.",

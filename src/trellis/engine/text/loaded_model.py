@@ -341,7 +341,7 @@ def _require_causal(slots: Slots) -> None:
     """Find out how the model goes on with a text. Raises LoadFailed for one that fills gaps instead."""
     if not slots.caching.causal:
         raise LoadFailed(
-            "This model reads a text in both directions, as models that fill gaps do, and cannot go on with one.",
+            "This model reads text in both directions, as models that fill in masks do, so it can't continue one.",
             code="unsupported_architecture",
             next_step="Choose a causal language model, such as a chat model.",
         )
@@ -390,7 +390,7 @@ def fingerprints(path: Path) -> list[str]:
 
 def _torn(file: Path, error: Exception) -> LoadFailed:
     return LoadFailed(
-        f"The file “{file.name}” is not a whole safetensors file: {error}",
+        f"The file “{file.name}” is not a complete safetensors file: {error}",
         code="corrupt_file",
         next_step="Copy or download the file again.",
     )
@@ -406,7 +406,7 @@ def device_for(request: Load) -> str:
             f"There is no device “{request.device}” here.",
             code="not_found",
             field="device",
-            next_step="Choose “auto” or “cpu”; `trellis doctor` says what there is.",
+            next_step="Choose “auto” or “cpu”. Run `trellis doctor` to see all devices.",
         )
     return request.device
 
@@ -453,9 +453,9 @@ def _read_config(path: Path, remote_code: bool) -> tuple[Any, Any]:
         raise _library_missing(error) from None
     except (StrictDataclassError, RecursionError, *UNREADABLE) as error:
         raise LoadFailed(
-            f"The model's configuration could not be used: {_first_line(error)}",
+            f"The model's configuration can't be used: {_first_line(error)}",
             code="corrupt_file",
-            next_step="Check config.json, or copy it again.",
+            next_step="Check config.json or copy it again.",
         ) from None
     tokenizer = _read_tokenizer(path, options)
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
@@ -475,7 +475,7 @@ def _read_tokenizer(path: Path, options: dict[str, Any]) -> Any:
         raise _library_missing(error) from None
     except Exception as error:  # noqa: BLE001 - the library raises plain exceptions for files that it cannot read
         raise LoadFailed(
-            f"The model's tokenizer could not be used: {_first_line(error)}",
+            f"The model's tokenizer can't be used: {_first_line(error)}",
             code="corrupt_file",
             next_step="Copy the tokenizer's files again. If they were made by a newer version of tokenizers, update it "
             "and transformers.",
@@ -508,9 +508,9 @@ def _require_rows(described: ModelFiles, tokenizer: Any) -> None:
 
 def _not_readable(error: PermissionError) -> LoadFailed:
     return LoadFailed(
-        f"The file “{error.filename}” may not be read.",
+        f"No permission to read the file “{error.filename}”.",
         code="permission_denied",
-        next_step="Give the studio's user the right to read it.",
+        next_step="Give the studio's user read access.",
     )
 
 
@@ -576,12 +576,12 @@ def _not_finite(name: str, place: str, stored: Tensor) -> LoadFailed:
     count = int((~torch.isfinite(stored.float())).sum())
     if count:
         return LoadFailed(
-            f"The tensor “{name}” in “{place}” holds {count} values that are no numbers (NaN or infinite).",
+            f"The tensor “{name}” in “{place}” contains {count} values that are not numbers (NaN or infinite).",
             code="corrupt_file",
             next_step="Copy or download the file again, or choose another model.",
         )
     return LoadFailed(
-        f"The tensor “{name}” in “{place}” holds values that are too large for the precision.",
+        f"The tensor “{name}” in “{place}” contains values that are too large for the precision.",
         code="corrupt_file",
         field="precision",
         next_step="Choose 32-bit.",
@@ -623,7 +623,7 @@ def _build(
     if info["missing_keys"] or info.get("mismatched_keys"):
         missing = sorted(str(key) for key in info["missing_keys"] or info["mismatched_keys"])
         raise LoadFailed(
-            f"{len(missing)} tensors are missing from the model's files, the first is “{missing[0]}”.",
+            f"{len(missing)} tensors are missing from the model's files, such as “{missing[0]}”.",
             code="corrupt_file",
             next_step="Copy or download the model again.",
         )
@@ -735,7 +735,7 @@ def require_memory(path: Path, request: Load) -> None:
     free = psutil.virtual_memory().available
     if needed > free:
         raise LoadFailed(
-            f"The model needs about {needed / 1e9:.1f} GB in {precision}, and {free / 1e9:.1f} GB are free.",
+            f"The model needs about {needed / 1e9:.1f} GB in {precision}; {free / 1e9:.1f} GB are free.",
             code="out_of_memory",
-            next_step="Choose fewer bits or a smaller model, or close other programs. The download is kept.",
+            next_step="Choose a lower precision or a smaller model, or close other programs. The download is kept.",
         )

@@ -155,7 +155,7 @@ class Catalog:
             f"There is no model “{shorten(model_id)}”. Known: {shorten(', '.join(models), 400)}.",
             code="model_not_found",
             field=field,
-            next_step=f"Choose one of these, name one on the hub such as “org/name”, or put a model's folder into "
+            next_step=f"Choose one of these, enter a Hugging Face model such as “org/name”, or copy a folder into "
             f"{self._folders[0]}.",
         )
 

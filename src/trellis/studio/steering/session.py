@@ -1027,5 +1027,5 @@ def _internal_error(session: str) -> TrellisError:
     return TrellisError(
         "Something went wrong in this session.",
         code="internal",
-        next_step=f"Try again. If it happens again, see the log. Error ID {session}.",
+        next_step=f"Resume it. Error ID {session} (see the log).",
     )

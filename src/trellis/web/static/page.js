@@ -60,6 +60,21 @@ function keepWritten() {
   });
 }
 
+/** A form marked with data-done says so when it was sent, on the page that comes next where it leads to another. */
+function tellWhatWasDone() {
+  const done = sessionStorage.getItem("done");
+  sessionStorage.removeItem("done");
+  if (done && !$("[data-refused]")) toast(done);
+  document.addEventListener("htmx:afterRequest", (event) => {
+    const form = event.detail.requestConfig?.elt; // which a swap may have taken from the page
+    if (event.detail.successful && form?.dataset.done) toast(form.dataset.done);
+  });
+  document.addEventListener("submit", (event) => {
+    const form = event.target;
+    if (form.dataset.done && !form.hasAttribute("hx-post") && !event.defaultPrevented) sessionStorage.setItem("done", form.dataset.done);
+  });
+}
+
 /** Copy text, and say so on the button that was pressed. */
 export async function copyText(text, button) {
   try { await navigator.clipboard.writeText(text); } catch {
@@ -72,6 +87,7 @@ export async function copyText(text, button) {
   if (button.ariaLabel) { toast("Copied"); return; } // an icon has no words to change
   const said = button.textContent;
   button.textContent = "Copied";
+  announce("Copied");
   setTimeout(() => { button.textContent = said === "Copied" ? "Copy" : said; }, 1200);
 }
 
@@ -124,6 +140,7 @@ export function bindPage() {
   if (new URLSearchParams(location.search).has("done")) history.replaceState(null, "", location.pathname + location.hash);
 
   keepWritten();
+  tellWhatWasDone();
 
   // A part of the page that is fetched again keeps the focus where it was.
   let focused = null;

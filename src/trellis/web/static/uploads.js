@@ -1,7 +1,8 @@
 // Files sent piece by piece, gone on with where they broke off: after a lost connection by itself, after a reload when
 // the same files are chosen again.
 
-import { $, $$, ask, bytes, toast } from "./page.js";
+import { duration, percent, size } from "./numbers.js";
+import { $, $$, ask, toast } from "./page.js";
 
 const pause = (seconds) => new Promise((done) => { setTimeout(done, seconds * 1000); });
 
@@ -64,7 +65,7 @@ class Upload {
   }
 
   show(name, sent, total, rate) {
-    const percent = Math.floor(100 * sent / Math.max(total, 1));
+    const part = Math.floor(100 * sent / Math.max(total, 1)) / 100;
     if (!$("progress", this.status)) {
       this.status.replaceChildren();
       const bar = document.createElement("progress");
@@ -78,9 +79,9 @@ class Upload {
       stop.addEventListener("click", () => this.cancel());
       this.status.append(bar, text, stop);
     }
-    $("progress", this.status).value = percent;
+    $("progress", this.status).value = 100 * part;
     const left = rate > 0 ? (total - sent) / rate : 0;
-    $("p", this.status).textContent = `${name}: ${percent} % · ${bytes(sent)} of ${bytes(total)}${rate ? ` · ${bytes(rate)}/s` : ""}${left > 1 ? ` · ${Math.round(left)} s left` : ""}`;
+    $("p", this.status).textContent = `${name}: ${percent(part)} · ${size(sent)} of ${size(total)}${rate ? ` · ${size(rate)}/s` : ""}${left > 1 ? ` · ${duration(Math.round(left) * 1000)} left` : ""}`;
   }
 
   async cancel() {

@@ -61,7 +61,7 @@ class FieldGroup:
     @property
     def is_open(self) -> bool:
         """Whether the folded ones must be seen: one of them is wrong, or is not at its default."""
-        return any(each.error or str(each.value) != str(each.default) for each in self.advanced_fields)
+        return any(each.error or as_sent(each.value) != as_sent(each.default) for each in self.advanced_fields)
 
 
 def group_fields(
@@ -142,6 +142,11 @@ def config_from_form(form: Mapping[str, str]) -> dict[str, Any]:
         elif value.strip() or name in OPTIONS_THAT_MAY_BE_EMPTY:
             _set_option(config, name, value)
     return config
+
+
+def as_sent(value: Any) -> str:
+    """Return a value as a form sends it."""
+    return "" if value is None else str(value).strip()
 
 
 def config_from_values(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ...error_responses import status_of
 from ...rate_limits import enforce_rate_limit
 from ...render import get_renderer
 from .options_form import (
+    as_sent,
     config_from_form,
     config_from_values,
     errors_by_option,
@@ -78,7 +79,7 @@ async def apply_preset(request: Request, studio: StudioDep) -> HTMLResponse:
     sent.pop("request", "")
     before, now = await _initial_values(studio, under, ""), values_from_form(sent)
     had = flatten_config(SessionConfig().model_dump(mode="json")) | before[0]
-    edited = {*typed.split(","), *(each for each, value in now.items() if _written(value) != _written(had.get(each)))}
+    edited = {*typed.split(","), *(each for each, value in now.items() if as_sent(value) != as_sent(had.get(each)))}
     kept = {each: value for each, value in now.items() if each in edited or each.startswith("dataset.")}
     values = flatten_config(get_preset(chosen).config) | kept
     return await render_form_page(request, studio, values, name=name, typed=",".join(edited & now.keys()), under=chosen)
@@ -179,11 +180,6 @@ async def render_form_page(
         problem=None,
         request_id=secrets.token_hex(12),
     )
-
-
-def _written(value: Any) -> str:
-    """A value as a form sends it."""
-    return "" if value is None else str(value).strip()
 
 
 async def _dataset_errors(studio: Studio, config: dict[str, Any], error: TrellisError) -> list[dict[str, str]]:

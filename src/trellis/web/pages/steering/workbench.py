@@ -7,11 +7,12 @@ import secrets
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, Query, Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ....errors import Invalid, shorten
 from ....messages import CHOICE, Choice, Written
+from ....params import TypedNumbers
 from ....studio.review.journal import describe_choice
 from ....studio.steering.last_pick import last_pick_report
 from ....studio.steering.session import Session
@@ -27,7 +28,7 @@ TREE_NODES_SHOWN = 60
 """Nodes that the tree shows unless all are requested."""
 
 
-class ActionForm(BaseModel):
+class ActionForm(TypedNumbers):
     """A form of the workbench. `request` makes a repeated request idempotent."""
 
     model_config = ConfigDict(extra="forbid")
