@@ -306,7 +306,7 @@ class SessionConfig(ModelOptions, Adapter, Sampling, Learning):
     )  # fmt: skip
     control_prompt: str = option(
         "Tell me about the sea.", "Control prompt",
-        "Answered after every step, so that you see what changed. Empty turns it off.",
+        "AnswerDone after every step, so that you see what changed. Empty turns it off.",
         group="Prompts", max_length=20_000,
     )  # fmt: skip
     max_undos: int = option(
