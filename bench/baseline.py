@@ -72,7 +72,7 @@ def clicks(folder: Path, count: int, prompts: list[str], device: str = "cpu") ->
             with torch.no_grad(), model.disable_adapter():
                 reference = answer_logprobs(model, group)
             logprobs = answer_logprobs(model, group)
-            verdict = method.judge(logprobs, reference, group.mask(logprobs.device), group.choice, options)
+            verdict = method.loss(logprobs, reference, group.mask(logprobs.device), group.choice, options)
             optimizer.zero_grad()
             verdict.loss.backward()
             optimizer.step()

@@ -18,7 +18,7 @@ import transformers
 import trellis.demo.text
 from trellis.blobs import Blobs
 from trellis.engine.handlers import TextEngine
-from trellis.messages import Answered, Chat, Heard, Load, Plant, Turn
+from trellis.messages import AnswerDone, Chat, CreateAdapter, Load, PromptRead, Turn
 from trellis.params import Adapter, Device, Sampling
 
 LONGEST = 64
@@ -39,7 +39,10 @@ class Talk:
     def __init__(self, folder: str, adapters: int, model: Path = MODEL, device: Device = "auto") -> None:
         self.engine = TextEngine(Blobs(Path(folder)))
         run(self.engine.load(Load(path=str(model), device=device)))
-        self.weights = [run(self.engine.plant(Plant(adapter=Adapter(), seed=seed))).weights for seed in range(adapters)]
+        self.weights = [
+            run(self.engine.create_adapter(CreateAdapter(adapter=Adapter(), seed=seed))).weights
+            for seed in range(adapters)
+        ]
         self.numbers = 0
 
     def asked(self, number: int, weights: list[str], turns: tuple[Turn, ...] = ()) -> Chat:
@@ -56,20 +59,22 @@ class Talk:
         started, tokens = time.perf_counter(), 0
         for group in [requests] if together else [[request] for request in requests]:
             for number, request in enumerate(group):
-                self.engine._chats.join(number, str(number), request)
-            while self.engine._chats.wanted:
-                tokens += sum(event.tokens for _, event, _ in self.engine._chats.step() if isinstance(event, Answered))
+                self.engine._chat_batch.join(number, str(number), request)
+            while self.engine._chat_batch.has_work:
+                tokens += sum(
+                    event.tokens for _, event, _ in self.engine._chat_batch.step() if isinstance(event, AnswerDone)
+                )
         return tokens / (time.perf_counter() - started)
 
     def first_word(self, turns: tuple[Turn, ...]) -> tuple[float, int]:
         """Seconds to the first word of an answer to a conversation, and how many tokens of it were warm."""
-        self.engine._chats.join(1, "", self.asked(0, [""], turns))
+        self.engine._chat_batch.join(1, "", self.asked(0, [""], turns))
         warm = 0
-        while self.engine._chats.wanted:
-            for _, event, _ in self.engine._chats.step():
-                if isinstance(event, Heard):
+        while self.engine._chat_batch.has_work:
+            for _, event, _ in self.engine._chat_batch.step():
+                if isinstance(event, PromptRead):
                     warm = event.warm
-                if isinstance(event, Answered):
+                if isinstance(event, AnswerDone):
                     return event.seconds_to_first, warm
         raise AssertionError("it was not answered")
 

@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from random_model import SIZES, random_model
 from trellis.blobs import Blobs
-from trellis.engine.text.adapters import Shelf, Slots
+from trellis.engine.text.adapters import AdapterSlots, WeightsStore
 from trellis.engine.text.decoding import decode_group
-from trellis.engine.text.fast_forward import Lean
-from trellis.engine.text.group_forward import forward_of
+from trellis.engine.text.fast_forward import FastForward
+from trellis.engine.text.group_forward import group_forward_for
 from trellis.params import Adapter, Sampling
 
 DEMO = Path(__file__).resolve().parent.parent / "src" / "trellis" / "demo" / "text" / "model"
@@ -56,7 +56,7 @@ def copy_bandwidth(device: str) -> float:
 def ours(slot: Any, flat: Tensor, tokenizer: Any, tokens: int) -> tuple[float, float]:
     """Seconds to the first token, and to all."""
     device = slot.flat.device.type
-    forward = forward_of(slot, flat, len(PROMPT) + tokens)
+    forward = group_forward_for(slot, flat, len(PROMPT) + tokens)
     started = waited(device)
     drawing = decode_group(forward, tokenizer, PROMPT, frozenset(), Sampling(max_new_tokens=tokens), GROUP, 1)
     next(drawing)
@@ -106,11 +106,11 @@ def group_speed(make: Callable[[], Any], tokenizer_path: Path, tokens: int, time
     """Draw groups with ours and with theirs in turn. The model must have a lean pass."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     with tempfile.TemporaryDirectory() as folder:
-        shelf = Shelf(Blobs(Path(folder)))
+        shelf = WeightsStore(Blobs(Path(folder)))
         base = make()
         read = sum(module.weight.nbytes for module in base.modules() if isinstance(module, torch.nn.Linear))
-        slot = Slots(base, Lean.of(base)).get(Adapter())
-        flat = shelf.plant(slot, "w1", 1).flat
+        slot = AdapterSlots(base, FastForward.from_model(base)).get(Adapter())
+        flat = shelf.create_initial(slot, "w1", 1).flat
         fresh = make()
         model = PeftModel.from_pretrained(fresh, Path(folder) / "w1").eval()
     device = slot.flat.device.type

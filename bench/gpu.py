@@ -66,7 +66,7 @@ def drawing(make: Callable[[], Any], tokenizer: Path, tokens: int, times: int) -
 def clicks(talk: Talk, tokens: int, times: int) -> Iterator[Row]:
     """Learning from a choice, and a click as a person has it: learning, then the next options."""
     engine, weights = talk.engine, talk.weights[0]
-    device = engine.loaded.about.device
+    device = engine.loaded.info.device
     learning = Learning(learning_rate=1e-4, target_share=0.999)  # never reached: all inner steps are taken
     offered = run(engine.offer(offer_of(weights, tokens, 0)))
     learned_in, clicked_in, steps, replay = [], [], [], []

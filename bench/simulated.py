@@ -23,7 +23,7 @@ from trellis.demo.text.prompts import load_prompts
 from trellis.demo.text.voices import classify_voice
 from trellis.engine.handlers import TextEngine
 from trellis.engine.learning.log_probs import Group, answer_logprobs
-from trellis.messages import Choice, Learn, Lesson, Load, Offer, Offered, Option, Plant, Prompt, derived_seed
+from trellis.messages import Choice, CreateAdapter, Learn, Lesson, Load, Offer, Offered, Option, Prompt, derived_seed
 from trellis.params import Adapter, Learning, Sampling, SessionConfig, default_learning_rate
 from trellis.studio.steering.tree import Node, choices_to_replay
 
@@ -126,7 +126,7 @@ class Subject:
         steer, held_out = steered(name)
         config = SessionConfig(learning_rate=default_learning_rate(about.parameters), control_prompt="")
         subject = cls(name, engine, config, steer, held_out[:PROMPTS], weights)
-        planted = finished(engine.plant(Plant(adapter=config.extract(Adapter), seed=0))).weights
+        planted = finished(engine.create_adapter(CreateAdapter(adapter=config.extract(Adapter), seed=0))).weights
         for round_ in range(base_answers // ANSWERS):
             drawn = subject.sample(planted, derived_seed("base", round_))
             for prompt in subject.held_out:
@@ -149,7 +149,7 @@ class Subject:
         loaded, sampling = self.engine.loaded, self.config.extract(Sampling)
         slot, values = self.engine.weights(weights)
         slot.install(values.flat)
-        asked = [loaded.prompt_tokens(Prompt(text=prompt), 1, self.config.context_length) for prompt in self.held_out]
+        asked = [loaded.tokenize_prompt(Prompt(text=prompt), 1, self.config.context_length) for prompt in self.held_out]
         width = max(map(len, asked))
         ids = torch.tensor([[0] * (width - len(tokens)) + tokens for tokens in asked]).repeat_interleave(ANSWERS, 0)
         mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in asked])
@@ -158,11 +158,11 @@ class Subject:
             drawn = slot.model.generate(
                 input_ids=ids, attention_mask=mask.repeat_interleave(ANSWERS, 0), do_sample=True, top_k=0,
                 temperature=sampling.temperature, min_p=sampling.min_p, max_new_tokens=sampling.max_new_tokens,
-                eos_token_id=sorted(loaded.ends), pad_token_id=0,
+                eos_token_id=sorted(loaded.end_tokens), pad_token_id=0,
             )[:, width:].tolist()  # fmt: skip
         found = []
         for number, row in enumerate(drawn):
-            stop = next((place + 1 for place, token in enumerate(row) if token in loaded.ends), None)
+            stop = next((place + 1 for place, token in enumerate(row) if token in loaded.end_tokens), None)
             tokens = row[:stop]
             text = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
             option = Option(text=text, tokens=tuple(tokens), finish="stop" if stop else "length")
@@ -173,9 +173,9 @@ class Subject:
         """Answers with what the base model thinks of each: mean log-probability per token."""
         loaded = self.engine.loaded
         slot = loaded.slots.get(self.config.extract(Adapter))
-        tokens = loaded.prompt_tokens(Prompt(text=prompt), 1, self.config.context_length)
+        tokens = loaded.tokenize_prompt(Prompt(text=prompt), 1, self.config.context_length)
         group = Group(tokens, [list(option.tokens) for option in options], "none", 1.0)
-        with torch.no_grad(), slot.reference():
+        with torch.no_grad(), slot.without_adapter():
             logprobs: Tensor = answer_logprobs(slot.model, group)
         means = (logprobs.sum(-1) / group.mask(logprobs.device).sum(-1)).tolist()
         return [(prompt, option.text, mean) for option, mean in zip(options, means, strict=True)]
@@ -222,7 +222,7 @@ def live(
     adapter, learning = config.extract(Adapter), config.extract(Learning)
     dice = random.Random(derived_seed("person", rule.name, seed))
     prompts = dice.sample(subject.steer, len(subject.steer))
-    weights = finished(subject.engine.plant(Plant(adapter=adapter, seed=seed))).weights
+    weights = finished(subject.engine.create_adapter(CreateAdapter(adapter=adapter, seed=seed))).weights
     nodes = [Node("n0", "s", None, 0, weights, 0, None, None, None, None, None, None, 0.0)]
     lessons: dict[str, Lesson] = {}
     measured, seconds, offers, nones, metrics = {}, [], [], 0, None

@@ -16,8 +16,8 @@ import pytest
 from tests.processor import describe_processor
 from trellis.blobs import Blobs
 from trellis.engine.fake import FakeEngine
-from trellis.engine.scheduler import Loop
-from trellis.engine.transport import Wire
+from trellis.engine.scheduler import Scheduler
+from trellis.engine.transport import Transport
 from trellis.settings import Settings
 from trellis.store.store import Store, migrate
 from trellis.studio.steering.session import Session
@@ -38,9 +38,9 @@ class ThreadEngine:
     pid = None
 
     def __init__(self, sock: socket.socket, engine: Any) -> None:
-        self._wire = Wire(sock)
-        self._loop = Loop(self._wire.send, engine.handlers(), lambda: engine.lanes, engine.together())
-        self._wire.listen(self._loop.take, closed=self._loop.end)
+        self._wire = Transport(sock)
+        self._loop = Scheduler(self._wire.send, engine.handlers(), lambda: engine.lanes, engine.batches())
+        self._wire.listen(self._loop.receive, on_close=self._loop.close)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 

@@ -57,7 +57,7 @@ def test_what_a_dead_process_left_is_swept_and_what_a_live_one_writes_is_not(tmp
     (tmp_path / f".tmp-{dead.pid}-x").mkdir()
     (tmp_path / ".tmp-0-y").mkdir()
     (tmp_path / f".tmp-{os.getpid()}-z").mkdir()
-    assert blobs.sweep() == 2
+    assert blobs.remove_leftovers() == 2
     assert [entry.name for entry in tmp_path.iterdir()] == [f".tmp-{os.getpid()}-z"]
 
 

@@ -7,18 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trellis.messages import (  # fmt: skip
-    HEADER,
-    MAX_FRAME,
+    FRAME_HEADER,
+    MAX_FRAME_BYTES,
     Delta,
-    Down,
+    EventFrame,
     Learn,
     Lesson,
     Option,
     Prompt,
+    RequestFrame,
     Status,
-    Up,
     derived_seed,
-    frame,
+    encode_frame,
     frame_length,
     recipe_id,
 )
@@ -27,16 +27,16 @@ from trellis.params import Learning
 
 @given(st.integers(0, 2**40), st.dictionaries(st.integers(0, 7), st.text(), max_size=4), st.booleans())
 def test_a_frame_comes_back_as_it_went(number: int, texts: dict[int, str], last: bool) -> None:
-    up = Up(id=number, last=last, body=Delta(texts=texts))
-    data = frame(up)
-    assert frame_length(data[: HEADER.size]) == len(data) - HEADER.size
-    assert Up.model_validate_json(data[HEADER.size :]) == up
+    up = EventFrame(id=number, last=last, body=Delta(texts=texts))
+    data = encode_frame(up)
+    assert frame_length(data[: FRAME_HEADER.size]) == len(data) - FRAME_HEADER.size
+    assert EventFrame.model_validate_json(data[FRAME_HEADER.size :]) == up
 
 
 def test_a_frame_that_is_too_large_is_refused_before_it_is_read() -> None:
     with pytest.raises(ValueError, match="over the limit"):
-        frame_length(HEADER.pack(MAX_FRAME + 1))
-    assert Down(id=1, body=Status()).priority == 0
+        frame_length(FRAME_HEADER.pack(MAX_FRAME_BYTES + 1))
+    assert RequestFrame(id=1, body=Status()).priority == 0
 
 
 def learn(**changes: object) -> Learn:
@@ -50,11 +50,11 @@ def learn(**changes: object) -> Learn:
 
 def test_what_learning_makes_is_named_by_all_it_depends_on() -> None:
     one = learn()
-    assert one.makes() == learn().makes()
+    assert one.weights_id() == learn().weights_id()
     others = [learn(weights="w1"), learn(replay=(one.lesson,)), learn(learning=Learning(learning_rate=2e-3)),
               learn(lesson=one.lesson.model_copy(update={"choice": "none"}))]  # fmt: skip
-    assert len({request.makes() for request in [one, *others]}) == 5
-    assert Learn.model_validate_json(one.model_dump_json()).makes() == one.makes()
+    assert len({request.weights_id() for request in [one, *others]}) == 5
+    assert Learn.model_validate_json(one.model_dump_json()).weights_id() == one.weights_id()
 
 
 def test_names_do_not_depend_on_the_order_of_keys() -> None:

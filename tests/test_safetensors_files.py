@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trellis.safetensors_files import PIECE, all_finite
+from trellis.safetensors_files import CHUNK_BYTES, all_finite
 
 
 def write(file: Path, values: list[float], kind: str = "F32", shape: list[int] | None = None, cut: int = 0) -> Path:
@@ -20,16 +20,16 @@ def write(file: Path, values: list[float], kind: str = "F32", shape: list[int] |
 
 
 @pytest.mark.parametrize("rot", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("place", [0, PIECE // 4 - 1, PIECE // 4, PIECE // 4 + 9])
+@pytest.mark.parametrize("place", [0, CHUNK_BYTES // 4 - 1, CHUNK_BYTES // 4, CHUNK_BYTES // 4 + 9])
 def test_one_value_that_is_no_number_is_found(tmp_path: Path, rot: float, place: int) -> None:
-    values = [3e38, -3e38] * (PIECE // 8 + 5)
+    values = [3e38, -3e38] * (CHUNK_BYTES // 8 + 5)
     assert all_finite(write(tmp_path / "a", values))
     values[place] = rot
     assert not all_finite(write(tmp_path / "a", values))
 
 
 def test_the_largest_numbers_are_numbers(tmp_path: Path) -> None:
-    assert all_finite(write(tmp_path / "a", [3.4e38] * (PIECE // 4)))
+    assert all_finite(write(tmp_path / "a", [3.4e38] * (CHUNK_BYTES // 4)))
 
 
 def test_a_file_that_is_cut_off_or_lies_about_its_shape_is_not_whole(tmp_path: Path) -> None:

@@ -38,23 +38,23 @@ class Blobs:
         When two write the same id, the first to end wins: they hold the same content by definition.
         """
         target = self.path(blob_id)
-        work = self.scratch()
+        temporary = self.temporary_folder()
         try:
-            yield work
-            for file in work.rglob("*"):
+            yield temporary
+            for file in temporary.rglob("*"):
                 if file.is_file():
                     fsync(file)
-            fsync(work)
+            fsync(temporary)
             try:
-                work.rename(target)
+                temporary.rename(target)
             except OSError:
                 if not target.is_dir():
                     raise
             fsync(self.root)
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
 
-    def scratch(self) -> Path:
+    def temporary_folder(self) -> Path:
         """A new temporary folder, which whoever asks for it removes; `sweep` does after a crash."""
         self.root.mkdir(parents=True, exist_ok=True)
         work = self.root / f".tmp-{os.getpid()}-{uuid.uuid4().hex}"
@@ -71,18 +71,18 @@ class Blobs:
             return
         shutil.rmtree(aside, ignore_errors=True)
 
-    def sweep(self) -> int:
+    def remove_leftovers(self) -> int:
         """Remove what processes that have ended left half written. Returns how many folders went."""
-        swept = 0
+        removed = 0
         for work in self.root.glob(".tmp-*"):
             owner = work.name.split("-")[1]
-            if not (owner.isdigit() and _alive(int(owner))):
+            if not (owner.isdigit() and _is_running(int(owner))):
                 shutil.rmtree(work, ignore_errors=True)
-                swept += 1
-        return swept
+                removed += 1
+        return removed
 
 
-def _alive(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     if pid <= 0:
         return False
     try:

@@ -231,7 +231,7 @@ def _run_studio(
     _print_addresses(address, network_urls(settings.host, port), qr)
     if open_page and sys.stdout.isatty():
         threading.Thread(target=_open_browser_later, args=(address,), daemon=True).start()
-    spawner.warm()
+    spawner.preload()
     try:
         Server(config).run(sockets=[server_socket])
     except KeyboardInterrupt:

@@ -12,26 +12,26 @@ from typing import Any
 
 from .params import OPENING_TOKEN_BUDGET, Precision, SessionConfig
 
-LIBRARIES = 510_000_000
+LIBRARY_BYTES = 510_000_000
 """Bytes that an engine's libraries take before any model is there (measured, docs/log.md)."""
 
-BYTES: Mapping[Precision, float] = {"32-bit": 4.0, "16-bit": 2.0, "8-bit": 1.03, "4-bit": 0.57}
+BYTES_PER_WEIGHT: Mapping[Precision, float] = {"32-bit": 4.0, "16-bit": 2.0, "8-bit": 1.03, "4-bit": 0.57}
 """Bytes for each weight of a linear layer, scales included; embeddings stay in 16 or 32 bits."""
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """What of a model decides its memory. `linear` counts the weights of linear layers, `reach` is the sum of
     inputs and outputs over them, from which an adapter's size follows; `expert_reach` is that of the experts' layers,
     which are read into one tensor for all experts and not quantised."""
 
     parameters: int = 0
     linear: int = 0
-    reach: int = 0
-    expert_reach: int = 0
+    linear_features: int = 0
+    expert_features: int = 0
     layers: int = 0
     hidden: int = 0
-    key_values: int = 0
+    key_value_size: int = 0
     vocabulary: int = 0
     positions: int | None = None
 
@@ -44,7 +44,7 @@ class Estimate:
     adapter: int
     answers: int
     learning: int
-    libraries: int = LIBRARIES
+    libraries: int = LIBRARY_BYTES
 
     @property
     def loading(self) -> int:
@@ -61,7 +61,7 @@ class Estimate:
         }  # fmt: skip
 
 
-def shape_of(config: Mapping[str, Any], tensors: Mapping[str, list[int]]) -> Shape:
+def model_shape(config: Mapping[str, Any], tensors: Mapping[str, list[int]]) -> ModelShape:
     """A model's shape from its config.json and the shapes of its tensors by name.
 
     Of quantised weights it counts the numbers that they stand for, since they are unpacked as they are read.
@@ -73,49 +73,49 @@ def shape_of(config: Mapping[str, Any], tensors: Mapping[str, list[int]]) -> Sha
         found = [place[name] for place in places for name in names if isinstance(place.get(name), int)]
         return max(0, found[0]) if found else 0
 
-    tensors = _unpacked(tensors, number("hidden_size") or 1)
+    tensors = _unpacked_shapes(tensors, number("hidden_size") or 1)
     sizes = {name: _product(shape) for name, shape in tensors.items()}
-    experts = {name: shape for name, shape in tensors.items() if _is_of_experts(name, shape)}
+    experts = {name: shape for name, shape in tensors.items() if _is_expert_layer(name, shape)}
     linear = {
         name: shape
         for name, shape in tensors.items()
-        if len(shape) == 2 and not _is_table(name) and name not in experts
+        if len(shape) == 2 and not _is_embedding(name) and name not in experts
     }
     hidden, heads = number("hidden_size", "n_embd", "d_model"), number("num_attention_heads", "n_head") or 1
     key_heads = number("num_key_value_heads") or heads
-    return Shape(
+    return ModelShape(
         parameters=sum(sizes.values()),
         linear=sum(sizes[name] for name in linear),
-        reach=sum(shape[0] + shape[1] for shape in linear.values()),
-        expert_reach=sum(_product(shape[:-2]) * (shape[-2] + shape[-1]) for shape in experts.values()),
+        linear_features=sum(shape[0] + shape[1] for shape in linear.values()),
+        expert_features=sum(_product(shape[:-2]) * (shape[-2] + shape[-1]) for shape in experts.values()),
         layers=number("num_hidden_layers", "n_layer"),
         hidden=hidden,
-        key_values=2 * key_heads * (number("head_dim") or hidden // heads),
+        key_value_size=2 * key_heads * (number("head_dim") or hidden // heads),
         vocabulary=number("vocab_size"),
         positions=number("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length") or None,
     )
 
 
-def estimate(shape: Shape, config: SessionConfig, precision: Precision) -> Estimate:
+def estimate_memory(shape: ModelShape, config: SessionConfig, precision: Precision) -> Estimate:
     """Bytes that an engine needs for a session with these options; `precision` is never “auto” here."""
-    wide = 4 if precision == "32-bit" else 2
-    per_weight = BYTES[precision]
-    weights = shape.linear * per_weight + (shape.parameters - shape.linear) * wide
-    adapter = 4 * config.lora_rank * (shape.reach + (shape.expert_reach if adapts_experts(config) else 0))
+    unquantized_bytes = 4 if precision == "32-bit" else 2
+    per_weight = BYTES_PER_WEIGHT[precision]
+    weights = shape.linear * per_weight + (shape.parameters - shape.linear) * unquantized_bytes
+    adapter = 4 * config.lora_rank * (shape.linear_features + (shape.expert_features if adapts_experts(config) else 0))
     tokens = config.group_size * min(config.context_length, shape.positions or config.context_length)
     # Answers: keys and values for each token, and one row of logits for each option; for a moment, of each opening.
-    begun = config.group_size * config.openings
-    held = max(tokens, min(tokens * config.openings, OPENING_TOKEN_BUDGET))
-    answers = held * shape.layers * shape.key_values * wide + begun * shape.vocabulary * 4
+    openings = config.group_size * config.openings
+    cached_tokens = max(tokens, min(tokens * config.openings, OPENING_TOKEN_BUDGET))
+    answers = cached_tokens * shape.layers * shape.key_value_size * unquantized_bytes + openings * shape.vocabulary * 4
     # Learning: what the backward pass keeps of each layer (about 17 vectors of the hidden size for a token, after
     # Korthikanti et al., arXiv 2205.05198, without attention scores) and three copies of the answers' logits.
     logits = 3 * 4 * config.group_size * config.max_new_tokens * shape.vocabulary
-    learning = 17 * wide * tokens * shape.hidden * shape.layers + logits
+    learning = 17 * unquantized_bytes * tokens * shape.hidden * shape.layers + logits
     return Estimate(int(weights), 8 * adapter, answers, learning)
 
 
-def what_would_fit(
-    shape: Shape, config: SessionConfig, precision: Precision, available: int
+def changes_that_fit(
+    shape: ModelShape, config: SessionConfig, precision: Precision, available: int
 ) -> Iterator[tuple[dict[str, Any], Estimate]]:
     """Changes of options under which a session would fit, the gentlest first, each with its estimate."""
     ladder: list[Precision] = ["32-bit", "16-bit", "8-bit", "4-bit"]
@@ -131,12 +131,12 @@ def what_would_fit(
         changes.append(changes[0] | smaller[-1] | ({"group_size": 2} if config.group_size > 2 else {}))
     for change in changes:
         changed = config.model_copy(update=change)
-        found = estimate(shape, changed, change.get("precision", precision))
+        found = estimate_memory(shape, changed, change.get("precision", precision))
         if found.total <= available:
             yield change, found
 
 
-def _unpacked(tensors: Mapping[str, list[int]], hidden: int) -> dict[str, list[int]]:
+def _unpacked_shapes(tensors: Mapping[str, list[int]], hidden: int) -> dict[str, list[int]]:
     """Shapes without scales and states of quantisation; two weights of bitsandbytes in 4 bits lie in one byte."""
     four_bit = {name.rsplit(".quant_state.", 1)[0] for name in tensors if ".quant_state." in name}
     shapes: dict[str, list[int]] = {}
@@ -155,14 +155,14 @@ def adapts_experts(config: SessionConfig) -> bool:
     return not config.lora_dropout and ("all-linear" in named or "experts" in named)
 
 
-def _is_of_experts(name: str, shape: list[int]) -> bool:
+def _is_expert_layer(name: str, shape: list[int]) -> bool:
     """Whether a tensor is a layer of experts: of one of many, or of all in one (experts, ., .)."""
     if len(shape) == 2:
         return ".experts." in name
     return len(shape) == 3 and min(shape) > 1 and "conv" not in name
 
 
-def _is_table(name: str) -> bool:
+def _is_embedding(name: str) -> bool:
     """Whether a tensor is an embedding or the output layer, which get no adapter and are not quantised."""
     return any(part in name for part in ("embed", "wte", "wpe", "lm_head"))
 

@@ -28,7 +28,7 @@ from .model_files import (
     read_json,
 )
 from .params import Precision
-from .safetensors_files import UNREADABLE
+from .safetensors_files import READ_ERRORS
 
 TOKENIZER_FILES = (
     "tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
@@ -135,7 +135,7 @@ def _missing_files(files: ModelFiles) -> Iterator[Problem]:
     own_weights = [file for file in files.weight_paths if not file.name.startswith("adapter_")]
     if "adapter_config.json" in names and not own_weights:
         base = ""
-        with suppress(*UNREADABLE):
+        with suppress(*READ_ERRORS):
             base = str(read_json(files.path / "adapter_config.json", CONFIG_LIMIT).get("base_model_name_or_path", ""))
         of = f" for “{shorten(base)}”" if base else ""
         yield Problem(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import LoadFailed, shorten
-from .safetensors_files import UNREADABLE, header_of
+from .safetensors_files import READ_ERRORS, read_header
 
 WEIGHT_INDEX = "model.safetensors.index.json"
 
@@ -125,7 +125,7 @@ class ModelFiles:
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
         """The tokens of tokenizer.json, where it is there and can be read."""
-        with suppress(*UNREADABLE):
+        with suppress(*READ_ERRORS):
             return read_vocabulary(self.path / "tokenizer.json")
         return None
 
@@ -187,7 +187,7 @@ def inspect_folder(path: Path) -> ModelFiles:
             if not isinstance(found, dict):
                 raise ValueError("it holds no JSON object")
             return found
-        except UNREADABLE as error:
+        except READ_ERRORS as error:
             read_problems.append(damaged_file_problem(path / name, error))
             return {}
 
@@ -196,7 +196,7 @@ def inspect_folder(path: Path) -> ModelFiles:
     weights: list[Path] = []
     try:
         weights = weight_files(path)
-    except UNREADABLE as error:
+    except READ_ERRORS as error:
         read_problems.append(damaged_file_problem(path / WEIGHT_INDEX, error))
     tensors: dict[str, Mapping[str, Any]] = {}
     for file in weights:
@@ -204,7 +204,7 @@ def inspect_folder(path: Path) -> ModelFiles:
             continue
         try:
             tensors |= _read_complete_header(file)
-        except UNREADABLE as error:
+        except READ_ERRORS as error:
             read_problems.append(damaged_file_problem(file, error))
     if not read_problems and WEIGHT_INDEX in names and all(file.name in names for file in weights):
         read_problems += _tensors_missing_from_files(path, tensors)
@@ -216,7 +216,7 @@ def inspect_folder(path: Path) -> ModelFiles:
 
 def _read_complete_header(file: Path) -> dict[str, dict[str, Any]]:
     """The header of a safetensors file that is as long as its header says. Raises one of UNREADABLE."""
-    header = header_of(file, HEADER_LIMIT)
+    header = read_header(file, HEADER_LIMIT)
     ends = [int(about["data_offsets"][1]) for about in header.values()]
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -232,7 +232,7 @@ def _read_complete_header(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _tensors_missing_from_files(path: Path, tensors: Mapping[str, Any]) -> list[Problem]:
-    with suppress(*UNREADABLE):
+    with suppress(*READ_ERRORS):
         named = read_json(path / WEIGHT_INDEX, INDEX_LIMIT)["weight_map"]
         if missing := sorted(name for name in named if name not in tensors):
             return [

@@ -16,13 +16,13 @@ from trellis.blobs import Blobs
 from trellis.errors import EngineError, Invalid, TrellisError, WeightsMissing
 from trellis.messages import (  # fmt: skip
     LOG_FILE,
-    Answered,
+    AdapterCreated,
+    AnswerDone,
     Assess,
     Assessed,
     Chat,
+    CreateAdapter,
     Delta,
-    Fit,
-    Heard,
     Learn,
     Learned,
     Lesson,
@@ -33,15 +33,15 @@ from trellis.messages import (  # fmt: skip
     Offer,
     Offered,
     Option,
-    Plant,
-    Planted,
     Progress,
     Prompt,
+    PromptRead,
     Ranking,
     Request,
-    Spoke,
+    Retrain,
     Status,
     StatusReport,
+    TextDelta,
     Turn,
     Written,
 )
@@ -91,8 +91,8 @@ async def worker(made: Made, blobs: Blobs, tiny_llama: Path) -> AsyncIterator[Wo
 
 
 async def plant(worker: Worker, seed: int = 1) -> str:
-    planted = await worker.ask(Plant(adapter=Adapter(lora_rank=4), seed=seed))
-    assert isinstance(planted, Planted)
+    planted = await worker.ask(CreateAdapter(adapter=Adapter(lora_rank=4), seed=seed))
+    assert isinstance(planted, AdapterCreated)
     return planted.weights
 
 
@@ -144,7 +144,7 @@ async def test_a_load_tells_true_stages_in_order(made: Made, blobs: Blobs, tiny_
 async def test_nothing_is_done_before_a_model_is_loaded(made: Made, blobs: Blobs) -> None:
     worker = await Worker.start(thread_spawner(lambda: made(blobs)))
     with pytest.raises(EngineError, match="No model is loaded"):
-        await worker.ask(Plant(adapter=Adapter(), seed=0))
+        await worker.ask(CreateAdapter(adapter=Adapter(), seed=0))
     await worker.stop()
 
 
@@ -173,7 +173,7 @@ async def test_learning_names_what_it_makes_and_leaves_it_whole_on_disk(worker: 
     weights = await plant(worker)
     request = learn(weights, lesson(await draw(worker, offer(weights)), 2))
     learned = await learned_from(worker, request)
-    assert learned.weights == request.makes()
+    assert learned.weights == request.weights_id()
     assert learned.weights in blobs
     assert learned.metrics.share_after > learned.metrics.share_before
     assert learned.metrics.drift > 0
@@ -195,9 +195,9 @@ async def test_weights_that_are_not_kept_are_in_memory_alone_until_they_are(work
     options = await draw(worker, offer(weights))
     request = learn(weights, lesson(options, 2))
     ahead = request.model_copy(update={"keep": False})
-    assert ahead.makes() == request.makes()
+    assert ahead.weights_id() == request.weights_id()
     learned = await learned_from(worker, ahead)
-    assert learned.weights == request.makes()
+    assert learned.weights == request.weights_id()
     assert learned.weights not in blobs
     drawn = await draw(worker, offer(learned.weights))
     after = await learned_from(worker, learn(learned.weights, lesson(drawn, 0)).model_copy(update={"keep": False}))
@@ -224,8 +224,8 @@ class Gated:
         lanes: int = self._engine.lanes
         return lanes
 
-    def together(self) -> Any:
-        return self._engine.together()
+    def batches(self) -> Any:
+        return self._engine.batches()
 
     def handlers(self) -> Any:
         return {**self._engine.handlers(), Status: self._status}
@@ -258,8 +258,8 @@ async def test_what_waits_can_be_made_urgent(made: Made, blobs: Blobs, tiny_llam
         group.create_task(ask("patient", patient, 3))
         group.create_task(ask("urgent", urgent, 3))
         await asyncio.sleep(0)  # each of them has been sent
-        await worker.urge(urgent)
-        await worker.urge(offer(weights, seed=3))  # not under way: nothing happens
+        await worker.set_priority(urgent)
+        await worker.set_priority(offer(weights, seed=3))  # not under way: nothing happens
         group.create_task(ask("opened", Status(), 0))
     assert order.index("urgent") < order.index("patient")
     await worker.stop()
@@ -311,8 +311,8 @@ def log_of(folder: Path, *lessons: Lesson) -> Path:
     return folder
 
 
-def fit(weights: str, log: Path, epochs: int = 2) -> Fit:
-    return Fit(
+def fit(weights: str, log: Path, epochs: int = 2) -> Retrain:
+    return Retrain(
         weights=weights, log="l1", path=str(log), learning=LEARNING, epochs=epochs, seed=3, context_length=256
     )  # fmt: skip
 
@@ -329,13 +329,13 @@ async def test_a_whole_log_is_fitted_with_progress_and_named_by_what_it_is_made_
     assert any(isinstance(event, Progress) and event.stage == "fitting" for event in events)
     learned = events[-1]
     assert isinstance(learned, Learned)
-    assert learned.weights == request.makes()
+    assert learned.weights == request.weights_id()
     assert learned.weights in blobs
     assert learned.metrics.share_after > learned.metrics.share_before
     assert learned.metrics.drift > 0
     assert learned.metrics.agreed_of == 3
-    assert fit(weights, tmp_path / "elsewhere").makes() == request.makes()
-    assert fit(weights, log, epochs=3).makes() != request.makes()
+    assert fit(weights, tmp_path / "elsewhere").weights_id() == request.weights_id()
+    assert fit(weights, log, epochs=3).weights_id() != request.weights_id()
     assert await worker.ask(request) == learned
 
 
@@ -347,12 +347,12 @@ async def test_fitting_twice_makes_the_same_weights_and_what_comes_between_chang
     other = (await learned_from(worker, learn(weights, lesson(options, 1)))).weights
     request = fit(weights, log_of(tmp_path / "log", lesson(options, 2), lesson(options, 0)))
     await worker.ask(request)
-    alone = files(blobs, request.makes())
-    blobs.discard(request.makes())
+    alone = files(blobs, request.weights_id())
+    blobs.discard(request.weights_id())
     async for event in worker.stream(request, priority=2):
         if isinstance(event, Progress):
             await draw(worker, offer(other, seed=4, tokens=3))
-    assert files(blobs, request.makes()) == alone
+    assert files(blobs, request.weights_id()) == alone
 
 
 async def test_what_does_not_fit_into_the_context_is_left_out_and_stops_no_click_after_it(
@@ -428,8 +428,8 @@ async def test_what_is_worked_on_at_once_is_the_same_as_one_after_the_other(
         asked: list[Learn] = []
         drawn = []
         for adapter in adapters:
-            planted = await worker.ask(Plant(adapter=adapter, seed=1))
-            assert isinstance(planted, Planted)
+            planted = await worker.ask(CreateAdapter(adapter=adapter, seed=1))
+            assert isinstance(planted, AdapterCreated)
             offers = [offer(planted.weights, seed=seed) for seed in range(3)]
             if name == "one":
                 options = [await draw(worker, each) for each in offers]
@@ -493,7 +493,7 @@ async def test_merging_writes_a_model_and_says_how_far_it_is_from_base_and_adapt
     into = tmp_path / "merged"
     request = Merge(
         path=str(tiny_llama), weights=root, into=str(into), probes=(Prompt(text="Tell me about the sea."),),
-        root=root, plant=Plant(adapter=Adapter(lora_rank=4), seed=1),
+        root=root, plant=CreateAdapter(adapter=Adapter(lora_rank=4), seed=1),
     )  # fmt: skip
     events = [event async for event in worker.stream(request)]
     merged = events[-1]
@@ -510,16 +510,16 @@ def chat(text: str, **more: Any) -> Chat:
 
 
 async def test_a_conversation_is_heard_then_answered(worker: Worker) -> None:
-    planted = await worker.ask(Plant(adapter=Adapter(), seed=1))
-    assert isinstance(planted, Planted)
+    planted = await worker.ask(CreateAdapter(adapter=Adapter(), seed=1))
+    assert isinstance(planted, AdapterCreated)
     for weights in ("", planted.weights):
         events = [event async for event in worker.stream(chat("Tell me about the sea.", weights=weights))]
         heard, answered = events[0], events[-1]
-        assert isinstance(heard, Heard)
+        assert isinstance(heard, PromptRead)
         assert heard.left_out == 0
-        assert isinstance(answered, Answered)
+        assert isinstance(answered, AnswerDone)
         assert answered.prompt_tokens == heard.prompt_tokens > 0
-        spoken = [event for event in events if isinstance(event, Spoke)]
+        spoken = [event for event in events if isinstance(event, TextDelta)]
         assert "".join(event.text for event in spoken)
         assert spoken[-1].tokens <= answered.tokens
         counts = [event.tokens for event in spoken]
@@ -538,7 +538,7 @@ async def test_conversations_go_on_side_by_side(worker: Worker) -> None:
 async def test_who_stops_listening_stops_the_answer(worker: Worker) -> None:
     async with aclosing(worker.stream(chat("say 900 words at 100 a second"))) as events:
         async for event in events:
-            if isinstance(event, Spoke):
+            if isinstance(event, TextDelta):
                 break
     assert isinstance(await worker.ask(Status()), StatusReport)
     assert not worker.busy
@@ -558,8 +558,8 @@ async def test_chats_before_a_model_is_loaded_are_refused(made: Made, blobs: Blo
 
 
 async def test_a_conversation_goes_on_while_somebody_steers(worker: Worker) -> None:
-    planted = await worker.ask(Plant(adapter=Adapter(), seed=1))
-    assert isinstance(planted, Planted)
+    planted = await worker.ask(CreateAdapter(adapter=Adapter(), seed=1))
+    assert isinstance(planted, AdapterCreated)
     long = Sampling(max_new_tokens=100)
     talking = asyncio.create_task(worker.ask(chat("say 50 words at 500 a second", sampling=long)))
     for number in range(3):
@@ -568,4 +568,4 @@ async def test_a_conversation_goes_on_while_somebody_steers(worker: Worker) -> N
             context_length=256,
         )  # fmt: skip
         assert isinstance(await worker.ask(offer), Offered)
-    assert isinstance(await talking, Answered)
+    assert isinstance(await talking, AnswerDone)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 
-from trellis.engine.known_errors import explained
+from trellis.engine.known_errors import explain_error
 from trellis.errors import Conflict
 
 pytestmark = pytest.mark.engine
@@ -51,7 +51,7 @@ CASES: list[tuple[Exception, str]] = [
 
 @pytest.mark.parametrize(("error", "code"), CASES, ids=lambda value: str(value)[:40])
 def test_a_known_condition_has_its_code_and_a_way_out(error: Exception, code: str) -> None:
-    failed = explained(error)
+    failed = explain_error(error)
     assert failed.code == code, failed
     assert failed.message.endswith(".")
     assert failed.next_step.endswith(".")
@@ -59,7 +59,7 @@ def test_a_known_condition_has_its_code_and_a_way_out(error: Exception, code: st
 
 
 def test_a_bug_is_told_as_one_and_briefly() -> None:
-    failed = explained(KeyError("x" * 100_000))
+    failed = explain_error(KeyError("x" * 100_000))
     assert failed.code == "engine_bug"
     assert len(failed.message) < 1200
 
@@ -71,4 +71,4 @@ def test_what_the_libraries_really_raise_is_known(tmp_path: Path) -> None:
         (lambda: torch.empty(2**60, dtype=torch.uint8), "out_of_memory"),
         (lambda: __import__("a_library_that_nobody_has"), "not_installed"),
     ):
-        assert explained(raised(work)).code == code
+        assert explain_error(raised(work)).code == code

@@ -14,61 +14,72 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trellis.engine import scheduler as loop_module
-from trellis.engine.parallel import NICE
-from trellis.engine.scheduler import Loop
+from trellis.engine.parallel import NICENESS
+from trellis.engine.scheduler import Scheduler
 from trellis.errors import WeightsMissing
-from trellis.messages import Cancel, Cancelled, Delta, Down, Plant, Queued, Status, StatusReport, Up, Urge
+from trellis.messages import (
+    Cancel,
+    Cancelled,
+    CreateAdapter,
+    Delta,
+    EventFrame,
+    QueuePosition,
+    RequestFrame,
+    SetPriority,
+    Status,
+    StatusReport,
+)
 from trellis.params import Adapter
 
 
 class Script:
     """A loop that is given some frames, and what it sends."""
 
-    def __init__(self, *frames: Down) -> None:
+    def __init__(self, *frames: RequestFrame) -> None:
         self.frames = frames
-        self.sent: list[Up] = []
+        self.sent: list[EventFrame] = []
         self.broken = False
-        self.loop: Loop | None = None
+        self.loop: Scheduler | None = None
 
-    def send(self, up: Up) -> None:
+    def send(self, up: EventFrame) -> None:
         if self.broken:
             raise OSError("gone")
         self.sent.append(up)
 
-    def put(self, frame: Down) -> None:
+    def put(self, frame: RequestFrame) -> None:
         """One more, while the loop runs."""
         assert self.loop
-        self.loop.take(frame)
+        self.loop.receive(frame)
 
     def run(self, handlers: Any, lanes: int = 1) -> list[tuple[int, str, bool]]:
-        self.loop = Loop(self.send, handlers, lambda: lanes)
+        self.loop = Scheduler(self.send, handlers, lambda: lanes)
         for frame in self.frames:
-            self.loop.take(frame)
-        self.loop.end()
+            self.loop.receive(frame)
+        self.loop.close()
         self.loop.run()
         return [(up.id, up.body.type, up.last) for up in self.told]
 
     @property
-    def told(self) -> list[Up]:
+    def told(self) -> list[EventFrame]:
         """All but places in the queue."""
-        return [up for up in self.sent if not isinstance(up.body, Queued)]
+        return [up for up in self.sent if not isinstance(up.body, QueuePosition)]
 
 
-PLANT = Plant(adapter=Adapter(), seed=1)
+PLANT = CreateAdapter(adapter=Adapter(), seed=1)
 REPORT = StatusReport(model=None, resident_bytes=1)
 
 
-def down(number: int, body: Any, priority: int = 0, owner: str = "") -> Down:
-    return Down(id=number, priority=priority, owner=owner, body=body)
+def down(number: int, body: Any, priority: int = 0, owner: str = "") -> RequestFrame:
+    return RequestFrame(id=number, priority=priority, owner=owner, body=body)
 
 
-def plants(*who: tuple[int, str], priority: int = 0) -> list[Down]:
+def plants(*who: tuple[int, str], priority: int = 0) -> list[RequestFrame]:
     """Requests by number and owner; the number is their seed as well."""
     return [down(number, PLANT.model_copy(update={"seed": number}), priority, owner) for number, owner in who]
 
 
 def steps(wire: Script, log: list[str], count: int, during: Any = None) -> Any:
-    def handler(request: Plant) -> Any:
+    def handler(request: CreateAdapter) -> Any:
         try:
             for step in range(count):
                 log.append(f"{request.seed}.{step}")
@@ -89,7 +100,7 @@ def status(request: Status) -> Any:
 
 def test_requests_of_the_same_urgency_go_one_after_the_other() -> None:
     wire, log = Script(down(1, PLANT), down(2, PLANT.model_copy(update={"seed": 2}))), []
-    wire.run({Plant: steps(wire, log, 2)})
+    wire.run({CreateAdapter: steps(wire, log, 2)})
     assert log == ["1.0", "1.1", "1 ends", "2.0", "2.1", "2 ends"]
 
 
@@ -97,7 +108,7 @@ def test_a_more_urgent_request_overtakes_between_two_steps() -> None:
     wire: Script = Script(down(1, PLANT, priority=1))
     log: list[str] = []
     urgent = lambda: wire.put(down(9, Status()))  # noqa: E731
-    sent = wire.run({Plant: steps(wire, log, 4, urgent), Status: status})
+    sent = wire.run({CreateAdapter: steps(wire, log, 4, urgent), Status: status})
     assert [(number, last) for number, _, last in sent] == [
         (1, False), (1, False), (9, True), (1, False), (1, False), (1, True)
     ]  # fmt: skip
@@ -106,8 +117,8 @@ def test_a_more_urgent_request_overtakes_between_two_steps() -> None:
 def test_a_request_that_becomes_urgent_overtakes_one_that_has_begun() -> None:
     wire: Script = Script(*plants((1, ""), (2, ""), priority=3))
     log: list[str] = []
-    urge = lambda: wire.put(down(2, Urge(request=2, priority=0)))  # noqa: E731
-    wire.run({Plant: steps(wire, log, 3, urge)})
+    urge = lambda: wire.put(down(2, SetPriority(request=2, priority=0)))  # noqa: E731
+    wire.run({CreateAdapter: steps(wire, log, 3, urge)})
     assert log == ["1.0", "1.1", "2.0", "2.1", "2.2", "2 ends", "1.2", "1 ends"]
 
 
@@ -115,7 +126,7 @@ def test_a_cancelled_request_ends_at_its_next_step_and_lets_go_of_what_it_held()
     wire: Script = Script(down(1, PLANT))
     log: list[str] = []
     cancel = lambda: wire.put(down(5, Cancel(request=1)))  # noqa: E731
-    sent = wire.run({Plant: steps(wire, log, 100, cancel)})
+    sent = wire.run({CreateAdapter: steps(wire, log, 100, cancel)})
     assert sent[-1] == (1, "cancelled", True)
     assert log == ["1.0", "1.1", "1 ends"]
 
@@ -141,12 +152,12 @@ class OutOfMemoryError(RuntimeError):
     ],
 )
 def test_a_failure_ends_its_request_and_not_the_engine(raised: Exception, code: str) -> None:
-    def failing(request: Plant) -> Any:
+    def failing(request: CreateAdapter) -> Any:
         yield None
         raise raised
 
     wire = Script(down(1, PLANT), down(2, Status()))
-    wire.run({Plant: failing, Status: status})
+    wire.run({CreateAdapter: failing, Status: status})
     failed, answered = wire.told
     assert (failed.id, failed.last, failed.body.type) == (1, True, "failed")
     assert failed.body.code == code  # type: ignore[union-attr]
@@ -158,7 +169,7 @@ def test_when_nobody_listens_the_work_is_dropped() -> None:
     wire: Script = Script(down(1, PLANT))
     log: list[str] = []
     wire.broken = True
-    assert wire.run({Plant: steps(wire, log, 100)}) == []
+    assert wire.run({CreateAdapter: steps(wire, log, 100)}) == []
     assert log[0] == "1.0"
     assert len(log) <= 2
 
@@ -167,7 +178,7 @@ def meeting(parties: int, log: list[str]) -> Any:
     """A handler that goes on only when so many of its kind are under way at once."""
     barrier = threading.Barrier(parties, timeout=10)
 
-    def handler(request: Plant) -> Any:
+    def handler(request: CreateAdapter) -> Any:
         for step in range(3):
             barrier.wait()
             yield Delta(texts={0: str(step)})
@@ -180,7 +191,7 @@ def meeting(parties: int, log: list[str]) -> Any:
 def test_each_lane_works_on_a_request_of_its_own() -> None:
     log: list[str] = []
     wire = Script(*(down(number, PLANT.model_copy(update={"seed": number})) for number in range(4)), down(9, Status()))
-    sent = wire.run({Plant: meeting(2, log), Status: status}, lanes=2)
+    sent = wire.run({CreateAdapter: meeting(2, log), Status: status}, lanes=2)
     assert sorted(log) == ["0", "1", "2", "3"]
     for number in range(4):
         assert [kind for at, kind, _ in sent if at == number] == ["delta"] * 3 + ["status_report"]
@@ -197,14 +208,14 @@ def test_what_nobody_waits_for_rests_while_somebody_waits() -> None:
         urgent.set()
         return REPORT
 
-    def ahead(request: Plant) -> Any:
+    def ahead(request: CreateAdapter) -> Any:
         wire.put(down(9, Status()))
         yield None
         log.append("ahead" if urgent.is_set() else "ahead too early")
         return REPORT
 
     wire = Script(down(1, PLANT, priority=3))
-    wire.run({Plant: ahead, Status: waited_for}, lanes=3)
+    wire.run({CreateAdapter: ahead, Status: waited_for}, lanes=3)
     assert log == ["urgent"] * 5 + ["ahead"]
 
 
@@ -213,7 +224,7 @@ def test_somebody_who_waits_does_not_wait_for_the_steps_of_others_to_end() -> No
     log: list[int] = []
     begun = threading.Barrier(2, action=lambda: wire.put(down(9, Status())), timeout=10)
 
-    def ahead(request: Plant) -> Any:
+    def ahead(request: CreateAdapter) -> Any:
         log.append(request.seed)
         if request.seed < 3:
             begun.wait()  # both lanes are taken
@@ -228,7 +239,7 @@ def test_somebody_who_waits_does_not_wait_for_the_steps_of_others_to_end() -> No
         return REPORT
 
     wire = Script(*(down(number, PLANT.model_copy(update={"seed": number}), 3) for number in (1, 2, 3)))
-    sent = wire.run({Plant: ahead, Status: urgent}, lanes=2)
+    sent = wire.run({CreateAdapter: ahead, Status: urgent}, lanes=2)
     assert sent[0] == (9, "status_report", True)
     assert sorted(log) == [1, 2, 3]
 
@@ -236,7 +247,7 @@ def test_somebody_who_waits_does_not_wait_for_the_steps_of_others_to_end() -> No
 def test_a_request_that_is_in_the_middle_of_a_step_is_cancelled_after_it() -> None:
     log: list[str] = []
 
-    def long(request: Plant) -> Any:
+    def long(request: CreateAdapter) -> Any:
         try:
             wire.put(down(5, Cancel(request=1)))
             yield Delta(texts={0: "told before it is over"})
@@ -247,15 +258,15 @@ def test_a_request_that_is_in_the_middle_of_a_step_is_cancelled_after_it() -> No
             log.append("let go")
 
     wire = Script(down(1, PLANT))
-    assert wire.run({Plant: long}, lanes=2) == [(1, "delta", False), (1, "cancelled", True)]
+    assert wire.run({CreateAdapter: long}, lanes=2) == [(1, "delta", False), (1, "cancelled", True)]
     assert log == ["let go"]
 
 
-def order_of(frames: list[Down], lanes: int = 1) -> tuple[list[int], Script]:
+def order_of(frames: list[RequestFrame], lanes: int = 1) -> tuple[list[int], Script]:
     """The requests in the order in which they were ended."""
     log: list[str] = []
     wire = Script(*frames)
-    wire.run({Plant: steps(wire, log, 2)}, lanes)
+    wire.run({CreateAdapter: steps(wire, log, 2)}, lanes)
     return [up.id for up in wire.sent if up.last], wire
 
 
@@ -268,14 +279,14 @@ def test_owners_take_turns_however_much_each_of_them_asks_for() -> None:
 def test_who_asked_for_much_is_not_put_off_for_ever() -> None:
     wire, log = Script(*plants((1, "greedy"), (2, "greedy"), (3, "other"))), []
 
-    def handler(request: Plant) -> Any:
+    def handler(request: CreateAdapter) -> Any:
         log.append(request.seed)
         if request.seed in range(3, 9):  # the other one asks again whenever it is served
             wire.put(plants((request.seed + 1, "other"))[0])
         yield None
         return REPORT
 
-    wire.run({Plant: handler})
+    wire.run({CreateAdapter: handler})
     assert log.index(2) <= 3
 
 
@@ -294,17 +305,17 @@ def test_owners_who_wait_have_been_served_equally_often_give_or_take_one(owners:
 def test_who_was_served_while_nobody_else_waited_does_not_come_after_others_for_that() -> None:
     wire, log = Script(*plants((1, "a"))), []
 
-    def handler(request: Plant) -> Any:
+    def handler(request: CreateAdapter) -> Any:
         log.append(request.seed)
         yield None
         return REPORT
 
-    loop = Loop(wire.send, {Plant: handler})
-    loop.take(wire.frames[0])
-    loop.end()
+    loop = Scheduler(wire.send, {CreateAdapter: handler})
+    loop.receive(wire.frames[0])
+    loop.close()
     loop.run()  # and then, when all is done
     for frame in plants((2, "a"), (3, "b"), (4, "c")):
-        loop.take(frame)
+        loop.receive(frame)
     loop.run()
     assert log == [1, 2, 3, 4]
 
@@ -312,36 +323,36 @@ def test_who_was_served_while_nobody_else_waited_does_not_come_after_others_for_
 def test_the_second_half_of_a_turn_comes_before_other_turns() -> None:
     wire, log = Script(*plants((1, "a"), (2, "b"), (3, "c"))), []
 
-    def handler(request: Plant) -> Any:
+    def handler(request: CreateAdapter) -> Any:
         log.append(request.seed)
         if request.seed < 10:
             (again,) = plants((request.seed + 10, "abc"[request.seed - 1]))
-            wire.put(again.model_copy(update={"goes_on": True}))
+            wire.put(again.model_copy(update={"continues_turn": True}))
         yield None
         return REPORT
 
-    wire.run({Plant: handler})
+    wire.run({CreateAdapter: handler})
     assert log == [1, 11, 2, 12, 3, 13]
 
 
 def test_who_waits_is_told_their_place_and_each_time_it_is_another() -> None:
     _, wire = order_of(plants((1, "a"), (2, "b"), (3, "c"), (4, "a")))
-    places = [(up.id, up.body.place) for up in wire.sent if isinstance(up.body, Queued)]
+    places = [(up.id, up.body.place) for up in wire.sent if isinstance(up.body, QueuePosition)]
     assert places == [(2, 1), (3, 2), (4, 3), (3, 1), (4, 2), (4, 1)]
 
 
 def test_nobody_is_told_a_place_where_there_are_lanes_enough_or_nobody_waits() -> None:
     _, wire = order_of(plants((1, "a"), (2, "b")), lanes=2)
-    assert not [up for up in wire.sent if isinstance(up.body, Queued)]
+    assert not [up for up in wire.sent if isinstance(up.body, QueuePosition)]
     _, wire = order_of(plants((1, "a"), (2, "b"), (3, "c"), priority=3))
-    assert not [up for up in wire.sent if isinstance(up.body, Queued)]
+    assert not [up for up in wire.sent if isinstance(up.body, QueuePosition)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have a niceness of their own on Linux alone")
 def test_what_nobody_waits_for_stands_back_and_what_is_waited_for_does_not() -> None:
     niceness: dict[int, int] = {}
 
-    def handler(request: Plant) -> Any:
+    def handler(request: CreateAdapter) -> Any:
         for _ in range(3):
             niceness[request.seed] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
             yield None
@@ -349,10 +360,10 @@ def test_what_nobody_waits_for_stands_back_and_what_is_waited_for_does_not() -> 
 
     own = os.getpriority(os.PRIO_PROCESS, 0)
     ahead = Script(*plants((1, "a"), (2, "b"), priority=3))
-    ahead.run({Plant: handler}, lanes=2)
-    assert niceness == {1: NICE, 2: NICE}
+    ahead.run({CreateAdapter: handler}, lanes=2)
+    assert niceness == {1: NICENESS, 2: NICENESS}
     alone = Script(*plants((3, "a"), priority=3))
-    alone.run({Plant: handler}, lanes=1)
+    alone.run({CreateAdapter: handler}, lanes=1)
     assert niceness[3] == own
 
 
@@ -373,10 +384,10 @@ class Choir:
             self.gone.append(number)
 
     @property
-    def wanted(self) -> bool:
+    def has_work(self) -> bool:
         return bool(self.left or self.gone)
 
-    def give_up(self) -> list[int]:
+    def abort(self) -> list[int]:
         numbers, self.left = list(self.left), {}
         return numbers
 
@@ -394,12 +405,12 @@ class Choir:
         return told
 
 
-def sing(*frames: Down, choir: Choir, lanes: int = 1, handlers: Any = None) -> list[tuple[int, str, bool]]:
+def sing(*frames: RequestFrame, choir: Choir, lanes: int = 1, handlers: Any = None) -> list[tuple[int, str, bool]]:
     script = Script()
-    loop = Loop(script.send, handlers or {}, lambda: lanes, {Status: choir})
+    loop = Scheduler(script.send, handlers or {}, lambda: lanes, {Status: choir})
     for frame in frames:
-        loop.take(frame)
-    loop.end()
+        loop.receive(frame)
+    loop.close()
     loop.run()
     return [(up.id, up.body.type, up.last) for up in script.told]
 
@@ -430,10 +441,10 @@ def test_who_waits_for_a_click_comes_before_what_is_done_together(monkeypatch: p
         return REPORT
 
     frames = (down(1, Status()), down(2, PLANT), down(3, PLANT, 1))
-    sent = [number for number, _, _ in sing(*frames, choir=Choir(3), handlers={Plant: work})]
+    sent = [number for number, _, _ in sing(*frames, choir=Choir(3), handlers={CreateAdapter: work})]
     assert sent == [2] * 4 + [1] * 3 + [3] * 4
-    monkeypatch.setattr(loop_module, "PATIENCE", 0.0)
-    sent = [number for number, _, _ in sing(*frames, choir=Choir(3), handlers={Plant: work})]
+    monkeypatch.setattr(loop_module, "BATCH_MAX_WAIT", 0.0)
+    sent = [number for number, _, _ in sing(*frames, choir=Choir(3), handlers={CreateAdapter: work})]
     assert sent[:2] != [2, 2], "but it never stands still"
     assert Counter(sent) == {1: 3, 2: 4, 3: 4}
 
@@ -445,8 +456,10 @@ def test_people_who_talk_without_an_end_do_not_keep_what_can_wait_for_ever(monke
         return REPORT
 
     frames = (down(1, Status()), down(3, PLANT, 1))
-    assert [number for number, _, _ in sing(*frames, choir=Choir(30), handlers={Plant: work})] == [1] * 30 + [3] * 4
-    monkeypatch.setattr(loop_module, "LENIENCE", 0.0)
-    sent = [number for number, _, _ in sing(*frames, choir=Choir(30), handlers={Plant: work})]
+    assert [number for number, _, _ in sing(*frames, choir=Choir(30), handlers={CreateAdapter: work})] == [1] * 30 + [
+        3
+    ] * 4
+    monkeypatch.setattr(loop_module, "BACKGROUND_MAX_WAIT", 0.0)
+    sent = [number for number, _, _ in sing(*frames, choir=Choir(30), handlers={CreateAdapter: work})]
     assert sent.index(3) < 30
     assert Counter(sent) == {1: 30, 3: 4}

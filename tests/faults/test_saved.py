@@ -16,11 +16,11 @@ from pydantic import TypeAdapter
 from tests.processor import describe_processor
 from tests.saved import observe
 from tests.server import Server
-from trellis.messages import Fit, Learn, Plant, derived_seed, recipe_id
+from trellis.messages import CreateAdapter, Learn, Retrain, derived_seed, recipe_id
 
 EXPECTED = json.loads(observe.EXPECTED.read_text(encoding="utf-8"))
 RECIPES = json.loads((observe.HERE / "recipes.json").read_text(encoding="utf-8"))
-REQUEST: TypeAdapter[Plant | Learn | Fit] = TypeAdapter(Plant | Learn | Fit)
+REQUEST: TypeAdapter[CreateAdapter | Learn | Retrain] = TypeAdapter(CreateAdapter | Learn | Retrain)
 
 
 @dataclass
@@ -111,7 +111,7 @@ def test_weights_that_were_made_again_say_the_same(gone_on: observe.Json) -> Non
 def test_a_request_makes_weights_of_the_name_that_it_always_made(recipe: dict[str, Any]) -> None:
     request = REQUEST.validate_python(recipe["request"])
     same(recipe["request"], request.model_dump(mode="json"))
-    made = request.makes(recipe["fingerprint"]) if isinstance(request, Plant) else request.makes()
+    made = request.weights_id(recipe["fingerprint"]) if isinstance(request, CreateAdapter) else request.weights_id()
     assert made == recipe["makes"]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trellis.messages import Answered, Event, Heard, Spoke
+from trellis.messages import AnswerDone, Event, PromptRead, TextDelta
 from trellis.studio.chat.answer import GrowingAnswer
 from trellis.studio.chat.message import Message
 from trellis.studio.throughput import tokens_per_second
@@ -49,12 +49,12 @@ async def usage_of(*events: Event) -> dict[str, Any]:
     return message.usage
 
 
-HEARD = Heard(read=3, prompt_tokens=3, warm=0, left_out=0, context_length=100)
+HEARD = PromptRead(read=3, prompt_tokens=3, warm=0, left_out=0, context_length=100)
 
 
 async def test_words_that_arrive_at_once_are_as_fast_as_they_were_drawn() -> None:
-    words = [Spoke(text=f"{number} ", tokens=number) for number in range(1, 12)]
-    answered = Answered(finish="stop", tokens=11, prompt_tokens=3, seconds_to_first=0.5, seconds=0.7)
+    words = [TextDelta(text=f"{number} ", tokens=number) for number in range(1, 12)]
+    answered = AnswerDone(finish="stop", tokens=11, prompt_tokens=3, seconds_to_first=0.5, seconds=0.7)
     usage = await usage_of(HEARD, *words, answered)
     assert usage["tokens_per_second"] == pytest.approx(50.0)
     assert usage["completion_tokens"] == 11
@@ -62,10 +62,12 @@ async def test_words_that_arrive_at_once_are_as_fast_as_they_were_drawn() -> Non
 
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 async def test_an_answer_of_a_word_or_two_has_no_speed(tokens: int) -> None:
-    words = [Spoke(text="Yes", tokens=number) for number in range(1, tokens + 1)]
-    answered = Answered(finish="stop", tokens=tokens, prompt_tokens=3, seconds_to_first=0.01, seconds=0.01003)
+    words = [TextDelta(text="Yes", tokens=number) for number in range(1, tokens + 1)]
+    answered = AnswerDone(finish="stop", tokens=tokens, prompt_tokens=3, seconds_to_first=0.01, seconds=0.01003)
     assert (await usage_of(HEARD, *words, answered))["tokens_per_second"] is None
 
 
 async def test_an_answer_that_was_stopped_at_once_has_no_speed() -> None:
-    assert (await usage_of(HEARD, Spoke(text="a", tokens=1), Spoke(text="b", tokens=40)))["tokens_per_second"] is None
+    assert (await usage_of(HEARD, TextDelta(text="a", tokens=1), TextDelta(text="b", tokens=40)))[
+        "tokens_per_second"
+    ] is None

@@ -140,7 +140,7 @@ def test_what_was_fetched_is_not_fetched_again_and_needs_no_hub(client: httpx.Cl
 
 
 def test_a_download_that_breaks_off_goes_on_where_it_was(client: httpx.Client, hub: FakeHub) -> None:
-    from trellis.engine.hub_download import PIECE
+    from trellis.engine.hub_download import CHUNK_BYTES
 
     size = (hub.root / "models" / "org" / "broken" / "model.safetensors").stat().st_size
     hub.bytes_sent.pop("model.safetensors", None)
@@ -149,13 +149,13 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(client: httpx.Client, h
         job, _ = load(client, model="org/broken")
     finally:
         hub.disconnect_after = None
-    assert size > 4 * PIECE
+    assert size > 4 * CHUNK_BYTES
     assert job["state"] == "failed"
     assert job["error"]["code"] in ("network", "timeout")
     assert "partial download is kept" in job["error"]["next_step"]
     job, _ = load(client, model="org/broken")
     assert job["state"] == "done", job["error"]
-    assert size <= hub.bytes_sent["model.safetensors"] < size + PIECE, "bytes that had arrived were fetched again"
+    assert size <= hub.bytes_sent["model.safetensors"] < size + CHUNK_BYTES, "bytes that had arrived were fetched again"
 
 
 def test_a_download_can_be_cancelled_and_gives_its_memory_back(

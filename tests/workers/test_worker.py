@@ -19,6 +19,8 @@ import pytest
 from tests.conftest import until
 from trellis.errors import EngineDied, EngineError, WeightsMissing
 from trellis.messages import (
+    AdapterCreated,
+    CreateAdapter,
     Learn,
     Learned,
     Lesson,
@@ -27,8 +29,6 @@ from trellis.messages import (
     Offer,
     Offered,
     Option,
-    Plant,
-    Planted,
     Prompt,
     Status,
 )
@@ -82,7 +82,7 @@ async def test_an_engine_that_does_not_listen_is_killed_when_it_is_stopped(spawn
     await worker.ask(Status())
     assert worker.pid
     os.kill(worker.pid, signal.SIGSTOP)
-    await worker.stop(patience=0.2)
+    await worker.stop(grace_seconds=0.2)
     assert not psutil.pid_exists(worker.pid)
 
 
@@ -154,7 +154,7 @@ def test_an_exit_becomes_a_sentence_with_a_next_step(tmp_path: Path, code: int |
 @pytest.mark.engine
 async def test_real_engines_are_forked_and_say_how_they_ended(tmp_path: Path) -> None:
     spawn = ProcessSpawner(tmp_path / "weights", tmp_path / "logs", 1)
-    spawn.warm()
+    spawn.preload()
     try:
         first, second = await Worker.start(spawn), await Worker.start(spawn)
         await asyncio.gather(first.ask(Status()), second.ask(Status()))
@@ -177,7 +177,7 @@ async def test_real_engines_are_forked_and_say_how_they_ended(tmp_path: Path) ->
         await third.ask(Status())
         assert third.pid
         assert psutil.Process(third.pid).ppid() != forks
-        await third.stop(patience=2)
+        await third.stop(grace_seconds=2)
         assert not psutil.pid_exists(third.pid)
         logs = [file.read_text() for file in (tmp_path / "logs").glob("engine-*.log")]
         assert len(logs) == 3
@@ -188,7 +188,7 @@ async def test_real_engines_are_forked_and_say_how_they_ended(tmp_path: Path) ->
 
 def test_closing_lets_go_of_whoever_waits_for_an_engine(tmp_path: Path) -> None:
     spawn = ProcessSpawner(tmp_path / "weights", tmp_path / "logs", 1)
-    spawn.warm()
+    spawn.preload()
     near, far = socket.socketpair()
     with near, far, ThreadPoolExecutor() as pool:
         waiting = pool.submit(spawn, far)  # what forks is still importing
@@ -226,8 +226,8 @@ async def test_however_many_cores_an_engine_has_it_learns_the_same_to_the_bit(tm
             loaded = await worker.ask(Load(path=str(tiny_llama)))
             assert isinstance(loaded, Loaded)
             assert loaded.lanes == threads
-            planted = await worker.ask(Plant(adapter=Adapter(lora_rank=2), seed=1))
-            assert isinstance(planted, Planted)
+            planted = await worker.ask(CreateAdapter(adapter=Adapter(lora_rank=2), seed=1))
+            assert isinstance(planted, AdapterCreated)
             alone = await worker.ask(learning(planted.weights, 1))  # on all cores
             others = (worker.ask(learning(planted.weights, choice)) for choice in (0, 2, "none"))
             learned = [alone, *await asyncio.gather(*others)]  # each on one
@@ -248,12 +248,12 @@ async def test_however_many_cores_an_engine_has_it_learns_the_same_to_the_bit(tm
 async def test_an_engine_keeps_as_much_in_memory_as_it_was_given(
     tmp_path: Path, tiny_llama: Path, cache: int | None, there: bool
 ) -> None:
-    spawn = ProcessSpawner(tmp_path / "weights", tmp_path / "logs", 1, cache=cache)
+    spawn = ProcessSpawner(tmp_path / "weights", tmp_path / "logs", 1, cache_bytes=cache)
     worker = await Worker.start(spawn)
     try:
         await worker.ask(Load(path=str(tiny_llama)))
-        planted = await worker.ask(Plant(adapter=Adapter(lora_rank=2), seed=1))
-        assert isinstance(planted, Planted)
+        planted = await worker.ask(CreateAdapter(adapter=Adapter(lora_rank=2), seed=1))
+        assert isinstance(planted, AdapterCreated)
         made: list[str] = []
         for choice in range(3):
             learned = await worker.ask(learning(planted.weights, choice, keep=False))

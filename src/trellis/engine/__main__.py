@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from ..blobs import Blobs
 from .fork_server import ignore_interrupts, serve
-from .scheduler import Loop
-from .transport import Wire
+from .scheduler import Scheduler
+from .transport import Transport
 
 if TYPE_CHECKING:
     from .fake import FakeEngine
@@ -28,7 +28,7 @@ M_ARENA_MAX = -8
 """From glibc's malloc.h."""
 
 
-def main(words: list[str] | None = None) -> None:
+def main(arguments_list: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="trellis.engine")
     parser.add_argument("--fd", type=int, required=True, help="the inherited socket")
     parser.add_argument("--weights", type=Path, help="the folder of weights")
@@ -38,7 +38,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--cache", type=int, help="bytes of weights that are kept in memory")
     parser.add_argument("--fake", action="store_true", help="answer the same messages without a model")
     parser.add_argument("--forks", action="store_true", help="fork engines as they are asked for over the socket")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(arguments_list)
     ignore_interrupts()
     if arguments.forks:
         _fork_engines(socket.socket(fileno=arguments.fd))
@@ -46,17 +46,17 @@ def main(words: list[str] | None = None) -> None:
     if arguments.weights is None:
         parser.error("--weights is required")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    wire = Wire(socket.socket(fileno=arguments.fd))
+    transport = Transport(socket.socket(fileno=arguments.fd))
     if arguments.memory_limit:
         import resource
 
         resource.setrlimit(resource.RLIMIT_DATA, (arguments.memory_limit, arguments.memory_limit))
     blobs = Blobs(arguments.weights)
-    blobs.sweep()
+    blobs.remove_leftovers()
     if arguments.fake:
         from .fake import FakeEngine
 
-        _serve(wire, FakeEngine(blobs))
+        _serve(transport, FakeEngine(blobs))
         return
     _prepare_torch()
     # torch is only imported from here on, so that a fake engine starts in milliseconds.
@@ -68,14 +68,14 @@ def main(words: list[str] | None = None) -> None:
     torch.set_num_threads(arguments.threads or os.cpu_count() or 1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    _serve(wire, TextEngine(blobs, arguments.hub_timeout, arguments.cache))
+    _serve(transport, TextEngine(blobs, arguments.hub_timeout, arguments.cache))
 
 
-def _serve(wire: Wire, engine: TextEngine | FakeEngine) -> None:
-    loop = Loop(wire.send, engine.handlers(), lambda: engine.lanes, engine.together())
+def _serve(transport: Transport, engine: TextEngine | FakeEngine) -> None:
+    scheduler = Scheduler(transport.send, engine.handlers(), lambda: engine.lanes, engine.batches())
     # The socket closes when the parent is gone, however it went: then nobody needs the rest.
-    wire.listen(loop.take, closed=lambda: os._exit(0))
-    loop.run()
+    transport.listen(scheduler.receive, on_close=lambda: os._exit(0))
+    scheduler.run()
 
 
 def _prepare_torch() -> None:

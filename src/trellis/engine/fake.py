@@ -21,15 +21,14 @@ from ..blobs import Blobs
 from ..errors import EngineError, Invalid, TrellisError, WeightsMissing
 from ..messages import (  # fmt: skip
     LOG_FILE,
-    Answered,
+    AdapterCreated,
+    AnswerDone,
     Assess,
     Assessed,
     Cancelled,
     Chat,
+    CreateAdapter,
     Delta,
-    Drawn,
-    Fit,
-    Heard,
     Learn,
     Learned,
     Load,
@@ -40,15 +39,16 @@ from ..messages import (  # fmt: skip
     Offer,
     Offered,
     Option,
-    Plant,
-    Planted,
     Progress,
-    Spoke,
+    PromptRead,
+    Retrain,
+    SampledToken,
     Status,
     StatusReport,
+    TextDelta,
 )
-from .known_errors import failed
-from .scheduler import Handler, Steps, Together, Told
+from .known_errors import failed_event
+from .scheduler import Handler, RequestBatch, RequestEvents, Steps
 from .text.quality_metrics import variety_of
 
 WORDS = [
@@ -78,13 +78,13 @@ WORDS = [
 
 STEP_SECONDS = 0.002
 
-CONTEXT = 1024
+CONTEXT_WORDS = 1024
 """Words of a conversation that are taken."""
 
-REPEAT = "repeat yourself"
+REPEAT_PHRASE = "repeat yourself"
 """Where a prompt says so, the third answer is the first one again."""
 
-SAY = re.compile(r"say (\d{1,6}) (words|times) at (\d{1,6}) a second")
+SAY_COMMAND = re.compile(r"say (\d{1,6}) (words|times) at (\d{1,6}) a second")
 
 
 class FakeEngine:
@@ -94,19 +94,20 @@ class FakeEngine:
         self._blobs = blobs
         self._path: str | None = None
         self._unwritten: dict[str, dict[str, Any]] = {}
-        self._chats = FakeChats(self._may_chat)
+        self._chat_batch = FakeChatBatch(self._require_can_chat)
 
-    def together(self) -> Mapping[type, Together]:
-        return {Chat: self._chats}
+    def batches(self) -> Mapping[type, RequestBatch]:
+        return {Chat: self._chat_batch}
 
-    def _may_chat(self, request: Chat) -> None:
+    def _require_can_chat(self, request: Chat) -> None:
         self._require_loaded()
         if request.weights:
             self._steps_of(request.weights)
 
     def handlers(self) -> Mapping[type, Handler]:
         return {
-            Load: self.load, Plant: self.plant, Offer: self.offer, Learn: self.learn, Fit: self.fit,
+            Load: self.load, CreateAdapter: self.create_adapter, Offer: self.offer, Learn: self.learn,
+            Retrain: self.retrain,
             Assess: self.assess, Merge: self.merge, Status: self.status,
         }  # fmt: skip
 
@@ -132,13 +133,13 @@ class FakeEngine:
             lanes=self.lanes,
         )
 
-    def plant(self, request: Plant) -> Steps:
+    def create_adapter(self, request: CreateAdapter) -> Steps:
         yield None
         self._require_loaded()
-        made = request.makes_on(["fake"])
-        if made not in self._blobs:
-            self._write(made, 0, None)
-        return Planted(weights=made)
+        weights_id = request.weights_id_on(["fake"])
+        if weights_id not in self._blobs:
+            self._write(weights_id, 0, None)
+        return AdapterCreated(weights=weights_id)
 
     def offer(self, request: Offer) -> Steps:
         self._require_loaded()
@@ -153,10 +154,10 @@ class FakeEngine:
                 next_step="Shorten it.",
             )
         key = request.model_dump_json()
-        drawn = list(range(request.group_size))
-        if REPEAT in request.prompt.text and len(drawn) > 2:
-            drawn[2] = 0
-        lengths = [min(3 + _draw(key, index, "length") % 12, room) for index in drawn]
+        seeds = list(range(request.group_size))
+        if REPEAT_PHRASE in request.prompt.text and len(seeds) > 2:
+            seeds[2] = 0
+        lengths = [min(3 + _hash_number(key, index, "length") % 12, room) for index in seeds]
         texts = [""] * request.group_size
         tokens: list[list[int]] = [[] for _ in texts]
         for step in range(max(lengths)):
@@ -164,7 +165,7 @@ class FakeEngine:
             delta = {}
             for index, length in enumerate(lengths):
                 if step < length:
-                    token = _draw(key, drawn[index], step) % len(WORDS)
+                    token = _hash_number(key, seeds[index], step) % len(WORDS)
                     tokens[index].append(token)
                     delta[index] = (" " if step else "") + WORDS[token]
                     texts[index] += delta[index]
@@ -177,10 +178,10 @@ class FakeEngine:
 
     def learn(self, request: Learn) -> Steps:
         self._require_loaded()
-        made = request.makes()
+        weights_id = request.weights_id()
         yield None
-        if known := self._made_before(made, request.keep):
-            return known
+        if already_made := self._already_made(weights_id, request.keep):
+            return already_made
         steps = self._steps_of(request.weights) + 1
         for _ in range(request.learning.inner_steps):
             time.sleep(STEP_SECONDS)
@@ -196,17 +197,17 @@ class FakeEngine:
             fluency=-1.0,
             variety=variety_of([option.tokens for option in request.lesson.options]),
         )
-        self._unwritten[made] = _about(steps, metrics)
+        self._unwritten[weights_id] = _metadata_of(steps, metrics)
         if request.keep:
-            self._keep(made)
-        return Learned(weights=made, metrics=metrics)
+            self._save(weights_id)
+        return Learned(weights=weights_id, metrics=metrics)
 
-    def fit(self, request: Fit) -> Steps:
+    def retrain(self, request: Retrain) -> Steps:
         self._require_loaded()
-        made = request.makes()
+        weights_id = request.weights_id()
         yield None
-        if known := self._made_before(made):
-            return known
+        if already_made := self._already_made(weights_id):
+            return already_made
         steps = self._steps_of(request.weights)
         try:
             count = len((Path(request.path) / LOG_FILE).read_text(encoding="utf-8").splitlines())
@@ -226,8 +227,8 @@ class FakeEngine:
             agreed=count,
             agreed_of=count,
         )
-        self._write(made, steps + 1, metrics)
-        return Learned(weights=made, metrics=metrics)
+        self._write(weights_id, steps + 1, metrics)
+        return Learned(weights=weights_id, metrics=metrics)
 
     def assess(self, request: Assess) -> Steps:
         self._steps_of(request.weights)
@@ -261,10 +262,10 @@ class FakeEngine:
             raise EngineError("No model is loaded.", code="not_loaded", next_step="Load the model first.")
 
     def _write(self, weights_id: str, steps: int, metrics: Metrics | None) -> None:
-        self._unwritten[weights_id] = _about(steps, metrics)
-        self._keep(weights_id)
+        self._unwritten[weights_id] = _metadata_of(steps, metrics)
+        self._save(weights_id)
 
-    def _keep(self, weights_id: str) -> None:
+    def _save(self, weights_id: str) -> None:
         about = self._unwritten.get(weights_id)
         if about is None:
             return
@@ -275,20 +276,20 @@ class FakeEngine:
         self._unwritten.pop(weights_id, None)
 
     def _steps_of(self, weights_id: str) -> int:
-        about = self._about(weights_id)
+        about = self._metadata(weights_id)
         if about is None:
             raise WeightsMissing(weights_id)
         return int(about["steps"])
 
-    def _made_before(self, made: str, keep: bool = True) -> Learned | None:
-        known = self._about(made)
-        if known is None:
+    def _already_made(self, weights_id: str, keep: bool = True) -> Learned | None:
+        metadata = self._metadata(weights_id)
+        if metadata is None:
             return None
         if keep:
-            self._keep(made)
-        return Learned(weights=made, metrics=Metrics.model_validate(known["metrics"]))
+            self._save(weights_id)
+        return Learned(weights=weights_id, metrics=Metrics.model_validate(metadata["metrics"]))
 
-    def _about(self, weights_id: str) -> dict[str, Any] | None:
+    def _metadata(self, weights_id: str) -> dict[str, Any] | None:
         if weights_id in self._unwritten:
             return self._unwritten[weights_id]
         try:
@@ -298,108 +299,114 @@ class FakeEngine:
         return about
 
 
-class FakeSeat:
+class FakeSlot:
     """One conversation. A last message that says “say N words at M a second” is answered so; “say N times …” by the
     time on the computer's steady clock, from which a bench reads how long a word was under way."""
 
     def __init__(self, number: int, request: Chat) -> None:
         self.number, self.request = number, request
         asked_last = [turn.text for turn in request.turns if turn.role == "user"]
-        said = asked_last[-1] if asked_last else request.text
-        goes_on = bool(request.turns) and request.turns[-1].role == "assistant"
-        self.before = len(request.turns[-1].text.split()) if goes_on else 0
-        asked = SAY.search(said)
-        heard = sum(len(turn.text.split()) for turn in request.turns) or len(request.text.split())
-        self.heard = min(heard, CONTEXT)
-        self.left_out = 1 if heard > CONTEXT and request.trims else 0
-        wanted = int(asked[1]) if asked else 3 + _draw(request.seed, said) % 12
-        self.most = min(max(1, wanted - self.before), request.sampling.max_new_tokens)
-        self.is_cut = self.most < wanted - self.before
-        self.pause = 1 / float(asked[3]) if asked else STEP_SECONDS
-        self.tells_time = bool(asked and asked[2] == "times")
-        self.key = (request.seed, request.weights, said)
+        last_text = asked_last[-1] if asked_last else request.text
+        continues = bool(request.turns) and request.turns[-1].role == "assistant"
+        self.words_before = len(request.turns[-1].text.split()) if continues else 0
+        command = SAY_COMMAND.search(last_text)
+        prompt_words = sum(len(turn.text.split()) for turn in request.turns) or len(request.text.split())
+        self.prompt_tokens = min(prompt_words, CONTEXT_WORDS)
+        self.left_out = 1 if prompt_words > CONTEXT_WORDS and request.trims else 0
+        wanted_words = int(command[1]) if command else 3 + _hash_number(request.seed, last_text) % 12
+        self.max_words = min(max(1, wanted_words - self.words_before), request.sampling.max_new_tokens)
+        self.is_cut = self.max_words < wanted_words - self.words_before
+        self.pause = 1 / float(command[3]) if command else STEP_SECONDS
+        self.says_time = bool(command and command[2] == "times")
+        self.key = (request.seed, request.weights, last_text)
         self.count = 0
-        self.started = self.due = time.monotonic()
+        self.started = self.next_word_at = time.monotonic()
 
-    def word(self) -> str:
-        place = self.before + self.count
-        if self.tells_time:
+    def next_word(self) -> str:
+        index = self.words_before + self.count
+        if self.says_time:
             return f" {time.monotonic():.6f}"
-        return (" " if place else "") + WORDS[_draw(self.key, place) % len(WORDS)]
+        return (" " if index else "") + WORDS[_hash_number(self.key, index) % len(WORDS)]
 
 
-class FakeChats:
+class FakeChatBatch:
     """Conversations side by side, each at its own pace."""
 
     def __init__(self, check: Callable[[Chat], None]) -> None:
         self._check = check
         self._lock = threading.Lock()
-        self._seats: dict[int, FakeSeat] = {}
-        self._said: Told = []
+        self._slots: dict[int, FakeSlot] = {}
+        self._pending_events: RequestEvents = []
 
     def join(self, number: int, owner: str, request: Any) -> None:
         try:
             self._check(request)
         except TrellisError as error:
             with self._lock:
-                self._said.append((number, failed(error), True))
+                self._pending_events.append((number, failed_event(error), True))
             return
-        seat = FakeSeat(number, request)
-        heard = Heard(read=seat.heard, prompt_tokens=seat.heard, warm=0, left_out=seat.left_out, context_length=CONTEXT)
+        slot = FakeSlot(number, request)
+        prompt_read = PromptRead(
+            read=slot.prompt_tokens,
+            prompt_tokens=slot.prompt_tokens,
+            warm=0,
+            left_out=slot.left_out,
+            context_length=CONTEXT_WORDS,
+        )
         with self._lock:
-            self._said.append((number, heard, False))
-            self._seats[number] = seat
+            self._pending_events.append((number, prompt_read, False))
+            self._slots[number] = slot
 
     def leave(self, number: int) -> None:
         with self._lock:
-            if self._seats.pop(number, None):
-                self._said.append((number, Cancelled(), True))
+            if self._slots.pop(number, None):
+                self._pending_events.append((number, Cancelled(), True))
 
     @property
-    def wanted(self) -> bool:
-        return bool(self._seats or self._said)
+    def has_work(self) -> bool:
+        return bool(self._slots or self._pending_events)
 
-    def give_up(self) -> list[int]:
+    def abort(self) -> list[int]:
         with self._lock:
-            numbers = list(self._seats)
-            self._seats.clear()
+            numbers = list(self._slots)
+            self._slots.clear()
             return numbers
 
-    def step(self) -> Told:
+    def step(self) -> RequestEvents:
         with self._lock:
-            told, self._said = self._said, []
+            events, self._pending_events = self._pending_events, []
             now = time.monotonic()
-            due = [seat for seat in self._seats.values() if seat.due <= now]
+            due = [seat for seat in self._slots.values() if seat.next_word_at <= now]
             for seat in due:
-                text = seat.word()
+                text = seat.next_word()
                 seat.count += 1
-                seat.due += seat.pause
+                seat.next_word_at += seat.pause
                 drawn = (
-                    (Drawn(text=text, bytes=tuple(text.encode()), logprob=-1.0),)
+                    (SampledToken(text=text, bytes=tuple(text.encode()), logprob=-1.0),)
                     if seat.request.top is not None
                     else ()
                 )
-                told.append((seat.number, Spoke(text=text, tokens=seat.count, drawn=drawn), False))
-                if seat.count >= seat.most:
+                events.append((seat.number, TextDelta(text=text, tokens=seat.count, drawn=drawn), False))
+                if seat.count >= seat.max_words:
                     seconds = now - seat.started
-                    answered = Answered(
+                    done = AnswerDone(
                         finish="length" if seat.is_cut else "stop",
                         tokens=seat.count,
-                        prompt_tokens=seat.heard,
+                        prompt_tokens=seat.prompt_tokens,
                         seconds_to_first=0.0,
                         seconds=seconds,
                     )
-                    told.append((seat.number, answered, True))
-                    del self._seats[seat.number]
-            soonest = min((seat.due for seat in self._seats.values()), default=now)
-        if not told:
+                    events.append((seat.number, done, True))
+                    del self._slots[seat.number]
+            soonest = min((seat.next_word_at for seat in self._slots.values()), default=now)
+        if not events:
             time.sleep(min(max(soonest - now, 0.0), STEP_SECONDS))
-        return told
+        return events
 
 
-def _about(steps: int, metrics: Metrics | None) -> dict[str, Any]:
+def _metadata_of(steps: int, metrics: Metrics | None) -> dict[str, Any]:
     return {"steps": steps, "metrics": metrics.model_dump(mode="json") if metrics else None}
 
 
-def _draw(*parts: object) -> int:
+def _hash_number(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")

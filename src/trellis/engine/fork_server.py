@@ -16,10 +16,10 @@ import socket
 import traceback
 from collections.abc import Callable
 
-MESSAGE = 65536
+MAX_MESSAGE_BYTES = 65536
 
 
-def serve(control: socket.socket, engine: Callable[[list[str]], None]) -> None:
+def serve(control: socket.socket, run_engine: Callable[[list[str]], None]) -> None:
     """Fork for every request until the parent closes its end. `engine` runs in the child with its arguments."""
     gc.collect()
     gc.freeze()  # what is here now is shared with the children, and stays shared when they collect their garbage
@@ -34,25 +34,25 @@ def serve(control: socket.socket, engine: Callable[[list[str]], None]) -> None:
                     pid, status = os.waitpid(children.pop(descriptor), 0)
                     _send(control, {"ended": pid, "code": os.waitstatus_to_exitcode(status)})
                     continue
-                message, sockets, _, _ = socket.recv_fds(control, MESSAGE, 1)
+                message, sockets, _, _ = socket.recv_fds(control, MAX_MESSAGE_BYTES, 1)
                 if not message:
                     return
-                asked = json.loads(message)
+                request = json.loads(message)
                 pid = os.fork()
                 if pid == 0:
                     poll.close()
                     control.close()
                     for other in children:
                         os.close(other)
-                    _become(engine, [*asked["arguments"], "--fd", str(sockets[0])], asked["log"])
+                    _run_child(run_engine, [*request["arguments"], "--fd", str(sockets[0])], request["log"])
                 os.close(sockets[0])
-                ends = os.pidfd_open(pid)
-                children[ends] = pid
-                poll.register(ends, select.EPOLLIN)
+                end_descriptor = os.pidfd_open(pid)
+                children[end_descriptor] = pid
+                poll.register(end_descriptor, select.EPOLLIN)
                 _send(control, {"started": pid})
 
 
-def _become(engine: Callable[[list[str]], None], arguments: list[str], log: str) -> None:
+def _run_child(run_engine: Callable[[list[str]], None], arguments: list[str], log: str) -> None:
     """Be an engine from here on; never comes back."""
     code = 1
     try:
@@ -60,7 +60,7 @@ def _become(engine: Callable[[list[str]], None], arguments: list[str], log: str)
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)
-        engine(arguments)
+        run_engine(arguments)
         code = 0
     except BaseException:  # noqa: BLE001 - whatever it is, the child must not go on as its parent
         traceback.print_exc()

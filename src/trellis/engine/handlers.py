@@ -17,11 +17,12 @@ from ..blobs import Blobs
 from ..errors import EngineError, Invalid, TrellisError
 from ..messages import (  # fmt: skip
     LOG_FILE,
+    AdapterCreated,
     Assess,
     Assessed,
     Chat,
+    CreateAdapter,
     Delta,
-    Fit,
     Learn,
     Learned,
     Lesson,
@@ -32,9 +33,8 @@ from ..messages import (  # fmt: skip
     Offer,
     Offered,
     Option,
-    Plant,
-    Planted,
     Progress,
+    Retrain,
     Status,
     StatusReport,
     Written,
@@ -42,30 +42,30 @@ from ..messages import (  # fmt: skip
 )
 from ..params import Learning
 from .hub_download import download
-from .learning.log_probs import Group, reading_of
+from .learning.log_probs import Group, scorer_for
 from .learning.losses import METHODS
 from .learning.merging import merge
-from .learning.retraining import fit_steps, sight
-from .learning.step import Point, learn_steps
-from .scheduler import Handler, Steps, Together
-from .text.adapters import Shelf, Slot, Weights
-from .text.chat_batch import Chats
-from .text.decoding import Growing, decode_group
-from .text.group_forward import forward_of
-from .text.kv_cache import Lines, lines_of
-from .text.loaded_model import LoadedModel, read_model, require_memory
+from .learning.retraining import evaluate_choices, retrain
+from .learning.step import TrainingState, learn_choice
+from .scheduler import Handler, RequestBatch, Steps
+from .text.adapters import AdapterSlot, Weights, WeightsStore
+from .text.chat_batch import ChatBatch
+from .text.decoding import GrowingOption, decode_group
+from .text.group_forward import group_forward_for
+from .text.kv_cache import SequenceCache, sequence_cache_for
+from .text.loaded_model import LoadedModel, load_model, require_free_memory
 from .text.quality_metrics import fluency_of, variety_of
-from .text.sampling import COLDEST, overflowed
+from .text.sampling import MIN_TEMPERATURE, overflow_error
 
 PROGRESS_SECONDS = 0.2
-REFERENCES = 1024
+MAX_REFERENCES = 1024
 """Lessons of which the base model's log-probabilities are kept: a few of each session that learns."""
 
-CHATS_BYTES = 1_000_000_000
+CHAT_CACHE_BYTES = 1_000_000_000
 """Keys, values and adapters that a batch of conversations may take at least; a quarter of what was free, where that is
 more."""
 
-WARM_BYTES = 256_000_000
+PREFIX_CACHE_BYTES = 256_000_000
 """Keys and values that are kept of conversations, so that a next message need not have all of them read again."""
 
 DELTA_SECONDS = 0.025
@@ -75,37 +75,40 @@ DELTA_SECONDS = 0.025
 class TextEngine:
     """One text model and the weights grown on it. All state is a cache of files and of pure functions."""
 
-    def __init__(self, blobs: Blobs, hub_timeout: float = 60.0, cache: int | None = None) -> None:
-        self._shelf = Shelf(blobs, cache)
+    def __init__(self, blobs: Blobs, hub_timeout: float = 60.0, cache_bytes: int | None = None) -> None:
+        self._weights_store = WeightsStore(blobs, cache_bytes)
         self._hub_timeout = hub_timeout
         self._loaded: LoadedModel | None = None
         self._path: str | None = None
-        self._lines: Lines | None = None
-        self._room_for_chats = CHATS_BYTES
-        self._chats = Chats(self._lines_now, lambda: self.loaded, lambda: self._room_for_chats)
+        self._sequence_cache: SequenceCache | None = None
+        self._chat_cache_bytes = CHAT_CACHE_BYTES
+        self._chat_batch = ChatBatch(self._get_sequence_cache, lambda: self.loaded, lambda: self._chat_cache_bytes)
         self._references: OrderedDict[str, Tensor] = OrderedDict()
-        self._keeping = threading.Lock()
+        self._references_lock = threading.Lock()
 
     def handlers(self) -> Mapping[type, Handler]:
         return {
-            Load: self.load, Plant: self.plant, Offer: self.offer, Learn: self.learn, Fit: self.fit,
+            Load: self.load, CreateAdapter: self.create_adapter, Offer: self.offer, Learn: self.learn,
+            Retrain: self.retrain,
             Assess: self.assess, Merge: self.merge, Status: self.status,
         }  # fmt: skip
 
-    def together(self) -> Mapping[type, Together]:
-        return {Chat: self._chats}
+    def batches(self) -> Mapping[type, RequestBatch]:
+        return {Chat: self._chat_batch}
 
-    def _lines_now(self) -> Lines:
-        if self._lines is None:
+    def _get_sequence_cache(self) -> SequenceCache:
+        if self._sequence_cache is None:
             loaded = self.loaded
-            self._room_for_chats = max(CHATS_BYTES, free_bytes(loaded.about.device) // 4)
-            self._lines = lines_of(loaded.slots, loaded.lean, self.weights, WARM_BYTES)
-        return self._lines
+            self._chat_cache_bytes = max(CHAT_CACHE_BYTES, free_bytes(loaded.info.device) // 4)
+            self._sequence_cache = sequence_cache_for(
+                loaded.slots, loaded.fast_forward, self.weights, PREFIX_CACHE_BYTES
+            )
+        return self._sequence_cache
 
     @property
     def lanes(self) -> int:
         """How many requests may be worked on at once."""
-        return self._loaded.about.lanes if self._loaded else 1
+        return self._loaded.info.lanes if self._loaded else 1
 
     @property
     def loaded(self) -> LoadedModel:
@@ -119,66 +122,69 @@ class TextEngine:
             path = yield from download(
                 request.repository, request.revision, path, request.remote_code, self._hub_timeout, request.fetches
             )
-            require_memory(path, request)
-        self._loaded = yield from read_model(path, request)
+            require_free_memory(path, request)
+        self._loaded = yield from load_model(path, request)
         self._path = str(path)
-        about: Loaded = self._loaded.about
+        about: Loaded = self._loaded.info
         return about
 
     def merge(self, request: Merge) -> Steps:
-        merged = yield from merge(request, self._shelf.blobs.path(request.weights))
+        merged = yield from merge(request, self._weights_store.blobs.path(request.weights))
         return merged
 
-    def plant(self, request: Plant) -> Steps:
+    def create_adapter(self, request: CreateAdapter) -> Steps:
         yield None
-        about = self.loaded.about
-        weights_id = request.makes_on([about.fingerprint, about.former_fingerprint])
+        about = self.loaded.info
+        weights_id = request.weights_id_on([about.fingerprint, about.former_fingerprint])
         slot = self.loaded.slots.get(request.adapter)
-        if not self._shelf.readable(slot, weights_id):
-            self._shelf.plant(slot, weights_id, request.seed)
-        return Planted(weights=weights_id, left_out=slot.left_out)
+        if not self._weights_store.is_available(slot, weights_id):
+            self._weights_store.create_initial(slot, weights_id, request.seed)
+        return AdapterCreated(weights=weights_id, left_out=slot.left_out)
 
     def offer(self, request: Offer) -> Steps:
         started = time.monotonic()
         loaded, (slot, weights) = self.loaded, self.weights(request.weights)
-        prompt = loaded.prompt_tokens(request.prompt, request.sampling.max_new_tokens, request.context_length)
-        growing = decode_group(
-            forward_of(slot, weights.flat, len(prompt) + request.sampling.max_new_tokens), loaded.tokenizer, prompt,
-            loaded.ends, request.sampling, request.group_size, request.seed, request.openings,
+        prompt = loaded.tokenize_prompt(request.prompt, request.sampling.max_new_tokens, request.context_length)
+        steps = decode_group(
+            group_forward_for(slot, weights.flat, len(prompt) + request.sampling.max_new_tokens), loaded.tokenizer,
+            prompt,
+            loaded.end_tokens, request.sampling, request.group_size, request.seed, request.openings,
         )  # fmt: skip
-        group: list[Growing] = []
-        sent = [0] * request.group_size
-        first = 0.0
-        told = started
-        for group in growing:
+        group: list[GrowingOption] = []
+        sent_lengths = [0] * request.group_size
+        seconds_to_first = 0.0
+        last_sent = started
+        for group in steps:
             now = time.monotonic()
-            if not first and not group[0].tokens:
+            if not seconds_to_first and not group[0].tokens:
                 yield None
-            elif not first or now - told >= DELTA_SECONDS:
-                first, told = first or now - started, now
-                yield _delta(group, sent)
+            elif not seconds_to_first or now - last_sent >= DELTA_SECONDS:
+                seconds_to_first, last_sent = seconds_to_first or now - started, now
+                yield _text_delta(group, sent_lengths)
             else:
                 yield None
-        lost = [option for option in group if option.overflowed]
-        if lost and (len(lost) == len(group) or not all(option.tokens for option in lost)):
-            raise overflowed()
-        if delta := _delta(group, sent):
+        overflowed_options = [option for option in group if option.overflowed]
+        if overflowed_options and (
+            len(overflowed_options) == len(group) or not all(option.tokens for option in overflowed_options)
+        ):
+            raise overflow_error()
+        if delta := _text_delta(group, sent_lengths):
             yield delta
         options = tuple(
             Option(text=o.text, tokens=tuple(o.tokens), finish=o.finish or "length", logprob=o.logprob) for o in group
         )
         seconds = time.monotonic() - started
         return Offered(
-            options=options, prompt_tokens=len(prompt), seconds_to_first=first, seconds=seconds,
+            options=options, prompt_tokens=len(prompt), seconds_to_first=seconds_to_first, seconds=seconds,
             overflowed=tuple(index for index, option in enumerate(group) if option.overflowed),
         )  # fmt: skip
 
     def learn(self, request: Learn) -> Steps:
         started = time.monotonic()
-        made = request.makes()
+        weights_id = request.weights_id()
         yield None
-        if known := self._made_before(made, request.keep):
-            return known
+        if already_made := self._already_made(weights_id, request.keep):
+            return already_made
         slot, weights = self.weights(request.weights)
         groups = [self._group(request.lesson, request.context_length, request.learning)]
         for lesson in request.replay:
@@ -190,31 +196,31 @@ class TextEngine:
             yield None
         shown = groups[0].answers[: len(request.lesson.options)]
         sums = references[0].sum(dim=-1).tolist()[: len(shown)]
-        start = Point(weights.flat, weights.first, weights.second, weights.steps)
-        outcome = yield from learn_steps(slot, start, groups[0], groups[1:], references, request.learning, made)
+        start = TrainingState(weights.flat, weights.first, weights.second, weights.steps)
+        outcome = yield from learn_choice(slot, start, groups[0], groups[1:], references, request.learning, weights_id)
         metrics = Metrics(
             loss=outcome.loss,
             kl=outcome.kl,
             share_before=outcome.share_before,
             share_after=outcome.share_after,
-            drift=slot.drift(outcome.point.flat),
+            drift=slot.drift(outcome.state.flat),
             inner_steps=outcome.inner_steps,
             seconds=time.monotonic() - started,
             fluency=fluency_of(sums, [len(answer) for answer in shown]),
             variety=variety_of(shown),
         )
-        self._shelf.add(slot, _weights_at(made, slot, outcome.point), metrics, request.keep)
-        return Learned(weights=made, metrics=metrics)
+        self._weights_store.add(slot, _weights_from(weights_id, slot, outcome.state), metrics, request.keep)
+        return Learned(weights=weights_id, metrics=metrics)
 
-    def fit(self, request: Fit) -> Steps:
+    def retrain(self, request: Retrain) -> Steps:
         started = time.monotonic()
-        made = request.makes()
+        weights_id = request.weights_id()
         yield None
-        if known := self._made_before(made):
-            return known
+        if already_made := self._already_made(weights_id):
+            return already_made
         slot, weights = self.weights(request.weights)
         groups, left_out, too_long = [], 0, None
-        for number, lesson in enumerate(lessons_in(Path(request.path))):
+        for number, lesson in enumerate(read_lessons(Path(request.path))):
             try:
                 groups.append(self._group(lesson, request.context_length, request.learning))
             except Invalid as error:  # one that does not fit into the context must not cost all the others
@@ -230,43 +236,45 @@ class TextEngine:
                 references[id(group)] = self._reference(slot, group)
             return references[id(group)]
 
-        start = Point(weights.flat, weights.first, weights.second, weights.steps)
-        steps = fit_steps(slot, start, groups, reference, request.learning, request.epochs, request.seed, made)
-        told = 0.0
+        start = TrainingState(weights.flat, weights.first, weights.second, weights.steps)
+        steps = retrain(slot, start, groups, reference, request.learning, request.epochs, request.seed, weights_id)
+        last_report = 0.0
         while True:
             try:
                 done, total, loss = next(steps)
             except StopIteration as end:
-                fitted = end.value
+                outcome = end.value
                 break
             now = time.monotonic()
-            if now - told < PROGRESS_SECONDS:
+            if now - last_report < PROGRESS_SECONDS:
                 yield None
                 continue
-            told = now
-            yield _fit_progress(done, total, loss, now - started, len(groups))
+            last_report = now
+            yield _retrain_progress(done, total, loss, now - started, len(groups))
         metrics = Metrics(
-            loss=fitted.loss,
-            kl=fitted.kl,
-            share_before=fitted.share_before,
-            share_after=fitted.share_after,
-            drift=slot.drift(fitted.point.flat),
-            inner_steps=fitted.steps,
+            loss=outcome.loss,
+            kl=outcome.kl,
+            share_before=outcome.share_before,
+            share_after=outcome.share_after,
+            drift=slot.drift(outcome.point.flat),
+            inner_steps=outcome.steps,
             seconds=time.monotonic() - started,
-            agreed=fitted.agreed,
-            agreed_of=fitted.judged,
+            agreed=outcome.agreed,
+            agreed_of=outcome.judged,
             left_out=left_out,
         )
-        self._shelf.add(slot, _weights_at(made, slot, fitted.point), metrics, keep=True)
-        return Learned(weights=made, metrics=metrics)
+        self._weights_store.add(slot, _weights_from(weights_id, slot, outcome.point), metrics, save=True)
+        return Learned(weights=weights_id, metrics=metrics)
 
     def assess(self, request: Assess) -> Steps:
         slot, weights = self.weights(request.weights)
         groups = [self._group(lesson, request.context_length, request.learning) for lesson in request.lessons]
-        looking = sight(slot, weights.flat, groups, lambda group: self._reference(slot, group), request.learning)
+        evaluation = evaluate_choices(
+            slot, weights.flat, groups, lambda group: self._reference(slot, group), request.learning
+        )
         while True:
             try:
-                next(looking)
+                next(evaluation)
             except StopIteration as end:
                 return Assessed(agreed=end.value.agreed, of=len(groups))
             yield None
@@ -279,53 +287,55 @@ class TextEngine:
             device_bytes=torch.cuda.memory_allocated() if torch.cuda.is_available() else None,
         )
 
-    def weights(self, weights_id: str) -> tuple[Slot, Weights]:
+    def weights(self, weights_id: str) -> tuple[AdapterSlot, Weights]:
         """Weights by id, and the slot that they go into. Raises WeightsMissing."""
-        slot = self.loaded.slots.get(self._shelf.settings(weights_id))
-        return slot, self._shelf.get(slot, weights_id)
+        slot = self.loaded.slots.get(self._weights_store.settings(weights_id))
+        return slot, self._weights_store.get(slot, weights_id)
 
-    def _made_before(self, made: str, keep: bool = True) -> Learned | None:
+    def _already_made(self, weights_id: str, keep: bool = True) -> Learned | None:
         """What learning once made and is whole in memory or on disk, as it was told then."""
-        metrics = self._shelf.metrics(made)
+        metrics = self._weights_store.metrics(weights_id)
         if metrics is None:
             return None
-        slot = self.loaded.slots.get(self._shelf.settings(made))
-        if not self._shelf.readable(slot, made):
+        slot = self.loaded.slots.get(self._weights_store.settings(weights_id))
+        if not self._weights_store.is_available(slot, weights_id):
             return None
         if keep:
-            self._shelf.keep(slot, made)
-        return Learned(weights=made, metrics=metrics)
+            self._weights_store.save(slot, weights_id)
+        return Learned(weights=weights_id, metrics=metrics)
 
     def _group(self, lesson: Lesson, context_length: int, learning: Learning) -> Group:
         """A lesson as numbers. An option that has no tokens, as one from another model or a file, gets this model's."""
-        loaded, prompt = self.loaded, self.loaded.render(lesson.prompt)
+        loaded, prompt = self.loaded, self.loaded.render_prompt(lesson.prompt)
         answers = [
-            list(option.tokens) if option.tokens else loaded.answer_tokens(option.text, option.finish == "stop", prompt)
+            list(option.tokens)
+            if option.tokens
+            else loaded.tokenize_answer(option.text, option.finish == "stop", prompt)
             for option in lesson.options
         ]
         if isinstance(lesson.choice, Written):
-            answers.append(loaded.answer_tokens(lesson.choice.written, after=prompt))
+            answers.append(loaded.tokenize_answer(lesson.choice.written, prompt=prompt))
         answers = [answer or [loaded.end_token or 0] for answer in answers]
         for answer in answers:
-            loaded.require_known(answer, "choice")
-        loaded.require_room(prompt, max(len(answer) for answer in answers), context_length)
-        sharpened = METHODS[learning.learning_method].tempered
-        temperature = lesson.temperature if sharpened and lesson.temperature >= COLDEST else 1.0
+            loaded.require_known_tokens(answer, "choice")
+        loaded.require_fits_context(prompt, max(len(answer) for answer in answers), context_length)
+        uses_temperature = METHODS[learning.learning_method].uses_temperature
+        temperature = lesson.temperature if uses_temperature and lesson.temperature >= MIN_TEMPERATURE else 1.0
         return Group(prompt.tokens, answers, lesson.choice, temperature)
 
-    def _reference(self, slot: Slot, group: Group) -> Tensor:
+    def _reference(self, slot: AdapterSlot, group: Group) -> Tensor:
         """The base model's log-probabilities of a lesson's answers. They never change, so they are kept."""
         key = recipe_id("r", [group.prompt, group.answers, group.temperature])
-        known = self._references.get(key)
-        if known is None:
-            (known,) = reading_of(slot, [group]).logprobs([group], None)
-            if not bool(torch.isfinite(known).all()):
-                raise overflowed()
-            with self._keeping:
-                self._references[key] = known
-                while len(self._references) > REFERENCES:
+        logprobs = self._references.get(key)
+        if logprobs is None:
+            (logprobs,) = scorer_for(slot, [group]).logprobs([group], None)
+            if not bool(torch.isfinite(logprobs).all()):
+                raise overflow_error()
+            with self._references_lock:
+                self._references[key] = logprobs
+                while len(self._references) > MAX_REFERENCES:
                     self._references.popitem(last=False)
-        return known
+        return logprobs
 
 
 def free_bytes(device: str) -> int:
@@ -335,11 +345,11 @@ def free_bytes(device: str) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _weights_at(made: str, slot: Slot, point: Point) -> Weights:
-    return Weights(made, slot.settings, point.flat, point.first, point.second, point.steps)
+def _weights_from(weights_id: str, slot: AdapterSlot, state: TrainingState) -> Weights:
+    return Weights(weights_id, slot.settings, state.flat, state.first, state.second, state.steps)
 
 
-def lessons_in(folder: Path) -> Iterator[Lesson]:
+def read_lessons(folder: Path) -> Iterator[Lesson]:
     """The lessons of a log. Raises TrellisError when it is gone."""
     try:
         with (folder / LOG_FILE).open(encoding="utf-8") as lines:
@@ -353,21 +363,21 @@ def lessons_in(folder: Path) -> Iterator[Lesson]:
         ) from None
 
 
-def _fit_progress(done: int, total: int, loss: float, seconds: float, lessons: int) -> Progress:
-    told = f", loss {loss:.2f}" if loss == loss else ""
+def _retrain_progress(done: int, total: int, loss: float, seconds: float, lessons: int) -> Progress:
+    loss_text = f", loss {loss:.2f}" if loss == loss else ""
     return Progress(
         stage="fitting",
         fraction=min(done / total, 1.0),
-        message=f"Optimizer step {min(done + 1, total)} of {total}, {lessons} choices{told}",
+        message=f"Optimizer step {min(done + 1, total)} of {total}, {lessons} choices{loss_text}",
         seconds_left=seconds / done * (total - done) if done else None,
     )
 
 
-def _delta(group: list[Growing], sent: list[int]) -> Delta | None:
+def _text_delta(group: list[GrowingOption], sent_lengths: list[int]) -> Delta | None:
     """What each option grew by since `sent`, which is brought up to date."""
     texts = {}
     for index, option in enumerate(group):
-        if len(option.text) > sent[index]:
-            texts[index] = option.text[sent[index] :]
-            sent[index] = len(option.text)
+        if len(option.text) > sent_lengths[index]:
+            texts[index] = option.text[sent_lengths[index] :]
+            sent_lengths[index] = len(option.text)
     return Delta(texts=texts) if texts else None

@@ -39,75 +39,75 @@ from ..messages import Progress
 from ..model_checks import find_problems_before_weights
 from ..model_files import inspect_folder
 
-WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
+WANTED_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*",
           "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja", "chat_template*",
           "*.tiktoken", "*.model", "*.bpe", "*.spm", "tekken.json", "*processor_config.json", "LICENSE*", "NOTICE*",
           "USE_POLICY*", "README.md", "adapter_config.json", "quantize_config.json", "modules.json",
           "config_sentence_transformers.json"]  # fmt: skip
-TEMPLATES = "additional_chat_templates/"
+TEMPLATES_FOLDER = "additional_chat_templates/"
 """The one folder of a repository that belongs to a model's tokenizer."""
 POLL_SECONDS = 0.1
-PIECE = 1 << 18
+CHUNK_BYTES = 1 << 18
 """Bytes that are written at a time: what a broken connection can cost."""
-ROOM = 200_000_000
+MIN_FREE_DISK_BYTES = 200_000_000
 """Bytes that a download leaves free on the disk."""
 
 
-def marker(cache: Path, repository: str, commit: str) -> Path:
+def completion_marker(cache: Path, repository: str, commit: str) -> Path:
     """The file that says of a commit that all of it is here."""
     return cache / "complete" / f"{repository.replace('/', '--')}@{commit}.json"
 
 
 def download(
-    repository: str, revision: str, cache: Path, with_code: bool, patience: float, fetches: bool = True
+    repository: str, revision: str, cache: Path, with_code: bool, timeout: float, may_download: bool = True
 ) -> Generator[Progress | None, None, Path]:
     """The folder of a repository at a revision, fetched as far as it is not there; or, unless it `fetches`, as it was
     fetched last. Raises LoadFailed."""
     revision = revision or "main"
-    if known := _kept(cache, repository, revision, with_code):
-        return known
-    if not fetches:
-        if known := _latest(cache, repository, revision):
-            return known
+    if complete := _complete_download(cache, repository, revision, with_code):
+        return complete
+    if not may_download:
+        if complete := _latest_download(cache, repository, revision):
+            return complete
         raise LoadFailed(
             f"The files of “{repository}” are no longer here.", code="not_found",
             next_step="Load it on the Models page to download them.",
         )  # fmt: skip
     yield Progress(stage="initializing", fraction=0.01, message=f"Looking up {repository} on Hugging Face")
-    patterns = [*WANTED, "*.py"] if with_code else WANTED
+    patterns = [*WANTED_FILES, "*.py"] if with_code else WANTED_FILES
     try:
-        info = yield from _beside(patience, "Hugging Face did not answer", _info, repository, revision)
+        info = yield from _run_in_thread(timeout, "Hugging Face did not answer", _repository_info, repository, revision)
     except LoadFailed as error:
-        kept = _latest(cache, repository, revision) if error.code in ("network", "timeout") else None
-        if kept is None:
+        latest = _latest_download(cache, repository, revision) if error.code in ("network", "timeout") else None
+        if latest is None:
             raise
-        return kept  # without the hub, what was fetched before is as good
-    commit, sizes = str(info.sha), _wanted(info, patterns)
+        return latest  # without the hub, what was fetched before is as good
+    commit, sizes = str(info.sha), _files_to_download(info, patterns)
     if not any(name.endswith(".safetensors") for name in sizes):
         raise LoadFailed(
             f"“{repository}” has no safetensors files.",
             code="not_found",
             next_step="Choose a model with safetensors files. Other formats can contain code and are not loaded.",
         )
-    if known := _kept(cache, repository, commit, with_code):
-        _remember(cache, repository, commit, revision, known, with_code)
-        return known
+    if complete := _complete_download(cache, repository, commit, with_code):
+        _mark_complete(cache, repository, commit, revision, complete, with_code)
+        return complete
     total = sum(file.size for file in sizes.values())
     folder = cache / repository.replace("/", "--") / commit
     folder.mkdir(parents=True, exist_ok=True)
-    have = _bytes_in(folder)
-    _require_room(cache, total - have, repository)
-    begun, moved, done = time.monotonic(), time.monotonic(), have
+    downloaded_before = _folder_bytes(folder)
+    _require_disk_space(cache, total - downloaded_before, repository)
+    started, last_change, done = time.monotonic(), time.monotonic(), downloaded_before
     hashing = threading.Event()
-    fetching = _Thread(lambda: _fetch(repository, commit, sizes, folder, hashing, with_code))
-    while fetching.is_alive():
-        fetching.join(POLL_SECONDS)
-        now, found = time.monotonic(), _bytes_in(folder)
+    thread = _ResultThread(lambda: _download_files(repository, commit, sizes, folder, hashing, with_code))
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        now, found = time.monotonic(), _folder_bytes(folder)
         if found != done or hashing.is_set():  # no byte comes while one file is being checked
-            done, moved = found, now
-        if done < total and now - moved > patience:
-            raise _timeout(f"The download of “{repository}” received nothing for {patience:.0f} seconds.")
-        rate = max(done - have, 0) / max(now - begun, 1e-6)
+            done, last_change = found, now
+        if done < total and now - last_change > timeout:
+            raise _timeout_error(f"The download of “{repository}” received nothing for {timeout:.0f} seconds.")
+        rate = max(done - downloaded_before, 0) / max(now - started, 1e-6)
         yield Progress(
             stage="downloading",
             fraction=0.01 + 0.09 * min(done / max(total, 1), 1.0),
@@ -117,19 +117,19 @@ def download(
             rate=rate,
             seconds_left=max(total - done, 0) / rate if rate else None,
         )
-    fetching.result(repository, revision)
-    _remember(cache, repository, commit, revision, folder, with_code)
+    thread.result(repository, revision)
+    _mark_complete(cache, repository, commit, revision, folder, with_code)
     return folder
 
 
 @dataclass(frozen=True)
-class _File:
+class _HubFile:
     size: int
     sha256: str | None
 
 
-def _fetch(
-    repository: str, commit: str, files: dict[str, _File], folder: Path, hashing: threading.Event, with_code: bool
+def _download_files(
+    repository: str, commit: str, files: dict[str, _HubFile], folder: Path, hashing: threading.Event, with_code: bool
 ) -> None:
     """Every file that is not whole yet, from where it broke off. The hub's own downloader begins a file again after
     a failure, so its transfer is used here with a part file that stays. Two engines that want the same wait for
@@ -137,17 +137,17 @@ def _fetch(
     large = {name: about for name, about in files.items() if name.endswith(".safetensors")}
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        _fetch_missing(repository, commit, {name: files[name] for name in files.keys() - large}, folder, hashing)
+        _download_missing(repository, commit, {name: files[name] for name in files.keys() - large}, folder, hashing)
         for problem in find_problems_before_weights(inspect_folder(folder), with_code):
             raise problem.to_error()
-        _fetch_missing(repository, commit, large, folder, hashing)
+        _download_missing(repository, commit, large, folder, hashing)
 
 
-def _fetch_missing(
-    repository: str, commit: str, files: dict[str, _File], folder: Path, hashing: threading.Event
+def _download_missing(
+    repository: str, commit: str, files: dict[str, _HubFile], folder: Path, hashing: threading.Event
 ) -> None:
     headers = build_hf_headers()
-    constants.DOWNLOAD_CHUNK_SIZE = PIECE  # the library's own ten megabytes are lost with every broken connection
+    constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES  # the library's own ten megabytes are lost with every broken connection
     for name, about in files.items():
         whole, part = folder / name, folder / f"{name}.part"
         if whole.is_file() and whole.stat().st_size == about.size:
@@ -158,13 +158,23 @@ def _fetch_missing(
             start = out.seek(0, os.SEEK_END)
             if start < about.size:
                 url = hf_hub_url(repository, name, revision=commit)
-                http_get(url, out, resume_size=start, headers=headers, expected_size=about.size, tqdm_class=_Silent)
+                http_get(
+                    url,
+                    out,
+                    resume_size=start,
+                    headers=headers,
+                    expected_size=about.size,
+                    tqdm_class=_SilentProgressBar,
+                )
             out.flush()
             os.fsync(out.fileno())
         hashing.set()
-        right = part.stat().st_size == about.size and about.sha256 in (None, _sha256(part) if about.sha256 else None)
+        is_intact = part.stat().st_size == about.size and about.sha256 in (
+            None,
+            _sha256(part) if about.sha256 else None,
+        )
         hashing.clear()
-        if not right:
+        if not is_intact:
             part.unlink()
             raise LoadFailed(
                 f"The file “{name}” of “{repository}” doesn't match its checksum on Hugging Face.",
@@ -174,7 +184,7 @@ def _fetch_missing(
         part.rename(whole)
 
 
-class _Silent(tqdm):
+class _SilentProgressBar(tqdm):
     """The library's progress bar, which has nobody to look at it here."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -187,7 +197,7 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-class _Thread(threading.Thread):
+class _ResultThread(threading.Thread):
     """Work beside the loop; its result, or its error as one a person can be shown."""
 
     def __init__(self, work: Any) -> None:
@@ -205,46 +215,46 @@ class _Thread(threading.Thread):
 
     def result(self, repository: str, revision: str) -> Any:
         if self._error:
-            raise _in_words(self._error, repository, revision) from self._error
+            raise _explain(self._error, repository, revision) from self._error
         return self._result
 
 
-def _beside(patience: float, what: str, work: Any, repository: str, revision: str) -> Generator[None, None, Any]:
-    thread = _Thread(lambda: work(repository, revision, patience))
-    begun = time.monotonic()
+def _run_in_thread(timeout: float, what: str, work: Any, repository: str, revision: str) -> Generator[None, None, Any]:
+    thread = _ResultThread(lambda: work(repository, revision, timeout))
+    started = time.monotonic()
     while thread.is_alive():
         thread.join(POLL_SECONDS)
-        if time.monotonic() - begun > patience:
-            raise _timeout(f"{what} for {patience:.0f} seconds.")
+        if time.monotonic() - started > timeout:
+            raise _timeout_error(f"{what} for {timeout:.0f} seconds.")
         yield None
     return thread.result(repository, revision)
 
 
-def _info(repository: str, revision: str, patience: float) -> Any:
-    return HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=patience)
+def _repository_info(repository: str, revision: str, timeout: float) -> Any:
+    return HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=timeout)
 
 
-def _wanted(info: Any, patterns: list[str]) -> dict[str, _File]:
+def _files_to_download(info: Any, patterns: list[str]) -> dict[str, _HubFile]:
     """Files to fetch. Those in folders are other formats of the same model."""
     files = {
-        file.rfilename: _File(int(file.size or 0), getattr(file.lfs, "sha256", None)) for file in info.siblings or []
+        file.rfilename: _HubFile(int(file.size or 0), getattr(file.lfs, "sha256", None)) for file in info.siblings or []
     }
     return {
         name: about
         for name, about in files.items()
         if ("/" not in name and any(fnmatch(name, pattern) for pattern in patterns))
         or (
-            name.startswith(TEMPLATES)
-            and fnmatch(name.removeprefix(TEMPLATES), "[A-Za-z0-9_-]*.jinja")
-            and "/" not in name.removeprefix(TEMPLATES)
+            name.startswith(TEMPLATES_FOLDER)
+            and fnmatch(name.removeprefix(TEMPLATES_FOLDER), "[A-Za-z0-9_-]*.jinja")
+            and "/" not in name.removeprefix(TEMPLATES_FOLDER)
         )
     }
 
 
-def _kept(cache: Path, repository: str, commit: str, with_code: bool) -> Path | None:
+def _complete_download(cache: Path, repository: str, commit: str, with_code: bool) -> Path | None:
     """The folder of a commit that was fetched whole before, with the model's own code where that is wanted."""
     try:
-        about = json.loads(marker(cache, repository, commit).read_text())
+        about = json.loads(completion_marker(cache, repository, commit).read_text())
     except (OSError, ValueError):
         return None
     folder = Path(about["folder"])
@@ -253,7 +263,7 @@ def _kept(cache: Path, repository: str, commit: str, with_code: bool) -> Path | 
     return folder if (folder / "config.json").is_file() else None
 
 
-def _latest(cache: Path, repository: str, revision: str) -> Path | None:
+def _latest_download(cache: Path, repository: str, revision: str) -> Path | None:
     """What was last fetched of a branch."""
     found: list[tuple[float, Path]] = []
     for file in (cache / "complete").glob(f"{repository.replace('/', '--')}@*.json"):
@@ -263,9 +273,9 @@ def _latest(cache: Path, repository: str, revision: str) -> Path | None:
     return max(found)[1] if found else None
 
 
-def _remember(cache: Path, repository: str, commit: str, revision: str, folder: Path, with_code: bool) -> None:
-    place = marker(cache, repository, commit)
-    place.parent.mkdir(parents=True, exist_ok=True)
+def _mark_complete(cache: Path, repository: str, commit: str, revision: str, folder: Path, with_code: bool) -> None:
+    marker_file = completion_marker(cache, repository, commit)
+    marker_file.parent.mkdir(parents=True, exist_ok=True)
     about = {
         "repository": repository,
         "commit": commit,
@@ -273,12 +283,12 @@ def _remember(cache: Path, repository: str, commit: str, revision: str, folder: 
         "folder": str(folder),
         "with_code": with_code,
     }
-    part = place.with_suffix(f".{os.getpid()}.part")
+    part = marker_file.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(about))
-    part.replace(place)
+    part.replace(marker_file)
 
 
-def _bytes_in(folder: Path) -> int:
+def _folder_bytes(folder: Path) -> int:
     total = 0
     for file in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):  # a part that has just become whole
@@ -286,9 +296,9 @@ def _bytes_in(folder: Path) -> int:
     return total
 
 
-def _require_room(folder: Path, needed: int, repository: str) -> None:
+def _require_disk_space(folder: Path, needed: int, repository: str) -> None:
     free = shutil.disk_usage(folder).free
-    if needed + ROOM > free:
+    if needed + MIN_FREE_DISK_BYTES > free:
         raise LoadFailed(
             f"“{repository}” needs {needed / 1e9:.2f} GB in “{folder}”, but only {free / 1e9:.2f} GB are free.",
             code="disk_full",
@@ -296,20 +306,20 @@ def _require_room(folder: Path, needed: int, repository: str) -> None:
         )
 
 
-def _timeout(message: str) -> LoadFailed:
+def _timeout_error(message: str) -> LoadFailed:
     return LoadFailed(
         message, code="timeout",
         next_step="Check the connection or raise TRELLIS_HUB_TIMEOUT, then load again. The partial download is kept.",
     )  # fmt: skip
 
 
-def _in_words(error: Exception, repository: str, revision: str) -> TrellisError:
+def _explain(error: Exception, repository: str, revision: str) -> TrellisError:
     """What the hub's library raised, as the codes that a load can fail with."""
     if isinstance(error, TrellisError):
         return error
-    if isinstance(error, GatedRepoError) or _status(error) in (401, 403):
+    if isinstance(error, GatedRepoError) or _status_code(error) in (401, 403):
         if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
-            return _no_repository(repository)
+            return _repository_missing(repository)
         return LoadFailed(
             f"You don't have access to “{repository}” on Hugging Face.", code="permission_denied",
             next_step="Accept its terms on Hugging Face and start the studio with HF_TOKEN set to a token with access.",
@@ -320,15 +330,15 @@ def _in_words(error: Exception, repository: str, revision: str) -> TrellisError:
             next_step="Use a branch, tag or full commit listed on its Hugging Face page.", field="revision",
         )  # fmt: skip
     if isinstance(error, RepositoryNotFoundError):
-        return _no_repository(repository)
+        return _repository_missing(repository)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return LoadFailed(
             f"The disk is full: “{repository}” could not be downloaded completely.", code="disk_full",
             next_step="Free up disk space and load again. The partial download is kept.",
         )  # fmt: skip
     if "timed out" in str(error).lower() or "timeout" in type(error).__name__.lower():
-        return _timeout(f"Hugging Face did not answer in time for “{repository}”.")
-    status = f" (status {_status(error)})" if _status(error) else ""
+        return _timeout_error(f"Hugging Face did not answer in time for “{repository}”.")
+    status = f" (status {_status_code(error)})" if _status_code(error) else ""
     if isinstance(error, (HfHubHTTPError, LocalEntryNotFoundError, OSError)) or "httpx" in type(error).__module__:
         return LoadFailed(
             f"Can't reach Hugging Face for “{repository}”{status}: {_reason(error)}.",
@@ -347,12 +357,12 @@ def _reason(error: Exception) -> str:
     return re.sub(r"^\[Errno -?\d+\] ", "", line)[:200].rstrip(".")
 
 
-def _no_repository(repository: str) -> LoadFailed:
+def _repository_missing(repository: str) -> LoadFailed:
     return LoadFailed(
         f"There is no model “{repository}” on Hugging Face, or it is private.", code="not_found",
         next_step="Check the name. A private model needs HF_TOKEN set when the studio starts.",
     )  # fmt: skip
 
 
-def _status(error: Exception) -> int | None:
+def _status_code(error: Exception) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)

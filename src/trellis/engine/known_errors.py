@@ -16,17 +16,19 @@ from ..messages import Failed
 log = logging.getLogger(__name__)
 
 
-def explained(error: Exception) -> Failed:
+def explain_error(error: Exception) -> Failed:
     """What went wrong in words for a person: every condition that is known by the kind or the words of an error is told
     here, once. Anything else is a bug, and logged."""
     if isinstance(error, TrellisError):
-        return failed(error)
+        return failed_event(error)
     if isinstance(error, OSError):
-        return failed(disk_trouble(error))
-    known = next((told for told in (_by_kind(error), _by_words(error)) if told is not None), None)
-    if known is not None:
-        log.warning("a request failed: %s", known.message, exc_info=error)
-        return failed(known)
+        return failed_event(disk_error(error))
+    explanation = next(
+        (told for told in (_explain_by_type(error), _explain_by_message(error)) if told is not None), None
+    )
+    if explanation is not None:
+        log.warning("a request failed: %s", explanation.message, exc_info=error)
+        return failed_event(explanation)
     log.error("a request failed", exc_info=error)
     return Failed(
         code="engine_bug",
@@ -35,11 +37,11 @@ def explained(error: Exception) -> Failed:
     )
 
 
-def _by_kind(error: Exception) -> TrellisError | None:
+def _explain_by_type(error: Exception) -> TrellisError | None:
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
-        return out_of_memory("the device's memory")
+        return out_of_memory_error("the device's memory")
     if isinstance(error, MemoryError):
-        return out_of_memory("this computer's memory")
+        return out_of_memory_error("this computer's memory")
     if isinstance(error, ImportError):
         return TrellisError(
             f"A required library can't be used: {shorten(error, 300)}.",
@@ -55,7 +57,7 @@ def _by_kind(error: Exception) -> TrellisError | None:
     return None
 
 
-def out_of_memory(where: str) -> TrellisError:
+def out_of_memory_error(where: str) -> TrellisError:
     return TrellisError(
         f"Out of memory: not enough of {where}.",
         code="out_of_memory",
@@ -63,7 +65,7 @@ def out_of_memory(where: str) -> TrellisError:
     )
 
 
-def device_trouble(error: Exception) -> TrellisError:
+def device_error(error: Exception) -> TrellisError:
     return TrellisError(
         f"The device failed: {shorten((str(error).splitlines() or ['no details'])[0], 300)}.",
         code="device_failed",
@@ -71,7 +73,7 @@ def device_trouble(error: Exception) -> TrellisError:
     )
 
 
-def damaged(error: Exception) -> TrellisError:
+def damaged_file_error(error: Exception) -> TrellisError:
     return TrellisError(
         f"A weights file is damaged: {shorten(error, 300)}.",
         code="corrupt_file",
@@ -79,7 +81,7 @@ def damaged(error: Exception) -> TrellisError:
     )
 
 
-def disk_trouble(error: OSError) -> TrellisError:
+def disk_error(error: OSError) -> TrellisError:
     where = f" at “{error.filename}”" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return TrellisError(
@@ -112,27 +114,27 @@ def disk_trouble(error: OSError) -> TrellisError:
     )
 
 
-WORDS: tuple[tuple[re.Pattern[str], Callable[[Exception], TrellisError]], ...] = (
+MESSAGE_PATTERNS: tuple[tuple[re.Pattern[str], Callable[[Exception], TrellisError]], ...] = (
     (re.compile(r"not enough memory|can't allocate memory|cannot allocate memory|bad_alloc", re.I),
-     lambda error: out_of_memory("this computer's memory")),
-    (re.compile(r"out of memory|ALLOC_FAILED", re.I), lambda error: out_of_memory("the device's memory")),
+     lambda error: out_of_memory_error("this computer's memory")),
+    (re.compile(r"out of memory|ALLOC_FAILED", re.I), lambda error: out_of_memory_error("the device's memory")),
     # safetensors hides the kind of the error in its words
-    (re.compile(r"os error 28\b"), lambda error: disk_trouble(OSError(errno.ENOSPC, "No space left on device"))),
-    (re.compile(r"os error 122\b"), lambda error: disk_trouble(OSError(errno.EDQUOT, "Disk quota exceeded"))),
-    (re.compile(r"os error (\d+)\b"), lambda error: disk_trouble(OSError(errno.EIO, shorten(error, 200)))),
-    (re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS|HIP error|MPS backend", re.I), device_trouble),
+    (re.compile(r"os error 28\b"), lambda error: disk_error(OSError(errno.ENOSPC, "No space left on device"))),
+    (re.compile(r"os error 122\b"), lambda error: disk_error(OSError(errno.EDQUOT, "Disk quota exceeded"))),
+    (re.compile(r"os error (\d+)\b"), lambda error: disk_error(OSError(errno.EIO, shorten(error, 200)))),
+    (re.compile(r"CUDA error|CUBLAS_STATUS|CUDNN_STATUS|HIP error|MPS backend", re.I), device_error),
     (re.compile(r"HeaderTooLarge|HeaderTooSmall|InvalidHeader|MetadataIncompleteBuffer|deserializing header", re.I),
-     damaged),
+     damaged_file_error),
 )  # fmt: skip
 """Conditions that libraries name in words alone."""
 
 
-def _by_words(error: Exception) -> TrellisError | None:
+def _explain_by_message(error: Exception) -> TrellisError | None:
     text = str(error)
-    return next((tell(error) for pattern, tell in WORDS if pattern.search(text)), None)
+    return next((tell(error) for pattern, tell in MESSAGE_PATTERNS if pattern.search(text)), None)
 
 
-def failed(error: TrellisError) -> Failed:
+def failed_event(error: TrellisError) -> Failed:
     return Failed(
         code=error.code,
         message=error.message,

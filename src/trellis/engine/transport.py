@@ -10,34 +10,34 @@ import socket
 import threading
 from collections.abc import Callable
 
-from ..messages import HEADER, Down, Up, frame, frame_length
+from ..messages import FRAME_HEADER, EventFrame, RequestFrame, encode_frame, frame_length
 
 
-class Wire:
+class Transport:
     """Frames over a connected socket."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
 
-    def listen(self, take: Callable[[Down], None], closed: Callable[[], None]) -> None:
+    def listen(self, on_frame: Callable[[RequestFrame], None], on_close: Callable[[], None]) -> None:
         """Have a thread of its own take the frames from now on, and call `closed` when the far end is gone."""
-        threading.Thread(target=self._read, args=(take, closed), name="wire", daemon=True).start()
+        threading.Thread(target=self._read_frames, args=(on_frame, on_close), name="wire", daemon=True).start()
 
-    def send(self, up: Up) -> None:
+    def send(self, up: EventFrame) -> None:
         """Raises OSError when the far end is gone."""
-        self._socket.sendall(frame(up))
+        self._socket.sendall(encode_frame(up))
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
-    def _read(self, take: Callable[[Down], None], closed: Callable[[], None]) -> None:
+    def _read_frames(self, on_frame: Callable[[RequestFrame], None], on_close: Callable[[], None]) -> None:
         try:
             with self._socket.makefile("rb") as stream:
-                while header := stream.read(HEADER.size):
-                    take(Down.model_validate_json(stream.read(frame_length(header))))
+                while header := stream.read(FRAME_HEADER.size):
+                    on_frame(RequestFrame.model_validate_json(stream.read(frame_length(header))))
         except (OSError, ValueError):
             pass  # a broken frame and a broken socket mean the same: nobody to work for
         finally:
-            closed()
+            on_close()

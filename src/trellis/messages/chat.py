@@ -50,7 +50,7 @@ class Chat(Message):
     """Whether the conversation is put into the model's chat template, where it has one."""
 
 
-class Heard(Message):
+class PromptRead(Message):
     """How much of a conversation has been read. `warm` tokens of it were known from before; `left_out` turns did not
     fit."""
 
@@ -64,7 +64,7 @@ class Heard(Message):
     """Whether the chat template has opened a thought, in which the answer begins."""
 
 
-class Drawn(Message):
+class SampledToken(Message):
     """One token of an answer, with its log-probability and those of the likeliest, in nats."""
 
     text: str
@@ -73,16 +73,16 @@ class Drawn(Message):
     top: tuple[tuple[str, tuple[int, ...], float], ...] = ()
 
 
-class Spoke(Message):
+class TextDelta(Message):
     """Text that an answer grew by, and how many tokens it has now."""
 
     type: Literal["spoke"] = "spoke"
     text: str
     tokens: int
-    drawn: tuple[Drawn, ...] = ()
+    drawn: tuple[SampledToken, ...] = ()
 
 
-class Answered(Message):
+class AnswerDone(Message):
     """An answer is whole. Seconds are counted from when the engine was asked."""
 
     type: Literal["answered"] = "answered"

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .chat import Answered, Chat, Heard, Spoke
+from .chat import AnswerDone, Chat, PromptRead, TextDelta
 from .message import Message
 from .models import Load, Loaded, Merge, Merged, Status, StatusReport
-from .steering import Assess, Assessed, Delta, Fit, Learn, Learned, Offer, Offered, Plant, Planted
+from .steering import AdapterCreated, Assess, Assessed, CreateAdapter, Delta, Learn, Learned, Offer, Offered, Retrain
 
 
 class Cancel(Message):
@@ -20,7 +20,7 @@ class Cancel(Message):
     request: int
 
 
-class Urge(Message):
+class SetPriority(Message):
     """Give a request that is waiting or under way another priority."""
 
     type: Literal["urge"] = "urge"
@@ -28,19 +28,19 @@ class Urge(Message):
     priority: int
 
 
-Request = Load | Plant | Offer | Learn | Fit | Assess | Merge | Chat | Status
+Request = Load | CreateAdapter | Offer | Learn | Retrain | Assess | Merge | Chat | Status
 
 
-class Down(Message):
+class RequestFrame(Message):
     """A frame from the web process: a request with its number; a lower priority number goes first."""
 
     id: int
     priority: int = 0
     owner: str = ""
     """For whom it is: the requests of several owners take turns."""
-    goes_on: bool = False
+    continues_turn: bool = False
     """Whether it is the second half of what its owner has just had a turn for."""
-    body: Annotated[Request | Cancel | Urge, Field(discriminator="type")]
+    body: Annotated[Request | Cancel | SetPriority, Field(discriminator="type")]
 
 
 Stage = Literal["connecting", "initializing", "downloading", "reading", "parsing", "quantizing", "placing",
@@ -60,7 +60,7 @@ class Progress(Message):
     seconds_left: float | None = None
 
 
-class Queued(Message):
+class QueuePosition(Message):
     """Others are being worked for. `place` is 1 for who is next."""
 
     type: Literal["queued"] = "queued"
@@ -84,24 +84,24 @@ class Failed(Message):
 
 Event = (
     Progress
-    | Queued
+    | QueuePosition
     | Loaded
-    | Planted
+    | AdapterCreated
     | Merged
     | Delta
     | Offered
     | Learned
     | Assessed
-    | Heard
-    | Spoke
-    | Answered
+    | PromptRead
+    | TextDelta
+    | AnswerDone
     | StatusReport
     | Cancelled
     | Failed
 )
 
 
-class Up(Message):
+class EventFrame(Message):
     """A frame from the engine. The last one of a request is marked."""
 
     id: int
@@ -109,23 +109,23 @@ class Up(Message):
     body: Annotated[Event, Field(discriminator="type")]
 
 
-HEADER = struct.Struct(">I")
+FRAME_HEADER = struct.Struct(">I")
 """A frame is its length in four bytes, then the JSON of a Down or an Up."""
 
 
-MAX_FRAME = 64 * 1024 * 1024
+MAX_FRAME_BYTES = 64 * 1024 * 1024
 
 
-def frame(message: Message) -> bytes:
+def encode_frame(message: Message) -> bytes:
     body = message.model_dump_json().encode()
-    if len(body) > MAX_FRAME:
-        raise ValueError(f"a message of {len(body)} bytes is over the limit of {MAX_FRAME}")
-    return HEADER.pack(len(body)) + body
+    if len(body) > MAX_FRAME_BYTES:
+        raise ValueError(f"a message of {len(body)} bytes is over the limit of {MAX_FRAME_BYTES}")
+    return FRAME_HEADER.pack(len(body)) + body
 
 
 def frame_length(header: bytes) -> int:
     """The length that a header announces. Raises ValueError before anything of that size is allocated."""
-    (length,) = HEADER.unpack(header)
-    if length > MAX_FRAME:
-        raise ValueError(f"a frame of {length} bytes is over the limit of {MAX_FRAME}")
+    (length,) = FRAME_HEADER.unpack(header)
+    if length > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {length} bytes is over the limit of {MAX_FRAME_BYTES}")
     return int(length)

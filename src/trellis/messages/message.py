@@ -13,7 +13,7 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def later(default: Any) -> Any:
+def added_later(default: Any) -> Any:
     """A field that came after the first recipes: at its default it is left out of the names of weights."""
     return Field(default, json_schema_extra={"later": True})
 

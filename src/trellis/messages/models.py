@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ..params import Device, EngineName, Precision
 from .message import Message
-from .steering import Plant, Prompt
+from .steering import CreateAdapter, Prompt
 
 
 class Load(Message):
@@ -40,7 +40,7 @@ class Merge(Message):
     weights: str
     into: str
     root: str
-    plant: Plant
+    plant: CreateAdapter
     probes: tuple[Prompt, ...] = Field(max_length=32)
     remote_code: bool = False
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictInt, TypeAdapter
 
 from ..params import Adapter, Learning, Sampling, StorableText
-from .message import Message, later, recipe_id, recipe_of
+from .message import Message, added_later, recipe_id, recipe_of
 from .template_kwargs import TemplateKwargs
 
 
@@ -17,11 +17,11 @@ class Prompt(Message):
 
     text: str
     system: str = ""
-    template: bool = later(True)
+    template: bool = added_later(True)
     """Whether it is put into the model's chat template, where it has one."""
-    opening: str = later("")
+    opening: str = added_later("")
     """What every answer begins with, after the template."""
-    template_kwargs: TemplateKwargs = later({})
+    template_kwargs: TemplateKwargs = added_later({})
     """Variables for the chat template beside the messages, such as `enable_thinking`."""
 
 
@@ -72,22 +72,22 @@ LOG_FILE = "lessons.jsonl"
 """What the folder of a log holds."""
 
 
-class Plant(Message):
+class CreateAdapter(Message):
     """Make the weights a session starts from: an adapter that changes nothing yet."""
 
     type: Literal["plant"] = "plant"
     adapter: Adapter
     seed: int
-    root: str = later("")
+    root: str = added_later("")
     """The weights that a session began with: made under this name on a model that an older version knew otherwise."""
 
-    def makes(self, fingerprint: str) -> str:
+    def weights_id(self, fingerprint: str) -> str:
         """The id of the weights on a model with this fingerprint."""
         return recipe_id("w", {"model": fingerprint, **recipe_of(self.model_copy(update={"root": ""}))})
 
-    def makes_on(self, fingerprints: Sequence[str]) -> str:
+    def weights_id_on(self, fingerprints: Sequence[str]) -> str:
         """The id on a model that goes by several fingerprints: `root` where one of them leads to it, else the first."""
-        made = [self.makes(fingerprint) for fingerprint in fingerprints]
+        made = [self.weights_id(fingerprint) for fingerprint in fingerprints]
         return self.root if self.root in made else made[0]
 
 
@@ -123,14 +123,14 @@ class Learn(Message):
     context_length: int
     keep: bool = True
 
-    def makes(self) -> str:
+    def weights_id(self) -> str:
         """The id of the weights that this request makes, known before they are computed."""
         recipe = recipe_of(self)
         del recipe["keep"]  # where weights lie does not change what they are
         return recipe_id("w", recipe)
 
 
-class Fit(Message):
+class Retrain(Message):
     """Train weights on a whole log of choices: several passes over it in shuffled batches. Pure, as `Learn` is.
 
     `log` names the log by its content; `path` is the folder that it lies in, with a `Lesson` a line.
@@ -145,7 +145,7 @@ class Fit(Message):
     seed: int
     context_length: int
 
-    def makes(self) -> str:
+    def weights_id(self) -> str:
         """The id of the weights that this request makes, known before they are computed."""
         recipe = recipe_of(self)
         del recipe["path"]  # where a log lies does not change what it teaches
@@ -162,7 +162,7 @@ class Assess(Message):
     context_length: int
 
 
-class Planted(Message):
+class AdapterCreated(Message):
     """The weights that a session starts from. `left_out` are layers that were asked for and cannot get an adapter, each
     with the reason."""
 

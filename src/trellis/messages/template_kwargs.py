@@ -13,7 +13,7 @@ TemplateKwargs = dict[Annotated[str, Field(max_length=100)], StrictBool | Strict
 """Variables that a chat template reads beside the messages: plain values by name."""
 
 
-MOST_TEMPLATE_KWARGS = 32
+MAX_TEMPLATE_KWARGS = 32
 
 
 RESERVED_TEMPLATE_KWARGS = frozenset({
@@ -29,19 +29,19 @@ the language it is written in. Special tokens, which end in `_token` or `_tokens
 
 def template_kwargs_from(values: Mapping[str, Any]) -> TemplateKwargs:
     """Variables for a chat template from what was sent. Raises Invalid for a name or value that cannot be one."""
-    if len(values) > MOST_TEMPLATE_KWARGS:
-        raise _not_for_a_template(f"has {len(values)} variables; {MOST_TEMPLATE_KWARGS} are allowed.")
+    if len(values) > MAX_TEMPLATE_KWARGS:
+        raise _invalid_template_kwargs(f"has {len(values)} variables; {MAX_TEMPLATE_KWARGS} are allowed.")
     for name, value in values.items():
         if name in RESERVED_TEMPLATE_KWARGS or name.endswith(("_token", "_tokens")):
-            raise _not_for_a_template(f"“{shorten(name)}” is set by the studio and cannot be set from outside.")
+            raise _invalid_template_kwargs(f"“{shorten(name)}” is set by the studio and cannot be set from outside.")
         if not name.isidentifier() or name.startswith("_") or len(name) > 100:
-            raise _not_for_a_template(f"“{shorten(name)}” is not the name of a variable.")
+            raise _invalid_template_kwargs(f"“{shorten(name)}” is not the name of a variable.")
         if not isinstance(value, bool | int | float | str):
-            raise _not_for_a_template(f"“{name}” must be text, a number, true or false, got “{shorten(value)}”.")
+            raise _invalid_template_kwargs(f"“{name}” must be text, a number, true or false, got “{shorten(value)}”.")
     return dict(values)
 
 
-def _not_for_a_template(message: str) -> Invalid:
+def _invalid_template_kwargs(message: str) -> Invalid:
     return Invalid(
         f"chat_template_kwargs: {message}",
         field="chat_template_kwargs",

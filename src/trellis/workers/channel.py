@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import socket
 
-from ..messages import HEADER, Down, Up, frame, frame_length
+from ..messages import FRAME_HEADER, EventFrame, RequestFrame, encode_frame, frame_length
 
 
 class Channel:
@@ -24,16 +24,16 @@ class Channel:
         sock.setblocking(False)
         return cls(*await asyncio.open_connection(sock=sock))
 
-    async def send(self, down: Down) -> None:
+    async def send(self, down: RequestFrame) -> None:
         """Raises ConnectionError when the engine is gone."""
-        self._writer.write(frame(down))
+        self._writer.write(encode_frame(down))
         await self._writer.drain()
 
-    async def receive(self) -> Up | None:
+    async def receive(self) -> EventFrame | None:
         """The next event; None when the engine is gone or talks nonsense."""
         try:
-            header = await self._reader.readexactly(HEADER.size)
-            return Up.model_validate_json(await self._reader.readexactly(frame_length(header)))
+            header = await self._reader.readexactly(FRAME_HEADER.size)
+            return EventFrame.model_validate_json(await self._reader.readexactly(frame_length(header)))
         except (asyncio.IncompleteReadError, ConnectionError, ValueError):
             return None
 

@@ -18,8 +18,8 @@ import psutil
 
 from .worker import Engine
 
-KEPT_LOGS = 50
-MESSAGE = 65536
+MAX_LOGS = 50
+MAX_MESSAGE_BYTES = 65536
 GPU_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 """Where a GPU's driver is, engines are not forked: a driver that has been asked anything does not survive that."""
 
@@ -47,10 +47,10 @@ class ProcessEngine:
 class ForkedEngine:
     """An engine that is a child of the process that forked it, which tells how it ended."""
 
-    def __init__(self, pid: int, forks: Forks) -> None:
+    def __init__(self, pid: int, fork_server: ForkServer) -> None:
         self._pid = pid
-        self._forks = forks
-        self._created = _created(pid)
+        self._fork_server = fork_server
+        self._creation_time = _process_creation_time(pid)
 
     @property
     def pid(self) -> int | None:
@@ -58,38 +58,38 @@ class ForkedEngine:
 
     def wait(self, timeout: float) -> int | None:
         deadline = time.monotonic() + timeout
-        if self._forks.wait(self._pid, timeout) is None and not self._forks.alive:
-            while self._lives() and time.monotonic() < deadline:  # nobody is left to say with which code
+        if self._fork_server.wait(self._pid, timeout) is None and not self._fork_server.is_alive:
+            while self._is_running() and time.monotonic() < deadline:  # nobody is left to say with which code
                 time.sleep(0.01)
-        return self._forks.wait(self._pid, 0)
+        return self._fork_server.wait(self._pid, 0)
 
     def kill(self) -> None:
-        if self._forks.wait(self._pid, 0) is None and self._lives():
+        if self._fork_server.wait(self._pid, 0) is None and self._is_running():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, 9)
 
-    def _lives(self) -> bool:
-        return self._created is not None and _created(self._pid) == self._created
+    def _is_running(self) -> bool:
+        return self._creation_time is not None and _process_creation_time(self._pid) == self._creation_time
 
 
-class Forks:
+class ForkServer:
     """The process that forks engines, as long as it lives."""
 
     def __init__(self, log: Path) -> None:
-        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with far, log.open("wb") as output:
+        our_end, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with server_end, log.open("wb") as output:
             self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                [sys.executable, "-m", "trellis.engine", "--forks", "--fd", str(far.fileno())],
-                pass_fds=[far.fileno()],
+                [sys.executable, "-m", "trellis.engine", "--forks", "--fd", str(server_end.fileno())],
+                pass_fds=[server_end.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-        self._control = near
-        self._started: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._codes: dict[int, int] = {}
+        self._control = our_end
+        self._started_pids: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._exit_codes: dict[int, int] = {}
         self._change = threading.Condition()
-        self.alive = True
+        self.is_alive = True
         threading.Thread(target=self._listen, name="forks", daemon=True).start()
 
     @property
@@ -100,15 +100,15 @@ class Forks:
         """Start an engine on its end of a socket; not from two threads at once. Raises OSError when that fails."""
         asked = json.dumps({"arguments": arguments, "log": str(log)}).encode()
         socket.send_fds(self._control, [asked], [sock.fileno()])
-        if (pid := self._started.get()) is None:
+        if (pid := self._started_pids.get()) is None:
             raise ConnectionError("the process that starts engines has ended")
         return ForkedEngine(pid, self)
 
     def wait(self, pid: int, timeout: float) -> int | None:
         """The exit code of an engine, or None when it has not ended in time or nobody knows."""
         with self._change:
-            self._change.wait_for(lambda: pid in self._codes or not self.alive, timeout)
-            return self._codes.get(pid)
+            self._change.wait_for(lambda: pid in self._exit_codes or not self.is_alive, timeout)
+            return self._exit_codes.get(pid)
 
     def close(self) -> None:
         """End it at once, also in the middle of its imports. Its engines go on until their own sockets close."""
@@ -119,19 +119,19 @@ class Forks:
         with self._control:
             while message := self._receive():
                 if "started" in message:
-                    self._started.put(message["started"])
+                    self._started_pids.put(message["started"])
                 else:
                     with self._change:
-                        self._codes[message["ended"]] = message["code"]
+                        self._exit_codes[message["ended"]] = message["code"]
                         self._change.notify_all()
         with self._change:
-            self.alive = False
+            self.is_alive = False
             self._change.notify_all()
-        self._started.put(None)
+        self._started_pids.put(None)
 
     def _receive(self) -> dict[str, int]:
         try:
-            message = self._control.recv(MESSAGE)
+            message = self._control.recv(MAX_MESSAGE_BYTES)
         except OSError:
             return {}
         return dict(json.loads(message)) if message else {}
@@ -148,16 +148,16 @@ class ProcessSpawner:
         fake: bool = False,
         memory_limit: int = 0,
         hub_timeout: float = 60.0,
-        cache: int | None = None,
+        cache_bytes: int | None = None,
     ) -> None:
         self._logs = logs
         self._arguments = [
             "--weights", str(weights), "--threads", str(threads), "--memory-limit", str(memory_limit),
-            "--hub-timeout", str(hub_timeout), *([] if cache is None else ["--cache", str(cache)]),
+            "--hub-timeout", str(hub_timeout), *([] if cache_bytes is None else ["--cache", str(cache_bytes)]),
             *(["--fake"] if fake else []),
         ]  # fmt: skip
-        self._forking = not fake and sys.platform == "linux" and not any(path.exists() for path in GPU_DRIVERS)
-        self._forks: Forks | None = None
+        self._can_fork = not fake and sys.platform == "linux" and not any(path.exists() for path in GPU_DRIVERS)
+        self._fork_server: ForkServer | None = None
         self._closed = False
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
@@ -165,39 +165,39 @@ class ProcessSpawner:
     def __call__(self, sock: socket.socket) -> tuple[Engine, Path | None]:
         """Start an engine on its end of a socket. Raises OSError when that fails."""
         with self._lock:
-            log = self._new_log()
-            if not self._forking:
-                return self._run(sock, log), log
+            log = self._new_log_file()
+            if not self._can_fork:
+                return self._run_process(sock, log), log
             try:
-                return self._ready().fork(self._arguments, sock, log), log
+                return self._running_fork_server().fork(self._arguments, sock, log), log
             except ConnectionError:  # it was killed: once more, with another
                 if self._closed:
                     raise
-                return self._ready().fork(self._arguments, sock, log), log
+                return self._running_fork_server().fork(self._arguments, sock, log), log
 
-    def warm(self) -> None:
+    def preload(self) -> None:
         """Import what engines need now, in another process, so that the first model need not wait for it."""
         with self._lock:
-            if self._forking:
+            if self._can_fork:
                 self._logs.mkdir(parents=True, exist_ok=True)
-                self._ready()
+                self._running_fork_server()
 
     def close(self) -> None:
         """Start nothing any more. Whoever waits for an engine is let go, so this takes no lock."""
         self._closed = True
-        if self._forks:
-            self._forks.close()
+        if self._fork_server:
+            self._fork_server.close()
 
-    def _ready(self) -> Forks:
+    def _running_fork_server(self) -> ForkServer:
         if self._closed:
             raise ConnectionError("the studio is ending")
-        if self._forks is None or not self._forks.alive:
-            if self._forks:
-                self._forks.close()
-            self._forks = Forks(self._logs / "forks.log")
-        return self._forks
+        if self._fork_server is None or not self._fork_server.is_alive:
+            if self._fork_server:
+                self._fork_server.close()
+            self._fork_server = ForkServer(self._logs / "forks.log")
+        return self._fork_server
 
-    def _run(self, sock: socket.socket, log: Path) -> ProcessEngine:
+    def _run_process(self, sock: socket.socket, log: Path) -> ProcessEngine:
         command = [sys.executable, "-m", "trellis.engine", "--fd", str(sock.fileno()), *self._arguments]
         with log.open("wb") as output:
             return ProcessEngine(
@@ -210,14 +210,14 @@ class ProcessSpawner:
                 )
             )
 
-    def _new_log(self) -> Path:
+    def _new_log_file(self) -> Path:
         self._logs.mkdir(parents=True, exist_ok=True)
-        for old in sorted(self._logs.glob("engine-*.log"), key=lambda file: file.stat().st_mtime)[:-KEPT_LOGS]:
+        for old in sorted(self._logs.glob("engine-*.log"), key=lambda file: file.stat().st_mtime)[:-MAX_LOGS]:
             old.unlink(missing_ok=True)
         return self._logs / f"engine-{os.getpid()}-{next(self._numbers)}.log"
 
 
-def _created(pid: int) -> float | None:
+def _process_creation_time(pid: int) -> float | None:
     """When a process began; None when it is not there or only waits to be buried."""
     try:
         process = psutil.Process(pid)

@@ -14,43 +14,49 @@ from typing import Any
 from ..errors import Invalid, TrellisError, shorten
 from ..params import Dataset
 
-LINE = 32 * 1024 * 1024
+MAX_LINE_BYTES = 32 * 1024 * 1024
 
 
 class Reader:
     """Starts `python -m trellis.reader`. `cache` is where the hub's library keeps its files."""
 
-    def __init__(self, cache: Path, patience: float) -> None:
+    def __init__(self, cache: Path, timeout: float) -> None:
         self._cache = cache
-        self._empty = cache / "empty"  # the hub's library takes a folder beside it for a dataset of that name
-        self._patience = patience
+        self._working_folder = cache / "empty"  # the hub's library takes a folder beside it for a dataset of that name
+        self._timeout = timeout
 
     async def preview(self, dataset: Dataset, path: Path | None, count: int = 3) -> dict[str, Any]:
         """The first prompts, the columns, splits and subsets. Raises Invalid or another error for a person."""
-        return await self._last(dataset, path, {"do": "preview", "count": count}, lambda data: None)
+        return await self._final_event(dataset, path, {"do": "preview", "count": count}, lambda data: None)
 
     async def prepare(
-        self, dataset: Dataset, path: Path | None, into: Path, told: Callable[[dict[str, Any]], None]
+        self, dataset: Dataset, path: Path | None, into: Path, on_progress: Callable[[dict[str, Any]], None]
     ) -> dict[str, Any]:
         """Write all prompts into a folder. Raises as `preview` does."""
-        return await self._last(dataset, path, {"do": "prepare", "into": str(into)}, told)
+        return await self._final_event(dataset, path, {"do": "prepare", "into": str(into)}, on_progress)
 
-    async def rows(self, path: Path, into: Path, most: int) -> int:
+    async def rows(self, path: Path, into: Path, limit: int) -> int:
         """Write the rows of a file as JSON lines into a folder; returns how many. Raises as `preview` does."""
         dataset = Dataset(source="file", id=path.name)
-        found = await self._last(dataset, path, {"do": "rows", "into": str(into), "most": most}, lambda data: None)
+        found = await self._final_event(
+            dataset, path, {"do": "rows", "into": str(into), "most": limit}, lambda data: None
+        )
         return int(found["rows"])
 
-    async def _last(
-        self, dataset: Dataset, path: Path | None, request: dict[str, Any], told: Callable[[dict[str, Any]], None]
+    async def _final_event(
+        self,
+        dataset: Dataset,
+        path: Path | None,
+        request: dict[str, Any],
+        on_progress: Callable[[dict[str, Any]], None],
     ) -> dict[str, Any]:
         body = request | {"dataset": dataset.model_dump(mode="json"), "path": str(path) if path else ""}
         async with contextlib.aclosing(self._events(body)) as events:
             async for event, data in events:
                 if event == "progress":
-                    told(data)
+                    on_progress(data)
                 elif event == "failed":
-                    raise _error(data)
+                    raise _error_from(data)
                 else:
                     return data
         raise TrellisError(
@@ -59,18 +65,18 @@ class Reader:
             next_step="Try again. If it comes back, the file may be broken or far too large.",
         )  # fmt: skip
 
-    async def _line(self, output: asyncio.StreamReader, body: dict[str, Any]) -> bytes:
+    async def _read_line(self, output: asyncio.StreamReader, body: dict[str, Any]) -> bytes:
         """The next line, empty at the end. A reader that says nothing, or far too much, is given up."""
         try:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(self._timeout):
                 return await output.readline()
         except TimeoutError:
-            raise _silent(body["dataset"]["id"], self._patience) from None
+            raise _timeout_error(body["dataset"]["id"], self._timeout) from None
         except ValueError:
             return b""
 
     async def _events(self, body: dict[str, Any]) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
-        self._empty.mkdir(parents=True, exist_ok=True)
+        self._working_folder.mkdir(parents=True, exist_ok=True)
         environment = {
             "HF_HOME": str(self._cache),
             "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -81,14 +87,15 @@ class Reader:
         }
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "trellis.reader", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL, limit=LINE, env=environment | dict(os.environ), cwd=self._empty,
+            stderr=asyncio.subprocess.DEVNULL, limit=MAX_LINE_BYTES, env=environment | dict(os.environ),
+            cwd=self._working_folder,
         )  # fmt: skip
         assert process.stdin is not None
         assert process.stdout is not None
         try:
             process.stdin.write(json.dumps(body).encode())
             process.stdin.close()
-            while line := await self._line(process.stdout, body):
+            while line := await self._read_line(process.stdout, body):
                 said = json.loads(line)
                 yield said["event"], said["data"]
         finally:
@@ -97,14 +104,14 @@ class Reader:
             await process.wait()
 
 
-def _silent(name: str, seconds: float) -> TrellisError:
+def _timeout_error(name: str, seconds: float) -> TrellisError:
     return TrellisError(
         f"Nothing was heard of “{shorten(name)}” for {seconds:.0f} seconds.", code="timeout",
         field="config.dataset.id", next_step="Check the connection and try again, or use a file.",
     )  # fmt: skip
 
 
-def _error(data: dict[str, Any]) -> TrellisError:
+def _error_from(data: dict[str, Any]) -> TrellisError:
     field = f"config.{data['field']}" if data["field"] else None
     if "fields" in data:
         fields = [{"field": f"config.{entry['field']}", "message": entry["message"]} for entry in data["fields"]]

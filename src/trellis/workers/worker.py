@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import EngineDied, EngineError, EngineStopped, Invalid, TrellisError, WeightsMissing
-from ..messages import Cancel, Cancelled, Down, Event, Failed, Request, Urge
+from ..messages import Cancel, Cancelled, Event, Failed, Request, RequestFrame, SetPriority
 from .channel import Channel
 from .exit_codes import explain_exit
 
@@ -32,19 +32,19 @@ Spawn = Callable[[socket.socket], tuple[Engine, Path | None]]
 """Start an engine on its end of a socket. Returns it and its log."""
 
 
-def _spawn_behind_socket(spawn: Spawn) -> tuple[socket.socket, Engine, Path | None]:
-    near, far = socket.socketpair()
+def _spawn_on_socket(spawn: Spawn) -> tuple[socket.socket, Engine, Path | None]:
+    our_end, engine_end = socket.socketpair()
     try:
-        engine, log = spawn(far)
+        engine, log = spawn(engine_end)
     except OSError:
-        near.close()
+        our_end.close()
         raise
     finally:
-        far.close()
-    return near, engine, log
+        engine_end.close()
+    return our_end, engine, log
 
 
-def _end_what_was_started(starting: asyncio.Future[tuple[socket.socket, Engine, Path | None]]) -> None:
+def _kill_started_engine(starting: asyncio.Future[tuple[socket.socket, Engine, Path | None]]) -> None:
     """Nobody waits for this engine any more."""
     if not starting.cancelled() and starting.exception() is None:
         near, engine, _ = starting.result()
@@ -64,26 +64,26 @@ class Worker:
         self._engine = engine
         self._log = log
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, asyncio.Queue[tuple[Event, bool] | None]] = {}
-        self._asked: dict[int, Request] = {}
+        self._inboxes: dict[int, asyncio.Queue[tuple[Event, bool] | None]] = {}
+        self._requests: dict[int, Request] = {}
         self._death: EngineError | None = None
         self._stopping = False
-        self._pump = asyncio.create_task(self._receive(), name="worker")
+        self._receive_task = asyncio.create_task(self._receive(), name="worker")
         self.on_death: Callable[[EngineError], None] = lambda error: None
 
     @classmethod
     async def start(cls, spawn: Spawn) -> Worker:
-        starting = asyncio.ensure_future(asyncio.to_thread(_spawn_behind_socket, spawn))
+        starting = asyncio.ensure_future(asyncio.to_thread(_spawn_on_socket, spawn))
         try:
-            near, engine, log = await asyncio.shield(starting)
+            our_end, engine, log = await asyncio.shield(starting)
         except OSError as error:
             raise EngineDied(
                 f"The engine could not be started: {error}.", next_step="Run `trellis doctor` to see what is missing."
             ) from error
         except asyncio.CancelledError:
-            starting.add_done_callback(_end_what_was_started)
+            starting.add_done_callback(_kill_started_engine)
             raise
-        return cls(await Channel.over(near), engine, log)
+        return cls(await Channel.over(our_end), engine, log)
 
     @property
     def pid(self) -> int | None:
@@ -92,7 +92,7 @@ class Worker:
     @property
     def busy(self) -> bool:
         """Whether somebody waits for an answer."""
-        return bool(self._waiting)
+        return bool(self._inboxes)
 
     @property
     def alive(self) -> bool:
@@ -105,7 +105,7 @@ class Worker:
         return last
 
     async def stream(
-        self, request: Request, priority: int = 0, owner: str = "", goes_on: bool = False
+        self, request: Request, priority: int = 0, owner: str = "", continues_turn: bool = False
     ) -> AsyncGenerator[Event, None]:
         """All events of a request, the result last. Leaving the loop early cancels the request in the engine. Owners
         take turns; what goes on with what an owner had a turn for needs no other."""
@@ -113,45 +113,47 @@ class Worker:
             raise self._death
         number = next(self._numbers)
         inbox: asyncio.Queue[tuple[Event, bool] | None] = asyncio.Queue()
-        self._waiting[number] = inbox
-        self._asked[number] = request
-        last = False
+        self._inboxes[number] = inbox
+        self._requests[number] = request
+        is_done = False
         try:
-            await self._send(Down(id=number, priority=priority, owner=owner, goes_on=goes_on, body=request))
-            while not last:
+            await self._send(
+                RequestFrame(id=number, priority=priority, owner=owner, continues_turn=continues_turn, body=request)
+            )
+            while not is_done:
                 item = await inbox.get()
                 if item is None:
-                    last = True
+                    is_done = True
                     raise self._death or explain_exit(None, self._log)
-                event, last = item
+                event, is_done = item
                 if isinstance(event, Failed):
                     raise error_from(event)
                 if isinstance(event, Cancelled):
                     raise EngineError("The request was cancelled.", code="cancelled", next_step="Ask again.")
                 yield event
         finally:
-            del self._waiting[number], self._asked[number]
-            if not last and self.alive:
+            del self._inboxes[number], self._requests[number]
+            if not is_done and self.alive:
                 with contextlib.suppress(TrellisError):
-                    await self._send(Down(id=number, body=Cancel(request=number)))
+                    await self._send(RequestFrame(id=number, body=Cancel(request=number)))
 
-    async def urge(self, request: Request, priority: int = 0) -> None:
+    async def set_priority(self, request: Request, priority: int = 0) -> None:
         """Give a request that is under way another priority, by what it is: nothing happens where it has ended."""
-        for number, asked in self._asked.items():
-            if asked is request:
-                await self._send(Down(id=number, body=Urge(request=number, priority=priority)))
+        for number, running in self._requests.items():
+            if running is request:
+                await self._send(RequestFrame(id=number, body=SetPriority(request=number, priority=priority)))
                 return
 
-    async def stop(self, patience: float = 5.0) -> None:
+    async def stop(self, grace_seconds: float = 5.0) -> None:
         """End the engine: close its socket, which it takes as its end; kill it if it does not listen."""
         self._stopping = True
         await self._channel.close()
-        if await asyncio.to_thread(self._engine.wait, patience) is None:
+        if await asyncio.to_thread(self._engine.wait, grace_seconds) is None:
             self._engine.kill()
-            await asyncio.to_thread(self._engine.wait, patience)
-        await self._pump
+            await asyncio.to_thread(self._engine.wait, grace_seconds)
+        await self._receive_task
 
-    async def _send(self, down: Down) -> None:
+    async def _send(self, down: RequestFrame) -> None:
         try:
             await self._channel.send(down)
         except (ConnectionError, RuntimeError):
@@ -159,11 +161,11 @@ class Worker:
 
     async def _receive(self) -> None:
         while (up := await self._channel.receive()) is not None:
-            if inbox := self._waiting.get(up.id):
+            if inbox := self._inboxes.get(up.id):
                 inbox.put_nowait((up.body, up.last))
         code = await asyncio.to_thread(self._engine.wait, 1.0)
         self._death = UNLOADED if self._stopping else explain_exit(code, self._log)
-        for inbox in self._waiting.values():
+        for inbox in self._inboxes.values():
             inbox.put_nowait(None)
         if not self._stopping:
             await self._channel.close()

@@ -14,7 +14,7 @@ from tests.engine.text.test_architectures import grown, learn, merge_of, offer, 
 from tests.tiny import make_llama, make_model
 from trellis.engine.handlers import TextEngine
 from trellis.engine.learning import merging
-from trellis.engine.learning.auxiliary_files import BASE_README, copy_side_files, require_same_use, use_of
+from trellis.engine.learning.auxiliary_files import BASE_README, copy_auxiliary_files, read_usage, require_same_usage
 from trellis.errors import LoadFailed
 from trellis.messages import Merge, Merged, Prompt
 
@@ -69,7 +69,7 @@ def test_a_merged_model_ends_and_is_sampled_as_its_base(base: Path, tmp_path: Pa
     assert (into / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
     assert merged.ends == (1, 7)
     assert merged.conversations == 3
-    assert use_of(into, remote_code=False) == use_of(base, remote_code=False)
+    assert read_usage(into, remote_code=False) == read_usage(base, remote_code=False)
     assert set(AutoTokenizer.from_pretrained(into).chat_template) == {"default", "tool_use"}
 
 
@@ -92,7 +92,7 @@ def test_code_goes_along_only_where_it_was_agreed_to(base: Path, tmp_path: Path)
     run(engine.merge(request))
     assert "auto_map" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     (tmp_path / "with code").mkdir()
-    copy_side_files(base, tmp_path / "with code", with_code=True)
+    copy_auxiliary_files(base, tmp_path / "with code", with_code=True)
     assert (tmp_path / "with code" / "code.py").is_file()
 
 
@@ -180,10 +180,10 @@ def test_a_merge_that_would_be_used_otherwise_is_refused(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, text: str, said: str
 ) -> None:
     def spoiled(base: Path, into: Path, with_code: bool) -> None:
-        copy_side_files(base, into, with_code)
+        copy_auxiliary_files(base, into, with_code)
         (into / file).write_text(text)
 
-    monkeypatch.setattr(merging, "copy_side_files", spoiled)
+    monkeypatch.setattr(merging, "copy_auxiliary_files", spoiled)
     engine, request = prepared(base, tmp_path)
     with pytest.raises(LoadFailed, match=said) as raised:
         run(engine.merge(request))
@@ -197,4 +197,4 @@ def test_another_tokenizer_is_noticed(base: Path, tmp_path: Path) -> None:
     (other / "tokenizer.json").write_text(json.dumps(raw))
     plain = make_model(tmp_path / "plain", "llama")
     with pytest.raises(LoadFailed, match="encodes a text differently"):
-        require_same_use(use_of(plain, remote_code=False), use_of(other, remote_code=False))
+        require_same_usage(read_usage(plain, remote_code=False), read_usage(other, remote_code=False))

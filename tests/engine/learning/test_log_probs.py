@@ -11,10 +11,18 @@ from torch import Tensor
 
 from tests.engine.text.test_fast_forward import make, values
 from trellis.engine.learning import log_probs as way
-from trellis.engine.learning.log_probs import GeneralReading, Group, LeanReading, Line, Reading, reading_of, rounds
-from trellis.engine.parallel import Crew
-from trellis.engine.text.adapters import Slot, Slots
-from trellis.engine.text.fast_forward import FAMILIES, Lean
+from trellis.engine.learning.log_probs import (
+    FastScorer,
+    GenericScorer,
+    Group,
+    PackedGroups,
+    Scorer,
+    schedule_passes,
+    scorer_for,
+)
+from trellis.engine.parallel import CorePool
+from trellis.engine.text.adapters import AdapterSlot, AdapterSlots
+from trellis.engine.text.fast_forward import SUPPORTED_FAMILIES, FastForward
 from trellis.params import Adapter
 
 pytestmark = pytest.mark.engine
@@ -26,14 +34,14 @@ GROUPS = [
 ]
 
 
-def slot_of(folder: Path, kind: str, **adapter: object) -> Slot:
+def slot_of(folder: Path, kind: str, **adapter: object) -> AdapterSlot:
     model = make(folder, kind)
     if kind == "mistral":
         model.config.sliding_window = None
-    return Slots(model, Lean.of(model)).get(Adapter(**({"lora_rank": 4} | adapter)))
+    return AdapterSlots(model, FastForward.from_model(model)).get(Adapter(**({"lora_rank": 4} | adapter)))
 
 
-def gradient(reading: Reading, flat: Tensor) -> tuple[list[Tensor], Tensor]:
+def gradient(reading: Scorer, flat: Tensor) -> tuple[list[Tensor], Tensor]:
     seen: list[torch.Tensor] = []
 
     def loss(found: list[torch.Tensor]) -> torch.Tensor:
@@ -46,14 +54,14 @@ def gradient(reading: Reading, flat: Tensor) -> tuple[list[Tensor], Tensor]:
     return seen[: len(GROUPS)], made
 
 
-@pytest.mark.parametrize("kind", sorted(FAMILIES))
+@pytest.mark.parametrize("kind", sorted(SUPPORTED_FAMILIES))
 @pytest.mark.parametrize("modules", ["all-linear", "q_proj, v_proj, down_proj"])
 def test_the_same_numbers_and_the_same_gradient(tmp_path: Path, kind: str, modules: str) -> None:
     slot = slot_of(tmp_path, kind, target_modules=modules)
     for seed in (1, 2):
         flat = values(slot, seed)
-        theirs, their_gradient = gradient(GeneralReading(slot), flat)
-        mine, my_gradient = gradient(LeanReading(slot), flat)
+        theirs, their_gradient = gradient(GenericScorer(slot), flat)
+        mine, my_gradient = gradient(FastScorer(slot), flat)
         for one, other in zip(mine, theirs, strict=True):
             assert one.shape == other.shape
             assert torch.allclose(one, other, atol=1e-4)
@@ -63,16 +71,16 @@ def test_the_same_numbers_and_the_same_gradient(tmp_path: Path, kind: str, modul
 
 def test_the_base_model_is_the_one_without_the_adapter(tmp_path: Path) -> None:
     slot = slot_of(tmp_path, "llama")
-    both = (reading(slot).logprobs(GROUPS, None) for reading in (LeanReading, GeneralReading))
+    both = (reading(slot).logprobs(GROUPS, None) for reading in (FastScorer, GenericScorer))
     for mine, theirs in zip(*both, strict=True):
         assert torch.allclose(mine, theirs, atol=1e-4)
 
 
 def test_a_prompt_is_read_once_and_each_answer_sees_it_and_itself() -> None:
-    line = Line(GROUPS[:1], torch.device("cpu"))
+    line = PackedGroups(GROUPS[:1], torch.device("cpu"))
     assert line.ids.tolist() == [5, 17, 33, 8, 60, 41, 12, 13, 14, 15, 16]
     assert line.positions.tolist() == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8]
-    assert line.wanted.tolist() == [3, 4, 5, 3, 3, 6, 7, 8, 9, 10]
+    assert line.predicting.tolist() == [3, 4, 5, 3, 3, 6, 7, 8, 9, 10]
     assert line.targets.tolist() == [60, 41, 7, 9, 12, 13, 14, 15, 16, 1]
     ((_, mask),) = line.spans
     assert mask[5].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5]
@@ -81,15 +89,15 @@ def test_a_prompt_is_read_once_and_each_answer_sees_it_and_itself() -> None:
 
 
 def test_what_the_pass_does_not_know_goes_through_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(reading_of(slot_of(tmp_path / "a", "llama"), GROUPS), LeanReading)
-    assert isinstance(reading_of(slot_of(tmp_path / "b", "gpt2"), GROUPS), GeneralReading)
-    assert isinstance(reading_of(slot_of(tmp_path / "c", "llama", lora_dropout=0.1), GROUPS), GeneralReading)
+    assert isinstance(scorer_for(slot_of(tmp_path / "a", "llama"), GROUPS), FastScorer)
+    assert isinstance(scorer_for(slot_of(tmp_path / "b", "gpt2"), GROUPS), GenericScorer)
+    assert isinstance(scorer_for(slot_of(tmp_path / "c", "llama", lora_dropout=0.1), GROUPS), GenericScorer)
     model = make(tmp_path / "d", "mistral")  # with a window of 16
-    slot = Slots(model, Lean.of(model)).get(Adapter(lora_rank=4))
-    assert isinstance(reading_of(slot, GROUPS[:2]), LeanReading)
-    assert isinstance(reading_of(slot, GROUPS), GeneralReading)
-    monkeypatch.setattr(way, "LONGEST", 20)
-    assert isinstance(reading_of(slot, GROUPS), GeneralReading)
+    slot = AdapterSlots(model, FastForward.from_model(model)).get(Adapter(lora_rank=4))
+    assert isinstance(scorer_for(slot, GROUPS[:2]), FastScorer)
+    assert isinstance(scorer_for(slot, GROUPS), GenericScorer)
+    monkeypatch.setattr(way, "MAX_PACKED_TOKENS", 20)
+    assert isinstance(scorer_for(slot, GROUPS), GenericScorer)
 
 
 def groups_of(*lengths: int) -> list[Group]:
@@ -97,11 +105,11 @@ def groups_of(*lengths: int) -> list[Group]:
 
 
 def test_a_small_model_makes_two_passes_of_like_length_at_once_and_a_large_one_none() -> None:
-    assert rounds(groups_of(10, 10, 10, 10), 2_000_000) == [[range(2), range(2, 4)]]
-    assert rounds(groups_of(90, 10, 10, 10), 2_000_000) == [[range(1), range(1, 4)]]
-    assert rounds(groups_of(10), 2_000_000) == [[range(1)]]
-    assert rounds(groups_of(10, 10), 50_000_000) == [[range(2)]]
-    assert rounds(groups_of(10, 10), 2_000_000_000) == [[range(1)], [range(1, 2)]]
+    assert schedule_passes(groups_of(10, 10, 10, 10), 2_000_000) == [[range(2), range(2, 4)]]
+    assert schedule_passes(groups_of(90, 10, 10, 10), 2_000_000) == [[range(1), range(1, 4)]]
+    assert schedule_passes(groups_of(10), 2_000_000) == [[range(1)]]
+    assert schedule_passes(groups_of(10, 10), 50_000_000) == [[range(2)]]
+    assert schedule_passes(groups_of(10, 10), 2_000_000_000) == [[range(1)], [range(1, 2)]]
 
 
 @pytest.fixture
@@ -114,13 +122,13 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("reading", [GeneralReading, LeanReading])
+@pytest.mark.parametrize("reading", [GenericScorer, FastScorer])
 @pytest.mark.parametrize("hands", [1, 2])
 def test_parts_made_at_once_have_the_gradients_that_they_have_alone(
-    tmp_path: Path, reading: type[Reading], hands: int
+    tmp_path: Path, reading: type[Scorer], hands: int
 ) -> None:
     model = make(tmp_path, "llama")
-    slot = Slots(model, Lean.of(model), Crew(hands)).get(Adapter(lora_rank=4))
+    slot = AdapterSlots(model, FastForward.from_model(model), CorePool(hands)).get(Adapter(lora_rank=4))
     flat, way = values(slot, 1), reading(slot)  # type: ignore[call-arg]
 
     def loss(found: list[torch.Tensor]) -> torch.Tensor:

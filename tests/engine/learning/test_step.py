@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trellis.engine.learning.log_probs import Group, answer_logprobs, answers_logprobs, passes
-from trellis.engine.learning.losses import judge_choice as judge
+from trellis.engine.learning.log_probs import Group, answer_logprobs, batch_answer_logprobs, split_into_passes
+from trellis.engine.learning.losses import choice_loss as judge
 from trellis.engine.learning.losses import k3
-from trellis.engine.learning.step import Point, adamw_step, fading, learn_steps, settled
+from trellis.engine.learning.step import TrainingState, adamw_step, learn_choice, scale_imitation, settling_factor
 from trellis.errors import TrellisError
 from trellis.messages import Ranking, Written
 from trellis.params import Learning
@@ -94,7 +94,7 @@ def test_shares_of_all_answers_and_none_sum_to_one(policy: list[float], base: li
 def test_the_optimiser_is_torchs_adamw_with_clipping() -> None:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(50, generator=generator)
-    ours = Point(start, torch.zeros(50), torch.zeros(50), 0)
+    ours = TrainingState(start, torch.zeros(50), torch.zeros(50), 0)
     theirs = nn.Parameter(start.clone())
     optimizer = torch.optim.AdamW([theirs], lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
     for _ in range(10):
@@ -170,7 +170,7 @@ def test_groups_that_share_a_pass_come_out_as_if_each_were_alone() -> None:
         )
         for _ in range(5)
     ]
-    together = answers_logprobs(Table(table), groups)
+    together = batch_answer_logprobs(Table(table), groups)
     for group, logprobs in zip(groups, together, strict=True):
         assert torch.allclose(logprobs, answer_logprobs(Table(table), group))
         assert logprobs.shape == group.mask(logprobs.device).shape
@@ -179,18 +179,23 @@ def test_groups_that_share_a_pass_come_out_as_if_each_were_alone() -> None:
 def test_only_small_models_and_short_prompts_share_a_pass() -> None:
     each = [range(number, number + 1) for number in range(5)]
     groups = [Group(prompt=[1] * 10, answers=[[2] * 40] * 4, choice=0, temperature=1.0)] * 5
-    assert passes(groups, 2_500_000) == [range(5)]
-    assert passes(groups, 25_000_000) == [range(2), range(2, 4), range(4, 5)]
-    assert passes(groups, 1_000_000_000) == each
+    assert split_into_passes(groups, 2_500_000) == [range(5)]
+    assert split_into_passes(groups, 25_000_000) == [range(2), range(2, 4), range(4, 5)]
+    assert split_into_passes(groups, 1_000_000_000) == each
     long = [Group(prompt=[1] * 8000, answers=[[2] * 40] * 4, choice=0, temperature=1.0)] * 5
-    assert passes(long, 2_500_000) == each
+    assert split_into_passes(long, 2_500_000) == each
 
 
 def learn(options: Learning, group: Group, replay: tuple[Group, ...] = (), steps_before: int = 0) -> Any:
     slot: Any = TableSlot(5)
     references = [answer_logprobs(slot.model, each) for each in (group, *replay)]
-    steps = learn_steps(
-        slot, Point(torch.zeros(25), torch.zeros(25), torch.zeros(25), steps_before), group, replay, references, options
+    steps = learn_choice(
+        slot,
+        TrainingState(torch.zeros(25), torch.zeros(25), torch.zeros(25), steps_before),
+        group,
+        replay,
+        references,
+        options,
     )
     while True:
         try:
@@ -225,9 +230,9 @@ def test_a_refusal_takes_fewer_steps_than_a_choice() -> None:
 
 def test_clicks_settle_and_still_count() -> None:
     options = PLAIN.model_copy(update={"inner_steps": 4, "settling": 8})
-    parts = [settled(steps, options) for steps in (0, 32, 96, 10**6)]
+    parts = [settling_factor(steps, options) for steps in (0, 32, 96, 10**6)]
     assert parts == pytest.approx([1.0, 0.5, 0.25, 0.1])
-    assert settled(10**6, options.model_copy(update={"settling": 0})) == 1.0
+    assert settling_factor(10**6, options.model_copy(update={"settling": 0})) == 1.0
     once = options.model_copy(update={"inner_steps": 1, "step_limit": 100.0})
     fresh, late = learn(once, GROUP).point, learn(once, GROUP, steps_before=10**6).point
     assert 0 < float(late.flat.abs().max()) < float(fresh.flat.abs().max())
@@ -258,7 +263,7 @@ def test_the_pull_fades_as_options_become_alike_but_never_for_what_a_person_wrot
     different = Group(prompt=[1], answers=[[2, 3, 4], [0, 0, 0]], choice=0, temperature=1.0)
     same = replace(different, answers=[[2, 3, 4]] * 2)
     close = replace(different, answers=[[2, 3, 4, 0], [2, 3, 4, 1]])
-    assert fading(options, different) == options
-    assert fading(options, same).nll_weight == 0.0
-    assert fading(options, close).nll_weight == pytest.approx(1.5 * (1 - 3 / 5))
-    assert fading(options, replace(same, choice=Written(written="x"))) == options
+    assert scale_imitation(options, different) == options
+    assert scale_imitation(options, same).nll_weight == 0.0
+    assert scale_imitation(options, close).nll_weight == pytest.approx(1.5 * (1 - 3 / 5))
+    assert scale_imitation(options, replace(same, choice=Written(written="x"))) == options

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from trellis.blobs import Blobs
-from trellis.engine.text.adapters import Shelf, Slot, Slots, Weights
+from trellis.engine.text.adapters import AdapterSlot, AdapterSlots, Weights, WeightsStore
 from trellis.errors import TrellisError, WeightsMissing
 from trellis.params import Adapter
 
@@ -29,11 +29,11 @@ def base(tiny_llama: Path) -> Any:
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> Shelf:
-    return Shelf(Blobs(tmp_path / "weights"), keep_bytes=1)
+def shelf(tmp_path: Path) -> WeightsStore:
+    return WeightsStore(Blobs(tmp_path / "weights"), cache_bytes=1)
 
 
-def random_weights(slot: Slot, name: str) -> Weights:
+def random_weights(slot: AdapterSlot, name: str) -> Weights:
     flat = torch.randn(slot.flat.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1
     return Weights(name, slot.settings, flat, flat * 2, flat.square(), 3)
 
@@ -44,18 +44,18 @@ def logits(model: Any) -> torch.Tensor:
     return result
 
 
-def test_planted_weights_change_nothing(base: Any, shelf: Shelf) -> None:
+def test_planted_weights_change_nothing(base: Any, shelf: WeightsStore) -> None:
     before = logits(base).clone()
-    slot = Slots(base).get(SETTINGS)
-    slot.install(shelf.plant(slot, "w1", seed=3).flat)
+    slot = AdapterSlots(base).get(SETTINGS)
+    slot.install(shelf.create_initial(slot, "w1", seed=3).flat)
     assert torch.equal(logits(slot.model), before)
     assert slot.drift(slot.flat) == 0.0
 
 
-def test_peft_loads_our_folder_and_computes_the_same(base: Any, shelf: Shelf, tiny_llama: Path) -> None:
-    slot = Slots(base).get(SETTINGS)
+def test_peft_loads_our_folder_and_computes_the_same(base: Any, shelf: WeightsStore, tiny_llama: Path) -> None:
+    slot = AdapterSlots(base).get(SETTINGS)
     weights = random_weights(slot, "w1")
-    shelf.add(slot, weights, None, keep=True)
+    shelf.add(slot, weights, None, save=True)
     slot.install(weights.flat)
     fresh = AutoModelForCausalLM.from_pretrained(tiny_llama)
     theirs = PeftModel.from_pretrained(fresh, shelf.blobs.path("w1")).eval()
@@ -63,11 +63,11 @@ def test_peft_loads_our_folder_and_computes_the_same(base: Any, shelf: Shelf, ti
     assert set(slot.split(weights.flat)) == set(get_peft_model_state_dict(theirs))
 
 
-def test_weights_come_back_from_disk_bit_for_bit(base: Any, shelf: Shelf) -> None:
-    slot = Slots(base).get(SETTINGS)
+def test_weights_come_back_from_disk_bit_for_bit(base: Any, shelf: WeightsStore) -> None:
+    slot = AdapterSlots(base).get(SETTINGS)
     saved = random_weights(slot, "w1")
-    shelf.add(slot, saved, None, keep=True)
-    read = Shelf(shelf.blobs).get(slot, "w1")
+    shelf.add(slot, saved, None, save=True)
+    read = WeightsStore(shelf.blobs).get(slot, "w1")
     for name in ("flat", "first", "second"):
         assert torch.equal(getattr(read, name), getattr(saved, name))
     assert (read.steps, read.adapter) == (3, SETTINGS)
@@ -102,55 +102,55 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_weights_are_missing_and_put_out_of_sight(base: Any, shelf: Shelf, damage: str) -> None:
-    slot = Slots(base).get(SETTINGS)
-    shelf.add(slot, random_weights(slot, "w1"), None, keep=True)
-    assert Shelf(shelf.blobs).readable(slot, "w1")
+def test_damaged_weights_are_missing_and_put_out_of_sight(base: Any, shelf: WeightsStore, damage: str) -> None:
+    slot = AdapterSlots(base).get(SETTINGS)
+    shelf.add(slot, random_weights(slot, "w1"), None, save=True)
+    assert WeightsStore(shelf.blobs).is_available(slot, "w1")
     DAMAGE[damage](shelf.blobs.path("w1"))
     with pytest.raises(WeightsMissing):
-        Shelf(shelf.blobs).get(slot, "w1")
+        WeightsStore(shelf.blobs).get(slot, "w1")
     assert "w1" not in shelf.blobs
-    shelf.keep(slot, "w1")  # what is still in memory is written again
-    assert torch.equal(Shelf(shelf.blobs).get(slot, "w1").flat, random_weights(slot, "w1").flat)
+    shelf.save(slot, "w1")  # what is still in memory is written again
+    assert torch.equal(WeightsStore(shelf.blobs).get(slot, "w1").flat, random_weights(slot, "w1").flat)
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"adapter": {"lora_rank": "many"}}'])
-def test_settings_that_are_none_are_as_damaged(base: Any, shelf: Shelf, text: str) -> None:
-    slot = Slots(base).get(SETTINGS)
-    shelf.add(slot, random_weights(slot, "w1"), None, keep=True)
+def test_settings_that_are_none_are_as_damaged(base: Any, shelf: WeightsStore, text: str) -> None:
+    slot = AdapterSlots(base).get(SETTINGS)
+    shelf.add(slot, random_weights(slot, "w1"), None, save=True)
     (shelf.blobs.path("w1") / "weights.json").write_text(text)
-    assert Shelf(shelf.blobs).metrics("w1") is None
+    assert WeightsStore(shelf.blobs).metrics("w1") is None
     with pytest.raises(WeightsMissing):
-        Shelf(shelf.blobs).settings("w1")
+        WeightsStore(shelf.blobs).settings("w1")
     assert "w1" not in shelf.blobs
 
 
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("which", ["flat", "first", "second"])
 def test_weights_that_are_not_finite_are_neither_kept_nor_written(
-    base: Any, shelf: Shelf, which: str, keep: bool
+    base: Any, shelf: WeightsStore, which: str, keep: bool
 ) -> None:
-    slot = Slots(base).get(SETTINGS)
+    slot = AdapterSlots(base).get(SETTINGS)
     whole = random_weights(slot, "w1")
     rotten = getattr(whole, which).clone()
     rotten[0] = float("inf")
     with pytest.raises(TrellisError) as raised:
-        shelf.add(slot, replace(whole, **{which: rotten}), None, keep=keep)
+        shelf.add(slot, replace(whole, **{which: rotten}), None, save=keep)
     assert raised.value.code == "not_finite"
-    assert not shelf.readable(slot, "w1")
+    assert not shelf.is_available(slot, "w1")
 
 
-def test_what_the_cache_lets_go_is_read_again(base: Any, shelf: Shelf) -> None:
-    slot = Slots(base).get(SETTINGS)
+def test_what_the_cache_lets_go_is_read_again(base: Any, shelf: WeightsStore) -> None:
+    slot = AdapterSlots(base).get(SETTINGS)
     names = ("w1", "w22", "w333")
     for name in names:
-        shelf.add(slot, random_weights(slot, name), None, keep=True)
+        shelf.add(slot, random_weights(slot, name), None, save=True)
     for name in names:
         assert torch.equal(shelf.get(slot, name).flat, random_weights(slot, name).flat)
 
 
 def test_drift_is_the_relative_norm_of_the_full_change(base: Any) -> None:
-    slot = Slots(base).get(SETTINGS)
+    slot = AdapterSlots(base).get(SETTINGS)
     flat = random_weights(slot, "w1").flat
     named = slot.split(flat)
     change, whole = 0.0, 0.0
@@ -165,7 +165,7 @@ def test_drift_is_the_relative_norm_of_the_full_change(base: Any) -> None:
 
 
 def test_sessions_with_other_settings_share_one_base_model(base: Any) -> None:
-    slots = Slots(base)
+    slots = AdapterSlots(base)
     small, large = slots.get(SETTINGS), slots.get(Adapter(lora_rank=8, lora_alpha=8))
     plain = logits(base)
     small.install(random_weights(small, "w1").flat)
@@ -175,13 +175,13 @@ def test_sessions_with_other_settings_share_one_base_model(base: Any) -> None:
     small.install(random_weights(small, "w1").flat)
     assert torch.equal(logits(small.model), with_small)
     assert not torch.allclose(with_small, with_large)
-    with small.reference():
+    with small.without_adapter():
         assert torch.allclose(logits(small.model), plain, atol=1e-6)
     assert slots.get(SETTINGS) is small
 
 
 def test_a_gradient_is_a_vector_of_its_own(base: Any) -> None:
-    slot = Slots(base).get(SETTINGS)
+    slot = AdapterSlots(base).get(SETTINGS)
     slot.install(random_weights(slot, "w1").flat)
     first = slot.gradient(slot.model(torch.arange(5)[None]).logits.square().mean())
     kept = first.clone()

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import TOKENIZER_KINDS, make_tokenizer_kind
-from trellis.engine.text.answer_text import AnswerText, begins, until
-from trellis.engine.text.vocabulary import TextReader
-from trellis.messages import Drawn
+from trellis.engine.text.answer_text import AnswerText, cut_at_stop, partial_stop_length
+from trellis.engine.text.vocabulary import IncrementalDetokenizer
+from trellis.messages import SampledToken
 
 pytestmark = pytest.mark.engine
 
-ENTRY = Drawn(text="?", bytes=(), logprob=-1.0)
+ENTRY = SampledToken(text="?", bytes=(), logprob=-1.0)
 
 
 @cache
@@ -26,8 +26,10 @@ def tokenizer_of(kind: str) -> Any:
     return make_tokenizer_kind(Path(mkdtemp()) / kind, kind)
 
 
-def told(kind: str, tokens: list[int], stops: tuple[str, ...], entries: bool = True) -> list[tuple[str, list[Drawn]]]:
-    answer = AnswerText(TextReader(tokenizer_of(kind)), stops)
+def told(
+    kind: str, tokens: list[int], stops: tuple[str, ...], entries: bool = True
+) -> list[tuple[str, list[SampledToken]]]:
+    answer = AnswerText(IncrementalDetokenizer(tokenizer_of(kind)), stops)
     found = []
     for token in tokens:
         answer.add(token, ENTRY if entries else None)
@@ -43,11 +45,11 @@ def told(kind: str, tokens: list[int], stops: tuple[str, ...], entries: bool = T
 def first_stop(kind: str, tokens: list[int], stops: tuple[str, ...]) -> str:
     """The text up to the stop string that is whole with the fewest tokens."""
     for count in range(len(tokens) + 1):
-        text, stopped = until(TextReader(tokenizer_of(kind)).read(tokens[:count]), stops)
+        text, stopped = cut_at_stop(IncrementalDetokenizer(tokenizer_of(kind)).decode(tokens[:count]), stops)
         if stopped:
             return text
-    reader = TextReader(tokenizer_of(kind))
-    return until(reader.read(tokens) + reader.rest(), stops)[0]
+    reader = IncrementalDetokenizer(tokenizer_of(kind))
+    return cut_at_stop(reader.decode(tokens) + reader.flush(), stops)[0]
 
 
 TEXTS = st.text("ab 🌱é東", max_size=20)
@@ -73,8 +75,8 @@ def test_the_tokens_told_are_the_text_told_up_to_the_first_stop(kind: str, text:
 @given(tokens=st.lists(st.integers(0, 399), max_size=12))
 def test_half_a_character_at_the_end_is_told_once(kind: str, tokens: list[int]) -> None:
     tokens = [token for token in tokens if token < len(tokenizer_of(kind))]
-    reader = TextReader(tokenizer_of(kind))
-    whole = reader.read(tokens) + reader.rest()
+    reader = IncrementalDetokenizer(tokenizer_of(kind))
+    whole = reader.decode(tokens) + reader.flush()
     found = told(kind, tokens, ("\ufffd\ufffd",))
     text = "".join(piece for piece, _ in found)
     drawn = [entry for _, entries in found for entry in entries]
@@ -101,7 +103,7 @@ def test_a_token_is_cut_where_the_text_is() -> None:
 @given(st.text("ab", min_size=1, max_size=30), st.lists(st.text("ab", min_size=1, max_size=200), max_size=16))
 def test_what_is_held_back_is_the_longest_beginning_of_a_stop(text: str, stops: list[str]) -> None:
     longest = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-    assert begins(text, stops) == longest
+    assert partial_stop_length(text, stops) == longest
 
 
 @given(
@@ -111,13 +113,13 @@ def test_what_is_held_back_is_the_longest_beginning_of_a_stop(text: str, stops: 
 def test_what_is_told_is_the_text_up_to_the_first_stop(pieces: list[str], stops: tuple[str, ...]) -> None:
     told, held, stopped = "", "", False
     for piece in pieces:
-        text, stopped = until(held + piece, stops)
-        keep = 0 if stopped else begins(text, stops)
+        text, stopped = cut_at_stop(held + piece, stops)
+        keep = 0 if stopped else partial_stop_length(text, stops)
         told, held = told + text[: len(text) - keep], text[len(text) - keep :]
         if stopped:
             break
     whole = "".join(pieces)
-    assert told + ("" if stopped else held) == until(whole, stops)[0] or stopped
+    assert told + ("" if stopped else held) == cut_at_stop(whole, stops)[0] or stopped
     if stopped:
         assert all(stop not in told for stop in stops)
         assert whole.startswith(told)

@@ -18,6 +18,8 @@ from trellis.blobs import Blobs
 from trellis.engine.handlers import TextEngine
 from trellis.errors import Invalid, TrellisError, WeightsMissing
 from trellis.messages import (
+    AdapterCreated,
+    CreateAdapter,
     Event,
     Learn,
     Learned,
@@ -28,8 +30,6 @@ from trellis.messages import (
     Merged,
     Offer,
     Offered,
-    Plant,
-    Planted,
     Progress,
     Prompt,
 )
@@ -70,12 +70,12 @@ def learn(engine: TextEngine, weights: str, offered: Offered, **options: Any) ->
 def grown(folder: Path, blobs: Path, adapter: Adapter | None = None, **options: Any) -> tuple[TextEngine, str, Loaded]:
     engine = TextEngine(Blobs(blobs))
     loaded: Loaded = run(engine.load(Load(path=str(folder), **options)))
-    planted: Planted = run(engine.plant(Plant(adapter=adapter or Adapter(lora_rank=4), seed=1)))
+    planted: AdapterCreated = run(engine.create_adapter(CreateAdapter(adapter=adapter or Adapter(lora_rank=4), seed=1)))
     return engine, planted.weights, loaded
 
 
 def merge_of(folder: Path, root: str, weights: str, into: str) -> Merge:
-    plant = Plant(adapter=Adapter(lora_rank=4), seed=1)
+    plant = CreateAdapter(adapter=Adapter(lora_rank=4), seed=1)
     return Merge(path=str(folder), weights=weights, into=into, root=root, plant=plant, probes=(Prompt(text="Why?"),))
 
 
@@ -98,7 +98,7 @@ def test_each_layout_offers_learns_and_merges(kind: str, tmp_path: Path) -> None
     assert list(dict.fromkeys(stages)) == STAGES
     assert stages[-1] == "checking"
     again: Loaded = run(TextEngine(Blobs(tmp_path / "other")).load(Load(path=str(into))))
-    assert again.parameters == engine.loaded.about.parameters
+    assert again.parameters == engine.loaded.info.parameters
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_plain_peft_computes_the_same_with_what_was_learned(
 def test_the_end_is_learned_where_pad_and_end_are_one_token(tmp_path: Path) -> None:
     engine, _, _ = grown(make_model(tmp_path / "model", "llama", pad_is_end=True), tmp_path / "weights")
     assert engine.loaded.tokenizer.pad_token_id == engine.loaded.end_token == 1
-    assert engine.loaded.answer_tokens("Yes.")[-1] == 1
+    assert engine.loaded.tokenize_answer("Yes.")[-1] == 1
 
 
 @pytest.mark.parametrize("precision", ["16-bit", "8-bit", "4-bit"])
@@ -345,7 +345,7 @@ def test_a_tied_output_layer_is_merged_into_a_weight_of_its_own(kind: str, tmp_p
     _, learned = learn(engine, root, offer(engine, root), learning_rate=0.05)
     assert learned.metrics.share_after > learned.metrics.share_before
     request = merge_of(folder, root, learned.weights, str(tmp_path / "m"))
-    merged: Merged = run(engine.merge(request.model_copy(update={"plant": Plant(adapter=adapter, seed=1)})))
+    merged: Merged = run(engine.merge(request.model_copy(update={"plant": CreateAdapter(adapter=adapter, seed=1)})))
     assert merged.mean_difference < 1e-4
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     base = AutoModelForCausalLM.from_pretrained(folder)

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import make_model
-from trellis.engine.text.cache_support import Caching, Past, caching_of, last_logits
-from trellis.engine.text.loaded_model import read_model
+from trellis.engine.text.cache_support import CacheSupport, ModelCache, detect_cache_support, last_logits
+from trellis.engine.text.loaded_model import load_model
 from trellis.errors import LoadFailed
 from trellis.messages import Load
 
@@ -40,26 +40,26 @@ def loaded(folder: Path, kind: str) -> Any:
 )
 def test_what_a_cache_can_do_is_found_out(kind: str, pieces: str, copies: bool, tmp_path: Path) -> None:
     model = loaded(tmp_path, kind)
-    found = caching_of(model)
-    assert (found.pieces, found.copies, found.causal) == (pieces, copies, True)
+    found = detect_cache_support(model)
+    assert (found.chunks, found.can_repeat, found.is_causal) == (pieces, copies, True)
     if pieces != "none":
-        past = Past(found)
+        past = ModelCache(found)
         with torch.inference_mode():
-            past.read(model, torch.arange(6, 26)[None], last=True)
-        assert past.nbytes <= found.takes(20) < 2 * past.nbytes
+            past.read(model, torch.arange(6, 26)[None], last_only=True)
+        assert past.nbytes <= found.bytes_for(20) < 2 * past.nbytes
 
 
 @pytest.mark.parametrize("kind", ["llama", "mamba", "rwkv"])
 def test_a_text_is_read_in_pieces_spread_and_gone_on_with(kind: str, tmp_path: Path) -> None:
     model = loaded(tmp_path, kind)
     ids = torch.arange(6, 26)[None] * 7 % 300
-    past = Past(caching_of(model))
+    past = ModelCache(detect_cache_support(model))
     with torch.inference_mode():
         whole = last_logits(model, ids, 20, use_cache=False)[0]
-        begun = past.read(model, ids[:, :8], last=True)
-        second = past.read(model, ids[:, 8:12], last=False)
-        assert past.spread(3)
-        rows = past.read(model, ids[:, 12:14].expand(3, -1), last=False)
+        begun = past.read(model, ids[:, :8], last_only=True)
+        second = past.read(model, ids[:, 8:12], last_only=False)
+        assert past.repeat(3)
+        rows = past.read(model, ids[:, 12:14].expand(3, -1), last_only=False)
     torch.testing.assert_close(begun[0], whole[7:8], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(second[0], whole[8:12], rtol=1e-3, atol=1e-3)
     for row in rows:
@@ -68,10 +68,10 @@ def test_a_text_is_read_in_pieces_spread_and_gone_on_with(kind: str, tmp_path: P
 
 def test_a_cache_that_cannot_be_copied_says_so(tmp_path: Path) -> None:
     model = loaded(tmp_path, "llama")
-    past = Past(Caching("past_key_values", pieces="any", copies=False))
+    past = ModelCache(CacheSupport("past_key_values", chunks="any", can_repeat=False))
     with torch.inference_mode():
-        past.read(model, torch.arange(6, 12)[None], last=True)
-    assert not past.spread(2)
+        past.read(model, torch.arange(6, 12)[None], last_only=True)
+    assert not past.repeat(2)
 
 
 def test_only_what_keeps_every_place_can_be_cut(tmp_path: Path) -> None:
@@ -79,10 +79,10 @@ def test_only_what_keeps_every_place_can_be_cut(tmp_path: Path) -> None:
     cut = {}
     for kind in ("llama", "gemma2", "mamba"):
         model = loaded(tmp_path / kind, kind)
-        past = Past(caching_of(model))
+        past = ModelCache(detect_cache_support(model))
         with torch.inference_mode():
-            past.read(model, ids, last=True)
-        cut[kind] = past.cut(4)
+            past.read(model, ids, last_only=True)
+        cut[kind] = past.crop(4)
     assert cut == {"llama": True, "gemma2": False, "mamba": False}
 
 
@@ -98,8 +98,8 @@ def test_logits_are_the_last_ones_whatever_a_model_makes_of_the_wish(tmp_path: P
 
 def test_in_half_precision_states_are_gone_on_with_token_by_token(tmp_path: Path) -> None:
     model = loaded(tmp_path / "lfm2", "lfm2").to(torch.bfloat16)
-    assert caching_of(model).pieces == "single"
-    assert caching_of(loaded(tmp_path / "phi", "gemma2").to(torch.bfloat16)).pieces == "any"
+    assert detect_cache_support(model).chunks == "single"
+    assert detect_cache_support(loaded(tmp_path / "phi", "gemma2").to(torch.bfloat16)).chunks == "any"
 
 
 @pytest.mark.parametrize("kind", ["xlm", "xlnet"])
@@ -115,7 +115,7 @@ def test_a_model_that_looks_ahead_is_refused(kind: str, tmp_path: Path) -> None:
     config = AutoConfig.for_model(kind, vocab_size=vocabulary, **{name: sizes[name] for name in wanted})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(LoadFailed) as raised:
-        for _ in read_model(tmp_path, Load(path=str(tmp_path))):
+        for _ in load_model(tmp_path, Load(path=str(tmp_path))):
             pass
     assert raised.value.code == "unsupported_architecture"
 
@@ -131,13 +131,13 @@ def test_a_model_that_forgets_is_told_from_one_that_rounds(precision: Any, tmp_p
                 if name.endswith("layernorm.weight"):
                     tensors[name][::8] = 40.0
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        steps = read_model(folder, Load(path=str(folder), precision=precision, engine="transformers-eager"))
+        steps = load_model(folder, Load(path=str(folder), precision=precision, engine="transformers-eager"))
         while True:
             try:
                 next(steps)
             except StopIteration as end:
-                found = end.value.slots.caching
+                found = end.value.slots.cache_support
                 break
-        assert found.causal
-        pieces[kind] = found.pieces
+        assert found.is_causal
+        pieces[kind] = found.chunks
     assert pieces == {"llama": "any", "rwkv": "none"}

@@ -19,22 +19,28 @@ from trellis.blobs import Blobs
 from trellis.engine.handlers import TextEngine
 from trellis.engine.text import chat_batch
 from trellis.engine.text.adapters import Weights
-from trellis.engine.text.kv_cache import GeneralLines, LeanLines, Lines, lines_of, shared
+from trellis.engine.text.kv_cache import (
+    FastSequenceCache,
+    GenericSequenceCache,
+    SequenceCache,
+    common_prefix_length,
+    sequence_cache_for,
+)
 from trellis.errors import WeightsMissing
 from trellis.messages import (  # fmt: skip
-    Answered,
+    AnswerDone,
     Cancelled,
     Chat,
+    CreateAdapter,
     Failed,
-    Heard,
     Learn,
     Lesson,
     Load,
     Option,
-    Plant,
     Prompt,
-    Queued,
-    Spoke,
+    PromptRead,
+    QueuePosition,
+    TextDelta,
     Turn,
 )
 from trellis.params import Adapter, Learning, Sampling
@@ -62,16 +68,16 @@ class Room:
         loaded = self.engine.loaded
         self.weights = ["", *(self.grown(Adapter(lora_rank=rank), seed) for rank, seed in ((4, 1), (4, 2), (2, 3)))]
         if general:
-            self.engine._lines = GeneralLines(loaded.slots, self.engine.weights)
-        self.chats = self.engine._chats
+            self.engine._sequence_cache = GenericSequenceCache(loaded.slots, self.engine.weights)
+        self.chats = self.engine._chat_batch
 
     def grown(self, adapter: Adapter, seed: int) -> str:
         """Weights that say something of their own."""
-        planted = run(self.engine.plant(Plant(adapter=adapter, seed=seed))).weights
+        planted = run(self.engine.create_adapter(CreateAdapter(adapter=adapter, seed=seed))).weights
         slot, found = self.engine.weights(planted)
         flat = torch.randn(slot.flat.shape, generator=torch.Generator().manual_seed(seed)) * 0.5
         made = Weights(f"w{seed:032x}", slot.settings, flat, found.first, found.second, 1)
-        self.engine._shelf.add(slot, made, None, keep=True)
+        self.engine._weights_store.add(slot, made, None, save=True)
         return made.id
 
     def run(self, *wanted: Chat, owners: str = "") -> dict[int, list[Any]]:
@@ -79,7 +85,7 @@ class Room:
         told: dict[int, list[Any]] = {number: [] for number in range(1, len(wanted) + 1)}
         for number, request in enumerate(wanted, start=1):
             self.chats.join(number, owners[number - 1] if owners else "", request)
-        while self.chats.wanted:
+        while self.chats.has_work:
             for number, event, _ in self.chats.step():
                 told[number].append(event)
         return told
@@ -87,7 +93,7 @@ class Room:
     def generated(self, request: Chat) -> str:
         """What transformers' own `generate` makes of it."""
         loaded = self.engine.loaded
-        tokens = loaded.conversation(request).tokens
+        tokens = loaded.prepare_chat(request).tokens
         slot, found = self.engine.weights(request.weights or self.weights[1])
         slot.install(found.flat)
         ids = torch.tensor([tokens])
@@ -95,13 +101,13 @@ class Room:
         if request.weights:
             found_ids: Tensor = slot.model.generate(input_ids=ids, **options)
         else:
-            with slot.reference():
+            with slot.without_adapter():
                 found_ids = slot.model.generate(input_ids=ids, **options)
         return str(loaded.tokenizer.decode(found_ids[0, len(tokens) :], skip_special_tokens=True))
 
 
 def said(events: list[Any]) -> str:
-    return "".join(event.text for event in events if isinstance(event, Spoke))
+    return "".join(event.text for event in events if isinstance(event, TextDelta))
 
 
 def asks(text: str, weights: str = "", **more: Any) -> Chat:
@@ -120,14 +126,14 @@ def test_each_is_answered_as_generate_would_whoever_else_is_there(room: Room) ->
     together = room.run(*wanted)
     for number, request in enumerate(wanted, start=1):
         assert said(together[number]) == room.generated(request), request
-        assert isinstance(together[number][-1], Answered)
+        assert isinstance(together[number][-1], AnswerDone)
     assert len({said(events) for events in together.values()}) > len(wanted) // 2, "the weights make a difference"
 
 
 def test_the_lean_batch_is_what_a_small_model_gets(room: Room) -> None:
     loaded = room.engine.loaded
-    made = lines_of(loaded.slots, loaded.lean, room.engine.weights, 1000)
-    assert isinstance(made, LeanLines)
+    made = sequence_cache_for(loaded.slots, loaded.fast_forward, room.engine.weights, 1000)
+    assert isinstance(made, FastSequenceCache)
 
 
 @settings(max_examples=15)
@@ -139,7 +145,7 @@ def test_coming_and_going_changes_nobody_elses_words(room: Room, chance: random.
     leaves = chance.sample(order, 3)
     told: dict[int, list[Any]] = {number: [] for number in order}
     coming = list(order)
-    while coming or room.chats.wanted:
+    while coming or room.chats.has_work:
         for _ in range(chance.randint(0, 2)):
             if coming:
                 room.chats.join(coming[0], str(coming[0] % 2), wanted[coming.pop(0)])
@@ -161,12 +167,14 @@ def test_what_was_read_before_is_not_read_again(room: Room) -> None:
     events = room.run(first)[1]
     turns = (*first.turns, Turn(role="assistant", text=said(events)), Turn(role="user", text="More."))
     then = room.run(asks("", room.weights[1], turns=turns))[1]
-    heard = [event for event in then if isinstance(event, Heard)]
-    before = next(event for event in events if isinstance(event, Heard))
+    heard = [event for event in then if isinstance(event, PromptRead)]
+    before = next(event for event in events if isinstance(event, PromptRead))
     assert heard[0].warm >= before.prompt_tokens, "an answer that is cut short may be other tokens when it is read"
     assert said(then) == room.generated(asks("", room.weights[1], turns=turns))
     other = room.run(asks("", room.weights[2], turns=turns))[1]
-    assert next(event for event in other if isinstance(event, Heard)).warm <= 1, "other weights read for themselves"
+    assert next(event for event in other if isinstance(event, PromptRead)).warm <= 1, (
+        "other weights read for themselves"
+    )
 
 
 def test_the_same_seed_draws_the_same_words(room: Room) -> None:
@@ -176,12 +184,12 @@ def test_the_same_seed_draws_the_same_words(room: Room) -> None:
 
 
 def test_a_long_message_is_read_between_the_words_of_others(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_batch, "PIECE", 8)
+    monkeypatch.setattr(chat_batch, "PREFILL_TOKENS", 8)
     room.chats.join(1, "a", asks("Bread"))
     room.chats.step()
     room.chats.join(2, "b", asks("Bread rises slowly, as it does. " * 9, room.weights[3]))
     order: list[tuple[int, str]] = []
-    while room.chats.wanted:
+    while room.chats.has_work:
         order += [(number, event.type) for number, event, _ in room.chats.step()]
     reads = [place for place, each in enumerate(order) if each == (2, "heard")]
     words = [place for place, each in enumerate(order) if each[0] == 1 and each[1] == "spoke"]
@@ -190,18 +198,18 @@ def test_a_long_message_is_read_between_the_words_of_others(room: Room, monkeypa
 
 
 def test_a_full_batch_lets_wait_and_says_the_place(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_batch, "MOST", 2)
-    monkeypatch.setattr(chat_batch, "TAKING_SECONDS", 60.0)  # all of them come in one step, on a slow machine too
+    monkeypatch.setattr(chat_batch, "MAX_SLOTS", 2)
+    monkeypatch.setattr(chat_batch, "PREPARE_SECONDS", 60.0)  # all of them come in one step, on a slow machine too
     told = room.run(*(asks(WORDS[0]) for _ in range(5)), owners="aaaab")
-    queued = {number: [event.place for event in told[number] if isinstance(event, Queued)] for number in told}
+    queued = {number: [event.place for event in told[number] if isinstance(event, QueuePosition)] for number in told}
     assert queued == {1: [], 5: [], 2: [1], 3: [2, 1], 4: [3, 2, 1]}, "who has nothing in the batch comes before"
 
 
 def test_one_that_is_larger_than_the_room_is_answered_alone(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room.engine, "_room_for_chats", 1)
+    monkeypatch.setattr(room.engine, "_chat_cache_bytes", 1)
     told = room.run(asks(WORDS[0]), asks(WORDS[1]))
-    assert all(isinstance(events[-1], Answered) for events in told.values())
-    assert any(isinstance(event, Queued) for event in told[2])
+    assert all(isinstance(events[-1], AnswerDone) for events in told.values())
+    assert any(isinstance(event, QueuePosition) for event in told[2])
 
 
 def test_stopping_takes_one_step(room: Room) -> None:
@@ -209,14 +217,14 @@ def test_stopping_takes_one_step(room: Room) -> None:
     room.chats.step()
     room.chats.leave(1)
     assert room.chats.step() == [(1, Cancelled(), True)]
-    assert not room.chats.wanted
+    assert not room.chats.has_work
 
 
 def test_what_is_wrong_with_one_is_said_to_it_alone(room: Room) -> None:
     told = room.run(asks("x " * 3000), asks(WORDS[0]), asks(WORDS[0], "w" + "0" * 32))
     assert isinstance(told[1][-1], Failed)
     assert told[1][-1].code == "prompt_too_long"
-    assert isinstance(told[2][-1], Answered)
+    assert isinstance(told[2][-1], AnswerDone)
     assert isinstance(told[3][-1], Failed)
     assert told[3][-1].code == WeightsMissing("w").code
 
@@ -227,7 +235,7 @@ def test_the_oldest_turns_are_left_out_where_that_is_wanted(room: Room) -> None:
         turns += [Turn(role="user", text=f"Number {number}, the sea."), Turn(role="assistant", text="Wide.")]
     turns.append(Turn(role="user", text="And now?"))
     events = room.run(asks("", turns=tuple(turns), trims=True))[1]
-    heard = next(event for event in events if isinstance(event, Heard))
+    heard = next(event for event in events if isinstance(event, PromptRead))
     assert heard.left_out > 0
     assert heard.left_out % 2 == 0
     assert heard.prompt_tokens + GREEDY.max_new_tokens <= heard.context_length
@@ -236,14 +244,14 @@ def test_the_oldest_turns_are_left_out_where_that_is_wanted(room: Room) -> None:
     fewer = [turns[0], *turns[heard.left_out - 1 :]]
     loaded = room.engine.loaded
     limit = heard.context_length - GREEDY.max_new_tokens
-    assert len(loaded.conversation(asks("", turns=tuple(fewer))).tokens) > limit, "no more than need be"
+    assert len(loaded.prepare_chat(asks("", turns=tuple(fewer))).tokens) > limit, "no more than need be"
 
 
 def test_the_answer_ends_with_the_context(room: Room) -> None:
     long = asks("The sea is wide. " * 68, sampling=GREEDY.model_copy(update={"max_new_tokens": 8192}))
     events = room.run(long)[1]
-    assert isinstance(events[-1], Answered)
-    heard = next(event for event in events if isinstance(event, Heard))
+    assert isinstance(events[-1], AnswerDone)
+    heard = next(event for event in events if isinstance(event, PromptRead))
     if events[-1].finish == "length":
         assert events[-1].tokens + heard.prompt_tokens == heard.context_length
 
@@ -251,15 +259,15 @@ def test_the_answer_ends_with_the_context(room: Room) -> None:
 def test_a_last_word_of_the_model_is_gone_on_with(room: Room) -> None:
     whole = said(room.run(asks(WORDS[0]))[1])
     turns = (Turn(role="user", text=WORDS[0]), Turn(role="assistant", text=whole[:9]))
-    tokens = room.engine.loaded.conversation(asks("", turns=turns)).tokens
+    tokens = room.engine.loaded.prepare_chat(asks("", turns=turns)).tokens
     assert room.engine.loaded.tokenizer.decode(tokens).endswith("<|assistant|>" + whole[:9])
 
 
 def test_tokens_are_told_with_their_log_probabilities(room: Room) -> None:
     events = room.run(asks(WORDS[0], top=3))[1]
-    drawn = [token for event in events if isinstance(event, Spoke) for token in event.drawn]
+    drawn = [token for event in events if isinstance(event, TextDelta) for token in event.drawn]
     answered = events[-1]
-    assert isinstance(answered, Answered)
+    assert isinstance(answered, AnswerDone)
     assert len(drawn) == answered.tokens
     for token in drawn:
         assert len(token.top) == 3
@@ -279,11 +287,11 @@ def drawn_tokens(room: Room, *wanted: Chat) -> list[list[int]]:
             found[seat.number].append(token)
         return tokens
 
-    original, chat_batch.draw_each = chat_batch.draw_each, note
+    original, chat_batch.sample_each = chat_batch.sample_each, note
     try:
         room.run(*wanted)
     finally:
-        chat_batch.draw_each = original
+        chat_batch.sample_each = original
     return list(found.values())
 
 
@@ -299,7 +307,7 @@ def test_top_k_draws_from_the_likeliest_alone(room: Room) -> None:
     assert free[:12] != greedy
     for seed in range(6):
         events = room.run(asks(WORDS[1], sampling=FREE, top_k=3, seed=seed, top=3))[1]
-        for entry in (entry for event in events if isinstance(event, Spoke) for entry in event.drawn):
+        for entry in (entry for event in events if isinstance(event, TextDelta) for entry in event.drawn):
             assert any(entry.logprob == pytest.approx(value, abs=1e-5) for _, _, value in entry.top)
 
 
@@ -311,17 +319,17 @@ def test_a_repetition_penalty_is_that_of_transformers(room: Room) -> None:
         for request, tokens in zip(requests, together, strict=False):
             slot, found = room.engine.weights(request.weights)
             slot.install(found.flat)
-            prompt = loaded.conversation(request).tokens
+            prompt = loaded.prepare_chat(request).tokens
             theirs = slot.model.generate(
                 input_ids=torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0,
-                repetition_penalty=penalty, eos_token_id=sorted(loaded.ends),
+                repetition_penalty=penalty, eos_token_id=sorted(loaded.end_tokens),
             )  # fmt: skip
             assert tokens == theirs[0, len(prompt) :].tolist()
         assert together[-1] == drawn_tokens(room, asks(WORDS[0]))[0], "who asked for none has none"
 
 
 def test_an_answer_does_not_end_before_the_least_number_of_tokens(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room.engine.loaded, "ends", frozenset(range(0, 400, 2)))
+    monkeypatch.setattr(room.engine.loaded, "end_tokens", frozenset(range(0, 400, 2)))
     for seed in range(5):
         short, long = drawn_tokens(
             room, asks(WORDS[0], sampling=FREE, seed=seed), asks(WORDS[0], sampling=FREE, seed=seed, min_tokens=9)
@@ -337,32 +345,32 @@ def test_a_failed_step_is_said_to_all_and_the_next_one_goes_on(room: Room, monke
     def fail(*arguments: Any) -> Any:
         raise ZeroDivisionError
 
-    lines: Lines = room.engine._lines_now()
+    lines: SequenceCache = room.engine._get_sequence_cache()
     room.chats.join(1, "", asks(WORDS[0]))
     room.chats.join(2, "", asks(WORDS[1]))
     room.chats.step()
     room.chats.step()
     with monkeypatch.context() as broken:
-        broken.setattr(lines, "grow", fail)
+        broken.setattr(lines, "decode", fail)
         with pytest.raises(ZeroDivisionError):
             room.chats.step()
         room.chats.join(3, "", asks(WORDS[1]))
-    assert room.chats.give_up() == [1, 2, 3]
-    assert not room.chats.wanted
+    assert room.chats.abort() == [1, 2, 3]
+    assert not room.chats.has_work
     assert said(room.run(asks(WORDS[0]))[1]) == room.generated(asks(WORDS[0]))
 
 
 def test_a_model_without_a_template_is_spoken_to_in_lines(tmp_path: Path) -> None:
     room = Room(make_model(tmp_path / "model", "gpt2", template=None), tmp_path / "weights")
-    prepared = room.engine.loaded.conversation(asks("Hello."))
+    prepared = room.engine.loaded.prepare_chat(asks("Hello."))
     assert room.engine.loaded.tokenizer.decode(prepared.tokens) == "User: Hello.\n\nAssistant:"
     assert prepared.stop == ("\n\nUser: ",)
-    assert isinstance(room.run(asks("Hello."))[1][-1], Answered)
+    assert isinstance(room.run(asks("Hello."))[1][-1], AnswerDone)
 
 
 @given(st.lists(st.integers(0, 2), max_size=9), st.lists(st.integers(0, 2), max_size=9))
 def test_what_two_texts_begin_with(one: list[int], other: list[int]) -> None:
-    alike = shared(one, other)
+    alike = common_prefix_length(one, other)
     assert one[:alike] == other[:alike]
     assert alike in (len(one), len(other)) or one[alike] != other[alike]
 
@@ -373,8 +381,8 @@ def test_what_two_texts_begin_with(one: list[int], other: list[int]) -> None:
 ])  # fmt: skip
 def test_an_odd_conversation_is_in_nobodys_way(room: Room, turns: tuple[Turn, ...]) -> None:
     told = room.run(asks(WORDS[0]), asks("", turns=turns), asks(WORDS[1]))
-    assert [isinstance(told[number][-1], Answered) for number in (1, 3)] == [True, True]
-    assert isinstance(told[2][-1], Answered | Failed)
+    assert [isinstance(told[number][-1], AnswerDone) for number in (1, 3)] == [True, True]
+    assert isinstance(told[2][-1], AnswerDone | Failed)
 
 
 def test_a_template_that_fails_in_its_own_way_is_said_to_one_alone(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,11 +392,11 @@ def test_a_template_that_fails_in_its_own_way_is_said_to_one_alone(room: Room, m
     room.chats.join(1, "", asks(WORDS[0]))
     room.chats.step()
     with monkeypatch.context() as broken:
-        broken.setattr(room.engine.loaded, "conversation", fail)
+        broken.setattr(room.engine.loaded, "prepare_chat", fail)
         room.chats.join(2, "", asks(WORDS[1]))
         told = room.chats.step()
     assert [(number, event.code) for number, event, last in told if last] == [(2, "engine_bug")]
-    rest = [number for _ in range(40) if room.chats.wanted for number, _, last in room.chats.step() if last]
+    rest = [number for _ in range(40) if room.chats.has_work for number, _, last in room.chats.step() if last]
     assert rest == [1]
 
 
@@ -399,14 +407,14 @@ def test_what_cannot_be_read_costs_the_others_nothing(room: Room, monkeypatch: p
     alone = said(room.run(asks(WORDS[0]))[1])
     room.chats.join(1, "", asks(WORDS[0]))
     events = [event for _, event, _ in room.chats.step()]
-    lines = room.engine._lines_now()
+    lines = room.engine._get_sequence_cache()
     with monkeypatch.context() as broken:
-        broken.setattr(lines, "begin", fail)
+        broken.setattr(lines, "start", fail)
         room.chats.join(2, "", asks(WORDS[1]))
         told = room.chats.step()
     assert [(number, event.code) for number, event, last in told if last] == [(2, "out_of_memory")]
     events += [event for number, event, _ in told if number == 1]
-    while room.chats.wanted:
+    while room.chats.has_work:
         events += [event for _, event, _ in room.chats.step()]
     assert said(events) == alone
 
@@ -416,7 +424,7 @@ def test_leaving_before_being_taken_in_is_heard(room: Room) -> None:
     room.chats.leave(1)
     room.chats.leave(7)
     assert room.chats.step() == [(1, Cancelled(), True)]
-    assert not room.chats.wanted
+    assert not room.chats.has_work
 
 
 @pytest.mark.parametrize("temperature", [1e-38, 1e-5, 5.0])
@@ -424,7 +432,7 @@ def test_no_temperature_is_too_cold_or_too_hot(room: Room, temperature: float) -
     sampling = Sampling(temperature=temperature, min_p=0.0, max_new_tokens=6)
     other = sampling.model_copy(update={"top_p": 0.5})
     told = room.run(asks(WORDS[0], sampling=sampling), asks(WORDS[0], sampling=other))
-    assert all(isinstance(events[-1], Answered) for events in told.values())
+    assert all(isinstance(events[-1], AnswerDone) for events in told.values())
     if temperature < 1e-3:
         greedy = GREEDY.model_copy(update={"max_new_tokens": 6})
         assert said(told[1]) == said(room.run(asks(WORDS[0], sampling=greedy))[1])
@@ -440,8 +448,8 @@ def test_many_adapters_come_and_go(room: Room) -> None:
 
 
 def test_talking_leaves_nothing_in_the_way_of_learning(room: Room) -> None:
-    planted = run(room.engine.plant(Plant(adapter=Adapter(lora_rank=4), seed=77))).weights
-    room.engine._shelf._cache.clear()  # what is talked to is read from disk
+    planted = run(room.engine.create_adapter(CreateAdapter(adapter=Adapter(lora_rank=4), seed=77))).weights
+    room.engine._weights_store._cache.clear()  # what is talked to is read from disk
     room.run(asks(WORDS[0], planted))
     options = (Option(text="a", tokens=(5, 6), finish="stop"), Option(text="b", tokens=(7, 8), finish="stop"))
     lesson = Lesson(prompt=Prompt(text="Bread"), options=options, choice=0, temperature=1.0)

@@ -22,28 +22,28 @@ from trellis.engine.handlers import TextEngine
 from trellis.engine.learning.log_probs import Group, answer_logprobs
 from trellis.engine.text import chat_templates
 from trellis.engine.text.chat_templates import (
-    ANSWERED,
-    ASKED,
-    EXTRAS,
+    ANSWER_TURN,
+    EXTRA_ARGUMENTS,
+    QUESTION_TURN,
     ChatTemplate,
     ControlTokens,
     TemplateFailed,
-    arrange,
+    arrange_turns,
     choose_template,
-    close_thought,
+    close_thinking,
     opening_after,
-    probe,
+    probe_template,
 )
-from trellis.engine.text.loaded_model import LoadedModel, read_model
+from trellis.engine.text.loaded_model import LoadedModel, load_model
 from trellis.errors import Invalid
 from trellis.messages import (
     RESERVED_TEMPLATE_KWARGS,
     Chat,
+    CreateAdapter,
     Learn,
     Lesson,
     Load,
     Option,
-    Plant,
     Prompt,
     Turn,
     Written,
@@ -110,7 +110,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(path: Path) -> LoadedModel:
-    steps = read_model(path, Load(path=str(path)))
+    steps = load_model(path, Load(path=str(path)))
     return run(steps)  # type: ignore[no-any-return]
 
 
@@ -135,26 +135,26 @@ def says(*said: str) -> list[Turn]:
 
 
 def written(template: ChatTemplate, *said: str) -> str:
-    return template.prompt(says(*said), {}, "messages")
+    return template.render_prompt(says(*said), {}, "messages")
 
 
 # ── What was said comes out ────────────────────────────────────────────────────────────────────────
 
 
 def test_a_usual_template_needs_nothing(tokenizer: Any) -> None:
-    found = probe(tokenizer, TEMPLATE)
-    control = ControlTokens.of(tokenizer, TEMPLATE)
+    found = probe_template(tokenizer, TEMPLATE)
+    control = ControlTokens.from_tokenizer(tokenizer, TEMPLATE)
     assert found == ChatTemplate(
-        tokenizer, TEMPLATE, control, EXTRAS[0], prompt_end="<|end|><|assistant|>",
-        ending=("<|end|>", "<|end|><|user|>"),
+        tokenizer, TEMPLATE, control, EXTRA_ARGUMENTS[0], prompt_end="<|end|><|assistant|>",
+        turn_endings=("<|end|>", "<|end|><|user|>"),
     )  # fmt: skip
     assert control.tokens == {"<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"}
 
 
 def test_a_template_is_probed_in_milliseconds(tokenizer: Any) -> None:
-    probe(tokenizer, QWEN)
+    probe_template(tokenizer, QWEN)
     began = time.process_time()
-    probe(tokenizer, QWEN)
+    probe_template(tokenizer, QWEN)
     assert time.process_time() - began < 0.1
 
 
@@ -165,8 +165,8 @@ def test_content_is_given_as_parts_to_the_roles_that_want_it_so(tokenizer: Any, 
         "{% for m in messages %}<|{{ m.role }}|>" + wants + "{% for part in m.content %}{{ part.text }}{% endfor %}"
         "{% else %}{{ m.content + '' }}{% endif %}<|end|>{% endfor %}" + BEGINS
     )
-    template = probe(tokenizer, source)
-    assert template.parts == set(roles.split())
+    template = probe_template(tokenizer, source)
+    assert template.roles_with_parts == set(roles.split())
     told = written(template, "s: Be kind.", "u: Hello", "a: Hi", "u: Bread?")
     assert (
         told == "<|system|>Be kind.<|end|><|user|>Hello<|end|><|assistant|>Hi<|end|><|user|>Bread?<|end|><|assistant|>"
@@ -174,15 +174,15 @@ def test_content_is_given_as_parts_to_the_roles_that_want_it_so(tokenizer: Any, 
 
 
 def test_parts_that_are_written_as_a_python_list_do_not_count(tokenizer: Any) -> None:
-    assert probe(tokenizer, TEMPLATE).parts == frozenset()
+    assert probe_template(tokenizer, TEMPLATE).roles_with_parts == frozenset()
     with pytest.raises(TemplateFailed, match="what the user says is not in what it writes"):
-        probe(tokenizer, "{{ messages }}" + BEGINS)
+        probe_template(tokenizer, "{{ messages }}" + BEGINS)
 
 
 @pytest.mark.parametrize("name", ["tools", "documents"])
 def test_a_template_that_iterates_over_what_is_not_there_is_given_an_empty_list(tokenizer: Any, name: str) -> None:
-    template = probe(tokenizer, "{% for each in " + name + " %}{{ each }}{% endfor %}" + TEMPLATE)
-    assert template.extras == {name: []}
+    template = probe_template(tokenizer, "{% for each in " + name + " %}{{ each }}{% endfor %}" + TEMPLATE)
+    assert template.extra_arguments == {name: []}
     assert written(template, "u: Hello") == "<|user|>Hello<|end|><|assistant|>"
 
 
@@ -195,14 +195,14 @@ def test_a_template_that_iterates_over_what_is_not_there_is_given_an_empty_list(
     ids=["ignores it", "refuses it"],
 )
 def test_a_system_prompt_without_a_place_is_put_before_the_first_message(tokenizer: Any, source: str) -> None:
-    template = probe(tokenizer, source)
+    template = probe_template(tokenizer, source)
     told = written(template, "s: Be kind.", "u: Hello", "a: Hi", "u: Bread?")
     assert told.startswith("<|user|>Be kind.\n\nHello<|end|><|assistant|>Hi<|end|><|user|>Bread?<|end|>")
 
 
 def test_a_second_system_turn_is_not_lost(tokenizer: Any) -> None:
-    template = probe(tokenizer, SYSTEM_FIRST)
-    assert not template.folds_system
+    template = probe_template(tokenizer, SYSTEM_FIRST)
+    assert not template.merges_system
     assert written(template, "s: One.", "s: Two.", "u: Hello").startswith("<|system|>One.\n\nTwo.<|end|><|user|>Hello")
     told = written(template, "s: One.", "u: Hello", "a: Hi", "s: Two.", "u: Bread?")
     assert told.endswith("<|assistant|>Hi<|end|><|user|>Two.\n\nBread?<|end|><|assistant|>")
@@ -213,7 +213,7 @@ def test_a_template_that_wants_turns_by_turns_gets_them_and_keeps_the_system_pro
         "{% if messages[0].role == 'system' %}<|system|>{{ messages[0].content }}<|end|>"
         "{% set messages = messages[1:] %}{% endif %}" + ALTERNATES + TEMPLATE
     )
-    template = probe(tokenizer, source)
+    template = probe_template(tokenizer, source)
     told = written(template, "s: Be kind.", "u: Hello", "u: Again", "a: Hi", "a: Ho", "u: Bread?")
     assert told == (
         "<|system|>Be kind.<|end|><|user|>Hello\n\nAgain<|end|><|assistant|>Hi\n\nHo<|end|><|user|>Bread?<|end|>"
@@ -222,7 +222,7 @@ def test_a_template_that_wants_turns_by_turns_gets_them_and_keeps_the_system_pro
 
 
 def test_an_order_that_cannot_be_written_is_refused_with_the_templates_own_words(tokenizer: Any) -> None:
-    template = probe(tokenizer, ALTERNATES + TEMPLATE)
+    template = probe_template(tokenizer, ALTERNATES + TEMPLATE)
     with pytest.raises(Invalid, match="it says “Roles must alternate”") as raised:
         written(template, "a: Hi", "u: Hello")
     assert (raised.value.code, raised.value.field) == ("bad_template", "messages")
@@ -230,7 +230,7 @@ def test_an_order_that_cannot_be_written_is_refused_with_the_templates_own_words
 
 
 def test_a_template_for_single_messages_refuses_a_conversation_instead_of_losing_it(tokenizer: Any) -> None:
-    template = probe(tokenizer, "<|user|>Translate: {{ messages[-1].content }}<|end|><|assistant|>")
+    template = probe_template(tokenizer, "<|user|>Translate: {{ messages[-1].content }}<|end|><|assistant|>")
     assert written(template, "u: Hello") == "<|user|>Translate: Hello<|end|><|assistant|>"
     assert written(template, "s: Be kind.", "u: Hello") == "<|user|>Translate: Be kind.\n\nHello<|end|><|assistant|>"
     with pytest.raises(Invalid, match="takes a single message, not a conversation"):
@@ -239,18 +239,18 @@ def test_a_template_for_single_messages_refuses_a_conversation_instead_of_losing
 
 @pytest.mark.parametrize("filter", ["trim", "upper", "replace('\n', ' ')"])
 def test_trimmed_text_is_not_taken_for_lost(tokenizer: Any, filter: str) -> None:
-    probe(tokenizer, TEMPLATE.replace("m.content", f"m.content | {filter}"))
+    probe_template(tokenizer, TEMPLATE.replace("m.content", f"m.content | {filter}"))
 
 
 @pytest.mark.parametrize("filter", ["e", "truncate(20)", "length", "reverse", "first", "striptags"])
 def test_text_that_is_changed_is_refused(tokenizer: Any, filter: str) -> None:
     with pytest.raises(TemplateFailed, match=r"not in what it writes, or is changed\.$"):
-        probe(tokenizer, TEMPLATE.replace("m.content", f"m.content | {filter}"))
+        probe_template(tokenizer, TEMPLATE.replace("m.content", f"m.content | {filter}"))
 
 
 def test_the_generation_prompt_is_found_where_a_template_ignores_that_it_is_asked_for_one(tokenizer: Any) -> None:
     chatml = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    template = probe(tokenizer, chatml)
+    template = probe_template(tokenizer, chatml)
     told = written(template, "u: Hello")
     assert told == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     assert written(template, "u: Hello", "a: Hi", "u: Bread?").endswith("Bread?<|im_end|>\n<|im_start|>assistant\n")
@@ -267,7 +267,7 @@ def test_the_generation_prompt_is_found_where_a_template_ignores_that_it_is_aske
     ids=["alternates", "always there", "always there, with a header in the turn"],
 )
 def test_a_generation_prompt_that_is_always_there_is_not_written_twice(tokenizer: Any, source: str) -> None:
-    template = probe(tokenizer, source)
+    template = probe_template(tokenizer, source)
     assert written(template, "u: Hello") == template.render(says("u: Hello"))
 
 
@@ -301,45 +301,45 @@ def test_a_generation_prompt_that_is_always_there_is_not_written_twice(tokenizer
 )
 def test_a_template_that_fails_is_told_of_in_words(tokenizer: Any, source: str, words: str) -> None:
     with pytest.raises(TemplateFailed, match=f"^.*{words}$"):
-        probe(tokenizer, source)
+        probe_template(tokenizer, source)
 
 
 def test_a_template_without_an_end_is_stopped(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_templates, "RENDER_SECONDS", 0.3)
     began = time.monotonic()
     with pytest.raises(TemplateFailed, match="does not come to an end"):
-        probe(tokenizer, ENDLESS + TEMPLATE)
+        probe_template(tokenizer, ENDLESS + TEMPLATE)
     assert time.monotonic() - began < 3
-    assert probe(tokenizer, TEMPLATE).end_token({1}) == 1  # nothing that was raised late comes here
+    assert probe_template(tokenizer, TEMPLATE).find_end_token({1}) == 1  # nothing that was raised late comes here
 
 
 def test_a_template_that_raises_numbers_to_powers_is_refused_unread(tokenizer: Any) -> None:
     with pytest.raises(TemplateFailed, match="powers"):
-        probe(tokenizer, "{{ 7 ** (10 ** 8) }}" + TEMPLATE)
-    assert probe(tokenizer, TEMPLATE + "{# ** #}{% set bold = '**' %}").end_token({1}) == 1
+        probe_template(tokenizer, "{{ 7 ** (10 ** 8) }}" + TEMPLATE)
+    assert probe_template(tokenizer, TEMPLATE + "{# ** #}{% set bold = '**' %}").find_end_token({1}) == 1
 
 
 def test_a_message_that_makes_a_template_fail_is_refused_alone(tokenizer: Any) -> None:
-    template = probe(tokenizer, "{{ 1 / (messages[0].content | length - 4) }}" + LINES + BEGINS)
+    template = probe_template(tokenizer, "{{ 1 / (messages[0].content | length - 4) }}" + LINES + BEGINS)
     with pytest.raises(Invalid, match="division by zero") as raised:
-        template.prompt(says("u: four"), {}, "prompt")
+        template.render_prompt(says("u: four"), {}, "prompt")
     assert "“Chat template” off" in raised.value.next_step
-    assert "<|user|>fives" in template.prompt(says("u: fives"), {}, "prompt")
+    assert "<|user|>fives" in template.render_prompt(says("u: fives"), {}, "prompt")
 
 
 def test_a_broken_template_lets_the_model_load_and_says_what_to_do(model: Path, tmp_path: Path) -> None:
     loaded = with_template(model, tmp_path / "m", "{{ 'Turn ' + 1 }}" + TEMPLATE)
-    assert "can only concatenate" in loaded.about.template_problem
+    assert "can only concatenate" in loaded.info.template_problem
     with pytest.raises(Invalid, match="The model's chat template cannot be used: it fails with") as raised:
-        loaded.prompt_tokens(Prompt(text="Hello"), 8, 256)
+        loaded.tokenize_prompt(Prompt(text="Hello"), 8, 256)
     assert raised.value.code == "bad_template"
     assert "“Chat template” off" in raised.value.next_step
     ask = Chat(turns=tuple(says("u: Hello")), sampling=Sampling(), seed=0)
     with pytest.raises(Invalid, match="cannot be used"):
-        loaded.conversation(ask)
-    plain = loaded.prompt_tokens(Prompt(text="Hello", template=False), 8, 256)
+        loaded.prepare_chat(ask)
+    plain = loaded.tokenize_prompt(Prompt(text="Hello", template=False), 8, 256)
     assert loaded.tokenizer.decode(plain) == "Hello"
-    lines = loaded.conversation(ask.model_copy(update={"template": False}))
+    lines = loaded.prepare_chat(ask.model_copy(update={"template": False}))
     assert loaded.tokenizer.decode(lines.tokens) == "User: Hello\n\nAssistant:"
     assert lines.stop == ("\n\nUser: ",)
 
@@ -378,10 +378,10 @@ def test_a_list_of_named_templates_without_a_default_is_read_from_a_folder(model
     more.mkdir()
     (more / "tool_use.jinja").write_text("tools")
     (more / "plain.jinja").write_text(TEMPLATE)
-    tokens = load(folder).prompt_tokens(Prompt(text="Hello"), 8, 256)
+    tokens = load(folder).tokenize_prompt(Prompt(text="Hello"), 8, 256)
     assert load(folder).tokenizer.decode(tokens) == "<|user|>Hello<|end|><|assistant|>"
     (more / "other.jinja").write_text(TEMPLATE)
-    assert "“plain”" in load(folder).about.template_problem
+    assert "“plain”" in load(folder).info.template_problem
 
 
 @pytest.mark.parametrize("content", [{"chat_template": TEMPLATE}, {"chat_template": ""}, [], "x"])
@@ -390,7 +390,7 @@ def test_a_template_in_a_processors_file_is_read(model: Path, tmp_path: Path, co
     (folder / "chat_template.jinja").unlink()
     (folder / "chat_template.json").write_text(json.dumps(content))
     loaded = load(folder)
-    text = loaded.render(Prompt(text="Hello")).text
+    text = loaded.render_prompt(Prompt(text="Hello")).text
     assert text == ("<|user|>Hello<|end|><|assistant|>" if content == {"chat_template": TEMPLATE} else "Hello")
 
 
@@ -413,26 +413,28 @@ def test_a_template_in_a_processors_file_is_read(model: Path, tmp_path: Path, co
 def test_a_switch_is_known_by_its_effect_under_any_name(
     tokenizer: Any, source: str, switch: str | None, off: str, on: str
 ) -> None:
-    template = probe(tokenizer, source)
-    assert template.switch == switch
-    told = {value: template.prompt(says("u: Hello"), {"enable_thinking": value}, "prompt") for value in (True, False)}
+    template = probe_template(tokenizer, source)
+    assert template.thinking_switch == switch
+    told = {
+        value: template.render_prompt(says("u: Hello"), {"enable_thinking": value}, "prompt") for value in (True, False)
+    }
     assert told[False].endswith(off)
     assert told[True].endswith(on)
     assert (told[False] != told[True]) == (switch is not None)
 
 
 def test_the_templates_own_name_wins_over_ours(tokenizer: Any) -> None:
-    template = probe(tokenizer, DEEPSEEK)
-    told = template.prompt(says("u: Hello"), {"enable_thinking": False, "thinking": True}, "prompt")
+    template = probe_template(tokenizer, DEEPSEEK)
+    told = template.render_prompt(says("u: Hello"), {"enable_thinking": False, "thinking": True}, "prompt")
     assert told.endswith("<think>")
 
 
 def test_a_thought_is_not_opened_twice(model: Path, tmp_path: Path) -> None:
     loaded = with_template(model, tmp_path / "m", OPENED)
     assert loaded.template
-    assert loaded.template.opens_thought
+    assert loaded.template.opens_thinking
     for opening in ("", "<think>\n"):
-        text = loaded.render(Prompt(text="Hello", opening=opening)).text
+        text = loaded.render_prompt(Prompt(text="Hello", opening=opening)).text
         assert text == "<|user|>\nHello<|end|><|assistant|>\n<think>\n"
 
 
@@ -462,7 +464,7 @@ def test_an_opening_goes_on_where_the_prompt_ends(prompt: str, opening: str, who
     ],
 )
 def test_a_written_answer_is_not_learned_as_a_thought(prompt: str, answer: str, whole: str) -> None:
-    assert prompt + close_thought(prompt, answer) == whole
+    assert prompt + close_thinking(prompt, answer) == whole
 
 
 @pytest.mark.parametrize(
@@ -483,9 +485,9 @@ def test_a_written_answer_is_taught_as_the_template_writes_one(
     model: Path, tmp_path: Path, source: str, variables: dict[str, Any], taught: str
 ) -> None:
     loaded = with_template(model, tmp_path / "m", source)
-    prompt = loaded.render(Prompt(text="Is it?", template_kwargs=variables))
-    assert loaded.tokenizer.decode(loaded.answer_tokens("It is.", after=prompt)) == taught
-    assert loaded.tokenizer.decode(loaded.answer_tokens("a</think>b", after=prompt)).endswith("a</think>b<|end|>")
+    prompt = loaded.render_prompt(Prompt(text="Is it?", template_kwargs=variables))
+    assert loaded.tokenizer.decode(loaded.tokenize_answer("It is.", prompt=prompt)) == taught
+    assert loaded.tokenizer.decode(loaded.tokenize_answer("a</think>b", prompt=prompt)).endswith("a</think>b<|end|>")
 
 
 @pytest.mark.parametrize("opening", ["", "<think>\n"])
@@ -493,9 +495,9 @@ def test_a_whole_thought_is_taught_once_where_its_beginning_is_in_the_prompt(
     model: Path, tmp_path: Path, opening: str
 ) -> None:
     loaded = with_template(model, tmp_path / "m", OPENED)
-    prompt = loaded.render(Prompt(text="Is it?", opening=opening))
+    prompt = loaded.render_prompt(Prompt(text="Is it?", opening=opening))
     for answer in ("<think>\nHm.\n</think>\n\nIt is.", "Hm.\n</think>\n\nIt is."):
-        taught = loaded.tokenizer.decode(loaded.answer_tokens(answer, after=prompt))
+        taught = loaded.tokenizer.decode(loaded.tokenize_answer(answer, prompt=prompt))
         assert taught == "Hm.\n</think>\n\nIt is.<|end|>"
 
 
@@ -533,10 +535,10 @@ def test_what_is_no_variable_is_refused_by_name(values: dict[str, Any], words: s
 
 
 def test_variables_reach_the_template_and_reserved_ones_do_not(tokenizer: Any) -> None:
-    template = probe(tokenizer, "{{ mood or '' }}" + TEMPLATE)
-    assert template.prompt(says("u: Hello"), {"mood": "glad"}, "prompt").startswith("glad<|user|>")
+    template = probe_template(tokenizer, "{{ mood or '' }}" + TEMPLATE)
+    assert template.render_prompt(says("u: Hello"), {"mood": "glad"}, "prompt").startswith("glad<|user|>")
     with pytest.raises(Invalid, match="“chat_template” is set by the studio"):
-        template.prompt(says("u: Hello"), {"chat_template": "{{ 1 }}"}, "prompt")
+        template.render_prompt(says("u: Hello"), {"chat_template": "{{ 1 }}"}, "prompt")
 
 
 # ── Where a turn ends ──────────────────────────────────────────────────────────────────────────────
@@ -584,7 +586,7 @@ def end_logprobs(engine: TextEngine, weights: str, lesson: Lesson) -> list[float
 def test_written_answers_teach_the_end_that_the_template_writes(gemma_like: Path, tmp_path: Path) -> None:
     engine = TextEngine(Blobs(tmp_path))
     run(engine.load(Load(path=str(gemma_like))))
-    weights = run(engine.plant(Plant(adapter=Adapter(), seed=1))).weights
+    weights = run(engine.create_adapter(CreateAdapter(adapter=Adapter(), seed=1))).weights
     options = tuple(Option(text=text, tokens=(), finish="stop") for text in ("Bread.", "Tea."))
     lessons = [
         Lesson(
@@ -631,12 +633,12 @@ def test_the_end_is_the_first_one_that_the_template_writes(
     tokenizer: Any, after_answer: str, ends: set[int], end: int | None
 ) -> None:
     source = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + after_answer + "{% endfor %}"
-    assert probe(tokenizer, source).end_token(ends) == end
+    assert probe_template(tokenizer, source).find_end_token(ends) == end
 
 
 def test_an_end_that_is_only_written_between_turns_is_found(tokenizer: Any) -> None:
     source = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if not loop.last %}<|end|>{% endif %}{% endfor %}"
-    assert probe(tokenizer, source).end_token({1}) == 1
+    assert probe_template(tokenizer, source).find_end_token({1}) == 1
 
 
 def test_an_end_for_another_turn_is_not_taken_for_that_of_the_last(tokenizer: Any) -> None:
@@ -645,7 +647,7 @@ def test_an_end_for_another_turn_is_not_taken_for_that_of_the_last(tokenizer: An
         "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if loop.last and m.role == 'assistant' %}<|assistant|>"
         "{% else %}<|end|>{% endif %}{% endfor %}"
     )
-    assert probe(tokenizer, source).end_token({1, 4}) == 4
+    assert probe_template(tokenizer, source).find_end_token({1, 4}) == 4
 
 
 # ── Where an answer begins and goes on ─────────────────────────────────────────────────────────────
@@ -654,7 +656,7 @@ def test_an_end_for_another_turn_is_not_taken_for_that_of_the_last(tokenizer: An
 def test_the_beginning_of_a_text_is_not_marked_twice(model: Path, tmp_path: Path) -> None:
     loaded = with_template(model, tmp_path / "m", "{{ bos_token }}" + TEMPLATE)
     loaded.tokenizer.bos_token = "<|system|>"
-    tokens = loaded.prompt_tokens(Prompt(text="Hello"), 8, 256)
+    tokens = loaded.tokenize_prompt(Prompt(text="Hello"), 8, 256)
     assert tokens.count(loaded.tokenizer.bos_token_id) == 1
 
 
@@ -699,8 +701,8 @@ def test_a_written_answer_has_the_tokens_of_the_whole_conversation(
 ) -> None:
     loaded = with_template(sentencepiece, tmp_path / "m", source)
     tokenizer = loaded.tokenizer
-    prompt = loaded.render(Prompt(text="Tell me about the sea."))
-    answer = loaded.answer_tokens("The sea is wide.", ended=False, after=prompt)
+    prompt = loaded.render_prompt(Prompt(text="Tell me about the sea."))
+    answer = loaded.tokenize_answer("The sea is wide.", is_complete=False, prompt=prompt)
     turns = [
         {"role": "user", "content": "Tell me about the sea."},
         {"role": "assistant", "content": "The sea is wide."},
@@ -718,7 +720,7 @@ def test_a_turn_of_the_assistant_goes_on_as_the_template_writes_it(
 ) -> None:
     loaded = with_template(sentencepiece, tmp_path / "m", source)
     turns = says("u: Tell me about the sea.", "a: The sea is")
-    tokens = loaded.conversation(Chat(turns=tuple(turns), sampling=Sampling(), seed=0)).tokens
+    tokens = loaded.prepare_chat(Chat(turns=tuple(turns), sampling=Sampling(), seed=0)).tokens
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     cut = loaded.tokenizer.apply_chat_template(messages, continue_final_message=True, return_dict=False)
     assert tokens == cut
@@ -736,7 +738,7 @@ def test_a_turn_of_the_assistant_goes_on_as_the_template_writes_it(
 )  # fmt: skip
 def test_a_last_turn_of_the_assistant_is_left_open(model: Path, said: list[str], text: str) -> None:
     loaded = load(model)
-    tokens = loaded.conversation(Chat(turns=tuple(says(*said)), sampling=Sampling(), seed=0)).tokens
+    tokens = loaded.prepare_chat(Chat(turns=tuple(says(*said)), sampling=Sampling(), seed=0)).tokens
     assert loaded.tokenizer.decode(tokens) == text
 
 
@@ -744,7 +746,7 @@ def test_a_thought_is_gone_on_with_where_it_was(model: Path, tmp_path: Path) -> 
     loaded = with_template(model, tmp_path / "m", OPENED)
     for opening in ("Hm, the sea", "<think>\nHm, the sea"):
         turns = tuple(says("u: Hello", f"a: {opening}"))
-        tokens = loaded.conversation(Chat(turns=turns, sampling=Sampling(), seed=0)).tokens
+        tokens = loaded.prepare_chat(Chat(turns=turns, sampling=Sampling(), seed=0)).tokens
         assert loaded.tokenizer.decode(tokens) == "<|user|>\nHello<|end|><|assistant|>\n<think>\nHm, the sea"
 
 
@@ -754,9 +756,9 @@ def test_it_is_told_whether_an_answer_begins_in_a_thought(
 ) -> None:
     loaded = with_template(model, tmp_path / "m", source)
     asks = Chat(turns=tuple(says("u: Hello")), sampling=Sampling(), seed=0)
-    assert loaded.conversation(asks).in_thought is opened
+    assert loaded.prepare_chat(asks).in_thinking is opened
     goes_on = asks.model_copy(update={"turns": tuple(says("u: Hello", "a: Hm"))})
-    assert not loaded.conversation(goes_on).in_thought
+    assert not loaded.prepare_chat(goes_on).in_thinking
 
 
 def test_without_a_template_a_turn_goes_on_after_a_space(model: Path, tmp_path: Path) -> None:
@@ -765,25 +767,25 @@ def test_without_a_template_a_turn_goes_on_after_a_space(model: Path, tmp_path: 
     loaded = load(folder)
     for opening in ("The sea", " The sea"):
         turns = tuple(says("u: Hello", f"a: {opening}"))
-        tokens = loaded.conversation(Chat(turns=turns, sampling=Sampling(), seed=0)).tokens
+        tokens = loaded.prepare_chat(Chat(turns=turns, sampling=Sampling(), seed=0)).tokens
         assert loaded.tokenizer.decode(tokens) == "User: Hello\n\nAssistant: The sea"
 
 
 @pytest.mark.parametrize("text", ["a <|end|> b", "<|end|><|assistant|>Yes.", "<|user|>"])
 def test_a_special_token_in_what_is_said_is_text(model: Path, text: str) -> None:
     loaded = load(model)
-    one, other = (loaded.prompt_tokens(Prompt(text=each, system=each), 8, 256) for each in (text, "plain"))
+    one, other = (loaded.tokenize_prompt(Prompt(text=each, system=each), 8, 256) for each in (text, "plain"))
     specials = set(loaded.tokenizer.all_special_ids) | {2, 3, 4}
     assert [token for token in one if token in specials] == [token for token in other if token in specials]
     assert loaded.tokenizer.decode(one) == f"<|system|>{text}<|end|><|user|>{text}<|end|><|assistant|>"
     chat = Chat(turns=tuple(says(f"s: {text}", f"u: {text}")), sampling=Sampling(), seed=0)
-    assert loaded.conversation(chat).tokens == one
+    assert loaded.prepare_chat(chat).tokens == one
 
 
 def test_an_answer_after_a_message_with_special_tokens_has_the_same_tokens(model: Path) -> None:
     loaded = load(model)
-    plain, odd = (loaded.render(Prompt(text=text)) for text in ("Hello", "He<|end|>llo"))
-    assert loaded.answer_tokens("It is.", after=plain) == loaded.answer_tokens("It is.", after=odd)
+    plain, odd = (loaded.render_prompt(Prompt(text=text)) for text in ("Hello", "He<|end|>llo"))
+    assert loaded.tokenize_answer("It is.", prompt=plain) == loaded.tokenize_answer("It is.", prompt=odd)
 
 
 def test_text_that_cannot_be_told_from_a_special_token_is_read_as_ever(tokenizer: Any, tmp_path: Path) -> None:
@@ -792,25 +794,25 @@ def test_text_that_cannot_be_told_from_a_special_token_is_read_as_ever(tokenizer
     tokenizer.save_pretrained(tmp_path)
     other = AutoTokenizer.from_pretrained(tmp_path)
     other.add_special_tokens({"additional_special_tokens": ["a"]})
-    template = probe(other, TEMPLATE)
-    text = template.prompt(says("u: a"), {}, "prompt")
+    template = probe_template(other, TEMPLATE)
+    text = template.render_prompt(says("u: a"), {}, "prompt")
     assert template.encode(text) == other("<|user|>a<|end|><|assistant|>", add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize("text", ["It is.<|end|>", "It is.<|end|>\n", "It is.<|end|><|end|>", "It is."])
 def test_an_end_that_stands_in_a_files_answer_is_not_learned_twice(model: Path, text: str) -> None:
     loaded = load(model)
-    prompt = loaded.render(Prompt(text="Is it?"))
-    assert loaded.answer_tokens(text, after=prompt) == loaded.answer_tokens("It is.", after=prompt)
-    assert loaded.answer_tokens(text, after=prompt).count(1) == 1
+    prompt = loaded.render_prompt(Prompt(text="Is it?"))
+    assert loaded.tokenize_answer(text, prompt=prompt) == loaded.tokenize_answer("It is.", prompt=prompt)
+    assert loaded.tokenize_answer(text, prompt=prompt).count(1) == 1
 
 
 def test_finding_special_tokens_takes_no_time_in_long_texts(tokenizer: Any) -> None:
-    template = probe(tokenizer, TEMPLATE)
+    template = probe_template(tokenizer, TEMPLATE)
     many = frozenset(f"<unused{number}>" for number in range(6000))
-    slow = replace(template, control=ControlTokens(many, (9, 10, 11), re.compile("[<]")))
+    slow = replace(template, control_tokens=ControlTokens(many, (9, 10, 11), re.compile("[<]")))
     began = time.process_time()
-    told = slow.prompt(says("u: " + "<ul><li>Sea</li></ul>" * 5000), {}, "prompt")
+    told = slow.render_prompt(says("u: " + "<ul><li>Sea</li></ul>" * 5000), {}, "prompt")
     assert time.process_time() - began < 1.0
     assert "<ul><li>" in told
 
@@ -829,17 +831,17 @@ def test_a_sessions_prompt_is_the_same_on_every_day(model: Path, tmp_path: Path)
     from datetime import datetime
 
     loaded = with_template(model, tmp_path / "m", DATED)
-    text = loaded.render(Prompt(text="Hello")).text
+    text = loaded.render_prompt(Prompt(text="Hello")).text
     assert text == "<|system|>Today: 26 Jul 2024 (2024-07-26)<|end|><|user|>Hello<|end|><|assistant|>"
     chat = Chat(turns=tuple(says("u: Hello")), sampling=Sampling(), seed=0)
-    today = loaded.tokenizer.decode(loaded.conversation(chat).tokens)
+    today = loaded.tokenizer.decode(loaded.prepare_chat(chat).tokens)
     assert today == text.replace("26 Jul 2024 (2024-07-26)", f"{datetime.now():%d %b %Y (%Y-%m-%d)}")
 
 
 @pytest.mark.parametrize("before", ["", "\n", "  ", "\n\n  ", "{# note #}\n"])
 def test_a_fixed_day_changes_nothing_else(tokenizer: Any, before: str) -> None:
-    template = probe(tokenizer, before + "{% if false %}{{ strftime_now('%Y') }}{% endif %}" + TEMPLATE)
-    assert template.prompt(says("u: Hello"), {}, "prompt", fixed_day=True) == written(template, "u: Hello")
+    template = probe_template(tokenizer, before + "{% if false %}{{ strftime_now('%Y') }}{% endif %}" + TEMPLATE)
+    assert template.render_prompt(says("u: Hello"), {}, "prompt", fixed_day=True) == written(template, "u: Hello")
 
 
 # ── Turns put in order ─────────────────────────────────────────────────────────────────────────────
@@ -862,15 +864,15 @@ def test_a_fixed_day_changes_nothing_else(tokenizer: Any, before: str) -> None:
 def test_nothing_is_lost_when_turns_are_put_in_order(
     said: list[str], folds: bool, later: bool, joins: bool, arranged: list[str]
 ) -> None:
-    assert arrange(says(*said), folds, later, joins) == says(*arranged)
+    assert arrange_turns(says(*said), folds, later, joins) == says(*arranged)
 
 
 def test_what_templates_are_probed_with_is_told_apart() -> None:
     texts = [
-        ASKED.text,
-        ANSWERED.text,
-        chat_templates.ASKED_AGAIN.text,
-        chat_templates.TOLD.text,
-        chat_templates.TOLD_LATER.text,
+        QUESTION_TURN.text,
+        ANSWER_TURN.text,
+        chat_templates.SECOND_QUESTION_TURN.text,
+        chat_templates.SYSTEM_TURN.text,
+        chat_templates.LATER_SYSTEM_TURN.text,
     ]
     assert not [(one, other) for one in texts for other in texts if one != other and one in other]

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.tiny import DENSE_MODEL_TYPES
-from trellis.engine.learning.log_probs import GeneralReading, Group, answer_logprobs
-from trellis.engine.text.adapters import Slot, Slots
-from trellis.engine.text.group_forward import GeneralForward
-from trellis.engine.text.kv_cache import GeneralLines
+from trellis.engine.learning.log_probs import GenericScorer, Group, answer_logprobs
+from trellis.engine.text.adapters import AdapterSlot, AdapterSlots
+from trellis.engine.text.group_forward import GenericGroupForward
+from trellis.engine.text.kv_cache import GenericSequenceCache
 from trellis.params import Adapter
 
 pytestmark = pytest.mark.engine
@@ -34,7 +34,7 @@ GROUP = Group(list(range(5, 35)), [[20, 21, 22, 1], [30, 31, 1], [40, 41, 42, 43
 OTHER = Group([7, 8, 9], [[50, 51], [52, 1]], 0, 1.0)
 
 
-def slot_of(kind: str) -> tuple[Slot, Tensor]:
+def slot_of(kind: str) -> tuple[AdapterSlot, Tensor]:
     config = type(AutoConfig.for_model(kind))
     known = config()
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def slot_of(kind: str) -> tuple[Slot, Tensor]:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-    slot = Slots(model.requires_grad_(False)).get(Adapter(lora_rank=4, lora_alpha=8))
+    slot = AdapterSlots(model.requires_grad_(False)).get(Adapter(lora_rank=4, lora_alpha=8))
     return slot, torch.randn(slot.flat.shape, generator=torch.Generator().manual_seed(1)) * 0.05
 
 
@@ -59,21 +59,21 @@ def told(logits: list[Tensor], answers: list[list[int]]) -> Tensor:
 @pytest.mark.parametrize("kind", [*DENSE_MODEL_TYPES, *FORGETFUL, *MIXED])
 def test_what_is_drawn_is_what_is_learned_from(kind: str) -> None:
     slot, flat = slot_of(kind)
-    forward = GeneralForward(slot, flat)
+    forward = GenericGroupForward(slot, flat)
     answers = torch.randint(5, 120, (3, 20), generator=torch.Generator().manual_seed(3)).tolist()
     rows = forward.rows(GROUP.prompt, 3, 60)
     logits = [rows.logits]
     for place in range(19):
         rows.feed(torch.tensor([[answer[place]] for answer in answers]))
         logits.append(rows.logits)
-    (read,) = GeneralReading(slot).logprobs([Group(GROUP.prompt, answers, 0, 1.0)], flat)
+    (read,) = GenericScorer(slot).logprobs([Group(GROUP.prompt, answers, 0, 1.0)], flat)
     assert torch.allclose(told(logits, answers), read, atol=1e-4)
-    more = rows.again(3)
+    more = rows.restart(3)
     first, several = more.logits, more.feed(torch.tensor(answers)[:, :5])
     assert torch.allclose(
         told([first, *several[:, :4].unbind(1)], [each[:5] for each in answers]), read[:, :5], atol=1e-4
     )
-    assert (slot.caching.pieces == "none") == (kind not in (*DENSE_MODEL_TYPES, "lfm2"))
+    assert (slot.cache_support.chunks == "none") == (kind not in (*DENSE_MODEL_TYPES, "lfm2"))
 
 
 class Values:
@@ -84,21 +84,21 @@ class Values:
 @pytest.mark.parametrize("kind", ["llama", "openai-gpt", "lfm2"])
 def test_a_conversation_goes_on_from_what_was_read(kind: str) -> None:
     slot, flat = slot_of(kind)
-    lines = GeneralLines(slot._slots, lambda weights: (slot, Values(flat)))
+    lines = GenericSequenceCache(slot._slots, lambda weights: (slot, Values(flat)))
     text = list(range(5, 25))
-    line = lines.begin("w", text)
-    lines.read(line, text[:12])
-    lines.read(line, text[12:])
+    line = lines.start("w", text)
+    lines.prefill(line, text[:12])
+    lines.prefill(line, text[12:])
     for token in (40, 41, 42):
-        found = lines.grow([line], [token])[0]
+        found = lines.decode([line], [token])[0]
     slot.install(flat)
     with torch.no_grad():
         expected = slot.model(input_ids=torch.tensor([[*text, 40, 41, 42]]), use_cache=False).logits[0, -1]
     assert torch.allclose(found, expected, atol=1e-4)
-    lines.end(line)
-    again = lines.begin("w", [*text, 40, 60])
+    lines.release(line)
+    again = lines.start("w", [*text, 40, 60])
     known = len(again.tokens)
-    found = lines.read(again, [*text, 40, 60][known:])
+    found = lines.prefill(again, [*text, 40, 60][known:])
     with torch.no_grad():
         expected = slot.model(input_ids=torch.tensor([[*text, 40, 60]]), use_cache=False).logits[0, -1]
     assert torch.allclose(found, expected, atol=1e-4)
@@ -109,7 +109,7 @@ def test_a_conversation_goes_on_from_what_was_read(kind: str) -> None:
 def test_the_gradient_is_that_of_plain_transformers_one_answer_at_a_time(kind: str) -> None:
     """No padding, no shared passes, an attention mask: what everybody else would compute."""
     slot, flat = slot_of(kind)
-    found, _ = GeneralReading(slot).gradient(
+    found, _ = GenericScorer(slot).gradient(
         [GROUP, OTHER], flat, (), lambda each: each[0].sum(-1)[0] - each[0].sum(-1)[1] + each[1].sum()
     )
     slot.install(flat)

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from tests.engine.text.test_architectures import grown, learn, merge_of, offer, run
 from tests.tiny import EXPERTS, STATEFUL, make_model
 from trellis.engine.handlers import TextEngine
-from trellis.engine.text.adapters import Slot, Weights
-from trellis.engine.text.kv_cache import lines_of
+from trellis.engine.text.adapters import AdapterSlot, Weights
+from trellis.engine.text.kv_cache import sequence_cache_for
 from trellis.errors import Invalid, LoadFailed
 from trellis.messages import Learned, Merged, Offer, Offered, Prompt
 from trellis.params import Adapter, Sampling
@@ -50,9 +50,9 @@ class Grown:
 
     @property
     def prompt(self) -> list[int]:
-        return self.engine.loaded.prompt_tokens(PROMPT, 12, 512)
+        return self.engine.loaded.tokenize_prompt(PROMPT, 12, 512)
 
-    def weights(self, name: str) -> tuple[Slot, Weights]:
+    def weights(self, name: str) -> tuple[AdapterSlot, Weights]:
         return self.engine.weights(name)
 
     def logits(self, model: Any, ids: list[int]) -> torch.Tensor:
@@ -126,26 +126,26 @@ def _loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def test_conversations_of_different_lengths_go_on_as_if_each_were_alone(room: Grown) -> None:
     engine, plain = room.engine, room.plain
-    lines = lines_of(engine.loaded.slots, engine.loaded.lean, engine.weights, 10**9)
+    lines = sequence_cache_for(engine.loaded.slots, engine.loaded.fast_forward, engine.weights, 10**9)
     long, short = list(room.prompt), room.prompt[:5]
-    one = lines.begin(room.root, long)
-    lines.read(one, long[:6])
-    two = lines.begin(room.root, short)
-    _same(lines.read(two, short), room.logits(plain, short)[-1])
-    _same(lines.read(one, long[6:]), room.logits(plain, long)[-1])
+    one = lines.start(room.root, long)
+    lines.prefill(one, long[:6])
+    two = lines.start(room.root, short)
+    _same(lines.prefill(two, short), room.logits(plain, short)[-1])
+    _same(lines.prefill(one, long[6:]), room.logits(plain, long)[-1])
     for token in (17, 29, 31):
         long.append(token)
         short.append(token + 1)
-        grew = lines.grow([one, two], [token, token + 1])
+        grew = lines.decode([one, two], [token, token + 1])
         _same(grew[0], room.logits(plain, long)[-1])
         _same(grew[1], room.logits(plain, short)[-1])
-    lines.end(one)
-    lines.end(two)
+    lines.release(one)
+    lines.release(two)
     for text in ([*long, 40, 41, 42], [*long[:-5], 43, 44]):  # a next turn, and one that was said otherwise
-        again = lines.begin(room.root, text)
-        _same(lines.read(again, text[len(again.tokens) :]), room.logits(plain, text)[-1])
-        lines.end(again)
-    assert lines.takes(2, 64, [room.root]) == 2 * lines.takes(1, 64, [room.root])
+        again = lines.start(room.root, text)
+        _same(lines.prefill(again, text[len(again.tokens) :]), room.logits(plain, text)[-1])
+        lines.release(again)
+    assert lines.bytes_for(2, 64, [room.root]) == 2 * lines.bytes_for(1, 64, [room.root])
 
 
 def _same(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -153,7 +153,7 @@ def _same(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_what_was_learned_is_read_from_disk_and_merged(room: Grown, tmp_path: Path) -> None:
-    other = TextEngine(room.engine._shelf.blobs)
+    other = TextEngine(room.engine._weights_store.blobs)
     other._loaded = room.engine.loaded
     assert torch.equal(other.weights(room.learned.weights)[1].flat, room.weights(room.learned.weights)[1].flat)
     merged: Merged = run(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.tiny import make_llama, make_tokenizer
-from trellis.engine.text.loaded_model import LoadedModel, read_model
+from trellis.engine.text.loaded_model import LoadedModel, load_model
 from trellis.errors import Invalid, LoadFailed
 from trellis.messages import Load, Prompt
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.engine
 
 
 def load(path: Path, **options: Any) -> LoadedModel:
-    steps = read_model(path, Load(path=str(path), **options))
+    steps = load_model(path, Load(path=str(path), **options))
     while True:
         try:
             next(steps)
@@ -95,16 +95,16 @@ def test_a_folder_that_may_not_be_read(folder: Path) -> None:
 
 def test_two_models_have_two_fingerprints(tiny_llama: Path, tmp_path: Path) -> None:
     other = make_llama(tmp_path / "other", seed=1)
-    assert load(tiny_llama).about.fingerprint == load(tiny_llama).about.fingerprint
-    assert load(tiny_llama).about.fingerprint != load(other).about.fingerprint
+    assert load(tiny_llama).info.fingerprint == load(tiny_llama).info.fingerprint
+    assert load(tiny_llama).info.fingerprint != load(other).info.fingerprint
 
 
 def test_a_prompt_goes_through_the_models_template(tiny_llama: Path) -> None:
     loaded = load(tiny_llama)
-    tokens = loaded.prompt_tokens(Prompt(text="Hello", system="Be kind."), 10, 256)
+    tokens = loaded.tokenize_prompt(Prompt(text="Hello", system="Be kind."), 10, 256)
     text = loaded.tokenizer.decode(tokens)
     assert text == "<|system|>Be kind.<|end|><|user|>Hello<|end|><|assistant|>"
-    assert loaded.tokenizer.decode(loaded.prompt_tokens(Prompt(text="Hello"), 10, 256)).startswith("<|user|>")
+    assert loaded.tokenizer.decode(loaded.tokenize_prompt(Prompt(text="Hello"), 10, 256)).startswith("<|user|>")
 
 
 def test_a_base_model_without_a_template_continues_the_prompt(tmp_path: Path) -> None:
@@ -115,14 +115,14 @@ def test_a_base_model_without_a_template_continues_the_prompt(tmp_path: Path) ->
         file.unlink()
     make_tokenizer(folder, template=None)
     loaded = load(folder)
-    tokens = loaded.prompt_tokens(Prompt(text="Once", system="A story."), 10, 256)
+    tokens = loaded.tokenize_prompt(Prompt(text="Once", system="A story."), 10, 256)
     assert loaded.tokenizer.decode(tokens) == "A story.\n\nOnce"
 
 
 def test_a_written_answer_ends(tiny_llama: Path) -> None:
     loaded = load(tiny_llama)
-    tokens = loaded.answer_tokens("The sea.")
-    assert tokens[-1] in loaded.ends
+    tokens = loaded.tokenize_answer("The sea.")
+    assert tokens[-1] in loaded.end_tokens
     assert loaded.tokenizer.decode(tokens[:-1]) == "The sea."
 
 
@@ -146,7 +146,7 @@ def test_code_beside_a_known_architecture_is_never_run(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "evil.Config"}}))
     (folder / "evil.py").write_text("raise SystemExit('it ran')")
-    assert load(folder, remote_code=True).about.architecture == "LlamaForCausalLM"
+    assert load(folder, remote_code=True).info.architecture == "LlamaForCausalLM"
 
 
 def test_files_that_the_index_does_not_name_are_not_read(folder: Path) -> None:
@@ -154,7 +154,7 @@ def test_files_that_the_index_does_not_name_are_not_read(folder: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"other.weight": torch.zeros(3)}, folder / "consolidated.safetensors")
-    assert load(folder).about.parameters > 10_000
+    assert load(folder).info.parameters > 10_000
 
 
 def test_a_shard_that_is_missing_is_named(folder: Path) -> None:
@@ -185,21 +185,21 @@ def test_a_system_prompt_is_said_by_the_user_where_the_template_has_no_system_ro
 
     strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
     loaded = load(make_model(tmp_path / "m", "gemma", template=strict))
-    tokens = loaded.prompt_tokens(Prompt(text="hello", system="be brief"), 8, 256)
+    tokens = loaded.tokenize_prompt(Prompt(text="hello", system="be brief"), 8, 256)
     assert "<|user|>be brief\n\nhello<|end|>" in loaded.tokenizer.decode(tokens)
 
 
 def test_the_template_can_be_turned_off_and_the_answer_begun(folder: Path) -> None:
     loaded = load(folder)
-    plain = loaded.prompt_tokens(Prompt(text="hello", template=False), 8, 256)
+    plain = loaded.tokenize_prompt(Prompt(text="hello", template=False), 8, 256)
     assert loaded.tokenizer.decode(plain) == "hello"
-    begun = loaded.prompt_tokens(Prompt(text="hello", opening="<think>\n"), 8, 256)
+    begun = loaded.tokenize_prompt(Prompt(text="hello", opening="<think>\n"), 8, 256)
     assert loaded.tokenizer.decode(begun).endswith("<|assistant|><think>\n")
 
 
 def test_a_list_of_end_tokens_for_generation_is_heeded(folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 3]}))
-    assert load(folder).ends == {1, 3}
+    assert load(folder).end_tokens == {1, 3}
 
 
 def with_value(folder: Path, ending: str, value: float, kind: str = "float32") -> str:
@@ -247,11 +247,11 @@ def test_a_token_without_a_row_is_refused_where_it_is_written(folder: Path) -> N
     about["added_tokens"].append(token | {"single_word": False, "lstrip": False, "rstrip": False})
     (folder / "tokenizer.json").write_text(json.dumps(about))
     loaded = load(folder)
-    loaded.prompt_tokens(Prompt(text="Hello"), 10, 256)
+    loaded.tokenize_prompt(Prompt(text="Hello"), 10, 256)
     with pytest.raises(Invalid, match="“<pad>”") as raised:
-        loaded.prompt_tokens(Prompt(text="What is <pad>?", template=False), 10, 256)
+        loaded.tokenize_prompt(Prompt(text="What is <pad>?", template=False), 10, 256)
     assert raised.value.code == "unknown_token"
-    templated = loaded.prompt_tokens(Prompt(text="What is <pad>?"), 10, 256)  # where it is what was said, not a token
+    templated = loaded.tokenize_prompt(Prompt(text="What is <pad>?"), 10, 256)  # where it is what was said, not a token
     assert 373 not in templated
     assert "What is <pad>?" in loaded.tokenizer.decode(templated)
 
@@ -269,21 +269,21 @@ def test_a_prompt_that_does_not_fit_names_what_can_work(
 ) -> None:
     loaded = load(tiny_llama)
     with pytest.raises(Invalid) as raised:
-        loaded.prompt_tokens(Prompt(text="sea " * words), room, context)
+        loaded.tokenize_prompt(Prompt(text="sea " * words), room, context)
     assert way in raised.value.next_step
     assert ("longer context" in raised.value.next_step) == (context < 512)
 
 
 def test_a_fingerprint_is_of_what_matters_and_the_former_one_is_known(folder: Path) -> None:
-    first = load(folder).about
+    first = load(folder).info
     config = json.loads((folder / "config.json").read_text())
     changed = dict(reversed(list((config | {"transformers_version": "99.1", "_name_or_path": "x"}).items())))
     (folder / "config.json").write_text(json.dumps(changed))
-    second = load(folder).about
+    second = load(folder).info
     assert second.fingerprint == first.fingerprint
     assert second.former_fingerprint != first.former_fingerprint
     (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
-    assert load(folder).about.fingerprint != first.fingerprint
+    assert load(folder).info.fingerprint != first.fingerprint
 
 
 def test_a_session_from_before_goes_on_and_merges_under_its_former_name(folder: Path, tmp_path: Path) -> None:
@@ -294,16 +294,16 @@ def test_a_session_from_before_goes_on_and_merges_under_its_former_name(folder: 
 
     from trellis.blobs import Blobs
     from trellis.engine.handlers import TextEngine
-    from trellis.engine.text.loaded_model import _sample, fingerprints
-    from trellis.messages import Plant, recipe_id, recipe_of
+    from trellis.engine.text.loaded_model import _sample_values, fingerprints
+    from trellis.messages import CreateAdapter, recipe_id, recipe_of
     from trellis.params import Adapter
 
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     with safe_open(folder / "model.safetensors", framework="pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118
-            digest.update(name.encode() + _sample(tensors.get_tensor(name)))
+            digest.update(name.encode() + _sample_values(tensors.get_tensor(name)))
     former = digest.hexdigest()[:32]
-    plant = Plant(adapter=Adapter(lora_rank=4), seed=1)
+    plant = CreateAdapter(adapter=Adapter(lora_rank=4), seed=1)
     recipe = recipe_of(plant)
     assert "root" not in recipe
     root = recipe_id("w", {"model": former, **recipe})
@@ -311,7 +311,7 @@ def test_a_session_from_before_goes_on_and_merges_under_its_former_name(folder: 
     def planted(**options: Any) -> str:
         engine = TextEngine(Blobs(tmp_path / "weights"))
         run(engine.load(Load(path=str(folder))))
-        weights: str = run(engine.plant(plant.model_copy(update=options))).weights
+        weights: str = run(engine.create_adapter(plant.model_copy(update=options))).weights
         return weights
 
     assert planted(root=root) == root
@@ -320,7 +320,7 @@ def test_a_session_from_before_goes_on_and_merges_under_its_former_name(folder: 
     assert planted(root=new) == new
     assert planted(root="w" + "0" * 32) == new  # another model's: the studio compares, and refuses
     assert former in fingerprints(folder)
-    assert load(folder).about.fingerprint in fingerprints(folder)
+    assert load(folder).info.fingerprint in fingerprints(folder)
 
 
 def run(steps: Any) -> Any:

@@ -69,7 +69,7 @@ def test_quantized_weights_are_the_numbers_that_they_stand_for(
 def test_a_quantized_folder_offers_learns_and_merges(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = folders[kind]
     engine, root, loaded = grown(folder, tmp_path / "weights")
-    assert loaded.parameters == load(folder).about.parameters
+    assert loaded.parameters == load(folder).info.parameters
     offered = offer(engine, root)
     _, learned = learn(engine, root, offered)
     assert learned.metrics.share_after > learned.metrics.share_before
@@ -102,11 +102,11 @@ def test_a_quantized_folder_loads_in_another_precision(precision: str, folders: 
 def test_the_shape_of_a_quantized_model_counts_what_its_weights_stand_for(
     folders: dict[str, Path], tiny_llama: Path
 ) -> None:
-    from trellis.memory_estimates import shape_of
-    from trellis.safetensors_files import shapes_in
+    from trellis.memory_estimates import model_shape
+    from trellis.safetensors_files import read_shapes
 
     def shape(folder: Path) -> Any:
-        return shape_of(json.loads((folder / "config.json").read_text()), shapes_in(folder / "model.safetensors"))
+        return model_shape(json.loads((folder / "config.json").read_text()), read_shapes(folder / "model.safetensors"))
 
     for kind in KINDS:
         found, whole = shape(folders[kind]), shape(tiny_llama)

@@ -19,10 +19,10 @@ from tests.conftest import pytest_report_header
 from tests.engine.text.test_loading import load
 from tests.processor import describe_processor, listed_features
 from tests.tiny import make_llama, make_model
-from trellis.engine.learning.log_probs import Group, reading_of
-from trellis.engine.text.adapters import Slots, weight_of
+from trellis.engine.learning.log_probs import Group, scorer_for
+from trellis.engine.text.adapters import AdapterSlots, dequantized_weight
 from trellis.engine.text.loaded_model import LoadedModel
-from trellis.engine.text.quantized_linear import dequantized, replace_4bit_layers
+from trellis.engine.text.quantized_linear import dequantize_weight, replace_4bit_layers
 from trellis.params import Adapter
 
 pytestmark = pytest.mark.engine
@@ -73,9 +73,9 @@ def twin_of(loaded: LoadedModel, folder: Path, precision: str) -> Any:
 
 
 def gradient(model: Any) -> tuple[Tensor, float]:
-    slot = Slots(model).get(SETTINGS)
+    slot = AdapterSlots(model).get(SETTINGS)
     flat = torch.randn(slot.flat.shape, generator=torch.Generator().manual_seed(1)) * 0.05
-    found = reading_of(slot, [GROUP]).gradient([GROUP], flat, (), lambda each: each[0][0].sum() - each[0][1].sum())
+    found = scorer_for(slot, [GROUP]).gradient([GROUP], flat, (), lambda each: each[0][0].sum() - each[0][1].sum())
     for name, where, _ in slot.slices:
         assert bool(found[0][where].any()), f"{name} has no gradient"
     return found
@@ -130,7 +130,7 @@ def test_a_block_of_4_bits_may_begin_in_the_middle_of_a_row(shape: tuple[int, in
     torch.manual_seed(0)
     weight = torch.randn(shape)
     made: Any = bitsandbytes.nn.Params4bit(weight, quant_type="nf4", compress_statistics=nested).to("cpu")
-    found = dequantized(made, torch.float32)
+    found = dequantize_weight(made, torch.float32)
     assert torch.allclose(found, rounded(weight, "4-bit", torch.float32), atol=0.1 if nested else 1e-6)
     assert float((found - weight).norm() / weight.norm()) < 0.12
 
@@ -141,7 +141,7 @@ def test_a_4_bit_layer_has_the_gradients_of_a_linear_layer() -> None:
     replace_4bit_layers(nn.Sequential(layer))
     assert layer.bias is not None
     plain = nn.Linear(48, 20)
-    plain.load_state_dict({"weight": weight_of(layer), "bias": layer.bias})
+    plain.load_state_dict({"weight": dequantized_weight(layer), "bias": layer.bias})
     given, same = torch.randn(2, 3, 48, requires_grad=True), torch.randn(2, 3, 48, requires_grad=True)
     same.data.copy_(given.data)
     layer(given).square().sum().backward()
@@ -155,7 +155,7 @@ def test_a_4_bit_layer_has_the_gradients_of_a_linear_layer() -> None:
 def test_peft_merges_into_a_4_bit_layer_and_out_of_it(tmp_path: Path, machine: str) -> None:
     """Trellis merges into the whole base; a layer of ours must still be what PEFT takes it for."""
     model = load(make_llama(tmp_path / "m", hidden=64), precision="4-bit").model
-    slot = Slots(model).get(SETTINGS)
+    slot = AdapterSlots(model).get(SETTINGS)
     slot.install(torch.randn(slot.flat.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
     ids = torch.arange(10)[None]
     with torch.no_grad():

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny import make_model
 from trellis.engine.text import adapters
-from trellis.engine.text.adapters import Slots
-from trellis.engine.text.target_modules import layers_of, undone_on_failure
+from trellis.engine.text.adapters import AdapterSlots
+from trellis.engine.text.target_modules import find_adaptable_layers, restored_on_error
 from trellis.errors import Invalid
 from trellis.params import Adapter
 
@@ -44,14 +44,14 @@ def test_an_injection_that_fails_leaves_the_model_as_it_was(
 ) -> None:
     base = loaded(tmp_path, kind)
     plain, before = logits(base), state_of(base)
-    slots = Slots(base)
+    slots = AdapterSlots(base)
     with monkeypatch.context() as patched:
         _stumble(patched, after)
         with pytest.raises(RuntimeError, match="stumbled"):
             slots.get(Adapter(lora_rank=4))
     assert state_of(base) == before
     slot = slots.get(Adapter(lora_rank=4))
-    slot.install(slot.still)
+    slot.install(slot.zero_moments)
     assert torch.allclose(logits(slot.model), plain, atol=1e-5)
 
 
@@ -59,7 +59,7 @@ def test_an_injection_that_fails_leaves_the_model_as_it_was(
 def test_an_injection_that_fails_leaves_earlier_adapters_as_they_were(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slots = Slots(loaded(tmp_path, kind))
+    slots = AdapterSlots(loaded(tmp_path, kind))
     good = slots.get(Adapter(lora_rank=4))
     flat = torch.randn(good.flat.shape, generator=torch.Generator().manual_seed(1)) * 0.2
     good.install(flat)
@@ -97,7 +97,7 @@ def test_what_fails_after_the_injection_is_undone_as_well(tmp_path: Path, monkey
     with monkeypatch.context() as patched:
         patched.setattr(adapters, "dequantize_module_weight", lambda module: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            Slots(base).get(Adapter())
+            AdapterSlots(base).get(Adapter())
     assert state_of(base) == before
 
 
@@ -105,7 +105,7 @@ def test_modules_are_put_back_with_their_hooks_and_children() -> None:
     root = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     first = root[0]
 
-    @undone_on_failure(root)
+    @restored_on_error(root)
     def change() -> None:
         root[0] = nn.Identity()
         root.register_forward_hook(lambda *_: None)
@@ -121,7 +121,7 @@ def test_modules_are_put_back_with_their_hooks_and_children() -> None:
 
 @pytest.mark.parametrize("name", ["base_layer", "lora_A", "default"])
 def test_names_of_pefts_own_are_no_layers(name: str, tmp_path: Path) -> None:
-    slots = Slots(loaded(tmp_path, "llama"))
+    slots = AdapterSlots(loaded(tmp_path, "llama"))
     slots.get(Adapter(lora_rank=4))
     wanted = (
         f"no linear layer “{name}”. It has: down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj."
@@ -131,7 +131,7 @@ def test_names_of_pefts_own_are_no_layers(name: str, tmp_path: Path) -> None:
 
 
 def test_a_layer_that_cannot_get_an_adapter_is_refused_with_the_reason(tmp_path: Path) -> None:
-    slots = Slots(loaded(tmp_path, "mamba"))
+    slots = AdapterSlots(loaded(tmp_path, "mamba"))
     with pytest.raises(
         Invalid, match=r"“out_proj” cannot get an adapter \(PEFT does not adapt it in models with Mamba"
     ):
@@ -142,8 +142,8 @@ def test_a_layer_that_cannot_get_an_adapter_is_refused_with_the_reason(tmp_path:
 
 
 def test_layers_that_are_shared_by_two_sessions_count_for_each_alone(tmp_path: Path) -> None:
-    alone = Slots(loaded(tmp_path / "one", "llama")).get(Adapter(target_modules="q_proj"))
-    slots = Slots(loaded(tmp_path / "two", "llama"))
+    alone = AdapterSlots(loaded(tmp_path / "one", "llama")).get(Adapter(target_modules="q_proj"))
+    slots = AdapterSlots(loaded(tmp_path / "two", "llama"))
     slots.get(Adapter(target_modules="down_proj, o_proj"))
     together = slots.get(Adapter(target_modules="q_proj"))
     flat = torch.randn(alone.flat.shape, generator=torch.Generator().manual_seed(1))
@@ -152,18 +152,18 @@ def test_layers_that_are_shared_by_two_sessions_count_for_each_alone(tmp_path: P
 
 def test_the_layers_of_a_lean_model_are_known_without_a_trial(tmp_path: Path) -> None:
     base = loaded(tmp_path, "qwen3")
-    assert layers_of(base, probe=False) == layers_of(base)
+    assert find_adaptable_layers(base, probe=False) == find_adaptable_layers(base)
     assert not any(module._forward_hooks for module in base.modules())
 
 
 def test_adapters_name_their_layers_as_other_programs_do_where_the_names_are_clear(tmp_path: Path) -> None:
     usual = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    slots = Slots(loaded(tmp_path / "one", "llama"))
+    slots = AdapterSlots(loaded(tmp_path / "one", "llama"))
     assert slots.get(Adapter(lora_rank=2)).config.target_modules == usual
     assert slots.get(Adapter(lora_rank=3)).config.target_modules == usual, "also beside another adapter"
     base = loaded(tmp_path / "two", "llama")
     base.model.layers[0].extra = nn.ModuleDict({"q_proj": nn.Identity()})
-    named = Slots(base).get(Adapter(lora_rank=2)).config.target_modules
+    named = AdapterSlots(base).get(Adapter(lora_rank=2)).config.target_modules
     assert {name for name in named if name.endswith("q_proj")} == {
         f"model.layers.{number}.self_attn.q_proj" for number in range(2)
     }
@@ -172,7 +172,7 @@ def test_adapters_name_their_layers_as_other_programs_do_where_the_names_are_cle
 def test_what_several_modules_share_is_still_shared_after_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slots = Slots(loaded(tmp_path, "llama"))
+    slots = AdapterSlots(loaded(tmp_path, "llama"))
     model = slots.get(Adapter(lora_rank=4)).model
     with monkeypatch.context() as patched:
         _stumble(patched, 3)
@@ -186,14 +186,14 @@ def test_what_several_modules_share_is_still_shared_after_a_failure(
 def test_settings_that_cannot_be_are_refused_before_the_model_is_touched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slots = Slots(loaded(tmp_path, "llama"))
-    monkeypatch.setattr(adapters, "undone_on_failure", lambda root: pytest.fail("the model was touched"))
+    slots = AdapterSlots(loaded(tmp_path, "llama"))
+    monkeypatch.setattr(adapters, "restored_on_error", lambda root: pytest.fail("the model was touched"))
     with pytest.raises(Invalid, match="no linear layer"):
         slots.get(Adapter(target_modules="no_such_proj"))
 
 
 def test_rows_without_a_token_are_known_to_adapters_from_before(tmp_path: Path) -> None:
-    slots = Slots(loaded(tmp_path, "llama"))
+    slots = AdapterSlots(loaded(tmp_path, "llama"))
     slot = slots.get(Adapter())
-    slots.missing = torch.tensor([7])
-    assert slot.missing is slots.missing
+    slots.unused_rows = torch.tensor([7])
+    assert slot.unused_rows is slots.unused_rows

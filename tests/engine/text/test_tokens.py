@@ -16,25 +16,25 @@ from tests.engine.text.test_chat_batch import GREEDY, WORDS, Room, asks, run, sa
 from tests.tiny import make_model
 from trellis.engine.text import chat_batch
 from trellis.engine.text.adapters import Weights
-from trellis.engine.text.cuda_graphs import Graphs
+from trellis.engine.text.cuda_graphs import StepGraphs
 from trellis.engine.text.decoding import decode_group
-from trellis.engine.text.group_forward import Forward, GeneralForward, LeanForward
-from trellis.engine.text.kv_cache import GeneralLines
-from trellis.engine.text.sampling import draw, drawn_from
+from trellis.engine.text.group_forward import FastGroupForward, GenericGroupForward, GroupForward
+from trellis.engine.text.kv_cache import GenericSequenceCache
+from trellis.engine.text.sampling import sample, sample_scaled
 from trellis.errors import EngineError, TrellisError
 from trellis.messages import (  # fmt: skip
-    Answered,
+    AnswerDone,
     Assess,
     Chat,
-    Drawn,
+    CreateAdapter,
     Failed,
     Learn,
     Lesson,
     Offer,
     Option,
-    Plant,
     Prompt,
-    Spoke,
+    SampledToken,
+    TextDelta,
     Turn,
 )
 from trellis.params import Adapter, Learning, Sampling
@@ -65,16 +65,20 @@ def padded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Room(model, folder / "weights", general=request.param == "general")
 
 
-def entries(events: list[Any]) -> list[Drawn]:
-    return [entry for event in events if isinstance(event, Spoke) for entry in event.drawn]
+def entries(events: list[Any]) -> list[SampledToken]:
+    return [entry for event in events if isinstance(event, TextDelta) for entry in event.drawn]
 
 
-def forwards(room: Room, weights: str) -> list[Forward]:
+def forwards(room: Room, weights: str) -> list[GroupForward]:
     """Each way in which a group of answers is drawn."""
     slot, found = room.engine.weights(weights)
-    assert slot.adapted
-    graphs = Graphs(slot.adapted.lean, slot.adapted.layers)
-    return [GeneralForward(slot, found.flat), LeanForward(slot, found.flat), LeanForward(slot, found.flat, graphs)]
+    assert slot.adapted_layers
+    graphs = StepGraphs(slot.adapted_layers.fast_forward, slot.adapted_layers.layers)
+    return [
+        GenericGroupForward(slot, found.flat),
+        FastGroupForward(slot, found.flat),
+        FastGroupForward(slot, found.flat, graphs),
+    ]
 
 
 # ── What is told ───────────────────────────────────────────────────────────────────────────────────
@@ -87,7 +91,7 @@ def test_tokens_joined_are_the_answer_for_every_kind_of_tokenizer(spelled: Room)
         assert "".join(entry.text for entry in told) == said(events)
         assert b"".join(bytes(entry.bytes) for entry in told).decode("utf-8", "replace") == said(events)
         for event in events:
-            if isinstance(event, Spoke):
+            if isinstance(event, TextDelta):
                 assert "".join(entry.text for entry in event.drawn) == event.text
         for entry in told:
             assert len({text for text, _, _ in entry.top}) > 1, "alternatives can be told apart"
@@ -97,10 +101,10 @@ def test_a_text_is_continued_with_its_spaces_for_every_kind_of_tokenizer(spelled
     loaded = spelled.engine.loaded
     for text in ("The sea", "Bread rises"):
         request = Chat(text=text, sampling=DRAWN, seed=1)
-        prompt = loaded.conversation(request).tokens
+        prompt = loaded.prepare_chat(request).tokens
         events = spelled.run(request.model_copy(update={"top": 0}))[1]
         answered = events[-1]
-        assert isinstance(answered, Answered)
+        assert isinstance(answered, AnswerDone)
         decoded = [str(loaded.tokenizer.decode(prompt, skip_special_tokens=True)), said(events)]
         tokens = spelled_tokens(spelled, request)
         whole = loaded.tokenizer.decode(
@@ -119,11 +123,11 @@ def spelled_tokens(room: Room, request: Chat) -> list[int]:
         found.extend(token for token in tokens if token is not None and token not in ends)
         return tokens
 
-    original, chat_batch.draw_each = chat_batch.draw_each, note
+    original, chat_batch.sample_each = chat_batch.sample_each, note
     try:
         room.run(request)
     finally:
-        chat_batch.draw_each = original
+        chat_batch.sample_each = original
     return found
 
 
@@ -132,10 +136,10 @@ def test_an_offer_after_an_opening_is_the_text_of_all_its_tokens(spelled: Room) 
     prompt = Prompt(text="Bread", opening="The sea")
     request = Offer(weights=weights, prompt=prompt, sampling=DRAWN, group_size=3, seed=1, context_length=256)
     options = run(spelled.engine.offer(request)).options
-    before = loaded.prompt_tokens(prompt, 1, 256)
+    before = loaded.tokenize_prompt(prompt, 1, 256)
     known = loaded.tokenizer.decode(before, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     for option in options:
-        tokens = [token for token in option.tokens if token not in loaded.ends]
+        tokens = [token for token in option.tokens if token not in loaded.end_tokens]
         whole = loaded.tokenizer.decode(
             [*before, *tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -150,7 +154,7 @@ def test_what_is_cut_by_a_stop_string_and_the_end_are_not_told(room: Room) -> No
     events = room.run(asks(WORDS[0], sampling=DRAWN, seed=9, top=2, stop=(stop,)))[1]
     assert said(events) == text[: text.index(stop)]
     assert "".join(entry.text for entry in entries(events)) == said(events)
-    end = min(room.engine.loaded.ends)
+    end = min(room.engine.loaded.end_tokens)
     assert all(entry.text != room.engine.loaded.tokenizer.decode([end]) for entry in entries(whole))
 
 
@@ -179,9 +183,9 @@ def test_a_row_that_no_token_belongs_to_is_never_drawn(padded: Room) -> None:
 
 def test_a_model_without_padding_draws_as_before(room: Room) -> None:
     loaded = room.engine.loaded
-    assert loaded.slots.missing is None
-    assert loaded.lean is not None
-    assert loaded.lean.missing is None
+    assert loaded.slots.unused_rows is None
+    assert loaded.fast_forward is not None
+    assert loaded.fast_forward.unused_rows is None
 
 
 # ── Numbers that are none ──────────────────────────────────────────────────────────────────────────
@@ -197,9 +201,9 @@ BAD = [torch.full((4,), float("nan")), torch.tensor([0.0, float("inf"), 0.0, 0.0
 ])  # fmt: skip
 def test_a_row_that_is_no_number_is_told_and_changes_no_other(bad: Tensor, sampling: Sampling) -> None:
     chances = torch.tensor([0.1, 0.999, 0.6])
-    plain, scores = draw(LOGITS, sampling, chances)
+    plain, scores = sample(LOGITS, sampling, chances)
     mixed = torch.stack([LOGITS[0], bad, LOGITS[2]])
-    drawn, found = draw(mixed, sampling, chances)
+    drawn, found = sample(mixed, sampling, chances)
     assert bool(found[1].isnan())
     assert 0 <= int(drawn[1]) < 4
     assert [drawn[0], drawn[2]] == [plain[0], plain[2]]
@@ -207,19 +211,19 @@ def test_a_row_that_is_no_number_is_told_and_changes_no_other(bad: Tensor, sampl
 
 
 def test_filters_as_tensors_tell_it_as_well() -> None:
-    drawn, scores = drawn_from(torch.stack(BAD), torch.tensor(0.1), torch.tensor(0.9), torch.full((4,), 0.5))
+    drawn, scores = sample_scaled(torch.stack(BAD), torch.tensor(0.1), torch.tensor(0.9), torch.full((4,), 0.5))
     assert bool(scores.isnan().all())
     assert bool(((drawn >= 0) & (drawn < 4)).all())
 
 
 def poisoned(room: Room, seed: int, value: float) -> str:
     """Weights so large that what the model makes with them are no numbers."""
-    planted = run(room.engine.plant(Plant(adapter=Adapter(lora_rank=4), seed=seed))).weights
+    planted = run(room.engine.create_adapter(CreateAdapter(adapter=Adapter(lora_rank=4), seed=seed))).weights
     slot, found = room.engine.weights(planted)
     flat = torch.randn(slot.flat.shape, generator=torch.Generator().manual_seed(seed))
     flat[::7] = value
     made = Weights(f"w{seed:032x}", slot.settings, flat, found.first, found.second, 1)
-    room.engine._shelf.add(slot, made, None, keep=False)
+    room.engine._weights_store.add(slot, made, None, save=False)
     return made.id
 
 
@@ -235,21 +239,21 @@ def test_one_conversation_without_numbers_ends_alone(room: Room, value: float, s
     assert failed.code == "not_finite"
     assert "no number" in failed.message
     assert [said(events) for events in told.values()] == alone
-    assert all(isinstance(events[-1], Answered) for events in told.values())
+    assert all(isinstance(events[-1], AnswerDone) for events in told.values())
 
 
 def in_the_midst(
     room: Room, monkeypatch: pytest.MonkeyPatch, number: int, after: int, how: Callable[[], Tensor]
 ) -> Any:
     """Have one row overflow after some tokens, as one with a rare text would: in its keys and values too."""
-    lines = room.engine._lines_now()
-    grow = lines.grow
+    lines = room.engine._get_sequence_cache()
+    grow = lines.decode
 
     def broken(grown: Any, ids: Any) -> Tensor:
         logits = grow(grown, ids).clone()
         for row, line in enumerate(grown):
-            seat = next(seat for seat in room.chats._seats if seat.line is line)
-            if seat.number == number and seat.count == after:
+            seat = next(seat for seat in room.chats._slots if seat.sequence is line)
+            if seat.number == number and seat.answer_tokens == after:
                 logits[row] = how()
                 cache = getattr(lines, "_cache", None)
                 if cache is not None:
@@ -258,7 +262,7 @@ def in_the_midst(
                             each[lines._lines.index(line)] = float("nan")  # type: ignore[attr-defined]
         return logits
 
-    monkeypatch.setattr(lines, "grow", broken)
+    monkeypatch.setattr(lines, "decode", broken)
 
 
 def test_what_overflows_in_mid_answer_leaves_nothing_behind(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,17 +284,17 @@ def test_what_overflows_in_mid_answer_leaves_nothing_behind(room: Room, monkeypa
 def test_what_cannot_go_on_is_said_to_one_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where its weights were lost meanwhile."""
     room = Room(make_model(tmp_path / "model", "gpt2"), tmp_path / "weights", general=True)
-    lines = room.engine._lines_now()
-    assert isinstance(lines, GeneralLines)
+    lines = room.engine._get_sequence_cache()
+    assert isinstance(lines, GenericSequenceCache)
     alone = [said(room.run(asks(WORDS[at], sampling=DRAWN))[1]) for at in (0, 2)]
-    read = lines.read
+    read = lines.prefill
 
     def broken(line: Any, tokens: Any) -> Tensor:
         if line.weights == room.weights[1] and len(tokens) == 1 and len(line.tokens) > 8:
             raise MemoryError
         return read(line, tokens)
 
-    monkeypatch.setattr(lines, "read", broken)
+    monkeypatch.setattr(lines, "prefill", broken)
     told = room.run(asks(WORDS[0], sampling=DRAWN), asks(WORDS[1], room.weights[1]), asks(WORDS[2], sampling=DRAWN))
     assert isinstance(told[2][-1], Failed)
     assert told[2][-1].code == "out_of_memory"
@@ -300,8 +304,8 @@ def test_what_cannot_go_on_is_said_to_one_alone(tmp_path: Path, monkeypatch: pyt
 def test_where_memory_runs_out_the_one_that_takes_most_ends(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = [asks(WORDS[0], sampling=DRAWN), asks("The sea is wide. " * 20), asks(WORDS[1], sampling=DRAWN)]
     alone = [said(room.run(request)[1]) for request in wanted]
-    lines = room.engine._lines_now()
-    grow = lines.grow
+    lines = room.engine._get_sequence_cache()
+    grow = lines.decode
 
     def tight(grown: Any, ids: Any) -> Tensor:
         if any(len(line.tokens) > 60 for line in grown):
@@ -309,7 +313,7 @@ def test_where_memory_runs_out_the_one_that_takes_most_ends(room: Room, monkeypa
         return grow(grown, ids)
 
     with monkeypatch.context() as small:
-        small.setattr(lines, "grow", tight)
+        small.setattr(lines, "decode", tight)
         told = room.run(*wanted)
     assert isinstance(told[2][-1], Failed)
     assert told[2][-1].code == "out_of_memory"
@@ -320,9 +324,9 @@ def test_what_cannot_be_kept_warm_is_let_go(room: Room, monkeypatch: pytest.Monk
     def fail(*arguments: Any) -> None:
         raise RuntimeError("not enough memory")
 
-    monkeypatch.setattr(room.engine._lines_now(), "_keep_warm", fail, raising=False)
+    monkeypatch.setattr(room.engine._get_sequence_cache(), "_keep_prefix", fail, raising=False)
     told = room.run(asks(WORDS[0]), asks(WORDS[1]))
-    assert all(isinstance(events[-1], Answered) for events in told.values())
+    assert all(isinstance(events[-1], AnswerDone) for events in told.values())
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -333,7 +337,7 @@ def test_an_option_without_numbers_ends_and_the_others_go_on(
     tokenizer = room.engine.loaded.tokenizer
     plain = [option.tokens for option in list(decode_group(forward, tokenizer, [5, 6], frozenset(), DRAWN, 3, 1))[-1]]
     rows = type(forward.rows([5, 6], 1, 30))
-    draws = rows.draws
+    draws = rows.sample_steps
 
     def broken(self: Any, *arguments: Any) -> Any:
         step = 0
@@ -344,7 +348,7 @@ def test_an_option_without_numbers_ends_and_the_others_go_on(
                 found.append((tokens, [scores[0], float("nan") if step > 5 else scores[1], scores[2]]))
             yield found
 
-    monkeypatch.setattr(rows, "draws", broken)
+    monkeypatch.setattr(rows, "sample_steps", broken)
     group = list(decode_group(forward, tokenizer, [5, 6], frozenset(), DRAWN, 3, 1))[-1]
     assert [option.tokens for option in group] == [plain[0], plain[1][:5], plain[2]]
     assert [option.overflowed for option in group] == [False, True, False]
@@ -379,7 +383,7 @@ def test_a_click_that_leads_to_no_numbers_makes_no_weights(room: Room) -> None:
     options = (Option(text="a", tokens=(5, 6), finish="stop"), Option(text="b", tokens=(7, 8), finish="stop"))
     lesson = Lesson(prompt=Prompt(text="Bread"), options=options, choice=0, temperature=1.0)
     learning = Learning(learning_rate=0.1).model_copy(update={"learning_rate": 1e30, "inner_steps": 1})
-    planted = run(room.engine.plant(Plant(adapter=Adapter(lora_rank=4), seed=904))).weights
+    planted = run(room.engine.create_adapter(CreateAdapter(adapter=Adapter(lora_rank=4), seed=904))).weights
     with pytest.raises(TrellisError, match="overflowed") as raised:
         run(room.engine.learn(Learn(weights=planted, lesson=lesson, learning=learning, context_length=256)))
     assert raised.value.code == "not_finite"
@@ -387,7 +391,7 @@ def test_a_click_that_leads_to_no_numbers_makes_no_weights(room: Room) -> None:
 
 def test_a_base_model_without_numbers_teaches_nothing(tmp_path: Path) -> None:
     room = Room(make_model(tmp_path / "model", "llama"), tmp_path / "weights")
-    planted = run(room.engine.plant(Plant(adapter=Adapter(lora_rank=4), seed=1))).weights
+    planted = run(room.engine.create_adapter(CreateAdapter(adapter=Adapter(lora_rank=4), seed=1))).weights
     with torch.no_grad():
         room.engine.loaded.model.get_parameter("model.norm.weight").fill_(float("nan"))
     lesson = Lesson(prompt=Prompt(text="Bread"), choice=0, temperature=1.0,
@@ -409,21 +413,21 @@ def test_a_conversation_that_is_certainly_too_long_is_refused_unread(
     monkeypatch.setattr("trellis.engine.text.loaded_model.vocabulary_of", lambda _: chat_batch.vocabulary_of(tokenizer))
     for request in (asks("sea " * 350_000), Chat(text="sea " * 350_000, sampling=DRAWN, seed=1)):
         with pytest.raises(Exception, match="at least") as raised:
-            loaded.conversation(request)
+            loaded.prepare_chat(request)
         assert raised.value.code == "prompt_too_long"  # type: ignore[attr-defined]
     assert not asked
 
 
 def slow(room: Room, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """A tokenizer that takes long over what is long, as those written in Python do."""
-    conversation = room.engine.loaded.conversation
+    conversation = room.engine.loaded.prepare_chat
 
     def slowly(request: Chat) -> Any:
-        if len(request.turns[-1].text) > chat_batch.SHORT:
+        if len(request.turns[-1].text) > chat_batch.MAX_INLINE_CHARACTERS:
             time.sleep(seconds)
         return conversation(request)
 
-    monkeypatch.setattr(room.engine.loaded, "conversation", slowly)
+    monkeypatch.setattr(room.engine.loaded, "prepare_chat", slowly)
 
 
 def test_a_long_message_holds_up_nobody(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,7 +437,7 @@ def test_a_long_message_holds_up_nobody(room: Room, monkeypatch: pytest.MonkeyPa
     room.chats.join(2, "b", asks("sea " * 5000))
     events: dict[int, list[Any]] = {1: [], 2: []}
     longest = 0.0
-    while room.chats.wanted:
+    while room.chats.has_work:
         began = time.monotonic()
         for number, event, _ in room.chats.step():
             events[number].append(event)
@@ -450,9 +454,9 @@ def test_a_long_message_that_nobody_wants_any_more_is_let_go(room: Room, monkeyp
     assert room.chats.step() == []
     room.chats.leave(1)
     assert [event.type for _, event, _ in room.chats.step()] == ["cancelled"]
-    assert not room.chats.wanted
+    assert not room.chats.has_work
     time.sleep(0.4)
-    assert isinstance(room.run(asks(WORDS[0]))[1][-1], Answered), "what was read for it is not taken for another"
+    assert isinstance(room.run(asks(WORDS[0]))[1][-1], AnswerDone), "what was read for it is not taken for another"
 
 
 def test_long_conversations_are_trimmed_without_reading_all_of_it_again(
@@ -463,15 +467,15 @@ def test_long_conversations_are_trimmed_without_reading_all_of_it_again(
         turns += [Turn(role="user", text=f"Number {number}, the sea. " * 3), Turn(role="assistant", text="Wide. " * 9)]
     turns.append(Turn(role="user", text="And now?"))
     loaded, read = room.engine.loaded, []
-    tokens = loaded._turn_tokens
+    tokens = loaded._tokenize_turns
 
     def counted(said: Any, *more: Any) -> list[int]:
         found = tokens(said, *more)
         read.append(len(found))
         return found
 
-    monkeypatch.setattr(loaded, "_turn_tokens", counted)
-    prepared = loaded.conversation(asks("", turns=tuple(turns), trims=True))
+    monkeypatch.setattr(loaded, "_tokenize_turns", counted)
+    prepared = loaded.prepare_chat(asks("", turns=tuple(turns), trims=True))
     assert prepared.left_out > 0
-    assert len(prepared.tokens) > prepared.limit // 3
-    assert sum(read[1:]) < 12 * prepared.limit, "besides once, to see whether it fits"
+    assert len(prepared.tokens) > prepared.context_length // 3
+    assert sum(read[1:]) < 12 * prepared.context_length, "besides once, to see whether it fits"

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny import SENTENCES, TOKENIZER_KINDS, make_tokenizer_kind
-from trellis.engine.text.vocabulary import TextReader, vocabulary_of
+from trellis.engine.text.vocabulary import IncrementalDetokenizer, vocabulary_of
 
 pytestmark = pytest.mark.engine
 
@@ -49,8 +49,8 @@ def test_bytes_of_tokens_joined_are_the_text(kind: str, text: str) -> None:
 def test_pieces_joined_are_what_the_tokenizer_decodes(kind: str, text: str, some: int) -> None:
     tokenizer = tokenizer_of(kind)
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    reader = TextReader(tokenizer)
-    pieces = [reader.read(tokens[at : at + some]) for at in range(0, len(tokens), some)] + [reader.rest()]
+    reader = IncrementalDetokenizer(tokenizer)
+    pieces = [reader.decode(tokens[at : at + some]) for at in range(0, len(tokens), some)] + [reader.flush()]
     assert "".join(pieces) == tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     if kind in BY_BYTES:
         assert "".join(pieces) == text
@@ -63,9 +63,9 @@ def test_a_text_that_is_continued_is_the_text_of_all_tokens(kind: str, before: s
     tokenizer = tokenizer_of(kind)
     tokens = tokenizer(before + text, add_special_tokens=False)["input_ids"]
     for cut in range(1, len(tokens)):
-        first, second = TextReader(tokenizer), TextReader(tokenizer, tokens[:cut])
-        begun, more = first.read(tokens[:cut]), second.read(tokens[cut:]) + second.rest()
-        if not first.rest():  # not in the middle of a character
+        first, second = IncrementalDetokenizer(tokenizer), IncrementalDetokenizer(tokenizer, tokens[:cut])
+        begun, more = first.decode(tokens[:cut]), second.decode(tokens[cut:]) + second.flush()
+        if not first.flush():  # not in the middle of a character
             assert begun + more == before + text
 
 
@@ -73,21 +73,23 @@ def test_a_text_that_is_continued_is_the_text_of_all_tokens(kind: str, before: s
 def test_the_space_before_a_word_is_kept_where_a_text_stands_before_it(kind: str) -> None:
     tokenizer = tokenizer_of(kind)
     before, tokens = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("The sea", "is wide"))
-    assert TextReader(tokenizer, before).read(tokens) == " is wide"
-    assert TextReader(tokenizer).read(tokens) == "is wide"
-    assert TextReader(tokenizer, [tokenizer.eos_token_id]).read(tokens) == "is wide", "a text begins after a mark"
+    assert IncrementalDetokenizer(tokenizer, before).decode(tokens) == " is wide"
+    assert IncrementalDetokenizer(tokenizer).decode(tokens) == "is wide"
+    assert IncrementalDetokenizer(tokenizer, [tokenizer.eos_token_id]).decode(tokens) == "is wide", (
+        "a text begins after a mark"
+    )
 
 
 @pytest.mark.parametrize("kind", BY_BYTES)
 @given(text=TEXTS)
 def test_what_a_token_would_write_changes_nothing(kind: str, text: str) -> None:
     tokenizer = tokenizer_of(kind)
-    reader = TextReader(tokenizer)
+    reader = IncrementalDetokenizer(tokenizer)
     for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
         reader.peek(7)
         expected = reader.peek(token)
         reader.peek(tokenizer.eos_token_id)
-        assert reader.piece(token) == expected
+        assert reader.add(token) == expected
 
 
 @pytest.mark.parametrize("kind", BY_BYTES)
@@ -96,10 +98,10 @@ def test_what_a_token_would_write_changes_nothing(kind: str, text: str) -> None:
 def test_tokens_in_any_order_are_read_the_same_in_any_pieces(kind: str, tokens: list[int]) -> None:
     tokenizer = tokenizer_of(kind)
     tokens = [token for token in tokens if token < len(tokenizer)]
-    whole, one = TextReader(tokenizer), TextReader(tokenizer)
-    pieces = [one.piece(token) for token in tokens]
-    text = whole.read(tokens) + whole.rest()
-    assert "".join(piece.text for piece in pieces) + one.rest() == text
+    whole, one = IncrementalDetokenizer(tokenizer), IncrementalDetokenizer(tokenizer)
+    pieces = [one.add(token) for token in tokens]
+    text = whole.decode(tokens) + whole.flush()
+    assert "".join(piece.text for piece in pieces) + one.flush() == text
     assert b"".join(piece.raw for piece in pieces).decode("utf-8", "replace") == text
 
 
@@ -109,17 +111,17 @@ def test_an_added_token_is_written_as_it_is() -> None:
     text = "a<tool call>東京タワー!"
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert len(tokens) == 4
-    assert TextReader(tokenizer).read(tokens) == text
+    assert IncrementalDetokenizer(tokenizer).decode(tokens) == text
 
 
 def test_rows_that_no_token_belongs_to_are_found() -> None:
     tokenizer = tokenizer_of("byte-level")
     size = len(tokenizer)
     words = vocabulary_of(tokenizer)
-    assert words.missing(size) == []
-    assert words.missing(size + 3) == [size, size + 1, size + 2]
+    assert words.unused_rows(size) == []
+    assert words.unused_rows(size + 3) == [size, size + 1, size + 2]
     with_hole = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 3}, unk_token="a")))
-    assert vocabulary_of(with_hole).missing(5) == [1, 2, 4]
+    assert vocabulary_of(with_hole).unused_rows(5) == [1, 2, 4]
 
 
 def test_tokens_of_one_name_are_no_missing_rows() -> None:
@@ -133,7 +135,7 @@ def test_tokens_of_one_name_are_no_missing_rows() -> None:
             return {"a": 0, "\ufffd": 3, "<added>": 4}
 
     slow = Slow()
-    assert vocabulary_of(slow).missing(6) == [5]
+    assert vocabulary_of(slow).unused_rows(6) == [5]
 
 
 def test_a_tokenizer_that_nobody_uses_is_let_go() -> None:
@@ -166,5 +168,5 @@ def test_a_decoder_that_is_not_known_is_asked_itself() -> None:
     raw.decoder = decoders.CTC()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
     assert vocabulary_of(tokenizer).spelling is None
-    reader = TextReader(tokenizer)
-    assert [reader.read([1]), reader.read([0])] == ["b", "a"]
+    reader = IncrementalDetokenizer(tokenizer)
+    assert [reader.decode([1]), reader.decode([0])] == ["b", "a"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.test_markdown import CORPUS, TEXTS, visible
 from trellis.markdown import text_to_html
-from trellis.messages import Answered, Spoke
+from trellis.messages import AnswerDone, TextDelta
 from trellis.studio.chat.answer import GrowingAnswer
 from trellis.studio.chat.message import Message
 
@@ -29,9 +29,11 @@ class Shown:
         at = 0
         while at < len(self._text):
             size = self._chance.randint(1, 12)
-            await answering.handle_event(Spoke(text=self._text[at : at + size], tokens=1))
+            await answering.handle_event(TextDelta(text=self._text[at : at + size], tokens=1))
             at += size
-        await answering.handle_event(Answered(finish="stop", tokens=1, prompt_tokens=1, seconds_to_first=0, seconds=0))
+        await answering.handle_event(
+            AnswerDone(finish="stop", tokens=1, prompt_tokens=1, seconds_to_first=0, seconds=0)
+        )
 
     async def save(self, message: Message) -> None:
         pass

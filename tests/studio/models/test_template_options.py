@@ -16,7 +16,7 @@ from tests.conftest import open_studio, thread_spawner, until
 from trellis.blobs import Blobs
 from trellis.engine.fake import FakeEngine
 from trellis.errors import Invalid
-from trellis.messages import Chat, Heard, Learn, Loaded, Offer, Prompt, Spoke, Turn, recipe_of
+from trellis.messages import Chat, Learn, Loaded, Offer, Prompt, PromptRead, TextDelta, Turn, recipe_of
 from trellis.params import ModelOptions, Sampling, SessionConfig
 from trellis.settings import Settings
 from trellis.studio.chat.answer import GrowingAnswer
@@ -54,7 +54,7 @@ def engine_with(tmp_path: Path, asked: list[Any], **about: Any) -> Any:
 
         def _may_chat(self, request: Chat) -> None:
             asked.append(request)
-            super()._may_chat(request)
+            super()._require_can_chat(request)
 
     return thread_spawner(lambda: Engine(Blobs(tmp_path / "weights")))
 
@@ -169,8 +169,8 @@ async def test_a_thought_that_the_template_opened_has_its_beginning_in_the_answe
     message = Message(id="m", room="r", parent=None, role="assistant", text=written)
     answering = GrowingAnswer(Quiet(), message)
     await answering.run()
-    heard = Heard(read=3, prompt_tokens=3, warm=0, left_out=0, context_length=9, in_thought=not written)
-    for event in (heard, heard, Spoke(text=(" the sea" if written else "Hm, the sea"), tokens=3)):
+    heard = PromptRead(read=3, prompt_tokens=3, warm=0, left_out=0, context_length=9, in_thought=not written)
+    for event in (heard, heard, TextDelta(text=(" the sea" if written else "Hm, the sea"), tokens=3)):
         await answering.handle_event(event)
     await answering.finish()
     assert message.text == text

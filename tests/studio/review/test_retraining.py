@@ -15,7 +15,7 @@ from tests.studio.steering.test_sessions import choose
 from trellis.blobs import Blobs
 from trellis.engine.fake import FakeEngine
 from trellis.errors import Conflict, Invalid, NotFound, TrellisError
-from trellis.messages import LOG_FILE, Choice, Fit, Learn, Lesson, Option, Prompt
+from trellis.messages import LOG_FILE, Choice, Learn, Lesson, Option, Prompt, Retrain
 from trellis.studio.jobs import Job
 from trellis.studio.review.journal import describe_choice, journal_markdown
 from trellis.studio.steering.choice_logs import ChoiceLogs, move_refusals_last, without_tokens
@@ -292,9 +292,9 @@ async def test_the_engine_is_asked_for_whole_logs_in_the_sessions_own_words(tmp_
     asked: list[Any] = []
 
     class Listening(FakeEngine):
-        def fit(self, request: Fit) -> Any:
+        def retrain(self, request: Retrain) -> Any:
             asked.append([json.loads(line) for line in (Path(request.path) / LOG_FILE).read_text().splitlines()])
-            return super().fit(request)
+            return super().retrain(request)
 
         def learn(self, request: Learn) -> Any:
             asked.append(request)

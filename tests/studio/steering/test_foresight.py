@@ -15,7 +15,18 @@ from tests.conftest import open_studio, ready, thread_spawner, until
 from trellis.blobs import Blobs
 from trellis.engine import fake
 from trellis.engine.fake import FakeEngine
-from trellis.messages import Cancel, Down, Event, Learn, Offer, Request, Status, StatusReport, Urge, Written
+from trellis.messages import (
+    Cancel,
+    Event,
+    Learn,
+    Offer,
+    Request,
+    RequestFrame,
+    SetPriority,
+    Status,
+    StatusReport,
+    Written,
+)
 from trellis.params import ModelOptions
 from trellis.store.steering import commit_node
 from trellis.store.tables import intents, nodes, offers
@@ -35,17 +46,17 @@ class Listening:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[tuple[Request, int]] = []
-        self.told: list[Urge | Cancel] = []
+        self.told: list[SetPriority | Cancel] = []
         stream, send = Worker.stream, Channel.send
 
         def listening(
-            worker: Worker, request: Request, priority: int = 0, owner: str = "", goes_on: bool = False
+            worker: Worker, request: Request, priority: int = 0, owner: str = "", continues_turn: bool = False
         ) -> AsyncGenerator[Event, None]:
             self.asked.append((request, priority))
-            return stream(worker, request, priority, owner, goes_on)
+            return stream(worker, request, priority, owner, continues_turn)
 
-        async def sending(channel: Channel, down: Down) -> None:
-            if isinstance(down.body, (Urge, Cancel)):
+        async def sending(channel: Channel, down: RequestFrame) -> None:
+            if isinstance(down.body, (SetPriority, Cancel)):
                 self.told.append(down.body)
             await send(channel, down)
 
@@ -165,7 +176,7 @@ async def test_what_is_being_worked_out_when_it_is_chosen_goes_on_and_is_urgent(
     state = await ready(session)
     assert state["head"]["step"] == 1
     assert 0 not in [p for request, p in listening.asked if isinstance(request, Learn) and not request.keep]
-    assert any(isinstance(told, Urge) and told.priority == 0 for told in listening.told)
+    assert any(isinstance(told, SetPriority) and told.priority == 0 for told in listening.told)
     if stage is Offer:
         assert 0 not in listening.of(Offer)
 

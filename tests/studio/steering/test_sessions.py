@@ -384,12 +384,12 @@ async def test_an_engine_that_always_dies_is_told_about_and_can_be_tried_again(t
 
 async def test_a_model_that_was_exchanged_is_noticed(tmp_path: Path) -> None:
     class Other(FakeEngine):
-        def plant(self, request: Any) -> Any:
+        def create_adapter(self, request: Any) -> Any:
             yield None
             self._write("wother", 0, None)
-            from trellis.messages import Planted
+            from trellis.messages import AdapterCreated
 
-            return Planted(weights="wother")
+            return AdapterCreated(weights="wother")
 
     async with open_studio(tmp_path, thread_spawner(lambda: FakeEngine(Blobs(tmp_path / "weights")))) as one:
         session = await one.steering.create(None, {})
@@ -407,8 +407,8 @@ async def test_a_model_that_was_exchanged_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["resumed", "watched"])
 async def test_a_model_that_was_exchanged_is_refused_before_a_choice(how: str, tmp_path: Path) -> None:
     class Other(FakeEngine):
-        def plant(self, request: Any) -> Any:
-            return (yield from super().plant(request.model_copy(update={"seed": request.seed + 1})))
+        def create_adapter(self, request: Any) -> Any:
+            return (yield from super().create_adapter(request.model_copy(update={"seed": request.seed + 1})))
 
     spawn = thread_spawner(lambda: FakeEngine(Blobs(tmp_path / "weights")))
     async with open_studio(tmp_path, spawn) as one:

@@ -18,17 +18,17 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from ...errors import LoadFailed
 
-KINDS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe", ".spm")
-NAMES = (
+SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe", ".spm")
+NAME_PREFIXES = (
     "tokenizer", "vocab", "merges", "chat_template", "licen", "notice", "copying", "copyright", "use_policy",
 )  # fmt: skip
 """Beginnings of names, in small letters: tokenizers may have any ending (`tokenizer.model.v3`), and so may licences."""
 
-WEIGHTS = (
+WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".ot",
     ".tflite", ".index.json",
 )  # fmt: skip
-LEFT_OUT = {
+EXCLUDED_NAMES = {
     "config.json", "trellis.json", "params.json", "adapter_config.json", "quantize_config.json", "quant_config.json",
     "hf_quant_config.json",
 }  # fmt: skip
@@ -36,7 +36,7 @@ LEFT_OUT = {
 
 FOLDERS = ("additional_chat_templates",)
 README, BASE_README = "README.md", "README.base.md"
-LARGEST = 200_000_000
+MAX_FILE_BYTES = 200_000_000
 """No tokenizer is larger: what is, is data of another kind."""
 
 CONVERSATIONS: tuple[tuple[tuple[str, str], ...], ...] = (
@@ -47,43 +47,43 @@ CONVERSATIONS: tuple[tuple[tuple[str, str], ...], ...] = (
 
 
 @dataclass(frozen=True)
-class Use:
+class ModelUsage:
     """How a model is used, as a loader reads it from a folder."""
 
-    ends: frozenset[int]
+    end_tokens: frozenset[int]
     generation: Mapping[str, Any]
     templates: Any
-    written: tuple[str | None, ...]
+    rendered: tuple[str | None, ...]
     """CONVERSATIONS as the chat template writes them; None for one that it refuses."""
     tokens: tuple[tuple[int, ...], ...]
 
 
-def copy_side_files(base: Path, into: Path, with_code: bool) -> None:
+def copy_auxiliary_files(base: Path, into: Path, with_code: bool) -> None:
     """Copy what a loader may want beside the weights; the base's own Python files only `with_code`.
 
     What was written into the folder before stays, but for the generation settings, which are the base's.
     """
     (into / "generation_config.json").unlink(missing_ok=True)
-    for file in _side_files(base, with_code):
+    for file in _auxiliary_files(base, with_code):
         target = into / (BASE_README if str(file) == README else file)
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(base / file, target)
 
 
-def _side_files(base: Path, with_code: bool) -> Iterator[Path]:
+def _auxiliary_files(base: Path, with_code: bool) -> Iterator[Path]:
     """Names within the folder."""
     for file in sorted(base.iterdir()):
         name = file.name.lower()
         if file.is_dir() and file.name in FOLDERS:
             yield from (each.relative_to(base) for each in sorted(file.glob("*.jinja")) if each.is_file())
-        if not file.is_file() or name.startswith(".") or file.stat().st_size > LARGEST:
+        if not file.is_file() or name.startswith(".") or file.stat().st_size > MAX_FILE_BYTES:
             continue
-        if name.endswith(WEIGHTS) or name in LEFT_OUT:
+        if name.endswith(WEIGHT_SUFFIXES) or name in EXCLUDED_NAMES:
             continue
         if (
-            name.endswith(KINDS)
-            or name.startswith(NAMES)
+            name.endswith(SUFFIXES)
+            or name.startswith(NAME_PREFIXES)
             or file.name == README
             or (with_code and name.endswith(".py"))
         ):
@@ -95,17 +95,17 @@ def write_config(base: Path, into: Path, with_code: bool, changed: Mapping[str, 
 
     The one that transformers writes has names of its newest version, which other programs read as defaults.
     """
-    own = json.loads((base / "config.json").read_text())
-    written = json.loads((into / "config.json").read_text())
-    if "quantization_config" not in written:
-        own.pop("quantization_config", None)
+    config = json.loads((base / "config.json").read_text())
+    merged_config = json.loads((into / "config.json").read_text())
+    if "quantization_config" not in merged_config:
+        config.pop("quantization_config", None)
     if not with_code:
-        own.pop("auto_map", None)
-    own |= {"architectures": written["architectures"]} | dict(changed)
-    (into / "config.json").write_text(json.dumps(own, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        config.pop("auto_map", None)
+    config |= {"architectures": merged_config["architectures"]} | dict(changed)
+    (into / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def use_of(folder: Path, remote_code: bool) -> Use:
+def read_usage(folder: Path, remote_code: bool) -> ModelUsage:
     """How the model in a folder is used."""
     options = {"local_files_only": True, "trust_remote_code": remote_code}
     config = AutoConfig.from_pretrained(folder, **options)
@@ -117,21 +117,21 @@ def use_of(folder: Path, remote_code: bool) -> Use:
     settings = {key: value for key, value in generation.to_dict().items() if key not in ("transformers_version",)}
     listed = [config.get_text_config().eos_token_id, tokenizer.eos_token_id, generation.eos_token_id]
     ends = [token for each in listed for token in (each if isinstance(each, list) else [each])]
-    written = tuple(_written(tokenizer, conversation) for conversation in CONVERSATIONS)
-    texts = [text for text in written if text is not None]
+    rendered = tuple(_render(tokenizer, conversation) for conversation in CONVERSATIONS)
+    texts = [text for text in rendered if text is not None]
     plain = [text for conversation in CONVERSATIONS for _, text in conversation]
     tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     tokens += [tokenizer(text)["input_ids"] for text in plain]
-    return Use(
+    return ModelUsage(
         frozenset(token for token in ends if isinstance(token, int)),
         settings,
         tokenizer.chat_template,
-        written,
+        rendered,
         tuple(tuple(each) for each in tokens),
     )
 
 
-def _written(tokenizer: Any, conversation: tuple[tuple[str, str], ...]) -> str | None:
+def _render(tokenizer: Any, conversation: tuple[tuple[str, str], ...]) -> str | None:
     if not tokenizer.chat_template:
         return None
     turns = [{"role": role, "content": text} for role, text in conversation]
@@ -141,13 +141,15 @@ def _written(tokenizer: Any, conversation: tuple[tuple[str, str], ...]) -> str |
         return None
 
 
-def require_same_use(base: Use, merged: Use) -> None:
+def require_same_usage(base: ModelUsage, merged: ModelUsage) -> None:
     """Raises LoadFailed where a merged model would be used otherwise than its base."""
     compared = {
-        f"end-of-answer tokens {sorted(merged.ends)} instead of {sorted(base.ends)}": base.ends == merged.ends,
+        f"end-of-answer tokens {sorted(merged.end_tokens)} instead of {sorted(base.end_tokens)}": (
+            base.end_tokens == merged.end_tokens
+        ),
         "the generation settings differ": base.generation == merged.generation,
         "the chat templates differ": base.templates == merged.templates,
-        "the chat template renders a conversation differently": base.written == merged.written,
+        "the chat template renders a conversation differently": base.rendered == merged.rendered,
         "the tokenizer encodes a text differently": base.tokens == merged.tokens,
     }
     if wrong := [what for what, same in compared.items() if not same]:

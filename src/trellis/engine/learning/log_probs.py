@@ -18,10 +18,10 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from ...messages import Choice
-from ..parallel import SMALL
-from ..text.adapters import Slot
-from ..text.cache_support import keeps_last_logits, last_logits
-from ..text.fast_forward import Lean, Linear
+from ..parallel import SMALL_MODEL_PARAMETERS
+from ..text.adapters import AdapterSlot
+from ..text.cache_support import has_logits_to_keep, last_logits
+from ..text.fast_forward import FastForward, FusedLinear
 
 
 @dataclass(frozen=True)
@@ -44,83 +44,83 @@ class Group:
 
 def answer_logprobs(model: Any, group: Group) -> Tensor:
     """Log-probabilities (G, T) of each answer's tokens given the prompt, fp32, zero where there is none."""
-    return answers_logprobs(model, [group])[0]
+    return batch_answer_logprobs(model, [group])[0]
 
 
-WORTH_A_PASS = 120
+PADDING_WORTH_A_PASS = 120
 """Padding, in tokens, that is worth another pass through the model: about what a small one's overhead costs."""
 
 
-def answers_logprobs(model: Any, groups: Sequence[Group]) -> list[Tensor]:
+def batch_answer_logprobs(model: Any, groups: Sequence[Group]) -> list[Tensor]:
     """`answer_logprobs` of several groups, rows of like length in one pass each.
 
     Rows are padded on the right, which a causal model never looks at, so no attention mask is needed;
     logits are only made from the first position that predicts an answer.
     """
     rows = [(group, answer) for group in groups for answer in group.answers]
-    found: list[Tensor] = [torch.empty(0)] * len(rows)
-    for numbers in _of_like_length([len(group.prompt) + len(answer) for group, answer in rows]):
+    logprobs_by_row: list[Tensor] = [torch.empty(0)] * len(rows)
+    for numbers in _batch_by_length([len(group.prompt) + len(answer) for group, answer in rows]):
         width = max(len(rows[number][0].prompt) + len(rows[number][1]) for number in numbers)
         first = min(len(rows[number][0].prompt) for number in numbers) - 1
         padded = [[*rows[number][0].prompt, *rows[number][1]] for number in numbers]
         ids = torch.tensor([row + [0] * (width - len(row)) for row in padded], device=model.device)
-        logits = last_logits(model, ids[:, :-1], width - 1 - first, keeps_last_logits(model), use_cache=False)
+        logits = last_logits(model, ids[:, :-1], width - 1 - first, has_logits_to_keep(model), use_cache=False)
         temperatures = torch.tensor([rows[number][0].temperature for number in numbers], device=model.device)
         logprobs = torch.log_softmax(logits.float() / temperatures[:, None, None], dim=-1)
-        told = logprobs.gather(-1, ids[:, first + 1 :, None])[..., 0]
+        token_logprobs = logprobs.gather(-1, ids[:, first + 1 :, None])[..., 0]
         for place, number in enumerate(numbers):
             group, answer = rows[number]
             begin = len(group.prompt) - 1 - first
-            found[number] = told[place, begin : begin + len(answer)]
-    picked = []
+            logprobs_by_row[number] = token_logprobs[place, begin : begin + len(answer)]
+    by_group = []
     for group in groups:
-        mine, found = found[: len(group.answers)], found[len(group.answers) :]
-        picked.append(pad_sequence(mine, batch_first=True))
-    return picked
+        mine, logprobs_by_row = logprobs_by_row[: len(group.answers)], logprobs_by_row[len(group.answers) :]
+        by_group.append(pad_sequence(mine, batch_first=True))
+    return by_group
 
 
-def _of_like_length(lengths: Sequence[int]) -> list[list[int]]:
+def _batch_by_length(lengths: Sequence[int]) -> list[list[int]]:
     """Numbers of rows in passes: the longest first, cut where the padding saved is worth a pass of its own."""
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     passes = [order[:1]]
     for place, number in enumerate(order[1:], start=1):
-        if (lengths[passes[-1][0]] - lengths[number]) * (len(order) - place) > WORTH_A_PASS:
+        if (lengths[passes[-1][0]] - lengths[number]) * (len(order) - place) > PADDING_WORTH_A_PASS:
             passes.append([])
         passes[-1].append(number)
     return passes
 
 
-PASS_WORK = 10_000_000_000
+MAX_PASS_WORK = 10_000_000_000
 """Tokens times parameters up to which groups share a pass. That spares a small model its overhead; a large model or a
 long prompt gains nothing by it and would need the memory of all groups at once."""
 
 
-def passes(groups: Sequence[Group], parameters: int) -> list[range]:
+def split_into_passes(groups: Sequence[Group], parameters: int) -> list[range]:
     """Which groups go through the model together: neighbours, as many as may share a pass; at least one."""
-    made: list[range] = []
+    planned: list[range] = []
     for number in range(len(groups)):
-        begin = made[-1].start if made else 0
+        begin = planned[-1].start if planned else 0
         together = groups[begin : number + 1]
         rows = sum(len(group.answers) for group in together)
         width = max(len(group.prompt) + max(map(len, group.answers)) for group in together)
-        if made and rows * width * parameters <= PASS_WORK:
-            made[-1] = range(begin, number + 1)
+        if planned and rows * width * parameters <= MAX_PASS_WORK:
+            planned[-1] = range(begin, number + 1)
         else:
-            made.append(range(number, number + 1))
-    return made
+            planned.append(range(number, number + 1))
+    return planned
 
 
-def rounds(groups: Sequence[Group], parameters: int) -> list[list[range]]:
+def schedule_passes(groups: Sequence[Group], parameters: int) -> list[list[range]]:
     """`passes`, one after the other; where one of a small model would do, two of about the same length at once."""
-    made = passes(groups, parameters)
-    if len(made) > 1 or len(groups) < 2 or parameters >= SMALL:
-        return [[each] for each in made]
+    planned = split_into_passes(groups, parameters)
+    if len(planned) > 1 or len(groups) < 2 or parameters >= SMALL_MODEL_PARAMETERS:
+        return [[each] for each in planned]
     lengths = [len(group.prompt) + sum(map(len, group.answers)) for group in groups]
     cut = min(range(1, len(groups)), key=lambda at: max(sum(lengths[:at]), sum(lengths[at:])))
     return [[range(cut), range(cut, len(groups))]]
 
 
-LONGEST = 2048
+MAX_PACKED_TOKENS = 2048
 """Up to so many tokens a group has one mask over all of them; a longer one goes through transformers."""
 
 
@@ -129,10 +129,10 @@ Loss = Callable[[list[Tensor]], Tensor]
 """A scalar made of log-probabilities (G, T) of some groups."""
 
 
-Part = tuple[Sequence[Group], Seed, Loss]
+GradientPart = tuple[Sequence[Group], Seed, Loss]
 
 
-class Reading(ABC):
+class Scorer(ABC):
     """Log-probabilities of groups' answers under an adapter's values, and the gradient by these."""
 
     @abstractmethod
@@ -145,141 +145,145 @@ class Reading(ABC):
     def gradient(self, groups: Sequence[Group], flat: Tensor, seed: Seed, loss: Loss) -> tuple[Tensor, float]:
         """The gradient (P,) of what `loss` makes of the groups' log-probabilities, by the adapter's values; and it."""
 
-    def gradients(self, parts: Sequence[Part], flat: Tensor) -> list[tuple[Tensor, float]]:
+    def gradients(self, parts: Sequence[GradientPart], flat: Tensor) -> list[tuple[Tensor, float]]:
         """`gradient` of several parts. Two may be worked out at once, each `loss` in a thread of its own."""
         return [self.gradient(groups, flat, seed, loss) for groups, seed, loss in parts]
 
 
-def reading_of(slot: Slot, groups: Sequence[Group]) -> Reading:
+def scorer_for(slot: AdapterSlot, groups: Sequence[Group]) -> Scorer:
     """The quickest way to read these groups."""
-    adapted = slot.adapted
-    if adapted is None or slot.settings.lora_dropout or adapted.lean.embedding.dtype != torch.float32:
-        return GeneralReading(slot)
+    adapted = slot.adapted_layers
+    if adapted is None or slot.settings.lora_dropout or adapted.fast_forward.embedding.dtype != torch.float32:
+        return GenericScorer(slot)
     longest = max(len(group.prompt) + sum(map(len, group.answers)) for group in groups)
-    reach = max(len(group.prompt) + max(map(len, group.answers)) for group in groups)
-    if longest > LONGEST or not adapted.lean.reaches(reach):
-        return GeneralReading(slot)
-    return LeanReading(slot)
+    longest_sequence = max(len(group.prompt) + max(map(len, group.answers)) for group in groups)
+    if longest > MAX_PACKED_TOKENS or not adapted.fast_forward.has_full_attention(longest_sequence):
+        return GenericScorer(slot)
+    return FastScorer(slot)
 
 
-class GeneralReading(Reading):
+class GenericScorer(Scorer):
     """Through transformers' own forward, with PEFT's layers."""
 
-    def __init__(self, slot: Slot) -> None:
+    def __init__(self, slot: AdapterSlot) -> None:
         self._slot = slot
 
     def logprobs(self, groups: Sequence[Group], flat: Tensor | None, seed: Seed = ()) -> list[Tensor]:
         slot = self._slot
-        with slot.turn, torch.no_grad():
+        with slot.lock, torch.no_grad():
             if flat is not None:
-                return self._adapted(groups, flat, seed)
-            with slot.reference():
-                return answers_logprobs(slot.model, groups)
+                return self._adapted_logprobs(groups, flat, seed)
+            with slot.without_adapter():
+                return batch_answer_logprobs(slot.model, groups)
 
     def gradient(self, groups: Sequence[Group], flat: Tensor, seed: Seed, loss: Loss) -> tuple[Tensor, float]:
-        with self._slot.turn:
-            made = loss(self._adapted(groups, flat, seed))
-            return self._slot.gradient(made), float(made.detach())
+        with self._slot.lock:
+            value = loss(self._adapted_logprobs(groups, flat, seed))
+            return self._slot.gradient(value), float(value.detach())
 
-    def _adapted(self, groups: Sequence[Group], flat: Tensor, seed: Seed) -> list[Tensor]:
+    def _adapted_logprobs(self, groups: Sequence[Group], flat: Tensor, seed: Seed) -> list[Tensor]:
         self._slot.install(flat)
-        with self._slot.dropping(*seed):
-            return answers_logprobs(self._slot.model, groups)
+        with self._slot.dropout(*seed):
+            return batch_answer_logprobs(self._slot.model, groups)
 
 
-class LeanReading(Reading):
+class FastScorer(Scorer):
     """Through the lean pass. All tokens stand in one line: of each group the prompt, then the answers, each of which
     sees the prompt and itself."""
 
-    def __init__(self, slot: Slot) -> None:
-        assert slot.adapted
-        self._lean: Lean = slot.adapted.lean
+    def __init__(self, slot: AdapterSlot) -> None:
+        assert slot.adapted_layers
+        self._fast_forward: FastForward = slot.adapted_layers.fast_forward
         self._scale = slot.settings.lora_alpha / slot.settings.lora_rank
         self._shapes = [shape for _, _, shape in slot.slices]
         self._sizes = [where.stop - where.start for _, where, _ in slot.slices]
-        self._pairs = slot.adapted.pairs
-        self._crew = slot.crew
+        self._pairs = slot.adapted_layers.lora_pairs
+        self._cores = slot.cores
 
     def logprobs(self, groups: Sequence[Group], flat: Tensor | None, seed: Seed = ()) -> list[Tensor]:
         with torch.no_grad():
-            return self._read(groups, flat)
+            return self._packed_logprobs(groups, flat)
 
     def gradient(self, groups: Sequence[Group], flat: Tensor, seed: Seed, loss: Loss) -> tuple[Tensor, float]:
         leaf = flat.detach().requires_grad_()
-        made = loss(self._read(groups, leaf))
-        return torch.autograd.grad(made, leaf)[0], float(made.detach())
+        value = loss(self._packed_logprobs(groups, leaf))
+        return torch.autograd.grad(value, leaf)[0], float(value.detach())
 
-    def gradients(self, parts: Sequence[Part], flat: Tensor) -> list[tuple[Tensor, float]]:
-        works = [partial(self.gradient, groups, flat, seed, loss) for groups, seed, loss in parts]
-        return list(self._crew.both(*works)) if len(works) == 2 else [work() for work in works]
+    def gradients(self, parts: Sequence[GradientPart], flat: Tensor) -> list[tuple[Tensor, float]]:
+        jobs = [partial(self.gradient, groups, flat, seed, loss) for groups, seed, loss in parts]
+        return list(self._cores.run_both(*jobs)) if len(jobs) == 2 else [work() for work in jobs]
 
-    def _read(self, groups: Sequence[Group], flat: Tensor | None) -> list[Tensor]:
-        named: list[Tensor] | None = None
+    def _packed_logprobs(self, groups: Sequence[Group], flat: Tensor | None) -> list[Tensor]:
+        adapter: list[Tensor] | None = None
         if flat is not None:
-            named = [part.view(shape) for part, shape in zip(flat.split(self._sizes), self._shapes, strict=True)]
-        line = Line(groups, self._lean.device)
-        logits = self._logits(line, named)
-        found = -functional.cross_entropy(logits, line.targets, reduction="none")
-        answers = iter(found.split([len(answer) for group in groups for answer in group.answers]))
+            adapter = [part.view(shape) for part, shape in zip(flat.split(self._sizes), self._shapes, strict=True)]
+        packed = PackedGroups(groups, self._fast_forward.device)
+        logits = self._logits(packed, adapter)
+        logprobs = -functional.cross_entropy(logits, packed.targets, reduction="none")
+        answers = iter(logprobs.split([len(answer) for group in groups for answer in group.answers]))
         return [pad_sequence([next(answers) for _ in group.answers], batch_first=True) for group in groups]
 
-    def _logits(self, line: Line, named: list[Tensor] | None) -> Tensor:
+    def _logits(self, packed: PackedGroups, adapter: list[Tensor] | None) -> Tensor:
         """(M, V) over the temperatures, where a token of an answer is to be told."""
-        lean = self._lean
-        cos, sin = (table[line.positions, None] for table in lean.angles(line.length))
-        x = lean.embed(line.ids)
-        for number, layer in enumerate(lean.layers):
-            q, k, v = self._linear(layer.qkv, (number, 0), lean.normed(x, layer.before_attention), named)
-            both = torch.cat([q, k], dim=1).view(len(x), -1, lean.head_dim)
-            queries, keys = lean.turned(layer, both, cos, sin).split([lean.heads, lean.kv_heads], dim=1)
-            seen = self._attend(line, queries, keys, v.view(len(x), -1, lean.head_dim))
-            if number == len(lean.layers) - 1:  # what follows is done for each token alone
-                x, seen = x[line.wanted], seen[line.wanted]
-            (out,) = self._linear(layer.out, (number, 1), seen, named)
+        fast_forward = self._fast_forward
+        cos, sin = (table[packed.positions, None] for table in fast_forward.rotary_tables(packed.length))
+        x = fast_forward.embed(packed.ids)
+        for number, layer in enumerate(fast_forward.layers):
+            q, k, v = self._fused_linear(layer.qkv, (number, 0), fast_forward.rms_norm(x, layer.input_norm), adapter)
+            both = torch.cat([q, k], dim=1).view(len(x), -1, fast_forward.head_dim)
+            queries, keys = fast_forward.apply_rotary(layer, both, cos, sin).split(
+                [fast_forward.heads, fast_forward.kv_heads], dim=1
+            )
+            attended = self._attend(packed, queries, keys, v.view(len(x), -1, fast_forward.head_dim))
+            if number == len(fast_forward.layers) - 1:  # what follows is done for each token alone
+                x, attended = x[packed.predicting], attended[packed.predicting]
+            (out,) = self._fused_linear(layer.attention_out, (number, 1), attended, adapter)
             x = x + out
-            gate, up = self._linear(layer.gate_up, (number, 2), lean.normed(x, layer.before_mlp), named)
-            (down,) = self._linear(layer.down, (number, 3), lean.activation(gate) * up, named)
+            gate, up = self._fused_linear(layer.gate_up, (number, 2), fast_forward.rms_norm(x, layer.mlp_norm), adapter)
+            (down,) = self._fused_linear(layer.down, (number, 3), fast_forward.activation(gate) * up, adapter)
             x = x + down
-        return functional.linear(lean.normed(x, lean.norm), lean.head) / line.temperatures
+        return (
+            functional.linear(fast_forward.rms_norm(x, fast_forward.norm), fast_forward.lm_head) / packed.temperatures
+        )
 
-    def _attend(self, line: Line, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _attend(self, packed: PackedGroups, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """(N, heads D) from (N, heads, D), group by group."""
-        lean = self._lean
-        seen = []
-        for span, mask in line.spans:
+        fast_forward = self._fast_forward
+        attended = []
+        for span, mask in packed.spans:
             q, k, v = (each[span].transpose(0, 1)[None] for each in (queries, keys, values))
-            if lean.heads != lean.kv_heads:
-                k, v = (each.repeat_interleave(lean.heads // lean.kv_heads, dim=1) for each in (k, v))
-            found = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=lean.scale)
-            seen.append(found[0].transpose(0, 1).reshape(span.stop - span.start, -1))
-        return torch.cat(seen)
+            if fast_forward.heads != fast_forward.kv_heads:
+                k, v = (each.repeat_interleave(fast_forward.heads // fast_forward.kv_heads, dim=1) for each in (k, v))
+            found = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=fast_forward.scale)
+            attended.append(found[0].transpose(0, 1).reshape(span.stop - span.start, -1))
+        return torch.cat(attended)
 
-    def _linear(
-        self, base: Linear, place: tuple[int, int], x: Tensor, named: list[Tensor] | None
+    def _fused_linear(
+        self, base: FusedLinear, place: tuple[int, int], x: Tensor, adapter: list[Tensor] | None
     ) -> tuple[Tensor, ...]:
         """What each of the layers that read x (N, in) makes of it, with the adapter."""
         parts = functional.linear(x, base.weight, base.bias).split(
             [rows.stop - rows.start for _, rows in base.parts], dim=1
         )
         pairs = self._pairs[place]
-        if named is None or not any(pairs):
+        if adapter is None or not any(pairs):
             return tuple(parts)
-        downs = [named[pair[0]] for pair in pairs if pair]
-        narrow = functional.linear(x, torch.cat(downs) if len(downs) > 1 else downs[0])
-        narrows = iter(narrow.split([len(down) for down in downs], dim=1))
+        lora_as = [adapter[pair[0]] for pair in pairs if pair]
+        projected = functional.linear(x, torch.cat(lora_as) if len(lora_as) > 1 else lora_as[0])
+        projections = iter(projected.split([len(down) for down in lora_as], dim=1))
         return tuple(
-            torch.addmm(part, next(narrows), named[pair[1]].T, alpha=self._scale) if pair else part
+            torch.addmm(part, next(projections), adapter[pair[1]].T, alpha=self._scale) if pair else part
             for part, pair in zip(parts, pairs, strict=True)
         )
 
 
-class Line:
+class PackedGroups:
     """The tokens of some groups in one line, where each stands in its text, and what is to be told of which."""
 
     def __init__(self, groups: Sequence[Group], device: torch.device) -> None:
         ids: list[int] = []
         positions: list[int] = []
-        wanted: list[int] = []
+        predicting: list[int] = []
         targets: list[int] = []
         temperatures: list[float] = []
         self.spans: list[tuple[slice, Tensor]] = []
@@ -290,7 +294,7 @@ class Line:
             ids += group.prompt
             positions += range(prompt)
             for number, answer in enumerate(group.answers):
-                wanted += [begin + prompt - 1, *range(len(ids), len(ids) + len(answer) - 1)]
+                predicting += [begin + prompt - 1, *range(len(ids), len(ids) + len(answer) - 1)]
                 targets += answer
                 temperatures += [group.temperature] * len(answer)
                 ids += answer[:-1]  # the last one tells nothing more
@@ -302,6 +306,6 @@ class Line:
         self.length = max(positions) + 1
         self.ids = torch.tensor(ids, device=device)
         self.positions = torch.tensor(positions, device=device)
-        self.wanted = torch.tensor(wanted, device=device)
+        self.predicting = torch.tensor(predicting, device=device)
         self.targets = torch.tensor(targets, device=device)
         self.temperatures = torch.tensor(temperatures, device=device)[:, None]

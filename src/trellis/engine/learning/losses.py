@@ -15,19 +15,19 @@ from torch.nn.functional import logsigmoid
 
 from ...messages import Choice, Ranking, Written
 from ...params import Learning
-from .targets import advantages_of, chosen_indexes, pairs_of, scores_of
+from .targets import choice_advantages, choice_scores, chosen_indices, preference_pairs
 
 BETAS = (0.9, 0.99)
 CLIP: float | None = 1.0
 DPO_BETA = KTO_BETA = APO_BETA = IPO_TAU = 0.1
 SIMPO_BETA, SIMPO_GAMMA = 2.0, 1.0
-CLASSIC_DRIFT = 0.03
-OPENING = 0.7
+CLASSIC_DRIFT_WEIGHT = 0.03
+OPENING_DECAY = 0.7
 """By this factor a token of an answer's opening counts less than the one before it: most lies on the first five."""
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ChoiceLoss:
     """The loss of one group and what it says: all scalars, `loss` with its graph."""
 
     loss: Tensor
@@ -35,7 +35,7 @@ class Verdict:
     kl: float
 
 
-def judge_choice(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
+def choice_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> ChoiceLoss:
     """The loss of a choice: a multinomial logit with an outside option, a k3 leash, a pull on the winner.
 
     logprobs, reference: (G, T) fp32, zero off the mask (G, T). `share` is the probability that the choice
@@ -44,44 +44,44 @@ def judge_choice(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choi
     winner: arXiv 2402.13228, 2404.19733.
     """
     lengths = mask.sum(dim=-1)
-    rewards = rewards_of(logprobs, reference, mask, options)
+    rewards = answer_rewards(logprobs, reference, mask, options)
     utilities = torch.cat([rewards, rewards.new_zeros(1)])  # the outside option last, at zero
     outside = len(rewards)
-    good = chosen_indexes(choice, outside)
-    winners = good[:1] if isinstance(choice, Ranking) else good
-    chosen = utilities[winners or [outside]].logsumexp(0) - utilities.logsumexp(0)
-    likelihood = chosen
+    chosen = chosen_indices(choice, outside)
+    winners = chosen[:1] if isinstance(choice, Ranking) else chosen
+    log_share = utilities[winners or [outside]].logsumexp(0) - utilities.logsumexp(0)
+    likelihood = log_share
     remaining = list(range(outside + 1))
-    for index in good if isinstance(choice, Ranking) else ():
-        if index != good[0]:
+    for index in chosen if isinstance(choice, Ranking) else ():
+        if index != chosen[0]:
             likelihood = likelihood + utilities[index] - utilities[remaining].logsumexp(0)
         remaining.remove(index)
-    distance = k3(logprobs, reference, mask)
-    loss = -likelihood + options.kl_beta * tightening(distance)
+    kl = k3(logprobs, reference, mask)
+    loss = -likelihood + options.kl_beta * kl_penalty(kl)
     if winners:
         weight = max(1.0, options.nll_weight) if isinstance(choice, Written) else options.nll_weight
         loss = loss - weight * (logprobs[winners].sum(dim=-1) / lengths[winners]).mean()
-    return Verdict(loss, float(chosen.detach().exp()), float(distance.detach()))
+    return ChoiceLoss(loss, float(log_share.detach().exp()), float(kl.detach()))
 
 
-def rewards_of(logprobs: Tensor, reference: Tensor, mask: Tensor, options: Learning) -> Tensor:
+def answer_rewards(logprobs: Tensor, reference: Tensor, mask: Tensor, options: Learning) -> Tensor:
     """How much likelier than to the base each answer has become (G,): β times a mean of its tokens' log-ratios."""
-    return options.choice_beta * ((logprobs - reference) * weights_of(mask, options.opening_weight)).sum(dim=-1)
+    return options.choice_beta * ((logprobs - reference) * token_weights(mask, options.opening_weight)).sum(dim=-1)
 
 
-def weights_of(mask: Tensor, opening: float) -> Tensor:
+def token_weights(mask: Tensor, opening_weight: float) -> Tensor:
     """How much each token of an answer counts (G, T), 1 in all: `opening` of it falling from the first token on by a
     constant factor, the rest spread evenly."""
-    evenly = mask / mask.sum(dim=-1, keepdim=True)
-    if not opening:
-        return evenly
-    falling = OPENING ** torch.arange(mask.shape[-1], device=mask.device) * mask
-    return (1.0 - opening) * evenly + opening * falling / falling.sum(dim=-1, keepdim=True)
+    uniform = mask / mask.sum(dim=-1, keepdim=True)
+    if not opening_weight:
+        return uniform
+    decaying = OPENING_DECAY ** torch.arange(mask.shape[-1], device=mask.device) * mask
+    return (1.0 - opening_weight) * uniform + opening_weight * decaying / decaying.sum(dim=-1, keepdim=True)
 
 
-def tightening(distance: Tensor) -> Tensor:
+def kl_penalty(kl: Tensor) -> Tensor:
     """The leash of a choice: its pull grows with the distance, so that a voice is free and gibberish is not."""
-    return distance + distance.square()
+    return kl + kl.square()
 
 
 def k3(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
@@ -93,128 +93,134 @@ def k3(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
     return ((gap.exp() - gap - 1.0) * mask).sum() / mask.sum()
 
 
-def share_of(rewards: Tensor, choice: Choice) -> float:
+def choice_share(rewards: Tensor, choice: Choice) -> float:
     """The probability that the choice model gives to what was chosen, from rewards (G,)."""
     utilities = torch.cat([rewards.detach(), rewards.new_zeros(1)])
-    good = chosen_indexes(choice, len(rewards))
-    winners = good[:1] if isinstance(choice, Ranking) else good
+    chosen = chosen_indices(choice, len(rewards))
+    winners = chosen[:1] if isinstance(choice, Ranking) else chosen
     return float((utilities[winners or [len(rewards)]].logsumexp(0) - utilities.logsumexp(0)).exp())
 
 
-def judge_dpo(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
+def dpo_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> ChoiceLoss:
     """The chosen answer against each other one (DPO, arXiv 2305.18290, β = 0.1), and the leash.
 
     None of these has no pairs: every answer is then the worse one of a pair whose better one stays as it is.
     """
-    margins = _margins(DPO_BETA * (logprobs - reference).sum(dim=-1), choice)
-    return _verdict(-logsigmoid(margins).mean(), logprobs, reference, mask, choice, options)
+    margins = _pair_margins(DPO_BETA * (logprobs - reference).sum(dim=-1), choice)
+    return _with_kl_penalty(-logsigmoid(margins).mean(), logprobs, reference, mask, choice, options)
 
 
-def judge_dpo_norm(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
+def dpo_norm_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> ChoiceLoss:
     """DPO on means over tokens instead of sums, so that long answers do not weigh more (arXiv 2411.15124, section 5);
     β is the choice sharpness."""
     means = (logprobs - reference).sum(dim=-1) / mask.sum(dim=-1)
-    margins = _margins(options.choice_beta * means, choice)
-    return _verdict(-logsigmoid(margins).mean(), logprobs, reference, mask, choice, options)
+    margins = _pair_margins(options.choice_beta * means, choice)
+    return _with_kl_penalty(-logsigmoid(margins).mean(), logprobs, reference, mask, choice, options)
 
 
-def judge_ipo(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
+def ipo_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> ChoiceLoss:
     """Identity preference optimisation (arXiv 2310.12036): the margin of each pair is pulled to 1/2τ, τ = 0.1, and no
     further. On means over tokens, as its authors run it."""
-    margins = _margins((logprobs - reference).sum(dim=-1) / mask.sum(dim=-1), choice)
-    return _verdict((margins - 1 / (2 * IPO_TAU)).square().mean(), logprobs, reference, mask, choice, options)
+    margins = _pair_margins((logprobs - reference).sum(dim=-1) / mask.sum(dim=-1), choice)
+    return _with_kl_penalty((margins - 1 / (2 * IPO_TAU)).square().mean(), logprobs, reference, mask, choice, options)
 
 
-def judge_simpo(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
+def simpo_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> ChoiceLoss:
     """SimPO (arXiv 2405.14734): mean log-probabilities without a reference, β = 2, with a margin γ = 1 to win by.
 
     None of these has no pairs; each answer then has to become less likely than it was at the base.
     """
     lengths = mask.sum(dim=-1)
-    if pairs_of(choice, len(lengths)):
-        margins = _margins(SIMPO_BETA * logprobs.sum(dim=-1) / lengths, choice) - SIMPO_GAMMA
+    if preference_pairs(choice, len(lengths)):
+        margins = _pair_margins(SIMPO_BETA * logprobs.sum(dim=-1) / lengths, choice) - SIMPO_GAMMA
     else:
-        margins = _margins(SIMPO_BETA * (logprobs - reference).sum(dim=-1) / lengths, choice)
-    return _verdict(-logsigmoid(margins).mean(), logprobs, reference, mask, choice, options)
+        margins = _pair_margins(SIMPO_BETA * (logprobs - reference).sum(dim=-1) / lengths, choice)
+    return _with_kl_penalty(-logsigmoid(margins).mean(), logprobs, reference, mask, choice, options)
 
 
-def judge_kto(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
+def kto_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> ChoiceLoss:
     """Kahneman-Tversky optimisation (arXiv 2402.01306, β = 0.1): each answer by itself is good or bad, against a point
     of reference z that is 0, since one click has no batch to estimate it from. Mean over all answers."""
-    gain = KTO_BETA * (logprobs - reference).sum(dim=-1)
-    signs = _signs(choice, gain)
-    return _verdict((1 - torch.sigmoid(signs * gain)).mean(), logprobs, reference, mask, choice, options)
+    log_ratio_reward = KTO_BETA * (logprobs - reference).sum(dim=-1)
+    signs = _choice_signs(choice, log_ratio_reward)
+    return _with_kl_penalty(
+        (1 - torch.sigmoid(signs * log_ratio_reward)).mean(), logprobs, reference, mask, choice, options
+    )
 
 
-def judge_apo_zero(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
+def apo_zero_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> ChoiceLoss:
     """Anchored preference optimisation, the “zero” form (arXiv 2408.06266, β = 0.1): chosen answers up and others down,
     each side weighing the same."""
-    gain = APO_BETA * (logprobs - reference).sum(dim=-1)
-    signs = _signs(choice, gain)
-    parts = [(1 - torch.sigmoid(signs * gain))[signs == sign].mean() for sign in (1, -1) if bool((signs == sign).any())]
-    return _verdict(torch.stack(parts).sum(), logprobs, reference, mask, choice, options)
+    log_ratio_reward = APO_BETA * (logprobs - reference).sum(dim=-1)
+    signs = _choice_signs(choice, log_ratio_reward)
+    parts = [
+        (1 - torch.sigmoid(signs * log_ratio_reward))[signs == sign].mean()
+        for sign in (1, -1)
+        if bool((signs == sign).any())
+    ]
+    return _with_kl_penalty(torch.stack(parts).sum(), logprobs, reference, mask, choice, options)
 
 
-def judge_sft(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
+def sft_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> ChoiceLoss:
     """What was chosen becomes likelier, nothing else: supervised fine-tuning on the choice. None of these teaches
     nothing."""
     means = logprobs.sum(dim=-1) / mask.sum(dim=-1)
-    good = chosen_indexes(choice, len(means))
-    loss = -means[good].mean() if good else 0.0 * means.sum()
-    return _verdict(loss, logprobs, reference, mask, choice, options)
+    chosen = chosen_indices(choice, len(means))
+    loss = -means[chosen].mean() if chosen else 0.0 * means.sum()
+    return _with_kl_penalty(loss, logprobs, reference, mask, choice, options)
 
 
-def judge_grpo(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
+def grpo_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> ChoiceLoss:
     """Group-relative policy optimisation (arXiv 2402.03300): each token weighted by its answer's advantage, mean over
     the answer's tokens, k3 as the leash. Every inner step is on-policy, so the ratio is 1 and is never clipped."""
-    gain = _policy_gain(logprobs, advantages_of(choice, len(logprobs)))
+    gain = _policy_gain(logprobs, choice_advantages(choice, len(logprobs)))
     loss = -((gain * mask).sum(dim=-1) / mask.sum(dim=-1)).mean()
-    return _verdict(loss, logprobs, reference, mask, choice, options)
+    return _with_kl_penalty(loss, logprobs, reference, mask, choice, options)
 
 
-def judge_dr_grpo(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
+def dr_grpo_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> ChoiceLoss:
     """GRPO done right (arXiv 2503.20783): advantages are not divided by their spread, and sums not by an answer's own
     length but by one length for all, here the longest answer's."""
-    gain = _policy_gain(logprobs, advantages_of(choice, len(logprobs), scaled=False))
+    gain = _policy_gain(logprobs, choice_advantages(choice, len(logprobs), scaled=False))
     loss = -((gain * mask).sum(dim=-1) / mask.shape[1]).mean()
-    return _verdict(loss, logprobs, reference, mask, choice, options)
+    return _with_kl_penalty(loss, logprobs, reference, mask, choice, options)
 
 
-def judge_rloo(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
+def rloo_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> ChoiceLoss:
     """REINFORCE with a leave-one-out baseline (arXiv 2402.14740): whole answers, each against the mean reward of the
     others; the reward of an answer falls with its distance from the base, by the KL strength."""
     size = len(logprobs)
-    scores = torch.tensor(scores_of(choice, size), device=logprobs.device)
+    scores = torch.tensor(choice_scores(choice, size), device=logprobs.device)
     rewards = scores - options.kl_beta * (logprobs - reference).sum(dim=-1).detach()
     advantages = rewards - (rewards.sum() - rewards) / max(size - 1, 1)
     if not bool(scores.any()):
         advantages = advantages - 1.0
     loss = -(advantages * logprobs.sum(dim=-1)).mean()
-    return _verdict(loss, logprobs, reference, mask, choice, options, leash=False)
+    return _with_kl_penalty(loss, logprobs, reference, mask, choice, options, penalize=False)
 
 
-def judge_classic(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> Verdict:
+def classic_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> ChoiceLoss:
     """The rule of the first Trellis: −mean of A·l over the group, l a plain sum over tokens, plus 0.03 times the
     square of the mean signed log-ratio to the base. Log-probabilities are not divided by the temperature."""
-    advantages = torch.tensor(advantages_of(choice, len(logprobs)), device=logprobs.device)
+    advantages = torch.tensor(choice_advantages(choice, len(logprobs)), device=logprobs.device)
     drift = ((logprobs - reference) * mask).sum() / mask.sum()
-    loss = -(advantages * logprobs.sum(dim=-1)).mean() + CLASSIC_DRIFT * drift.square()
-    return _verdict(loss, logprobs, reference, mask, choice, options, leash=False)
+    loss = -(advantages * logprobs.sum(dim=-1)).mean() + CLASSIC_DRIFT_WEIGHT * drift.square()
+    return _with_kl_penalty(loss, logprobs, reference, mask, choice, options, penalize=False)
 
 
-def _margins(gains: Tensor, choice: Choice) -> Tensor:
+def _pair_margins(gains: Tensor, choice: Choice) -> Tensor:
     """How far the better answer of each pair is ahead (P,). Where there are no pairs, each answer is compared with its
     own past (G,): how far it has fallen on none of these, how far it has risen where all were called good."""
-    pairs = pairs_of(choice, len(gains))
+    pairs = preference_pairs(choice, len(gains))
     if pairs:
         return torch.stack([gains[better] - gains[worse] for better, worse in pairs])
-    return gains if chosen_indexes(choice, len(gains)) else -gains
+    return gains if chosen_indices(choice, len(gains)) else -gains
 
 
-def _signs(choice: Choice, gains: Tensor) -> Tensor:
+def _choice_signs(choice: Choice, gains: Tensor) -> Tensor:
     """1 for what was called good, −1 for the rest (G,)."""
     signs = torch.full_like(gains, -1.0)
-    signs[chosen_indexes(choice, len(gains))] = 1.0
+    signs[chosen_indices(choice, len(gains))] = 1.0
     return signs
 
 
@@ -223,18 +229,18 @@ def _policy_gain(logprobs: Tensor, advantages: list[float]) -> Tensor:
     return (logprobs - logprobs.detach()).exp() * torch.tensor(advantages, device=logprobs.device)[:, None]
 
 
-def _verdict(
+def _with_kl_penalty(
     loss: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning,
-    leash: bool = True,
-) -> Verdict:  # fmt: skip
+    penalize: bool = True,
+) -> ChoiceLoss:  # fmt: skip
     """A loss with its leash, and the share of the choice model, which is told the same for every method."""
-    distance = k3(logprobs, reference, mask)
-    rewards = rewards_of(logprobs, reference, mask, options)
-    whole = loss + options.kl_beta * distance if leash else loss
-    return Verdict(whole, share_of(rewards, choice), float(distance.detach()))
+    kl = k3(logprobs, reference, mask)
+    rewards = answer_rewards(logprobs, reference, mask, options)
+    total = loss + options.kl_beta * kl if penalize else loss
+    return ChoiceLoss(total, choice_share(rewards, choice), float(kl.detach()))
 
 
-Judge = Callable[[Tensor, Tensor, Tensor, Choice, Learning], Verdict]
+LossFunction = Callable[[Tensor, Tensor, Tensor, Choice, Learning], ChoiceLoss]
 
 
 @dataclass(frozen=True)
@@ -242,24 +248,24 @@ class Method:
     """A loss and how its optimiser is driven. `single`: one step a click, without replay or step limit;
     `tempered`: log-probabilities are of logits over the sampling temperature."""
 
-    judge: Judge
+    loss: LossFunction
     betas: tuple[float, float] = BETAS
     clip: float | None = CLIP
-    single: bool = False
-    tempered: bool = True
+    is_single_step: bool = False
+    uses_temperature: bool = True
 
 
 METHODS: Mapping[str, Method] = {
-    "choice": Method(judge_choice),
-    "dpo": Method(judge_dpo),
-    "dpo-norm": Method(judge_dpo_norm),
-    "ipo": Method(judge_ipo),
-    "simpo": Method(judge_simpo),
-    "kto": Method(judge_kto),
-    "apo-zero": Method(judge_apo_zero),
-    "sft": Method(judge_sft),
-    "grpo": Method(judge_grpo),
-    "dr-grpo": Method(judge_dr_grpo),
-    "rloo": Method(judge_rloo),
-    "trellis-classic": Method(judge_classic, betas=(0.9, 0.999), clip=None, single=True, tempered=False),
+    "choice": Method(choice_loss),
+    "dpo": Method(dpo_loss),
+    "dpo-norm": Method(dpo_norm_loss),
+    "ipo": Method(ipo_loss),
+    "simpo": Method(simpo_loss),
+    "kto": Method(kto_loss),
+    "apo-zero": Method(apo_zero_loss),
+    "sft": Method(sft_loss),
+    "grpo": Method(grpo_loss),
+    "dr-grpo": Method(dr_grpo_loss),
+    "rloo": Method(rloo_loss),
+    "trellis-classic": Method(classic_loss, betas=(0.9, 0.999), clip=None, is_single_step=True, uses_temperature=False),
 }

@@ -23,13 +23,13 @@ from ...blobs import fsync
 from ...errors import Invalid, LoadFailed, WeightsMissing
 from ...messages import Load, Merge, Merged, Progress
 from ...model_files import weight_files
-from ...safetensors_files import UNREADABLE, all_finite, header_of
-from ..text.cache_support import Past
-from ..text.loaded_model import LoadedModel, fingerprints, read_model
-from .auxiliary_files import copy_side_files, require_same_use, use_of, write_config
+from ...safetensors_files import READ_ERRORS, all_finite, read_header
+from ..text.cache_support import ModelCache
+from ..text.loaded_model import LoadedModel, fingerprints, load_model
+from .auxiliary_files import copy_auxiliary_files, read_usage, require_same_usage, write_config
 from .log_probs import Group, answer_logprobs
 
-DTYPES = {
+MERGE_DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "U8", "I8"), torch.bfloat16),
 }  # fmt: skip
@@ -39,7 +39,7 @@ PROBE_TOKENS = 32
 """Tokens of each answer on which the merged model is compared with base and adapter."""
 
 
-def merge(request: Merge, adapter: Path) -> Generator[Progress | None, None, Merged]:
+def merge(request: Merge, adapter_folder: Path) -> Generator[Progress | None, None, Merged]:
     """Write a merged model into the folder `request.into`, which must not be there yet, and prove it.
 
     Raises LoadFailed, with the codes of a load, or `not_proved` when the written model answers otherwise;
@@ -48,67 +48,67 @@ def merge(request: Merge, adapter: Path) -> Generator[Progress | None, None, Mer
     started = time.monotonic()
     base, into = Path(request.path), Path(request.into)
     dtype = stored_dtype(base)
-    if not all_finite(adapter / "adapter_model.safetensors"):
+    if not all_finite(adapter_folder / "adapter_model.safetensors"):
         raise WeightsMissing(request.weights)
     _require_same_base(request)
-    plain = Load(path=request.path, precision="32-bit", device="cpu", remote_code=request.remote_code)
-    loaded = yield from _scaled(read_model(base, plain, dtype), 0.0, 0.4)
+    load = Load(path=request.path, precision="32-bit", device="cpu", remote_code=request.remote_code)
+    loaded = yield from _rescale_progress(load_model(base, load, dtype), 0.0, 0.4)
     model = loaded.model
     tied, with_code = model.config.tie_word_embeddings, bool(model.is_remote_code())
     yield Progress(stage="merging", fraction=0.4, message="Loading the adapter")
-    both = PeftModel.from_pretrained(model, adapter).eval()
-    _require_whole_adapter(both, adapter)
+    adapted = PeftModel.from_pretrained(model, adapter_folder).eval()
+    _require_whole_adapter(adapted, adapter_folder)
     changed = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    probes = yield from _answers(both, loaded, request)
-    before = []
+    probes = yield from _generate_probes(adapted, loaded, request)
+    expected_outputs = []
     for number, probe in enumerate(probes):
-        before.append(_logprobs(both, probe))
-        yield _checking(0.45, 0.55, number, len(probes), "Running base model + adapter")
+        expected_outputs.append(_probe_logprobs(adapted, probe))
+        yield _checking_progress(0.45, 0.55, number, len(probes), "Running base model + adapter")
     yield Progress(stage="merging", fraction=0.55, message="Merging the adapter")
-    _untie_head(both)
-    merged = both.merge_and_unload()
+    _untie_head(adapted)
+    merged = adapted.merge_and_unload()
     _restore_precision(merged, base, dtype, changed)
     yield Progress(stage="writing", fraction=0.65, message="Writing the merged model")
     into.mkdir()
-    own_settings, merged.generation_config = merged.generation_config, GenerationConfig()  # the base's are copied
+    generation_config, merged.generation_config = merged.generation_config, GenerationConfig()  # the base's are copied
     merged.save_pretrained(into, max_shard_size="2GB")
-    merged.generation_config = own_settings
-    untied = {} if merged.config.tie_word_embeddings == tied else {"tie_word_embeddings": not tied}
-    write_config(base, into, with_code, untied)
-    copy_side_files(base, into, with_code)
-    del both, merged, model, loaded
+    merged.generation_config = generation_config
+    config_changes = {} if merged.config.tie_word_embeddings == tied else {"tie_word_embeddings": not tied}
+    write_config(base, into, with_code, config_changes)
+    copy_auxiliary_files(base, into, with_code)
+    del adapted, merged, model, loaded
     yield Progress(stage="checking", fraction=0.8, message="Loading the merged model to verify it")
-    again = AutoModelForCausalLM.from_pretrained(
+    reloaded = AutoModelForCausalLM.from_pretrained(
         into, dtype=dtype, local_files_only=True, trust_remote_code=with_code
     ).eval()
-    used = use_of(base, with_code)
-    require_same_use(used, use_of(into, with_code))
-    gaps: list[Tensor] = []
-    agreed = 0.0
-    for number, (probe, expected) in enumerate(zip(probes, before, strict=True)):
-        found = _logprobs(again, probe)
-        gaps.append((found[0] - expected[0]).abs().flatten())
-        agreed += float((found[1] == expected[1]).float().mean())
-        yield _checking(0.8, 0.98, number, len(probes), "Comparing answers")
-    gap = torch.cat(gaps)
+    base_usage = read_usage(base, with_code)
+    require_same_usage(base_usage, read_usage(into, with_code))
+    differences: list[Tensor] = []
+    agreement = 0.0
+    for number, (probe, expected) in enumerate(zip(probes, expected_outputs, strict=True)):
+        found = _probe_logprobs(reloaded, probe)
+        differences.append((found[0] - expected[0]).abs().flatten())
+        agreement += float((found[1] == expected[1]).float().mean())
+        yield _checking_progress(0.8, 0.98, number, len(probes), "Comparing answers")
+    difference = torch.cat(differences)
     for file in into.rglob("*"):
         if file.is_file():
             fsync(file)
     result = Merged(
         files={str(file.relative_to(into)): file.stat().st_size for file in sorted(into.rglob("*")) if file.is_file()},
         dtype=str(dtype).removeprefix("torch."),
-        tokens=gap.numel(),
-        largest_difference=float(gap.max()),
-        mean_difference=float(gap.mean()),
-        agreement=agreed / len(probes),
-        ends=tuple(sorted(used.ends)),
-        conversations=sum(text is not None for text in used.written),
+        tokens=difference.numel(),
+        largest_difference=float(difference.max()),
+        mean_difference=float(difference.mean()),
+        agreement=agreement / len(probes),
+        ends=tuple(sorted(base_usage.end_tokens)),
+        conversations=sum(text is not None for text in base_usage.rendered),
         seconds=time.monotonic() - started,
     )
-    if not result.mean_difference <= tolerance(dtype):
+    if not result.mean_difference <= max_mean_difference(dtype):
         raise LoadFailed(
             f"Verification failed: the merged model differs from base model + adapter by {result.mean_difference:.4f} "
-            f"nats/token on average; rounding to {result.dtype} explains at most {tolerance(dtype)}.",
+            f"nats/token on average; rounding to {result.dtype} explains at most {max_mean_difference(dtype)}.",
             code="not_proved",
             next_step="The merged model was discarded. Export the adapter instead.",
         )
@@ -118,7 +118,7 @@ def merge(request: Merge, adapter: Path) -> Generator[Progress | None, None, Mer
 def _require_same_base(request: Merge) -> None:
     """Raises LoadFailed when the folder does not hold the base that the adapter was grown on."""
     for fingerprint in fingerprints(Path(request.path)):
-        if request.plant.makes(fingerprint) == request.root:
+        if request.plant.weights_id(fingerprint) == request.root:
             return
     raise LoadFailed(
         "The base model's files have changed since this session started.",
@@ -127,10 +127,10 @@ def _require_same_base(request: Merge) -> None:
     )
 
 
-def _require_whole_adapter(both: PeftModel, adapter: Path) -> None:
+def _require_whole_adapter(adapted: PeftModel, adapter: Path) -> None:
     """Raises LoadFailed where a part of the adapter found no layer in the model: PEFT leaves it out with a warning."""
     stored = load_file(adapter / "adapter_model.safetensors")
-    held = get_peft_model_state_dict(both, save_embedding_layers=False)
+    held = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     lost = [name for name, values in stored.items() if name not in held or not torch.equal(held[name], values)]
     if lost or len(stored) != len(held):
         raise LoadFailed(
@@ -146,21 +146,23 @@ def _restore_precision(merged: Any, base: Path, dtype: torch.dtype, changed: set
     among weights in 16: it was rounded when the base was read."""
     if getattr(merged.config, "quantization_config", None) is not None:
         return
-    held = {**dict(merged.named_parameters()), **dict(merged.named_buffers())}
+    tensors_by_name = {**dict(merged.named_parameters()), **dict(merged.named_buffers())}
     for file in weight_files(base):
-        others = [name for name, about in header_of(file).items() if DTYPES.get(about["dtype"], dtype) != dtype]
+        exceptions = [
+            name for name, about in read_header(file).items() if MERGE_DTYPES.get(about["dtype"], dtype) != dtype
+        ]
         with safe_open(file, framework="pt") as tensors:
-            for name in others:
-                if name in held and name.rpartition(".")[0] not in changed:
+            for name in exceptions:
+                if name in tensors_by_name and name.rpartition(".")[0] not in changed:
                     stored = tensors.get_tensor(name)
-                    if stored.shape == held[name].shape:
-                        held[name].data = stored
+                    if stored.shape == tensors_by_name[name].shape:
+                        tensors_by_name[name].data = stored
 
 
-def _untie_head(both: PeftModel) -> None:
+def _untie_head(adapted: PeftModel) -> None:
     """Where the adapter changes the output layer, give that a weight of its own: merged into one that it shares with
     the embedding, the change would be in both."""
-    model: Any = both.get_base_model()
+    model: Any = adapted.get_base_model()
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if isinstance(head, BaseTunerLayer) and head.get_base_layer().weight is embedding.weight:
         head.get_base_layer().weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
@@ -168,7 +170,7 @@ def _untie_head(both: PeftModel) -> None:
             config.tie_word_embeddings = False
 
 
-def tolerance(dtype: torch.dtype) -> float:
+def max_mean_difference(dtype: torch.dtype) -> float:
     """The mean difference in nats that rounding explains: the merged weights are rounded once to their precision."""
     return 1e-3 if dtype == torch.float32 else 5e-2
 
@@ -178,16 +180,16 @@ def stored_dtype(base: Path) -> torch.dtype:
     kinds: dict[str, int] = {}
     try:
         for file in weight_files(base):
-            for about in header_of(file).values():
+            for about in read_header(file).values():
                 start, end = about["data_offsets"]
                 kinds[about["dtype"]] = kinds.get(about["dtype"], 0) + end - start
-    except UNREADABLE:
+    except READ_ERRORS:
         return torch.float32  # loading it says what is wrong with it
-    most = max(kinds, key=lambda kind: kinds[kind], default="F32")
-    return DTYPES.get(most, torch.float32)
+    commonest = max(kinds, key=lambda kind: kinds[kind], default="F32")
+    return MERGE_DTYPES.get(commonest, torch.float32)
 
 
-def _scaled(
+def _rescale_progress(
     steps: Generator[Progress | None, None, LoadedModel], start: float, end: float
 ) -> Generator[Progress | None, None, LoadedModel]:
     """A load as the first part of longer work."""
@@ -200,26 +202,28 @@ def _scaled(
         yield step and step.model_copy(update={"fraction": start + (end - start) * step.fraction})
 
 
-def _answers(both: Any, loaded: LoadedModel, request: Merge) -> Generator[None, None, list[Group]]:
+def _generate_probes(adapted: Any, loaded: LoadedModel, request: Merge) -> Generator[None, None, list[Group]]:
     """For each probe the likeliest answer of base and adapter: what the two models are compared on."""
     prompts = []
     for probe in request.probes:
         with suppress(Invalid):  # one that is too long proves no more than the others
-            prompts.append(loaded.prompt_tokens(probe, PROBE_TOKENS, PROBE_CONTEXT))
+            prompts.append(loaded.tokenize_prompt(probe, PROBE_TOKENS, PROBE_CONTEXT))
     probes = []
     for prompt in prompts or [[loaded.end_token or 0]]:
-        past, answer = Past(loaded.slots.caching), list[int]()
+        cache, answer = ModelCache(loaded.slots.cache_support), list[int]()
         with torch.inference_mode():
-            fed = torch.tensor([prompt])
-            while len(answer) < PROBE_TOKENS and not (answer and answer[-1] in loaded.ends):
-                fed = past.read(both.get_base_model(), fed, last=True)[:, -1].argmax(dim=-1, keepdim=True)
-                answer.append(int(fed))
+            next_tokens = torch.tensor([prompt])
+            while len(answer) < PROBE_TOKENS and not (answer and answer[-1] in loaded.end_tokens):
+                next_tokens = cache.read(adapted.get_base_model(), next_tokens, last_only=True)[:, -1].argmax(
+                    dim=-1, keepdim=True
+                )
+                answer.append(int(next_tokens))
         probes.append(Group(prompt, [answer], "none", 1.0))
         yield None
     return probes
 
 
-def _logprobs(model: Any, probe: Group) -> tuple[Tensor, Tensor]:
+def _probe_logprobs(model: Any, probe: Group) -> tuple[Tensor, Tensor]:
     """Log-probabilities (1, T) of the answer, and the likeliest tokens (1, T) in its places."""
     with torch.inference_mode():
         ids = torch.tensor([probe.prompt + probe.answers[0]])
@@ -227,6 +231,6 @@ def _logprobs(model: Any, probe: Group) -> tuple[Tensor, Tensor]:
         return answer_logprobs(model, probe), likeliest
 
 
-def _checking(start: float, end: float, done: int, total: int, message: str) -> Progress:
+def _checking_progress(start: float, end: float, done: int, total: int, message: str) -> Progress:
     fraction = start + (end - start) * (done + 1) / total
     return Progress(stage="checking", fraction=fraction, message=f"{message}: {done + 1} of {total}")

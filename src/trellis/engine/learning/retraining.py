@@ -16,40 +16,40 @@ from torch import Tensor
 
 from ...messages import derived_seed
 from ...params import Learning
-from ..text.adapters import Slot, not_finite
-from ..text.sampling import overflowed
-from .log_probs import Group, Part, reading_of, rounds
-from .losses import METHODS, Method, rewards_of
-from .step import Point, adamw_step, fading
-from .targets import agrees
+from ..text.adapters import AdapterSlot, not_finite_error
+from ..text.sampling import overflow_error
+from .log_probs import GradientPart, Group, schedule_passes, scorer_for
+from .losses import METHODS, Method, answer_rewards
+from .step import TrainingState, adamw_step, scale_imitation
+from .targets import agrees_with_choice
 
-BATCH = 4
+BATCH_SIZE = 4
 """Choices that share an optimiser step."""
 
-WARMING = 0.1
+WARMUP_FRACTION = 0.1
 """The part of all steps over which the rate rises; after it, it falls along a cosine to the floor."""
 
-FLOOR = 0.1
-JUDGED = 200
+MIN_RATE_FACTOR = 0.1
+MAX_EVALUATED = 200
 """So many choices at most are looked at to say what a fit did."""
 
 
 @dataclass(frozen=True)
-class FitOutcome:
+class RetrainOutcome:
     """What a fit came to. Shares and agreement are over `judged` choices of the log."""
 
-    point: Point
+    state: TrainingState
     loss: float
     kl: float
     share_before: float
     share_after: float
     agreed: int
-    judged: int
+    evaluated: int
     steps: int
 
 
 @dataclass(frozen=True)
-class Sight:
+class Evaluation:
     """What weights make of some choices: mean share of what was chosen, mean k3 to the base, how many agree."""
 
     share: float
@@ -57,29 +57,29 @@ class Sight:
     agreed: int
 
 
-def steps_of(count: int, epochs: int) -> int:
-    return epochs * math.ceil(count / BATCH)
+def count_steps(count: int, epochs: int) -> int:
+    return epochs * math.ceil(count / BATCH_SIZE)
 
 
-def rate_at(step: int, total: int) -> float:
+def rate_factor(step: int, total: int) -> float:
     """The part of the rate that a step has, counted from 0: up in a line, then down along a cosine."""
-    warm = max(1, round(WARMING * total))
-    if step < warm:
-        return (step + 1) / warm
-    along = (step - warm + 1) / max(1, total - warm)
-    return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * along))
+    warmup = max(1, round(WARMUP_FRACTION * total))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup + 1) / max(1, total - warmup)
+    return MIN_RATE_FACTOR + (1 - MIN_RATE_FACTOR) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def fit_steps(
-    slot: Slot,
-    start: Point,
+def retrain(
+    slot: AdapterSlot,
+    start: TrainingState,
     groups: Sequence[Group],
     reference: Callable[[Group], Tensor],
     options: Learning,
     epochs: int,
     seed: int,
     name: str = "",
-) -> Generator[tuple[int, int, float], None, FitOutcome]:
+) -> Generator[tuple[int, int, float], None, RetrainOutcome]:
     """Train on all groups `epochs` times. Yields (steps done, of how many, loss of the last one) between passes through
     the model; nothing in the slot outlives a yield. `reference` gives a group's base log-probabilities (G, T).
     """
@@ -87,85 +87,91 @@ def fit_steps(
     rate = options.learning_rate
     if rate is None:
         raise ValueError("a learning rate must have been chosen before a log reaches the engine")
-    total = steps_of(len(groups), epochs)
-    faded = [fading(options, group) for group in groups]
-    looked_at = groups[:: max(1, math.ceil(len(groups) / JUDGED))]
-    point = Point(start.flat, torch.zeros_like(start.first), torch.zeros_like(start.second), 0)
-    before = yield from sight(slot, point.flat, looked_at, reference, options, total)
-    dice = random.Random(derived_seed("fit", seed))
-    reading = reading_of(slot, groups)
+    total = count_steps(len(groups), epochs)
+    options_by_group = [scale_imitation(options, group) for group in groups]
+    evaluated = groups[:: max(1, math.ceil(len(groups) / MAX_EVALUATED))]
+    state = TrainingState(start.flat, torch.zeros_like(start.first), torch.zeros_like(start.second), 0)
+    before = yield from evaluate_choices(slot, state.flat, evaluated, reference, options, total)
+    rng = random.Random(derived_seed("fit", seed))
+    scorer = scorer_for(slot, groups)
     done, losses = 0, []
     for _ in range(epochs):
-        order = dice.sample(range(len(groups)), len(groups))
-        for begin in range(0, len(order), BATCH):
-            chosen = order[begin : begin + BATCH]
-            batch = [groups[number] for number in chosen]
-            gradient, loss = torch.zeros_like(point.flat), 0.0
-            for numbers in rounds(batch, slot.parameters):
-                parts: list[Part] = []
+        order = rng.sample(range(len(groups)), len(groups))
+        for begin in range(0, len(order), BATCH_SIZE):
+            batch_indexes = order[begin : begin + BATCH_SIZE]
+            batch = [groups[number] for number in batch_indexes]
+            gradient, loss = torch.zeros_like(state.flat), 0.0
+            for numbers in schedule_passes(batch, slot.parameters):
+                parts: list[GradientPart] = []
                 for each in numbers:
-                    told = [(batch[number], reference(batch[number]), faded[chosen[number]]) for number in each]
-                    share = partial(_share_of_loss, method, told, len(batch))
-                    parts.append(([group for group, _, _ in told], (name, done, each.start), share))
-                for made, part in reading.gradients(parts, point.flat):
+                    examples = [
+                        (batch[number], reference(batch[number]), options_by_group[batch_indexes[number]])
+                        for number in each
+                    ]
+                    loss_part = partial(_partial_loss, method, examples, len(batch))
+                    parts.append(([group for group, _, _ in examples], (name, done, each.start), loss_part))
+                for made, part in scorer.gradients(parts, state.flat):
                     gradient += made
                     loss += part
                 yield done, total, loss
             if not bool(torch.isfinite(gradient).all()):
-                raise not_finite()
-            point = adamw_step(point, gradient, rate * rate_at(done, total), method.betas, method.clip)
+                raise not_finite_error()
+            state = adamw_step(state, gradient, rate * rate_factor(done, total), method.betas, method.clip)
             done += 1
             losses.append(loss)
-    after = yield from sight(slot, point.flat, looked_at, reference, options, total, done)
-    last = losses[-math.ceil(len(groups) / BATCH) :]
-    point = continued(point, start.steps + done, method.betas)
+    after = yield from evaluate_choices(slot, state.flat, evaluated, reference, options, total, done)
+    last = losses[-math.ceil(len(groups) / BATCH_SIZE) :]
+    state = rescale_moments(state, start.steps + done, method.betas)
     loss = sum(last) / len(last)
     if not all(map(math.isfinite, (loss, after.kl, before.share, after.share))):
-        raise not_finite()
-    return FitOutcome(point, loss, after.kl, before.share, after.share, after.agreed, len(looked_at), done)
+        raise not_finite_error()
+    return RetrainOutcome(state, loss, after.kl, before.share, after.share, after.agreed, len(evaluated), done)
 
 
-def _share_of_loss(
-    method: Method, told: Sequence[tuple[Group, Tensor, Learning]], size: int, found: Sequence[Tensor]
+def _partial_loss(
+    method: Method,
+    examples: Sequence[tuple[Group, Tensor, Learning]],
+    batch_size: int,
+    logprobs_by_group: Sequence[Tensor],
 ) -> Tensor:
     """What some groups of a batch of so many add to its mean loss: each with its base log-probabilities (G, T) and
     the options that it has, and their log-probabilities as found."""
-    verdicts = [
-        method.judge(logprobs, known, group.mask(known.device), group.choice, options)
-        for logprobs, (group, known, options) in zip(found, told, strict=True)
+    losses = [
+        method.loss(logprobs, known, group.mask(known.device), group.choice, options)
+        for logprobs, (group, known, options) in zip(logprobs_by_group, examples, strict=True)
     ]
-    return torch.stack([verdict.loss for verdict in verdicts]).sum() / size
+    return torch.stack([verdict.loss for verdict in losses]).sum() / batch_size
 
 
-def continued(point: Point, steps: int, betas: tuple[float, float]) -> Point:
+def rescale_moments(state: TrainingState, steps: int, betas: tuple[float, float]) -> TrainingState:
     """The same optimiser after so many steps in all: clicks that follow settle by these. The moments are scaled so that
     their correction for a young average comes out the same."""
-    first, second = ((1 - beta**steps) / (1 - beta**point.steps) for beta in betas)
-    return Point(point.flat, point.first * first, point.second * second, steps)
+    first, second = ((1 - beta**steps) / (1 - beta**state.steps) for beta in betas)
+    return TrainingState(state.flat, state.first * first, state.second * second, steps)
 
 
-def sight(
-    slot: Slot,
+def evaluate_choices(
+    slot: AdapterSlot,
     flat: Tensor,
     groups: Sequence[Group],
     reference: Callable[[Group], Tensor],
     options: Learning,
     total: int = 0,
     done: int = 0,
-) -> Generator[tuple[int, int, float], None, Sight]:
+) -> Generator[tuple[int, int, float], None, Evaluation]:
     """What weights make of some choices, without learning from them. Yields as `fit_steps` does."""
     # The share is told the same for every method: that of the choice model.
-    plain = METHODS["choice"]
-    shares, distances, agreed = 0.0, 0.0, 0
+    method = METHODS["choice"]
+    shares, kls, agreed = 0.0, 0.0, 0
     for group in groups:
-        known = reference(group)
-        (logprobs,) = reading_of(slot, [group]).logprobs([group], flat)
+        base_logprobs = reference(group)
+        (logprobs,) = scorer_for(slot, [group]).logprobs([group], flat)
         if not bool(torch.isfinite(logprobs).all()):
-            raise overflowed()
-        verdict = plain.judge(logprobs, known, group.mask(known.device), group.choice, options)
-        shares += verdict.share
-        distances += verdict.kl
-        rewards = rewards_of(logprobs, known, group.mask(known.device), options)
-        agreed += agrees(rewards.tolist(), group.choice, group.answers)
+            raise overflow_error()
+        result = method.loss(logprobs, base_logprobs, group.mask(base_logprobs.device), group.choice, options)
+        shares += result.share
+        kls += result.kl
+        rewards = answer_rewards(logprobs, base_logprobs, group.mask(base_logprobs.device), options)
+        agreed += agrees_with_choice(rewards.tolist(), group.choice, group.answers)
         yield done, total, float("nan")
-    return Sight(shares / len(groups), distances / len(groups), agreed)
+    return Evaluation(shares / len(groups), kls / len(groups), agreed)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from ...messages import Choice, Ranking, Written
 
 
-def chosen_indexes(choice: Choice, outside: int) -> list[int]:
+def chosen_indices(choice: Choice, outside: int) -> list[int]:
     """The options that a choice calls good, best first; empty for none of these."""
     match choice:
         case int():
@@ -25,44 +25,48 @@ def chosen_indexes(choice: Choice, outside: int) -> list[int]:
             return []
 
 
-def pairs_of(choice: Choice, size: int) -> list[tuple[int, int]]:
+def preference_pairs(choice: Choice, size: int) -> list[tuple[int, int]]:
     """(better, worse) options that a choice implies; none of these implies none."""
-    good = chosen_indexes(choice, size)
+    chosen = chosen_indices(choice, size)
     if isinstance(choice, Ranking):
-        rest = [index for index in range(size) if index not in good]
-        return [(better, worse) for place, better in enumerate(good) for worse in [*good[place + 1 :], *rest]]
-    return [(better, worse) for better in good for worse in range(size) if worse not in good]
+        rest = [index for index in range(size) if index not in chosen]
+        return [(better, worse) for place, better in enumerate(chosen) for worse in [*chosen[place + 1 :], *rest]]
+    return [(better, worse) for better in chosen for worse in range(size) if worse not in chosen]
 
 
-def agrees(rewards: Sequence[float], choice: Choice, answers: Sequence[Sequence[int]] = ()) -> bool:
+def agrees_with_choice(rewards: Sequence[float], choice: Choice, answers: Sequence[Sequence[int]] = ()) -> bool:
     """Whether a model that gives these rewards would choose the same: the best of what was called good is ahead of
     all the rest. With none of these it agrees when no option is ahead of the outside one, at 0. Answers that are the
     same as a good one, where `answers` are given, are not held against it."""
-    good = chosen_indexes(choice, len(rewards))
+    chosen = chosen_indices(choice, len(rewards))
     if isinstance(choice, Ranking):
-        good = good[:1]
-    if not good:
+        chosen = chosen[:1]
+    if not chosen:
         return max(rewards) < 0.0
-    best = max(rewards[index] for index in good)
-    same = [answers[index] for index in good] if answers else []
-    rest = [index for index in range(len(rewards)) if index not in good and not (answers and answers[index] in same)]
+    best = max(rewards[index] for index in chosen)
+    chosen_answers = [answers[index] for index in chosen] if answers else []
+    rest = [
+        index
+        for index in range(len(rewards))
+        if index not in chosen and not (answers and answers[index] in chosen_answers)
+    ]
     return all(best > rewards[index] for index in rest)
 
 
-def scores_of(choice: Choice, size: int) -> list[float]:
+def choice_scores(choice: Choice, size: int) -> list[float]:
     """A reward for each option: 1 for what was called good, 0 for the rest; a ranking falls evenly from 1 to 0."""
-    good = chosen_indexes(choice, size)
+    chosen = chosen_indices(choice, size)
     if isinstance(choice, Ranking):
-        return [1.0 - good.index(index) / len(good) if index in good else 0.0 for index in range(size)]
-    return [1.0 if index in good else 0.0 for index in range(size)]
+        return [1.0 - chosen.index(index) / len(chosen) if index in chosen else 0.0 for index in range(size)]
+    return [1.0 if index in chosen else 0.0 for index in range(size)]
 
 
-def advantages_of(choice: Choice, size: int, scaled: bool = True) -> list[float]:
+def choice_advantages(choice: Choice, size: int, scaled: bool = True) -> list[float]:
     """(R − mean) / std over the group (population std); −1 for all on none of these. Without `scaled`, R − mean.
 
     One of four chosen: +1.732 for it, −0.577 for each other.
     """
-    scores = scores_of(choice, size)
+    scores = choice_scores(choice, size)
     mean = sum(scores) / size
     spread = (sum((score - mean) ** 2 for score in scores) / size) ** 0.5
     if not any(scores):

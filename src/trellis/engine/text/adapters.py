@@ -29,11 +29,18 @@ from ...blobs import Blobs
 from ...errors import Invalid, TrellisError, WeightsMissing
 from ...messages import Metrics, derived_seed, recipe_id
 from ...params import Adapter
-from ..parallel import ALONE, Crew
-from .cache_support import Caching, caching_of
-from .cuda_graphs import Graphs
-from .fast_forward import Adapted, Lean
-from .target_modules import EXPERTS, Layers, adapted_modules, layers_of, leaf, undone_on_failure
+from ..parallel import SINGLE_CORE, CorePool
+from .cache_support import CacheSupport, detect_cache_support
+from .cuda_graphs import StepGraphs
+from .fast_forward import AdaptedLayers, FastForward
+from .target_modules import (
+    EXPERTS_TARGET,
+    AdaptableLayers,
+    adapted_modules,
+    find_adaptable_layers,
+    restored_on_error,
+    short_name,
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Weights:
     steps: int
 
     @property
-    def sound(self) -> bool:
+    def is_valid(self) -> bool:
         """Whether all values are finite and the optimiser's state is one that steps can lead to."""
         fits = self.first.shape == self.second.shape == self.flat.shape
         finite = all(bool(each.isfinite().all()) for each in (self.flat, self.first, self.second))
@@ -62,7 +69,7 @@ class Weights:
         return self.flat.nbytes * (3 if self.steps else 1)  # before the first step the moments are everybody's
 
 
-def apart(tensor: Tensor) -> Tensor:
+def copy_outside_allocator(tensor: Tensor) -> Tensor:
     """A copy in memory of its own, where that is the main memory: what is kept for long among what comes and goes would
     leave the allocator with holes as large as itself."""
     if tensor.device.type != "cpu":
@@ -72,71 +79,73 @@ def apart(tensor: Tensor) -> Tensor:
     return copy.copy_(tensor)
 
 
-KEPT_BYTES = 500_000_000
+DEFAULT_CACHE_BYTES = 500_000_000
 """Adapters and optimiser states that an engine keeps in memory; at least two, however large they are."""
 
 
-class Slots:
+class AdapterSlots:
     """The adapters injected into one base model, one for each set of settings that a session asked for."""
 
-    def __init__(self, base: nn.Module, lean: Lean | None = None, crew: Crew = ALONE) -> None:
+    def __init__(self, base: nn.Module, fast_forward: FastForward | None = None, cores: CorePool = SINGLE_CORE) -> None:
         """`lean` is the base model's lean pass, where it has one; `crew` are the hands for it."""
         self._base = base
-        self._lean = lean
-        self._crew = crew
-        self.missing: Tensor | None = None
+        self._fast_forward = fast_forward
+        self._cores = cores
+        self.unused_rows: Tensor | None = None
         """Rows of the vocabulary that no token belongs to, which are never drawn."""
         self._model: PeftModel | None = None
-        self._slots: dict[Adapter, Slot] = {}
-        self._turn = threading.RLock()
-        self._layers: Layers | None = None
-        self._caching: Caching | None = None
+        self._slots: dict[Adapter, AdapterSlot] = {}
+        self._lock = threading.RLock()
+        self._layers: AdaptableLayers | None = None
+        self._cache_support: CacheSupport | None = None
 
-    def get(self, settings: Adapter) -> Slot:
+    def get(self, settings: Adapter) -> AdapterSlot:
         """The slot for these settings, injected on first use. Where that fails, the model stays as it was."""
-        with self._turn:
+        with self._lock:
             if settings not in self._slots:
-                targets = self._targets(settings)  # what cannot be is refused before anything is touched
-                with undone_on_failure(self._model or self._base):
+                targets = self._find_targets(settings)  # what cannot be is refused before anything is touched
+                with restored_on_error(self._model or self._base):
                     self._slots[settings] = self._inject(settings, *targets)
             return self._slots[settings]
 
     @property
-    def layers(self) -> Layers:
+    def layers(self) -> AdaptableLayers:
         """The layers that adapters can change."""
-        with self._turn:
+        with self._lock:
             if self._layers is None:  # asked for before the first injection
-                self._layers = layers_of(self._base, probe=self._lean is None)
+                self._layers = find_adaptable_layers(self._base, probe=self._fast_forward is None)
             return self._layers
 
     @property
-    def caching(self) -> Caching:
+    def cache_support(self) -> CacheSupport:
         """How the model goes on with a text, as found out with the adapters off."""
-        with self._turn:
-            if self._caching is None:
+        with self._lock:
+            if self._cache_support is None:
                 with self._model.disable_adapter() if self._model else nullcontext():
-                    self._caching = caching_of(self._base)
-            return self._caching
+                    self._cache_support = detect_cache_support(self._base)
+            return self._cache_support
 
-    def _inject(self, settings: Adapter, modules: list[str], parameters: list[str], left_out: tuple[str, ...]) -> Slot:
+    def _inject(
+        self, settings: Adapter, modules: list[str], parameters: list[str], left_out: tuple[str, ...]
+    ) -> AdapterSlot:
         name = recipe_id("a", settings.model_dump(mode="json"))
         config = LoraConfig(
             r=settings.lora_rank,
             lora_alpha=settings.lora_alpha,
             lora_dropout=settings.lora_dropout,
-            target_modules=self.layers.shortened(modules),
+            target_modules=self.layers.shorten_names(modules),
             target_parameters=parameters or None,
             fan_in_fan_out=any(self._is_conv1d(module) for module in modules),
             task_type="CAUSAL_LM",
         )
-        _hand_back_scales(self._base)
+        _restore_8bit_scales(self._base)
         if self._model is None:
             model = get_peft_model(self._base, config, adapter_name=name)
         else:
             model = self._model
             model.add_adapter(name, config)
         model.eval()
-        slot = Slot(self, model, name, settings, self._lean, self._turn, self._crew, left_out)
+        slot = AdapterSlot(self, model, name, settings, self._fast_forward, self._lock, self._cores, left_out)
         self._model = model
         return slot
 
@@ -144,39 +153,39 @@ class Slots:
         module = self._base.get_submodule(name)
         return isinstance(getattr(module, "base_layer", module), Conv1D)
 
-    def _targets(self, settings: Adapter) -> tuple[list[str], list[str], tuple[str, ...]]:
+    def _find_targets(self, settings: Adapter) -> tuple[list[str], list[str], tuple[str, ...]]:
         """Names of the linear layers and of the expert weights that get an adapter, and of what was asked for and does
         not. Raises Invalid, which lists what there is, for a name that no layer has."""
         layers = self.layers
         experts = list(layers.experts)
-        unfit = dict(layers.unfit)
+        unsupported = dict(layers.unsupported)
         if experts and settings.lora_dropout:
-            experts, unfit[EXPERTS] = [], "PEFT adapts them without dropout only"
+            experts, unsupported[EXPERTS_TARGET] = [], "PEFT adapts them without dropout only"
         if settings.target_modules == "all-linear":
-            every = [name for name in layers.linear if name != layers.head]
-            if not every and not experts:
+            all_linear = [name for name in layers.linear if name != layers.head]
+            if not all_linear and not experts:
                 raise Invalid(
                     "target_modules: PEFT can adapt no layer of this model.",
                     field="config.target_modules", next_step="Choose another model.",
                 )  # fmt: skip
-            return every, experts, tuple(f"{name} ({reason})" for name, reason in sorted(unfit.items()))
-        wanted = settings.target_modules.split(", ")
-        there = set(layers.names) - set(unfit)
-        if unknown := sorted(set(wanted) - there):
+            return all_linear, experts, tuple(f"{name} ({reason})" for name, reason in sorted(unsupported.items()))
+        requested = settings.target_modules.split(", ")
+        available = set(layers.target_names) - set(unsupported)
+        if unknown := sorted(set(requested) - available):
             first = unknown[0]
             wrong = f"the model has no linear layer “{first}”"
-            if first in unfit:
-                wrong = f"“{first}” cannot get an adapter ({unfit[first]})"
+            if first in unsupported:
+                wrong = f"“{first}” cannot get an adapter ({unsupported[first]})"
             raise Invalid(
-                f"target_modules: {wrong}. It has: {', '.join(sorted(there))}.",
+                f"target_modules: {wrong}. It has: {', '.join(sorted(available))}.",
                 field="config.target_modules",
                 next_step="Start a session with some of these, or with “all-linear”.",
             )
-        named = [name for name in layers.linear if leaf(name) in wanted]
-        return named, experts if EXPERTS in wanted else [], ()
+        named = [name for name in layers.linear if short_name(name) in requested]
+        return named, experts if EXPERTS_TARGET in requested else [], ()
 
 
-def _hand_back_scales(base: nn.Module) -> None:
+def _restore_8bit_scales(base: nn.Module) -> None:
     """Once an 8-bit layer of bitsandbytes has run, its scales stand in its state alone, and PEFT, which moves the
     weight, would leave them behind: put them back where they came from."""
     for module in base.modules():
@@ -186,21 +195,21 @@ def _hand_back_scales(base: nn.Module) -> None:
             weight.SCB, weight.CB = state.SCB, weight.data
 
 
-def weight_of(layer: Any) -> Tensor:
+def dequantized_weight(layer: Any) -> Tensor:
     """The weight of a linear layer, dequantised where it has fewer bits."""
     if (own := getattr(layer, "dequantized", None)) is not None:
         return own()
     return dequantize_module_weight(layer).detach()
 
 
-class Own(threading.local):
+class ThreadState(threading.local):
     """What each thread has of a slot for itself: the lean layers with its adapter's values in them."""
 
-    adapted: Adapted | None = None
-    graphs: Graphs | None = None
+    adapted_layers: AdaptedLayers | None = None
+    graphs: StepGraphs | None = None
 
 
-class Slot:
+class AdapterSlot:
     """One adapter injected into the base model; the values in it are switched in place.
 
     There is one model for all threads: whoever goes through it holds `turn`. Of the lean layers each has its own.
@@ -208,21 +217,21 @@ class Slot:
 
     def __init__(
         self,
-        slots: Slots,
+        slots: AdapterSlots,
         model: PeftModel,
         name: str,
         settings: Adapter,
-        lean: Lean | None,
-        turn: threading.RLock,
-        crew: Crew,
+        fast_forward: FastForward | None,
+        lock: threading.RLock,
+        cores: CorePool,
         left_out: tuple[str, ...] = (),
     ) -> None:
         self._slots = slots
         self.model = model
         self.name = name
         self.settings = settings
-        self.turn = turn
-        self.crew = crew
+        self.lock = lock
+        self.cores = cores
         self.left_out = left_out
         """What “all-linear” stands for and cannot get an adapter, each with the reason."""
         self.config = model.peft_config[name]
@@ -233,7 +242,7 @@ class Slot:
         device = parameters[0][1].device
         self.flat = torch.zeros(total, device=device)
         self.grad = torch.zeros(total, device=device)
-        self.still = torch.zeros(total, device=device)
+        self.zero_moments = torch.zeros(total, device=device)
         """What the optimiser's moments are before its first step; never changed, and the same for all."""
         self.slices: list[tuple[str, slice, torch.Size]] = []
         start = 0
@@ -244,41 +253,45 @@ class Slot:
             self.slices.append((path.replace(f".{name}.", "."), where, parameter.shape))
             start = where.stop
         self._installed: Tensor | None = None
-        self._own = Own()
-        self._lean = lean if lean is not None and Adapted.fits(lean, self.slices) else None
+        self._thread = ThreadState()
+        self._fast_forward = (
+            fast_forward if fast_forward is not None and AdaptedLayers.is_supported(fast_forward, self.slices) else None
+        )
         self._experts = {
             f"{path}.lora_A.weight": getattr(module, "num_experts", 1) for path, module in adapted_modules(model, name)
         }
-        self._base_norm = self._norm_of_base()
+        self._base_norm = self._compute_base_norm()
 
     @property
-    def caching(self) -> Caching:
+    def cache_support(self) -> CacheSupport:
         """How the model goes on with a text."""
-        return self._slots.caching
+        return self._slots.cache_support
 
     @property
-    def missing(self) -> Tensor | None:
+    def unused_rows(self) -> Tensor | None:
         """Rows of the vocabulary that no token belongs to; the same for all slots, whenever they were made."""
-        return self._slots.missing
+        return self._slots.unused_rows
 
     @property
-    def adapted(self) -> Adapted | None:
+    def adapted_layers(self) -> AdaptedLayers | None:
         """The lean layers of this thread; None where the model or the adapter has none."""
-        if self._own.adapted is None and self._lean is not None:
+        if self._thread.adapted_layers is None and self._fast_forward is not None:
             scale = self.settings.lora_alpha / self.settings.lora_rank
-            self._own.adapted = Adapted(self._lean, self.slices, scale)
-        return self._own.adapted
+            self._thread.adapted_layers = AdaptedLayers(self._fast_forward, self.slices, scale)
+        return self._thread.adapted_layers
 
-    def beside(self, lean: Lean) -> Adapted:
+    def unmerged_layers(self, fast_forward: FastForward) -> AdaptedLayers:
         """Lean layers with the adapter beside the base model's weights, which whoever asks has alone."""
-        return Adapted(lean, self.slices, self.settings.lora_alpha / self.settings.lora_rank, apart=True)
+        return AdaptedLayers(
+            fast_forward, self.slices, self.settings.lora_alpha / self.settings.lora_rank, unmerged=True
+        )
 
     @property
-    def graphs(self) -> Graphs | None:
+    def graphs(self) -> StepGraphs | None:
         """The captured steps over this thread's lean layers, on a GPU."""
-        if self._own.graphs is None and self.flat.is_cuda and self.adapted is not None:
-            self._own.graphs = Graphs(self.adapted.lean, self.adapted.layers)
-        return self._own.graphs
+        if self._thread.graphs is None and self.flat.is_cuda and self.adapted_layers is not None:
+            self._thread.graphs = StepGraphs(self.adapted_layers.fast_forward, self.adapted_layers.layers)
+        return self._thread.graphs
 
     def install(self, flat: Tensor) -> None:
         """Put values (P,) into the model. Cheap when they are there already."""
@@ -289,7 +302,7 @@ class Slot:
             self._installed = flat
 
     @contextmanager
-    def dropping(self, *seed: str | int) -> Iterator[None]:
+    def dropout(self, *seed: str | int) -> Iterator[None]:
         """Within this, the adapter drops some of its inputs, where its settings ask for that; drawn from the seed."""
         if not self.settings.lora_dropout:
             yield
@@ -312,7 +325,7 @@ class Slot:
         loss.backward()
         return self.grad.clone()
 
-    def reference(self) -> AbstractContextManager[Any]:
+    def without_adapter(self) -> AbstractContextManager[Any]:
         """Within this, the model is the base model: the adapter is off."""
         return self.model.disable_adapter()
 
@@ -343,11 +356,11 @@ class Slot:
                 total += float(_squared_norm(down, up, self._experts[name]))
         return scale * max(total, 0.0) ** 0.5 / self._base_norm
 
-    def _norm_of_base(self) -> float:
+    def _compute_base_norm(self) -> float:
         squares = 0.0
         for _, module in adapted_modules(self.model, self.name):
             experts = isinstance(module, ParamWrapper)
-            weight = module.get_param().detach() if experts else weight_of(module.base_layer)
+            weight = module.get_param().detach() if experts else dequantized_weight(module.base_layer)
             squares += float(weight.float().square().sum())
         return max(squares**0.5, 1e-12)
 
@@ -360,7 +373,7 @@ def _squared_norm(down: Tensor, up: Tensor, experts: int) -> Tensor:
     return ((b.mT @ b) * (a @ a.mT)).sum()
 
 
-def not_finite() -> TrellisError:
+def not_finite_error() -> TrellisError:
     """The error for weights that learning led to and that are no numbers any more."""
     return TrellisError(
         "The model's numbers overflowed while it learned, and what it learned was not kept.",
@@ -369,81 +382,83 @@ def not_finite() -> TrellisError:
     )
 
 
-class Shelf:
+class WeightsStore:
     """The weights an engine can name: a bounded cache in memory over folders on disk. Safe to use from any thread."""
 
-    def __init__(self, blobs: Blobs, keep_bytes: int | None = None) -> None:
+    def __init__(self, blobs: Blobs, cache_bytes: int | None = None) -> None:
         self.blobs = blobs
-        self._keep_bytes = KEPT_BYTES if keep_bytes is None else keep_bytes
+        self._cache_bytes = DEFAULT_CACHE_BYTES if cache_bytes is None else cache_bytes
         self._cache: OrderedDict[str, Weights] = OrderedDict()
-        self._unwritten: dict[str, Metrics] = {}
+        self._unsaved_metrics: dict[str, Metrics] = {}
         """What was measured of weights that are in the cache alone."""
         self._lock = threading.Lock()
         """Held for looking into memory, never while a disk is waited for."""
 
     def settings(self, weights_id: str) -> Adapter:
         """The adapter settings of weights on disk. Raises WeightsMissing."""
-        if (known := self._known(weights_id)) is not None:
-            return known.adapter
-        about = self._about(weights_id)
+        if (cached := self._cached(weights_id)) is not None:
+            return cached.adapter
+        metadata = self._read_metadata(weights_id)
         try:
-            return Adapter.model_validate(about["adapter"])
+            return Adapter.model_validate(metadata["adapter"])
         except (KeyError, ValueError):
             self.blobs.discard(weights_id)
             raise WeightsMissing(weights_id) from None
 
-    def plant(self, slot: Slot, weights_id: str, seed: int) -> Weights:
+    def create_initial(self, slot: AdapterSlot, weights_id: str, seed: int) -> Weights:
         """The weights a session starts from: A drawn as LoRA prescribes (Kaiming uniform), B zero."""
         generator = torch.Generator().manual_seed(seed)
         flat = torch.zeros(slot.flat.shape)
         for name, where, shape in slot.slices:
             if "lora_A" in name:
                 bound = (1 / shape[1]) ** 0.5
-                drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-                flat[where] = drawn.flatten()
+                sampled = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+                flat[where] = sampled.flatten()
         flat = flat.to(slot.flat.device)
-        weights = Weights(weights_id, slot.settings, flat, slot.still, slot.still, 0)
-        return self.add(slot, weights, None, keep=True)
+        weights = Weights(weights_id, slot.settings, flat, slot.zero_moments, slot.zero_moments, 0)
+        return self.add(slot, weights, None, save=True)
 
-    def get(self, slot: Slot, weights_id: str) -> Weights:
+    def get(self, slot: AdapterSlot, weights_id: str) -> Weights:
         """Weights from memory or disk. Raises WeightsMissing where there is no whole folder that fits."""
-        if (known := self._known(weights_id)) is not None:
-            return known
-        about = self._about(weights_id)
+        if (cached := self._cached(weights_id)) is not None:
+            return cached
+        metadata = self._read_metadata(weights_id)
         folder = self.blobs.path(weights_id)
         try:
             flat = slot.join(load_file(folder / "adapter_model.safetensors"))
             state = load_file(folder / "optimizer.safetensors")
-            steps = int(about["steps"])
-            first, second = (state[name].to(flat.device) if steps else slot.still for name in ("first", "second"))
+            steps = int(metadata["steps"])
+            first, second = (
+                state[name].to(flat.device) if steps else slot.zero_moments for name in ("first", "second")
+            )
             weights = Weights(weights_id, slot.settings, flat, first, second, steps)
-            if not weights.sound:
+            if not weights.is_valid:
                 raise ValueError("some of its values are not finite")
         except (OSError, KeyError, RuntimeError, ValueError, TypeError, SafetensorError):
             self.blobs.discard(weights_id)
             raise WeightsMissing(weights_id) from None
-        return self._remember(slot, weights)
+        return self._add_to_cache(slot, weights)
 
-    def add(self, slot: Slot, weights: Weights, metrics: Metrics | None, keep: bool) -> Weights:
+    def add(self, slot: AdapterSlot, weights: Weights, metrics: Metrics | None, save: bool) -> Weights:
         """Take new weights, and write them if they are to be kept. Those that are not may have to be made again.
 
         Raises TrellisError for weights that are not finite: they would be damaged wherever they are read again.
         """
-        if not weights.sound:
-            raise not_finite()
-        if keep:
+        if not weights.is_valid:
+            raise not_finite_error()
+        if save:
             self._write(slot, weights, metrics)
-        return self._remember(slot, weights, None if keep or weights.id in self.blobs else metrics)
+        return self._add_to_cache(slot, weights, None if save or weights.id in self.blobs else metrics)
 
-    def keep(self, slot: Slot, weights_id: str) -> None:
+    def save(self, slot: AdapterSlot, weights_id: str) -> None:
         """Have weights on disk that are there or in memory. Raises WeightsMissing where they are in neither."""
         if weights_id not in self.blobs:
-            self._write(slot, self.get(slot, weights_id), self._unwritten.get(weights_id))
-        self._unwritten.pop(weights_id, None)
+            self._write(slot, self.get(slot, weights_id), self._unsaved_metrics.get(weights_id))
+        self._unsaved_metrics.pop(weights_id, None)
 
-    def _write(self, slot: Slot, weights: Weights, metrics: Metrics | None) -> None:
+    def _write(self, slot: AdapterSlot, weights: Weights, metrics: Metrics | None) -> None:
         """Write weights in PEFT's own layout with the optimiser's state beside it, whole or not at all."""
-        about = {
+        metadata = {
             "adapter": weights.adapter.model_dump(mode="json"),
             "steps": weights.steps,
             "metrics": metrics.model_dump(mode="json") if metrics else None,
@@ -454,11 +469,11 @@ class Shelf:
             state = {"first": weights.first.cpu(), "second": weights.second.cpu().clone()}  # a file shares nothing
             save_file(state, folder / "optimizer.safetensors")
             slot.config.save_pretrained(folder)
-            (folder / "weights.json").write_text(json.dumps(about, indent=1))
+            (folder / "weights.json").write_text(json.dumps(metadata, indent=1))
 
-    def readable(self, slot: Slot, weights_id: str) -> bool:
+    def is_available(self, slot: AdapterSlot, weights_id: str) -> bool:
         """Whether the weights are at hand: on disk, whole, or in memory and never written."""
-        if weights_id not in self.blobs and weights_id not in self._unwritten:
+        if weights_id not in self.blobs and weights_id not in self._unsaved_metrics:
             return False
         try:
             self.get(slot, weights_id)
@@ -468,47 +483,48 @@ class Shelf:
 
     def metrics(self, weights_id: str) -> Metrics | None:
         """What was measured when the weights were made, if they are at hand."""
-        if (known := self._unwritten.get(weights_id)) is not None:
-            return known
+        if (unsaved := self._unsaved_metrics.get(weights_id)) is not None:
+            return unsaved
         if weights_id not in self.blobs:
             return None
         try:
-            found = self._about(weights_id).get("metrics")
+            found = self._read_metadata(weights_id).get("metrics")
             return Metrics.model_validate(found) if found else None
         except (WeightsMissing, ValueError):
             return None
 
-    def _about(self, weights_id: str) -> dict[str, Any]:
+    def _read_metadata(self, weights_id: str) -> dict[str, Any]:
         try:
-            about = json.loads((self.blobs.path(weights_id) / "weights.json").read_text())
-            if not isinstance(about, dict):
+            metadata = json.loads((self.blobs.path(weights_id) / "weights.json").read_text())
+            if not isinstance(metadata, dict):
                 raise ValueError("it is not an object")
         except (OSError, ValueError):
             self.blobs.discard(weights_id)
             raise WeightsMissing(weights_id) from None
-        return about
+        return metadata
 
-    def _known(self, weights_id: str) -> Weights | None:
+    def _cached(self, weights_id: str) -> Weights | None:
         """Weights in memory."""
         with self._lock:
             if weights_id in self._cache:
                 self._cache.move_to_end(weights_id)
             return self._cache.get(weights_id)
 
-    def _remember(self, slot: Slot, weights: Weights, unwritten: Metrics | None = None) -> Weights:
+    def _add_to_cache(self, slot: AdapterSlot, weights: Weights, unsaved_metrics: Metrics | None = None) -> Weights:
         """Keep weights in memory; with what was measured of them where they are there alone."""
         flat, first, second = (
-            each if each is slot.still else apart(each) for each in (weights.flat, weights.first, weights.second)
+            each if each is slot.zero_moments else copy_outside_allocator(each)
+            for each in (weights.flat, weights.first, weights.second)
         )
         weights = replace(weights, flat=flat, first=first, second=second)
         with self._lock:
-            if unwritten is not None:
-                self._unwritten[weights.id] = unwritten
+            if unsaved_metrics is not None:
+                self._unsaved_metrics[weights.id] = unsaved_metrics
             self._cache[weights.id] = weights
             self._cache.move_to_end(weights.id)
-            kept = sum(each.nbytes for each in self._cache.values())
-            while kept > self._keep_bytes and len(self._cache) > 2:
+            total_bytes = sum(each.nbytes for each in self._cache.values())
+            while total_bytes > self._cache_bytes and len(self._cache) > 2:
                 _, dropped = self._cache.popitem(last=False)
-                self._unwritten.pop(dropped.id, None)
-                kept -= dropped.nbytes
+                self._unsaved_metrics.pop(dropped.id, None)
+                total_bytes -= dropped.nbytes
         return weights

@@ -22,400 +22,412 @@ import torch
 from torch import Tensor
 
 from ...errors import Invalid, TrellisError
-from ...messages import Answered, Cancelled, Chat, Drawn, Heard, Queued, Spoke
-from ..known_errors import explained
-from ..parallel import stand_back
-from ..scheduler import Told
-from .answer_text import AnswerText, named
-from .kv_cache import Line, Lines
-from .sampling import drawn_from, is_greedy, overflowed
-from .vocabulary import TextReader, vocabulary_of
+from ...messages import AnswerDone, Cancelled, Chat, PromptRead, QueuePosition, SampledToken, TextDelta
+from ..known_errors import explain_error
+from ..parallel import lower_thread_priority
+from ..scheduler import RequestEvents
+from .answer_text import AnswerText, token_label
+from .kv_cache import CachedSequence, SequenceCache
+from .sampling import is_greedy, overflow_error, sample_scaled
+from .vocabulary import IncrementalDetokenizer, vocabulary_of
 
-PIECE = 256
+PREFILL_TOKENS = 256
 """Tokens of a conversation that are read between two steps of those that speak."""
 
-MOST = 64
+MAX_SLOTS = 64
 """Conversations in one batch."""
 
-RESERVED = 1024
+RESERVED_ANSWER_TOKENS = 1024
 """Tokens of an answer that room is kept for at least; few answers are as long as they may be."""
 
-TAKING_SECONDS = 0.01
+PREPARE_SECONDS = 0.01
 """How long conversations that have come are made ready within one step."""
 
-SHORT = 10_000
+MAX_INLINE_CHARACTERS = 10_000
 """Characters of a conversation that is made ready within a step; a longer one is tokenized on a thread of its own,
 while the others go on."""
 
-TURN = 64
+TURN_OVERHEAD = 64
 """Characters that a turn counts as beside its text, for what a template makes of it."""
 
-READERS = 2
+TOKENIZER_THREADS = 2
 """Threads that make long conversations ready."""
 
-IDLE_SECONDS = 0.005
+IDLE_WAIT_SECONDS = 0.005
 """How long a step waits for one of those where there is nothing else to do."""
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedChat:
     """A conversation as tokens. `limit` is how many there may be with the answer, `most` how long that may be."""
 
     tokens: list[int]
     left_out: int
-    limit: int
-    most: int
+    context_length: int
+    max_new_tokens: int
     stop: tuple[str, ...]
-    in_thought: bool = False
+    in_thinking: bool = False
     """Whether the answer begins in a thought that the chat template has opened."""
 
 
-class Speaker(Protocol):
+class ChatModel(Protocol):
     """What a batch needs of a loaded model beside its lines."""
 
     tokenizer: Any
-    ends: frozenset[int]
+    end_tokens: frozenset[int]
 
-    def conversation(self, request: Chat) -> Prepared:
+    def prepare_chat(self, request: Chat) -> PreparedChat:
         """A conversation made ready. Raises Invalid for one that does not fit."""
 
 
 @dataclass(frozen=True)
-class Arrival:
+class PendingChat:
     """A conversation that has come and is not made ready yet."""
 
     number: int
     owner: str
     request: Chat
-    time: float
+    arrived: float
 
     @property
     def is_long(self) -> bool:
         turns = self.request.turns
-        return len(self.request.text) + sum(TURN + len(turn.text) for turn in turns) > SHORT
+        return len(self.request.text) + sum(TURN_OVERHEAD + len(turn.text) for turn in turns) > MAX_INLINE_CHARACTERS
 
 
 @dataclass(eq=False)
-class Seat:
+class ChatSlot:
     """One conversation in the batch, or on its way there."""
 
     number: int
     owner: str
     request: Chat
     arrived: float
-    prepared: Prepared
+    prepared: PreparedChat
     answer: AnswerText
-    chances: random.Random
-    place: int | None = None
-    line: Line | None = None
-    warm: int = 0
-    count: int = 0
+    rng: random.Random
+    queue_position: int | None = None
+    sequence: CachedSequence | None = None
+    cached_tokens: int = 0
+    answer_tokens: int = 0
     """Tokens of the answer."""
-    next: int | None = None
+    next_token: int | None = None
     """The token that was drawn and is not read yet."""
-    first: float = 0.0
+    seconds_to_first: float = 0.0
     finish: Literal["stop", "length"] | None = None
-    penalized: Tensor | None = None
+    seen_tokens: Tensor | None = None
     """Which tokens (V,) have been read or drawn, where repeating them is penalized."""
 
     @property
-    def reading(self) -> bool:
-        return self.line is not None and self.next is None and self.finish is None
+    def is_prefilling(self) -> bool:
+        return self.sequence is not None and self.next_token is None and self.finish is None
 
     @property
-    def needs(self) -> int:
+    def max_tokens(self) -> int:
         """So many tokens, as far as can be told."""
-        longest = max(min(self.prepared.most, RESERVED), self.count)
-        return min(self.prepared.limit, len(self.prepared.tokens) + longest)
+        longest = max(min(self.prepared.max_new_tokens, RESERVED_ANSWER_TOKENS), self.answer_tokens)
+        return min(self.prepared.context_length, len(self.prepared.tokens) + longest)
 
 
-class Chats:
+class ChatBatch:
     """The batch of one model: what the loop works on together. Joining and leaving is safe from any thread.
 
     `room` are the bytes that keys, values and adapters of a batch may take; one conversation may, however long it is.
     """
 
-    def __init__(self, lines: Callable[[], Lines], speaker: Callable[[], Speaker], room: Callable[[], int]) -> None:
-        self._lines, self._speaker, self._room = lines, speaker, room
+    def __init__(
+        self,
+        get_cache: Callable[[], SequenceCache],
+        get_model: Callable[[], ChatModel],
+        get_cache_bytes: Callable[[], int],
+    ) -> None:
+        self._get_cache, self._get_model, self._get_cache_bytes = get_cache, get_model, get_cache_bytes
         self._lock = threading.Lock()
-        self._coming: deque[Arrival] = deque()
-        self._live: set[int] = set()
+        self._arrivals: deque[PendingChat] = deque()
+        self._unfinished: set[int] = set()
         """All that were not told yet how they ended."""
         self._leaving: set[int] = set()
-        self._readers = ThreadPoolExecutor(READERS, "tokenizer", stand_back)
-        self._beside: set[int] = set()
+        self._tokenizer_threads = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizer", lower_thread_priority)
+        self._preparing: set[int] = set()
         """Those that are made ready on a thread of their own."""
-        self._ready: SimpleQueue[tuple[Arrival, Prepared | Exception]] = SimpleQueue()
-        self._waiting: list[Seat] = []
-        self._seats: list[Seat] = []
+        self._prepared: SimpleQueue[tuple[PendingChat, PreparedChat | Exception]] = SimpleQueue()
+        self._waiting: list[ChatSlot] = []
+        self._slots: list[ChatSlot] = []
 
     def join(self, number: int, owner: str, request: Any) -> None:
         with self._lock:
-            self._live.add(number)
-            self._coming.append(Arrival(number, owner, request, time.monotonic()))
+            self._unfinished.add(number)
+            self._arrivals.append(PendingChat(number, owner, request, time.monotonic()))
 
     def leave(self, number: int) -> None:
         with self._lock:
-            if number in self._live:
+            if number in self._unfinished:
                 self._leaving.add(number)
 
     @property
-    def wanted(self) -> bool:
-        return bool(self._live)
+    def has_work(self) -> bool:
+        return bool(self._unfinished)
 
-    def give_up(self) -> list[int]:
+    def abort(self) -> list[int]:
         with self._lock:
-            numbers, self._live = sorted(self._live), set()
-            self._coming.clear()
+            numbers, self._unfinished = sorted(self._unfinished), set()
+            self._arrivals.clear()
             self._leaving.clear()
-        self._beside.clear()
-        self._waiting, self._seats = [], []
+        self._preparing.clear()
+        self._waiting, self._slots = [], []
         with suppress(TrellisError):  # no model is loaded
-            self._lines().clear()
+            self._get_cache().clear()
         return numbers
 
-    def step(self) -> Told:
+    def step(self) -> RequestEvents:
         """Let come and go, read a piece of one conversation, and have all others say one more token."""
-        told: Told = []
-        self._let_go(told)
-        self._take_in(told)
-        self._seat(told)
-        if reading := next((seat for seat in self._seats if seat.reading), None):
-            self._read(reading, told)
-        if speaking := [seat for seat in self._seats if seat.next is not None]:
-            self._speak(speaking, told)
+        events: RequestEvents = []
+        self._remove_cancelled(events)
+        self._prepare_arrivals(events)
+        self._fill_slots(events)
+        if prefilling := next((seat for seat in self._slots if seat.is_prefilling), None):
+            self._prefill(prefilling, events)
+        if decoding := [seat for seat in self._slots if seat.next_token is not None]:
+            self._decode(decoding, events)
         with self._lock:
-            self._live -= {number for number, _, last in told if last}
-        return told
+            self._unfinished -= {number for number, _, last in events if last}
+        return events
 
-    def _let_go(self, told: Told) -> None:
+    def _remove_cancelled(self, events: RequestEvents) -> None:
         with self._lock:
             leaving, self._leaving = self._leaving, set()
-            gone = [each.number for each in self._coming if each.number in leaving]
-            self._coming = deque(each for each in self._coming if each.number not in leaving)
-        gone += self._beside & leaving
-        self._beside -= leaving
-        for seat in [seat for seat in (*self._waiting, *self._seats) if seat.number in leaving]:
-            gone.append(seat.number)
+            cancelled = [each.number for each in self._arrivals if each.number in leaving]
+            self._arrivals = deque(each for each in self._arrivals if each.number not in leaving)
+        cancelled += self._preparing & leaving
+        self._preparing -= leaving
+        for seat in [seat for seat in (*self._waiting, *self._slots) if seat.number in leaving]:
+            cancelled.append(seat.number)
             self._remove(seat)
-        told += [(number, Cancelled(), True) for number in gone]
+        events += [(number, Cancelled(), True) for number in cancelled]
 
-    def _take_in(self, told: Told) -> None:
+    def _prepare_arrivals(self, events: RequestEvents) -> None:
         """Those that have come, as tokens, for a moment; long ones on threads of their own. What is wrong with one is
         said to it alone."""
-        until = time.monotonic() + TAKING_SECONDS
-        while self._coming and time.monotonic() < until:
+        until = time.monotonic() + PREPARE_SECONDS
+        while self._arrivals and time.monotonic() < until:
             with self._lock:
-                arrival = self._coming.popleft()
+                arrival = self._arrivals.popleft()
             if arrival.is_long:
-                self._beside.add(arrival.number)
-                self._readers.submit(lambda each: self._ready.put((each, self._prepared(each))), arrival)
+                self._preparing.add(arrival.number)
+                self._tokenizer_threads.submit(lambda each: self._prepared.put((each, self._prepare(each))), arrival)
             else:
-                self._admit(arrival, self._prepared(arrival), told)
-        idle = not (told or self._seats or self._waiting or self._coming)
+                self._enqueue(arrival, self._prepare(arrival), events)
+        is_idle = not (events or self._slots or self._waiting or self._arrivals)
         with suppress(Empty):
-            while self._beside:
-                arrival, prepared = self._ready.get(idle, IDLE_SECONDS)
-                idle = False
-                if arrival.number in self._beside:  # it has not left meanwhile
-                    self._beside.remove(arrival.number)
-                    self._admit(arrival, prepared, told)
+            while self._preparing:
+                arrival, prepared = self._prepared.get(is_idle, IDLE_WAIT_SECONDS)
+                is_idle = False
+                if arrival.number in self._preparing:  # it has not left meanwhile
+                    self._preparing.remove(arrival.number)
+                    self._enqueue(arrival, prepared, events)
 
-    def _prepared(self, arrival: Arrival) -> Prepared | Exception:
-        if arrival.number not in self._live:
+    def _prepare(self, arrival: PendingChat) -> PreparedChat | Exception:
+        if arrival.number not in self._unfinished:
             return TimeoutError()
         try:
-            return self._speaker().conversation(arrival.request)
+            return self._get_model().prepare_chat(arrival.request)
         except Exception as error:  # noqa: BLE001 - whatever a template or a tokenizer does; what is not known is logged
             return error
 
-    def _admit(self, arrival: Arrival, prepared: Prepared | Exception, told: Told) -> None:
+    def _enqueue(self, arrival: PendingChat, prepared: PreparedChat | Exception, events: RequestEvents) -> None:
         if isinstance(prepared, Exception):
-            told.append((arrival.number, explained(prepared), True))
+            events.append((arrival.number, explain_error(prepared), True))
             return
         request = arrival.request
-        answer = AnswerText(TextReader(self._speaker().tokenizer, prepared.tokens), prepared.stop)
-        chances = random.Random(request.seed)
-        self._waiting.append(Seat(arrival.number, arrival.owner, request, arrival.time, prepared, answer, chances))
+        answer = AnswerText(IncrementalDetokenizer(self._get_model().tokenizer, prepared.tokens), prepared.stop)
+        rng = random.Random(request.seed)
+        self._waiting.append(ChatSlot(arrival.number, arrival.owner, request, arrival.arrived, prepared, answer, rng))
 
-    def _seat(self, told: Told) -> None:
+    def _fill_slots(self, events: RequestEvents) -> None:
         """Give seats to those that wait, as long as there are any."""
         while self._waiting:
-            taken = Counter(seat.owner for seat in self._seats)
-            seat = min(self._waiting, key=lambda seat: taken[seat.owner])
-            if self._seats and not self._room_for(seat):
+            slots_by_owner = Counter(slot.owner for slot in self._slots)
+            seat = min(self._waiting, key=lambda seat: slots_by_owner[seat.owner])
+            if self._slots and not self._fits_in_cache(seat):
                 break
             try:
-                seat.line = self._lines().begin(seat.request.weights, seat.prepared.tokens)
+                seat.sequence = self._get_cache().start(seat.request.weights, seat.prepared.tokens)
             except Exception as error:  # noqa: BLE001 - of one conversation alone
-                told.append((seat.number, explained(error), True))
+                events.append((seat.number, explain_error(error), True))
                 self._waiting.remove(seat)
                 continue
             self._waiting.remove(seat)
-            seat.warm = len(seat.line.tokens)
-            self._seats.append(seat)
-            self._say_heard(seat, told)
+            seat.cached_tokens = len(seat.sequence.tokens)
+            self._slots.append(seat)
+            self._report_prompt_read(seat, events)
         for place, seat in enumerate(self._waiting, start=1):
-            if seat.place is None or place < seat.place:
-                seat.place = place
-                told.append((seat.number, Queued(place=place), False))
+            if seat.queue_position is None or place < seat.queue_position:
+                seat.queue_position = place
+                events.append((seat.number, QueuePosition(place=place), False))
 
-    def _room_for(self, seat: Seat) -> bool:
-        seats = (*self._seats, seat)
-        longest = max(each.needs for each in seats)
-        taken = self._lines().takes(len(seats), longest, {each.request.weights for each in seats})
-        return len(seats) <= MOST and taken <= self._room()
+    def _fits_in_cache(self, slot: ChatSlot) -> bool:
+        slots = (*self._slots, slot)
+        longest = max(each.max_tokens for each in slots)
+        needed = self._get_cache().bytes_for(len(slots), longest, {each.request.weights for each in slots})
+        return len(slots) <= MAX_SLOTS and needed <= self._get_cache_bytes()
 
-    def _read(self, seat: Seat, told: Told) -> None:
+    def _prefill(self, slot: ChatSlot, events: RequestEvents) -> None:
         """Read a piece, after the others that read have had their turn; at the end the first token is drawn."""
-        assert seat.line is not None
-        tokens = seat.prepared.tokens
-        done = len(seat.line.tokens)
+        assert slot.sequence is not None
+        tokens = slot.prepared.tokens
+        prefilled = len(slot.sequence.tokens)
         try:
-            piece = len(tokens) if self._lines().reads_whole else PIECE
-            logits = self._lines().read(seat.line, tokens[done : done + piece])
+            chunk = len(tokens) if self._get_cache().reads_in_one_chunk else PREFILL_TOKENS
+            logits = self._get_cache().prefill(slot.sequence, tokens[prefilled : prefilled + chunk])
         except Exception as error:  # noqa: BLE001 - of one conversation alone: the others have not been touched
-            self._fail(seat, error, told)
+            self._fail(slot, error, events)
             return
-        self._seats.remove(seat)
-        self._seats.append(seat)
-        self._say_heard(seat, told)
-        if len(seat.line.tokens) == len(tokens):
-            self._draw([seat], logits[None], told)
+        self._slots.remove(slot)
+        self._slots.append(slot)
+        self._report_prompt_read(slot, events)
+        if len(slot.sequence.tokens) == len(tokens):
+            self._sample([slot], logits[None], events)
 
-    def _speak(self, seats: list[Seat], told: Told) -> None:
-        lines = [seat.line for seat in seats if seat.line is not None]
+    def _decode(self, slots: list[ChatSlot], events: RequestEvents) -> None:
+        sequences = [seat.sequence for seat in slots if seat.sequence is not None]
         try:
-            logits = self._lines().grow(lines, [seat.next for seat in seats if seat.next is not None])
+            logits = self._get_cache().decode(
+                sequences, [seat.next_token for seat in slots if seat.next_token is not None]
+            )
         except Exception as error:
-            if len(seats) == 1 or explained(error).code != "out_of_memory":
+            if len(slots) == 1 or explain_error(error).code != "out_of_memory":
                 raise
             # Nobody has grown. The one that takes the most ends, the others go on in the room that it leaves.
-            self._fail(max(seats, key=lambda seat: len(seat.prepared.tokens) + seat.count), error, told)
+            self._fail(max(slots, key=lambda seat: len(seat.prepared.tokens) + seat.answer_tokens), error, events)
             return
-        self._draw(seats, logits, told)
+        self._sample(slots, logits, events)
 
-    def _draw(self, seats: list[Seat], logits: Tensor, told: Told) -> None:
+    def _sample(self, slots: list[ChatSlot], logits: Tensor, events: RequestEvents) -> None:
         """The next token of each, from logits (R, V). One whose row holds no numbers ends, and says why."""
         with torch.inference_mode():
-            tokens = draw_each(logits, seats, self._speaker().ends)
-            for seat, token, row in zip(seats, tokens, logits, strict=True):
+            tokens = sample_each(logits, slots, self._get_model().end_tokens)
+            for seat, token, row in zip(slots, tokens, logits, strict=True):
                 if token is None:
-                    assert seat.line is not None
-                    self._fail(seat, seat.line.error or overflowed(), told)
+                    assert seat.sequence is not None
+                    self._fail(seat, seat.sequence.error or overflow_error(), events)
                 else:
-                    self._grow(seat, token, row, told)
+                    self._append_token(seat, token, row, events)
 
-    def _grow(self, seat: Seat, token: int, logits: Tensor, told: Told) -> None:
-        seat.count += 1
-        seat.next = token
-        seat.first = seat.first or time.monotonic() - seat.arrived
-        if token in self._speaker().ends:
-            seat.finish = "stop"
+    def _append_token(self, slot: ChatSlot, token: int, logits: Tensor, events: RequestEvents) -> None:
+        slot.answer_tokens += 1
+        slot.next_token = token
+        slot.seconds_to_first = slot.seconds_to_first or time.monotonic() - slot.arrived
+        if token in self._get_model().end_tokens:
+            slot.finish = "stop"
         else:
-            drawn = self._told_of(seat, token, logits) if seat.request.top is not None else None
-            seat.answer.add(token, drawn, looks_for_stops=seat.count >= seat.request.min_tokens)
-            if seat.count == seat.prepared.most or len(seat.prepared.tokens) + seat.count >= seat.prepared.limit:
-                seat.finish = "length"
-        if seat.finish:
-            seat.answer.end()
-        if seat.answer.stopped:
-            seat.finish = "stop"
-        text, entries = seat.answer.take(ended=seat.finish is not None)
-        if text or entries:
-            told.append((seat.number, Spoke(text=text, tokens=seat.count, drawn=entries), False))
-        if seat.finish:
-            told.append((seat.number, self._answered(seat, seat.finish), True))
-            self._remove(seat)
+            sampled = self._sampled_token(slot, token, logits) if slot.request.top is not None else None
+            slot.answer.add(token, sampled, check_stops=slot.answer_tokens >= slot.request.min_tokens)
+            if (
+                slot.answer_tokens == slot.prepared.max_new_tokens
+                or len(slot.prepared.tokens) + slot.answer_tokens >= slot.prepared.context_length
+            ):
+                slot.finish = "length"
+        if slot.finish:
+            slot.answer.end()
+        if slot.answer.stopped:
+            slot.finish = "stop"
+        text, sampled_tokens = slot.answer.take(ended=slot.finish is not None)
+        if text or sampled_tokens:
+            events.append((slot.number, TextDelta(text=text, tokens=slot.answer_tokens, drawn=sampled_tokens), False))
+        if slot.finish:
+            events.append((slot.number, self._answer_done(slot, slot.finish), True))
+            self._remove(slot)
 
-    def _answered(self, seat: Seat, finish: Literal["stop", "length"]) -> Answered:
-        return Answered(
+    def _answer_done(self, slot: ChatSlot, finish: Literal["stop", "length"]) -> AnswerDone:
+        return AnswerDone(
             finish=finish,
-            tokens=seat.count,
-            prompt_tokens=len(seat.prepared.tokens),
-            seconds_to_first=seat.first,
-            seconds=time.monotonic() - seat.arrived,
+            tokens=slot.answer_tokens,
+            prompt_tokens=len(slot.prepared.tokens),
+            seconds_to_first=slot.seconds_to_first,
+            seconds=time.monotonic() - slot.arrived,
         )
 
-    def _say_heard(self, seat: Seat, told: Told) -> None:
-        assert seat.line is not None
-        heard = Heard(
-            read=len(seat.line.tokens), prompt_tokens=len(seat.prepared.tokens), warm=seat.warm,
-            left_out=seat.prepared.left_out, context_length=seat.prepared.limit,
-            in_thought=seat.prepared.in_thought,
+    def _report_prompt_read(self, slot: ChatSlot, events: RequestEvents) -> None:
+        assert slot.sequence is not None
+        prompt_read = PromptRead(
+            read=len(slot.sequence.tokens), prompt_tokens=len(slot.prepared.tokens), warm=slot.cached_tokens,
+            left_out=slot.prepared.left_out, context_length=slot.prepared.context_length,
+            in_thought=slot.prepared.in_thinking,
         )  # fmt: skip
-        told.append((seat.number, heard, False))
+        events.append((slot.number, prompt_read, False))
 
-    def _told_of(self, seat: Seat, token: int, logits: Tensor) -> Drawn:
+    def _sampled_token(self, slot: ChatSlot, token: int, logits: Tensor) -> SampledToken:
         """A token with its log-probability at temperature 1, and those of the likeliest with what they would write."""
         logprobs = torch.log_softmax(logits.float(), dim=-1)
-        values, places = logprobs.topk(min(seat.request.top or 0, len(logprobs)))
-        words = vocabulary_of(self._speaker().tokenizer)
+        values, candidates = logprobs.topk(min(slot.request.top or 0, len(logprobs)))
+        vocabulary = vocabulary_of(self._get_model().tokenizer)
         top = []
-        for place, value in zip(places.tolist(), values.tolist(), strict=True):
-            special = words.is_special(place)
-            name = words.name(place) if special else ""
-            top.append((*named(seat.answer.reader.peek(place), name, special), value))
-        return Drawn(text="", bytes=(), logprob=float(logprobs[token]), top=tuple(top))
+        for place, value in zip(candidates.tolist(), values.tolist(), strict=True):
+            special = vocabulary.is_special(place)
+            name = vocabulary.name(place) if special else ""
+            top.append((*token_label(slot.answer.detokenizer.peek(place), name, special), value))
+        return SampledToken(text="", bytes=(), logprob=float(logprobs[token]), top=tuple(top))
 
-    def _fail(self, seat: Seat, error: Exception, told: Told) -> None:
+    def _fail(self, slot: ChatSlot, error: Exception, events: RequestEvents) -> None:
         """End one conversation with an error; nothing of what it has read is used again."""
-        told.append((seat.number, explained(error), True))
-        self._remove(seat, keep=False)
+        events.append((slot.number, explain_error(error), True))
+        self._remove(slot, keep_prefix=False)
 
-    def _remove(self, seat: Seat, keep: bool = True) -> None:
-        if seat.line is not None:
-            self._lines().end(seat.line, keep)
-            self._seats.remove(seat)
+    def _remove(self, slot: ChatSlot, keep_prefix: bool = True) -> None:
+        if slot.sequence is not None:
+            self._get_cache().release(slot.sequence, keep_prefix)
+            self._slots.remove(slot)
         else:
-            self._waiting.remove(seat)
+            self._waiting.remove(slot)
 
 
-def draw_each(logits: Tensor, seats: list[Seat], ends: frozenset[int] = frozenset()) -> list[int | None]:
+def sample_each(logits: Tensor, slots: list[ChatSlot], end_tokens: frozenset[int] = frozenset()) -> list[int | None]:
     """A token for each row of logits (R, V), each by the sampling that was asked for it; None where a row holds NaN or
     infinity."""
     device = logits.device
-    asked = [seat.request.sampling for seat in seats]
-    if any(seat.request.repetition_penalty != 1 or seat.count < seat.request.min_tokens for seat in seats):
-        logits = torch.stack([_penalized(row, seat, ends) for row, seat in zip(logits, seats, strict=True)])
+    samplings = [seat.request.sampling for seat in slots]
+    if any(seat.request.repetition_penalty != 1 or seat.answer_tokens < seat.request.min_tokens for seat in slots):
+        logits = torch.stack([_apply_penalties(row, seat, end_tokens) for row, seat in zip(logits, slots, strict=True)])
 
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, device=device)[:, None]
 
-    scaled = logits.float() / column([1.0 if is_greedy(each) else each.temperature for each in asked])
-    for row, seat in enumerate(seats):
+    scaled = logits.float() / column([1.0 if is_greedy(each) else each.temperature for each in samplings])
+    for row, seat in enumerate(slots):
         if 0 < seat.request.top_k < scaled.shape[-1]:
-            least = scaled[row].topk(seat.request.top_k).values[-1]
-            scaled[row] = scaled[row].masked_fill(scaled[row] < least, float("-inf"))
-    chances = torch.tensor([seat.chances.random() * (1 - 2**-20) for seat in seats], device=device)
-    top_p: float | Tensor = column([each.top_p for each in asked]) if any(each.top_p < 1 for each in asked) else 1.0
-    drawn, logprobs = drawn_from(scaled, column([each.min_p for each in asked]), top_p, chances)
-    if any(map(is_greedy, asked)):
-        greedy = torch.tensor(list(map(is_greedy, asked)), device=device)
-        drawn = torch.where(greedy, scaled.argmax(dim=-1), drawn)
-    tokens: list[int] = drawn.masked_fill(logprobs.isnan(), -1).tolist()
+            threshold = scaled[row].topk(seat.request.top_k).values[-1]
+            scaled[row] = scaled[row].masked_fill(scaled[row] < threshold, float("-inf"))
+    uniforms = torch.tensor([seat.rng.random() * (1 - 2**-20) for seat in slots], device=device)
+    top_p: float | Tensor = (
+        column([each.top_p for each in samplings]) if any(each.top_p < 1 for each in samplings) else 1.0
+    )
+    sampled, logprobs = sample_scaled(scaled, column([each.min_p for each in samplings]), top_p, uniforms)
+    if any(map(is_greedy, samplings)):
+        greedy = torch.tensor(list(map(is_greedy, samplings)), device=device)
+        sampled = torch.where(greedy, scaled.argmax(dim=-1), sampled)
+    tokens: list[int] = sampled.masked_fill(logprobs.isnan(), -1).tolist()
     return [None if token < 0 else token for token in tokens]
 
 
-def _penalized(logits: Tensor, seat: Seat, ends: frozenset[int]) -> Tensor:
+def _apply_penalties(logits: Tensor, slot: ChatSlot, end_tokens: frozenset[int]) -> Tensor:
     """A row of logits (V,) in which what was read or said before is less likely by the repetition penalty (CTRL, arXiv
     1909.05858), and an end is impossible before the least number of tokens."""
     logits = logits.float()
-    if (penalty := seat.request.repetition_penalty) != 1:
-        if seat.penalized is None:
-            seat.penalized = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-            seat.penalized[seat.prepared.tokens] = True
-        if seat.next is not None:
-            seat.penalized[seat.next] = True
+    if (penalty := slot.request.repetition_penalty) != 1:
+        if slot.seen_tokens is None:
+            slot.seen_tokens = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+            slot.seen_tokens[slot.prepared.tokens] = True
+        if slot.next_token is not None:
+            slot.seen_tokens[slot.next_token] = True
         changed = torch.where(logits > 0, logits / penalty, logits * penalty)
-        logits = torch.where(seat.penalized, changed, logits)
-    if seat.count < seat.request.min_tokens and ends:
-        known = [token for token in ends if token < len(logits)]
+        logits = torch.where(slot.seen_tokens, changed, logits)
+    if slot.answer_tokens < slot.request.min_tokens and end_tokens:
+        known = [token for token in end_tokens if token < len(logits)]
         logits = logits.index_fill(0, torch.tensor(known, device=logits.device, dtype=torch.long), float("-inf"))
     return logits
 
 
-def too_long(tokens: int, limit: int, at_least: bool = False) -> Invalid:
+def conversation_too_long(tokens: int, limit: int, at_least: bool = False) -> Invalid:
     counted = f"at least {tokens}" if at_least else str(tokens)
     return Invalid(
         f"The conversation has {counted} tokens; with room for an answer it does not fit into the context of {limit}.",

@@ -25,15 +25,19 @@ from ...messages import TemplateKwargs, Turn, template_kwargs_from
 from ...params import THINKING_SWITCHES
 
 Role = Literal["system", "user", "assistant"]
-SYSTEM, USER, ASSISTANT = frozenset[Role](["system"]), frozenset[Role](["user"]), frozenset[Role](["assistant"])
+SYSTEM_ROLE, USER_ROLE, ASSISTANT_ROLE = (
+    frozenset[Role](["system"]),
+    frozenset[Role](["user"]),
+    frozenset[Role](["assistant"]),
+)
 
 RENDER_SECONDS = 5.0
 """A template that takes longer than this is stopped."""
 
-WATCH_SECONDS, WATCHED_IDLE = 0.25, 40
+WATCHDOG_INTERVAL, WATCHDOG_IDLE_CHECKS = 0.25, 40
 """How often it is seen whether a template takes too long, and after how many looks at nothing that ends."""
 
-MOST_ADDED = 1_000_000
+MAX_ADDED_CHARACTERS = 1_000_000
 """So many characters may a template add to what was said."""
 
 FIXED_DAY = datetime(2024, 7, 26)
@@ -42,25 +46,30 @@ FIXED_DAY = datetime(2024, 7, 26)
 MARK_START, MARK_END = mark_control_tokens("|", re.compile(r"\|")).split("|")
 """What transformers marks special tokens with that are to be read as text."""
 
-THINK, THINK_END = "<think>", "</think>"
+THINK_START, THINK_END = "<think>", "</think>"
 
-USUAL_NAMES = ("chat", "chat_template", "chatml", "instruct")
+DEFAULT_NAMES = ("chat", "chat_template", "chatml", "instruct")
 """Names of templates that are taken for the default where none is called that, in this order."""
 
-OTHER_PURPOSES = ("tool", "rag", "function", "json", "grounded", "fim")
+SPECIAL_NAME_PREFIXES = ("tool", "rag", "function", "json", "grounded", "fim")
 """Beginnings of the names of templates that are not for plain conversations."""
 
-EXTRAS: tuple[dict[str, list[Any]], ...] = ({}, {"tools": []}, {"documents": []}, {"tools": [], "documents": []})
+EXTRA_ARGUMENTS: tuple[dict[str, list[Any]], ...] = (
+    {},
+    {"tools": []},
+    {"documents": []},
+    {"tools": [], "documents": []},
+)
 """Arguments for templates that iterate over tools or documents without asking whether there are any."""
 
-AS_DATA = re.compile(r"""\{\s*('role'|'type'|'content'|"type":\s*"text")""")
+SERIALIZED_MESSAGE = re.compile(r"""\{\s*('role'|'type'|'content'|"type":\s*"text")""")
 """What a template writes that has put a message or its parts where text belongs."""
 
-ASKED = Turn(role="user", text="Kestrel 7: does <b>tea & bread</b> keep, Zoë?")
-ANSWERED = Turn(role="assistant", text="Lantern 4: it keeps <i>a week & a day</i>, Zoë.")
-ASKED_AGAIN = Turn(role="user", text="Harbor 9: and <u>jam & honey</u>, Zoë?")
-TOLD = Turn(role="system", text="Orchard 2: answer <em>briefly & kindly</em>, Zoë.")
-TOLD_LATER = Turn(role="system", text="Meadow 5: answer <q>slowly & gladly</q>, Zoë.")
+QUESTION_TURN = Turn(role="user", text="Kestrel 7: does <b>tea & bread</b> keep, Zoë?")
+ANSWER_TURN = Turn(role="assistant", text="Lantern 4: it keeps <i>a week & a day</i>, Zoë.")
+SECOND_QUESTION_TURN = Turn(role="user", text="Harbor 9: and <u>jam & honey</u>, Zoë?")
+SYSTEM_TURN = Turn(role="system", text="Orchard 2: answer <em>briefly & kindly</em>, Zoë.")
+LATER_SYSTEM_TURN = Turn(role="system", text="Meadow 5: answer <q>slowly & gladly</q>, Zoë.")
 """What templates are probed with. Escaped or shortened text is not found again."""
 
 NEXT_STEP = (
@@ -73,7 +82,7 @@ class TemplateFailed(Exception):
     """A template could not write a conversation. The message is a whole sentence."""
 
 
-class _TookTooLong(Exception):
+class _RenderTimeout(Exception):
     """Raised from outside in a template that does not come to an end."""
 
 
@@ -83,11 +92,11 @@ class ControlTokens:
 
     tokens: frozenset[str]
     lengths: tuple[int, ...]
-    beginnings: re.Pattern[str]
+    first_characters: re.Pattern[str]
     """Their first characters."""
 
     @classmethod
-    def of(cls, tokenizer: Any, source: str) -> ControlTokens:
+    def from_tokenizer(cls, tokenizer: Any, source: str) -> ControlTokens:
         added = [(token.content, token.special) for token in tokenizer.added_tokens_decoder.values()]
         tokens = {text for text, special in added if text and not text.isspace() and (special or text in source)}
         first = "".join(sorted({re.escape(text[0]) for text in tokens}))
@@ -102,34 +111,34 @@ class ChatTemplate:
 
     tokenizer: Any
     source: str
-    control: ControlTokens
-    extras: Mapping[str, list[Any]]
+    control_tokens: ControlTokens
+    extra_arguments: Mapping[str, list[Any]]
     """Arguments that it needs beside the messages."""
-    parts: frozenset[Role] = frozenset()
+    roles_with_parts: frozenset[Role] = frozenset()
     """Roles whose content it wants as a list of parts instead of as text."""
-    folds_system: bool = False
+    merges_system: bool = False
     """Whether it has no place for a system prompt, which is then put before the user's first message."""
-    folds_later_system: bool = False
+    merges_later_system: bool = False
     """Whether it has no place for a second system turn or one within the conversation."""
-    joins_neighbours: bool = False
+    merges_same_role: bool = False
     """Whether two turns of one role in a row must be made one."""
-    single_turn: str = ""
+    single_turn_reason: str = ""
     """Why it cannot write more than one turn, where that is so."""
-    prompts_by_cutting: bool = False
+    cuts_prompt_from_conversation: bool = False
     """Whether it ignores `add_generation_prompt`: the beginning of an answer is cut from a whole
     conversation."""
     prompt_end: str = ""
     """What it writes after a user's last word where an answer is to follow."""
-    before_answer: str = ""
+    answer_prefix: str = ""
     """What it writes between that and an answer: a space, an empty thought, the header of an answer, or nothing."""
-    ending: tuple[str, ...] = ()
+    turn_endings: tuple[str, ...] = ()
     """What it writes after an answer: at the end of a conversation, then before another turn."""
-    switch: str | None = None
+    thinking_switch: str | None = None
     """The variable that turns thinking on and off."""
-    opens_thought: bool = False
+    opens_thinking: bool = False
     """Whether its generation prompt ends with an opened thought."""
 
-    def prompt(
+    def render_prompt(
         self, turns: Sequence[Turn], template_kwargs: TemplateKwargs, field: str, fixed_day: bool = False
     ) -> str:
         """A conversation with the beginning of the assistant's next turn, for `encode`. Raises Invalid, which names
@@ -138,10 +147,10 @@ class ChatTemplate:
         With `fixed_day` the same conversation is the same text on every day, as what weights are named by must be.
         """
         variables = self._variables(template_kwargs)
-        template = replace(self, source=with_fixed_day(self.source)) if fixed_day else self
-        marked = [turn if turn.role == "assistant" else self._marked(turn) for turn in turns]
+        template = replace(self, source=fix_date(self.source)) if fixed_day else self
+        marked = [turn if turn.role == "assistant" else self._mark_control_tokens(turn) for turn in turns]
         try:
-            return template._prompt_somehow(marked, variables)
+            return template._render_prompt_or_rearrange(marked, variables)
         except TemplateFailed as failure:
             raise Invalid(
                 f"The model's chat template could not write this: {failure}",
@@ -152,24 +161,24 @@ class ChatTemplate:
                 else "Send the messages in another order, or use another model.",
             ) from None
 
-    def _prompt_somehow(self, turns: Sequence[Turn], variables: Mapping[str, Any]) -> str:
+    def _render_prompt_or_rearrange(self, turns: Sequence[Turn], variables: Mapping[str, Any]) -> str:
         """A template may refuse an order of roles that the probes did not have: user and assistant take turns then."""
-        arranged = arrange(turns, self.folds_system, self.folds_later_system, self.joins_neighbours)
-        if self.single_turn and sum(turn.role != "system" for turn in arranged) > 1:
-            raise TemplateFailed(f"it takes a single message, not a conversation. {self.single_turn}")
+        arranged = arrange_turns(turns, self.merges_system, self.merges_later_system, self.merges_same_role)
+        if self.single_turn_reason and sum(turn.role != "system" for turn in arranged) > 1:
+            raise TemplateFailed(f"it takes a single message, not a conversation. {self.single_turn_reason}")
         try:
-            return self._prompt(arranged, variables)
+            return self._render_prompt(arranged, variables)
         except TemplateFailed:
-            by_turns = arrange(turns, True, True, True)
-            if by_turns == arranged:
+            alternating = arrange_turns(turns, True, True, True)
+            if alternating == arranged:
                 raise
-            return self._prompt(by_turns, variables)
+            return self._render_prompt(alternating, variables)
 
-    def _prompt(self, turns: Sequence[Turn], variables: Mapping[str, Any]) -> str:
-        if not self.prompts_by_cutting:
+    def _render_prompt(self, turns: Sequence[Turn], variables: Mapping[str, Any]) -> str:
+        if not self.cuts_prompt_from_conversation:
             return self.render(turns, variables)
-        whole = self.render([*turns, ANSWERED], variables, add_generation_prompt=False)
-        place = whole.rfind(ANSWERED.text)
+        whole = self.render([*turns, ANSWER_TURN], variables, add_generation_prompt=False)
+        place = whole.rfind(ANSWER_TURN.text)
         if place < 0:
             raise TemplateFailed("the beginning of an answer cannot be told from what it writes.")
         return whole[:place].rstrip(" ")
@@ -181,7 +190,7 @@ class ChatTemplate:
         messages = [
             {
                 "role": turn.role,
-                "content": [{"type": "text", "text": turn.text}] if turn.role in self.parts else turn.text,
+                "content": [{"type": "text", "text": turn.text}] if turn.role in self.roles_with_parts else turn.text,
             }
             for turn in turns
         ]
@@ -189,76 +198,78 @@ class ChatTemplate:
             with WATCHDOG.limit(RENDER_SECONDS):
                 written = self.tokenizer.apply_chat_template(
                     messages, chat_template=self.source, tokenize=False, add_generation_prompt=add_generation_prompt,
-                    **self.extras, **(variables or {}),
+                    **self.extra_arguments, **(variables or {}),
                 )  # fmt: skip
         except Exception as error:  # noqa: BLE001 - code of others: whatever it raises is its failure
-            raise TemplateFailed(_in_words(error)) from None
+            raise TemplateFailed(_explain(error)) from None
         if not isinstance(written, str):
             raise TemplateFailed("it does not write text.")
-        if len(written) > MOST_ADDED + 4 * sum(len(turn.text) for turn in turns):
+        if len(written) > MAX_ADDED_CHARACTERS + 4 * sum(len(turn.text) for turn in turns):
             raise TemplateFailed(f"it writes {len(written):,} characters.")
         return written
 
     def encode(self, text: str) -> list[int]:
         """A text that the template wrote as tokens. Special tokens in what a user or the system said are plain text."""
-        plain = unmarked(text)
+        plain = unmark_control_tokens(text)
         if plain != text:
             with suppress(ValueError):  # a token that the tokenizer makes of plain text as well
                 return list(encode_marked_chat(self.tokenizer, text))
         return list(self.tokenizer(plain, add_special_tokens=False)["input_ids"])
 
-    def _marked(self, turn: Turn) -> Turn:
+    def _mark_control_tokens(self, turn: Turn) -> Turn:
         """A turn in which control tokens are marked as text."""
-        found, text = set(), turn.text
-        for place in (match.start() for match in self.control.beginnings.finditer(text)):
-            found |= {
-                each for length in self.control.lengths if (each := text[place : place + length]) in self.control.tokens
+        control_tokens, text = set(), turn.text
+        for place in (match.start() for match in self.control_tokens.first_characters.finditer(text)):
+            control_tokens |= {
+                each
+                for length in self.control_tokens.lengths
+                if (each := text[place : place + length]) in self.control_tokens.tokens
             }
-        if not found:
+        if not control_tokens:
             return turn
-        pattern = re.compile("|".join(re.escape(each) for each in sorted(found, key=len, reverse=True)))
+        pattern = re.compile("|".join(re.escape(each) for each in sorted(control_tokens, key=len, reverse=True)))
         return turn.model_copy(update={"text": mark_control_tokens(text, pattern)})
 
-    def go_on(self, prompt: str, opening: str) -> str:
+    def continue_answer(self, prompt: str, opening: str) -> str:
         """A prompt with the beginning of the answer, which the model is to continue."""
-        return prompt + self._space(prompt, opening) + opening_after(prompt, opening)
+        return prompt + self._separator(prompt, opening) + opening_after(prompt, opening)
 
-    def answer_after(self, prompt: str, answer: str, ended: bool) -> str:
+    def format_answer(self, prompt: str, answer: str, ended: bool) -> str:
         """An answer that the model did not draw itself, as the template writes it after a prompt.
 
         A thinking model is so taught to answer without a thought, not that the answer is one.
         """
-        header = self.before_answer.strip() and prompt.endswith(self.prompt_end)
+        header = self.answer_prefix.strip() and prompt.endswith(self.prompt_end)
         if (
             header
-            and THINK not in answer
+            and THINK_START not in answer
             and THINK_END not in answer
-            and (ended or THINK_END not in self.before_answer)
+            and (ended or THINK_END not in self.answer_prefix)
         ):
-            return self.before_answer + answer
-        return self._space(prompt, answer) + (close_thought(prompt, answer) if ended else answer)
+            return self.answer_prefix + answer
+        return self._separator(prompt, answer) + (close_thinking(prompt, answer) if ended else answer)
 
-    def _space(self, prompt: str, answer: str) -> str:
-        spaced = self.before_answer == " " and prompt.endswith(self.prompt_end)
+    def _separator(self, prompt: str, answer: str) -> str:
+        spaced = self.answer_prefix == " " and prompt.endswith(self.prompt_end)
         return " " if spaced and answer and not answer[0].isspace() else ""
 
-    def end_token(self, ends: Collection[int]) -> int | None:
+    def find_end_token(self, end_tokens: Collection[int]) -> int | None:
         """The first token after an assistant's turn that ends an answer, where the template writes one."""
-        for text in self.ending:
+        for text in self.turn_endings:
             for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]:
-                if token in ends:
+                if token in end_tokens:
                     return int(token)
         return None
 
     def _variables(self, template_kwargs: TemplateKwargs) -> dict[str, Any]:
         """Variables for the template, `enable_thinking` under the template's own name for it."""
         variables = dict(template_kwargs_from(template_kwargs))
-        if self.switch not in (None, "enable_thinking") and "enable_thinking" in variables:
-            variables.setdefault(str(self.switch), variables.pop("enable_thinking"))
+        if self.thinking_switch not in (None, "enable_thinking") and "enable_thinking" in variables:
+            variables.setdefault(str(self.thinking_switch), variables.pop("enable_thinking"))
         return variables
 
 
-def with_fixed_day(source: str) -> str:
+def fix_date(source: str) -> str:
     """A template to which it is always the same day: `strftime_now` is a macro that knows how the day is written."""
     formats = {match[2] for match in re.finditer(r"""strftime_now\s*\(\s*(['"])(.*?)\1""", source)}
     if "strftime_now" not in source:
@@ -269,67 +280,69 @@ def with_fixed_day(source: str) -> str:
     return f"{{% macro strftime_now(format) %}}{''.join(days)}{{% endmacro %}}\n{source}"
 
 
-def unmarked(text: str) -> str:
+def unmark_control_tokens(text: str) -> str:
     """A text without the marks around special tokens that are plain text."""
     return text.replace(MARK_START, "").replace(MARK_END, "")
 
 
 def opening_after(prompt: str, opening: str) -> str:
     """What follows a prompt so that the answer begins with `opening`; an opened thought is not opened twice."""
-    if not in_thought(prompt) or not opening.lstrip().startswith(THINK):
+    if not is_in_thinking(prompt) or not opening.lstrip().startswith(THINK_START):
         return opening
-    rest = opening.lstrip().removeprefix(THINK)
-    return rest if prompt.endswith(THINK) else rest.lstrip()
+    rest = opening.lstrip().removeprefix(THINK_START)
+    return rest if prompt.endswith(THINK_START) else rest.lstrip()
 
 
-def in_thought(prompt: str) -> bool:
+def is_in_thinking(prompt: str) -> bool:
     """Whether an answer after this begins inside of a thought."""
-    return prompt.rstrip().endswith(THINK)
+    return prompt.rstrip().endswith(THINK_START)
 
 
-def close_thought(prompt: str, answer: str) -> str:
+def close_thinking(prompt: str, answer: str) -> str:
     """A whole answer as it follows a prompt: a thought that the prompt opened, and the answer does not close, is closed
     first, so that what a person wrote is not learned as a thought."""
-    if not in_thought(prompt) or THINK_END in answer:
+    if not is_in_thinking(prompt) or THINK_END in answer:
         return answer
     return ("\n" if prompt.endswith("\n") else "") + f"{THINK_END}\n\n" + answer
 
 
-def arrange(turns: Sequence[Turn], folds_system: bool, folds_later_system: bool, joins: bool) -> list[Turn]:
+def arrange_turns(
+    turns: Sequence[Turn], merge_system: bool, merge_later_system: bool, merge_same_role: bool
+) -> list[Turn]:
     """A conversation as a template can take it: what the system says is put before what the user says next, or joined
     into one turn at the beginning; neighbours of one role are joined."""
     arranged: list[Turn] = []
-    waiting: list[str] = []
-    began = False
+    pending_system: list[str] = []
+    has_begun = False
     for turn in turns:
         if turn.role != "system":
-            began = True
-        elif folds_system or (folds_later_system and began):
-            waiting.append(turn.text)
+            has_begun = True
+        elif merge_system or (merge_later_system and has_begun):
+            pending_system.append(turn.text)
             continue
-        elif folds_later_system and arranged:
-            arranged[-1] = _joined(arranged[-1], turn.text)
+        elif merge_later_system and arranged:
+            arranged[-1] = _append_text(arranged[-1], turn.text)
             continue
-        if turn.role == "user" and waiting:
-            turn = turn.model_copy(update={"text": "\n\n".join([*waiting, turn.text])})
-            waiting = []
-        elif turn.role == "assistant" and waiting:
-            arranged.append(Turn(role="user", text="\n\n".join(waiting)))
-            waiting = []
-        if joins and arranged and arranged[-1].role == turn.role:
-            arranged[-1] = _joined(arranged[-1], turn.text)
+        if turn.role == "user" and pending_system:
+            turn = turn.model_copy(update={"text": "\n\n".join([*pending_system, turn.text])})
+            pending_system = []
+        elif turn.role == "assistant" and pending_system:
+            arranged.append(Turn(role="user", text="\n\n".join(pending_system)))
+            pending_system = []
+        if merge_same_role and arranged and arranged[-1].role == turn.role:
+            arranged[-1] = _append_text(arranged[-1], turn.text)
         else:
             arranged.append(turn)
-    if waiting:
-        last = "\n\n".join(waiting)
+    if pending_system:
+        last = "\n\n".join(pending_system)
         if arranged and arranged[-1].role == "user":
-            arranged[-1] = _joined(arranged[-1], last)
+            arranged[-1] = _append_text(arranged[-1], last)
         else:
             arranged.append(Turn(role="user", text=last))
     return arranged
 
 
-def _joined(turn: Turn, text: str) -> Turn:
+def _append_text(turn: Turn, text: str) -> Turn:
     return turn.model_copy(update={"text": f"{turn.text}\n\n{text}"})
 
 
@@ -347,31 +360,35 @@ def choose_template(template: Any) -> str | None:
         return template
     if not isinstance(template, Mapping) or not all(isinstance(each, str) for each in template.values()):
         raise TemplateFailed("it is neither text nor a list of templates with names.")
-    for name in ("default", *USUAL_NAMES):
+    for name in ("default", *DEFAULT_NAMES):
         if template.get(name):
             return str(template[name])
-    plain = [name for name in template if not str(name).lower().startswith(OTHER_PURPOSES)]
+    plain = [name for name in template if not str(name).lower().startswith(SPECIAL_NAME_PREFIXES)]
     if len(plain) == 1:
         return str(template[plain[0]])
     names = ", ".join(f"“{shorten(name)}”" for name in template)
     raise TemplateFailed(f"there are several, named {names}, and none of them is called “default”.")
 
 
-def probe(tokenizer: Any, source: str) -> ChatTemplate:
+def probe_template(tokenizer: Any, source: str) -> ChatTemplate:
     """Try a template with one and several turns, with and without a system prompt, and find out how it is used.
 
     Raises TemplateFailed where what a user says does not come out again.
     """
-    _require_no_powers(source)
-    template = _for_one_turn(tokenizer, source)
-    template = _for_several_turns(template)
-    template = _for_system(template)
-    template = _for_odd_orders(template)
-    template = _for_answers(template)
-    return replace(template, switch=_switch(template), opens_thought=in_thought(template.render([ASKED])))
+    _reject_power_operator(source)
+    template = _probe_one_turn(tokenizer, source)
+    template = _probe_several_turns(template)
+    template = _probe_system(template)
+    template = _probe_role_orders(template)
+    template = _probe_answers(template)
+    return replace(
+        template,
+        thinking_switch=_find_thinking_switch(template),
+        opens_thinking=is_in_thinking(template.render([QUESTION_TURN])),
+    )
 
 
-def _require_no_powers(source: str) -> None:
+def _reject_power_operator(source: str) -> None:
     """Raises TemplateFailed for a template that raises numbers to powers: one such step may take hours, in which
     nothing can stop it, and a conversation needs none."""
     with suppress(TemplateSyntaxError):  # which rendering tells better
@@ -380,148 +397,152 @@ def _require_no_powers(source: str) -> None:
             raise TemplateFailed("it raises numbers to powers, which may never end.")
 
 
-def _for_one_turn(tokenizer: Any, source: str) -> ChatTemplate:
-    failure, control = None, ControlTokens.of(tokenizer, source)
-    for extras in EXTRAS:
-        for parts in (frozenset[Role](), USER):
+def _probe_one_turn(tokenizer: Any, source: str) -> ChatTemplate:
+    failure, control = None, ControlTokens.from_tokenizer(tokenizer, source)
+    for extras in EXTRA_ARGUMENTS:
+        for parts in (frozenset[Role](), USER_ROLE):
             template = ChatTemplate(tokenizer, source, control, extras, parts)
             try:
-                if _holds(template.render([ASKED]), [ASKED]):
+                if _contains_all(template.render([QUESTION_TURN]), [QUESTION_TURN]):
                     return template
                 failure = failure or TemplateFailed("what the user says is not in what it writes, or is changed.")
             except TemplateFailed as error:
                 failure = failure or error
-                if str(error) == TOO_LONG:
+                if str(error) == TIMEOUT_MESSAGE:
                     raise
     assert failure is not None
     raise failure
 
 
-def _for_several_turns(template: ChatTemplate) -> ChatTemplate:
-    turns = [ASKED, ANSWERED, ASKED_AGAIN]
+def _probe_several_turns(template: ChatTemplate) -> ChatTemplate:
+    turns = [QUESTION_TURN, ANSWER_TURN, SECOND_QUESTION_TURN]
     failure = ""
-    for parts in (template.parts, template.parts | ASSISTANT):
-        trial = replace(template, parts=parts)
+    for parts in (template.roles_with_parts, template.roles_with_parts | ASSISTANT_ROLE):
+        trial = replace(template, roles_with_parts=parts)
         try:
-            if _holds(trial.render(turns), turns):
+            if _contains_all(trial.render(turns), turns):
                 return trial
             failure = failure or "Earlier messages are not in what it writes."
         except TemplateFailed as error:
             failure = failure or f"With several, {error}"
-    return replace(template, single_turn=failure)
+    return replace(template, single_turn_reason=failure)
 
 
-def _for_system(template: ChatTemplate) -> ChatTemplate:
-    several = [] if template.single_turn else [[TOLD, ASKED, ANSWERED, ASKED_AGAIN]]
-    for parts in (template.parts, template.parts | SYSTEM):
-        trial = replace(template, parts=parts)
-        if all(_writes(trial, turns) for turns in ([TOLD, ASKED], *several)):
+def _probe_system(template: ChatTemplate) -> ChatTemplate:
+    several = [] if template.single_turn_reason else [[SYSTEM_TURN, QUESTION_TURN, ANSWER_TURN, SECOND_QUESTION_TURN]]
+    for parts in (template.roles_with_parts, template.roles_with_parts | SYSTEM_ROLE):
+        trial = replace(template, roles_with_parts=parts)
+        if all(_renders_all(trial, turns) for turns in ([SYSTEM_TURN, QUESTION_TURN], *several)):
             return trial
-    return replace(template, folds_system=True)
+    return replace(template, merges_system=True)
 
 
-def _for_odd_orders(template: ChatTemplate) -> ChatTemplate:
-    if template.folds_system:
+def _probe_role_orders(template: ChatTemplate) -> ChatTemplate:
+    if template.merges_system:
         later = True
     else:
-        later = not _writes(template, [TOLD, TOLD_LATER, ASKED])
-        if not template.single_turn:
-            later = later or not _writes(template, [TOLD, ASKED, ANSWERED, TOLD_LATER, ASKED_AGAIN])
+        later = not _renders_all(template, [SYSTEM_TURN, LATER_SYSTEM_TURN, QUESTION_TURN])
+        if not template.single_turn_reason:
+            later = later or not _renders_all(
+                template, [SYSTEM_TURN, QUESTION_TURN, ANSWER_TURN, LATER_SYSTEM_TURN, SECOND_QUESTION_TURN]
+            )
     return replace(
-        template, folds_later_system=later, joins_neighbours=not _writes(template, [ASKED, ASKED_AGAIN])
+        template, merges_later_system=later, merges_same_role=not _renders_all(template, [QUESTION_TURN,
+        SECOND_QUESTION_TURN])
     )  # fmt: skip
 
 
-def _for_answers(template: ChatTemplate) -> ChatTemplate:
+def _probe_answers(template: ChatTemplate) -> ChatTemplate:
     """How an assistant's turn begins and ends."""
     try:
-        asked = template.render([ASKED])
-        ignores = template.render([ASKED], add_generation_prompt=False) == asked
-        whole = template.render([ASKED, ANSWERED], add_generation_prompt=False)
+        asked = template.render([QUESTION_TURN])
+        ignores_generation_prompt = template.render([QUESTION_TURN], add_generation_prompt=False) == asked
+        whole = template.render([QUESTION_TURN, ANSWER_TURN], add_generation_prompt=False)
     except TemplateFailed:
         return template
-    before, found, after = whole.rpartition(ANSWERED.text)
+    before, found, after = whole.rpartition(ANSWER_TURN.text)
     if not found:
         return template
     ending = [after]
     with suppress(TemplateFailed):
-        middle = template.render([ASKED, ANSWERED, ASKED_AGAIN]).partition(ANSWERED.text)[2]
-        ending.append(middle.partition(ASKED_AGAIN.text)[0])
+        middle = template.render([QUESTION_TURN, ANSWER_TURN, SECOND_QUESTION_TURN]).partition(ANSWER_TURN.text)[2]
+        ending.append(middle.partition(SECOND_QUESTION_TURN.text)[0])
     if not before.startswith(asked):
-        return replace(template, ending=tuple(ending))
+        return replace(template, turn_endings=tuple(ending))
     between = before.removeprefix(asked)
-    cuts = ignores and bool(between.strip()) and _ends_with_the_turn(template, asked)
-    prompt = before.rstrip(" ") if cuts else asked
+    cuts_prompt = ignores_generation_prompt and bool(between.strip()) and _ends_at_turn_boundary(template, asked)
+    prompt = before.rstrip(" ") if cuts_prompt else asked
     between = before.removeprefix(prompt)
     return replace(
-        template, ending=tuple(ending), prompts_by_cutting=cuts, prompt_end=prompt.rpartition(ASKED.text)[2],
-        before_answer=between if between.strip() or between == " " else "",
+        template, turn_endings=tuple(ending), cuts_prompt_from_conversation=cuts_prompt,
+        prompt_end=prompt.rpartition(QUESTION_TURN.text)[2],
+        answer_prefix=between if between.strip() or between == " " else "",
     )  # fmt: skip
 
 
-def _ends_with_the_turn(template: ChatTemplate, asked: str) -> bool:
+def _ends_at_turn_boundary(template: ChatTemplate, asked: str) -> bool:
     """Whether a prompt ends where any turn could begin, so that nothing in it begins an answer."""
     try:
-        two = template.render([ASKED, ASKED_AGAIN], add_generation_prompt=False)
+        two = template.render([QUESTION_TURN, SECOND_QUESTION_TURN], add_generation_prompt=False)
     except TemplateFailed:
         return False
-    return bool(two.partition(ASKED.text)[2].startswith(asked.rpartition(ASKED.text)[2]))
+    return bool(two.partition(QUESTION_TURN.text)[2].startswith(asked.rpartition(QUESTION_TURN.text)[2]))
 
 
-def _switch(template: ChatTemplate) -> str | None:
+def _find_thinking_switch(template: ChatTemplate) -> str | None:
     """The variable that turns thinking on and off, known by its effect."""
     for name in THINKING_SWITCHES:
         if not re.search(rf"\b{name}\b", template.source):
             continue
-        for turns in ([ASKED], [TOLD, ASKED]):
+        for turns in ([QUESTION_TURN], [SYSTEM_TURN, QUESTION_TURN]):
             with suppress(TemplateFailed):
-                arranged = arrange(turns, template.folds_system, template.folds_later_system, False)
+                arranged = arrange_turns(turns, template.merges_system, template.merges_later_system, False)
                 on, off = (template.render(arranged, {name: value}) for value in (True, False))
                 if on != off:
                     return name
     return None
 
 
-def _writes(template: ChatTemplate, turns: Sequence[Turn]) -> bool:
+def _renders_all(template: ChatTemplate, turns: Sequence[Turn]) -> bool:
     try:
-        return _holds(template.render(turns), turns)
+        return _contains_all(template.render(turns), turns)
     except TemplateFailed:
         return False
 
 
-def _holds(written: str, turns: Sequence[Turn]) -> bool:
+def _contains_all(rendered: str, turns: Sequence[Turn]) -> bool:
     """Whether all that was said is in a text, white space and capitals aside, and not as Python or JSON write a list of
     messages or parts."""
-    plain = _plain(written)
-    return AS_DATA.search(written) is None and all(_plain(turn.text) in plain for turn in turns)
+    plain = _normalize(rendered)
+    return SERIALIZED_MESSAGE.search(rendered) is None and all(_normalize(turn.text) in plain for turn in turns)
 
 
-def _plain(text: str) -> str:
+def _normalize(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
 # ── What a template does wrong ─────────────────────────────────────────────────────────────────────
 
-TOO_LONG = f"it does not come to an end within {RENDER_SECONDS:.0f} seconds."
+TIMEOUT_MESSAGE = f"it does not come to an end within {RENDER_SECONDS:.0f} seconds."
 
 
-def _in_words(error: Exception) -> str:
+def _explain(error: Exception) -> str:
     """What a template raised, as a sentence."""
-    said = shorten(str(error).strip(), 300).rstrip(".")
+    text = shorten(str(error).strip(), 300).rstrip(".")
     match error:
-        case _TookTooLong():
-            return TOO_LONG
+        case _RenderTimeout():
+            return TIMEOUT_MESSAGE
         case TemplateSyntaxError():
             return f"line {error.lineno} cannot be read: {shorten(error.message or '', 300).rstrip('.')}."
         case TemplateError() if type(error) is TemplateError:
-            return f"it says “{said}”." if said else "it refuses it without a reason."
+            return f"it says “{text}”." if text else "it refuses it without a reason."
         case RecursionError():
             return "it calls itself without an end."
         case MemoryError():
             return "it needs more memory than there is."
         case _:
             return (
-                f"it fails with “{said}” ({type(error).__name__})." if said else f"it fails ({type(error).__name__})."
+                f"it fails with “{text}” ({type(error).__name__})." if text else f"it fails ({type(error).__name__})."
             )
 
 
@@ -533,7 +554,7 @@ class Watchdog:
         self._lock = threading.Lock()
         self._deadlines: dict[int, float] = {}
         """When what runs in a thread is stopped, by the thread's id."""
-        self._watches = False
+        self._is_watching = False
 
     @contextmanager
     def limit(self, seconds: float) -> Iterator[None]:
@@ -541,8 +562,8 @@ class Watchdog:
         thread = threading.get_ident()
         with self._lock:
             self._deadlines[thread] = time.monotonic() + seconds
-            if not self._watches:
-                self._watches = True
+            if not self._is_watching:
+                self._is_watching = True
                 threading.Thread(target=self._watch, name="template watchdog", daemon=True).start()
         try:
             yield
@@ -552,16 +573,16 @@ class Watchdog:
 
     def _watch(self) -> None:
         idle = 0
-        while idle < WATCHED_IDLE:
-            time.sleep(WATCH_SECONDS)
+        while idle < WATCHDOG_IDLE_CHECKS:
+            time.sleep(WATCHDOG_INTERVAL)
             with self._lock:
                 for thread, deadline in list(self._deadlines.items()):
                     if time.monotonic() > deadline:
                         del self._deadlines[thread]
-                        error = ctypes.py_object(_TookTooLong)
+                        error = ctypes.py_object(_RenderTimeout)
                         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error)
                 idle = 0 if self._deadlines else idle + 1
-                self._watches = idle < WATCHED_IDLE
+                self._is_watching = idle < WATCHDOG_IDLE_CHECKS
 
 
 WATCHDOG = Watchdog()

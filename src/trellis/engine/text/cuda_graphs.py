@@ -15,101 +15,106 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...params import Sampling
-from .fast_forward import Cache, Layer, Lean
-from .sampling import drawn_from, is_greedy
+from .fast_forward import FastForward, FusedLayer, KVCache
+from .sampling import is_greedy, sample_scaled
 
-STEPS = 4
+STEPS_PER_SYNC = 4
 """So many steps are run for each time that the processor waits for their tokens."""
 
-ROUND = 64
+CAPACITY_MULTIPLE = 64
 """Rooms are rounded up to this, so that prompts of like length share a graph."""
 
-KEPT = 4
+MAX_GRAPHS = 4
 """So many graphs are kept, those that were used last; each holds the keys and values of its shape."""
 
-Drawn = list[tuple[list[int], list[float]]]
+SampledSteps = list[tuple[list[int], list[float]]]
 """Some steps: of each, a token for every row and its log-probability."""
 
 
 @dataclass(frozen=True)
-class Shape:
+class GraphShape:
     """What a graph is captured for: rows, room for positions and draws, and which filters it has."""
 
     rows: int
-    room: int
-    draws: int
+    capacity: int
+    steps: int
     nucleus: bool
     greedy: bool
 
 
-class Stepper:
+class CapturedStep:
     """The tensors that a step reads and writes, all in place. `step` may be captured, or run as it is."""
 
-    def __init__(self, lean: Lean, layers: Sequence[Layer], shape: Shape) -> None:
-        self._lean, self._layers, self.shape = lean, layers, shape
-        device = lean.device
-        self.cache = Cache.empty(lean, shape.rows, shape.room)
+    def __init__(self, fast_forward: FastForward, layers: Sequence[FusedLayer], shape: GraphShape) -> None:
+        self._fast_forward, self._layers, self.shape = fast_forward, layers, shape
+        device = fast_forward.device
+        self.cache = KVCache.empty(fast_forward, shape.rows, shape.capacity)
         for each in (*self.cache.keys, *self.cache.values):
             each.zero_()  # what is masked must still be a number
-        self.angles = [table[: shape.room].clone() for table in lean.angles(shape.room)]
-        self.places = torch.arange(shape.room, device=device)
+        self.rotary_tables = [table[: shape.capacity].clone() for table in fast_forward.rotary_tables(shape.capacity)]
+        self.positions = torch.arange(shape.capacity, device=device)
         self.ids = torch.zeros(shape.rows, dtype=torch.long, device=device)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
-        self.count = torch.zeros(1, dtype=torch.long, device=device)
-        self.chances = torch.zeros(shape.draws, shape.rows, device=device)
+        self.step_index = torch.zeros(1, dtype=torch.long, device=device)
+        self.uniforms = torch.zeros(shape.steps, shape.rows, device=device)
         self.temperature, self.min_p, self.top_p = (torch.ones((), device=device) for _ in range(3))
-        self.tokens = torch.zeros(shape.draws, shape.rows, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros(shape.draws, shape.rows, device=device)
+        self.tokens = torch.zeros(shape.steps, shape.rows, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(shape.steps, shape.rows, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def begin(self, cache: Cache, sampling: Sampling, uniforms: Tensor, drawn: Tensor) -> None:
+    def load(self, cache: KVCache, sampling: Sampling, uniforms: Tensor, pending: Tensor) -> None:
         """Take over rows that have grown so far, with a token (R,) of each that is still to be fed."""
         for mine, theirs in ((self.cache.keys, cache.keys), (self.cache.values, cache.values)):
             for here, there in zip(mine, theirs, strict=True):
                 here[:, :, : cache.length] = there[:, :, : cache.length]
-        self.ids.copy_(drawn)
+        self.ids.copy_(pending)
         self.position.fill_(cache.length)
-        self.count.zero_()
-        self.chances[: len(uniforms)] = uniforms
+        self.step_index.zero_()
+        self.uniforms[: len(uniforms)] = uniforms
         self.temperature.fill_(1.0 if is_greedy(sampling) else sampling.temperature)
         self.min_p.fill_(sampling.min_p)
         self.top_p.fill_(sampling.top_p)
 
     def step(self) -> None:
-        lean, rows = self._lean, self.shape.rows
-        cos, sin = (table.index_select(0, self.position)[None] for table in self.angles)
-        hidden = (self.places > self.position)[None, None, None]
-        x = lean.embed(self.ids)
+        fast_forward, rows = self._fast_forward, self.shape.rows
+        cos, sin = (table.index_select(0, self.position)[None] for table in self.rotary_tables)
+        is_masked = (self.positions > self.position)[None, None, None]
+        x = fast_forward.embed(self.ids)
         for layer, keys, values in zip(self._layers, self.cache.keys, self.cache.values, strict=True):
-            q, k, v = lean.heads_of(layer, x, rows, 1, cos[:, None], sin[:, None])
+            q, k, v = fast_forward.project_qkv(layer, x, rows, 1, cos[:, None], sin[:, None])
             keys.index_copy_(2, self.position, k)
             values.index_copy_(2, self.position, v)
-            grouped = q.reshape(rows, lean.kv_heads, -1, lean.head_dim)
-            scores = torch.matmul(grouped, keys.transpose(-1, -2)).float() * lean.scale
-            shares = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1).to(values.dtype)
-            seen = torch.matmul(shares, values).view(rows, lean.heads, 1, lean.head_dim)
-            x = lean.after_attention(layer, x, seen)
-        logits = lean.logits(functional.rms_norm(x, x.shape[-1:], lean.norm, lean.eps)).float() / self.temperature
+            grouped = q.reshape(rows, fast_forward.kv_heads, -1, fast_forward.head_dim)
+            scores = torch.matmul(grouped, keys.transpose(-1, -2)).float() * fast_forward.scale
+            attention = torch.softmax(scores.masked_fill(is_masked, float("-inf")), dim=-1).to(values.dtype)
+            attended = torch.matmul(attention, values).view(rows, fast_forward.heads, 1, fast_forward.head_dim)
+            x = fast_forward.finish_layer(layer, x, attended)
+        logits = (
+            fast_forward.logits(functional.rms_norm(x, x.shape[-1:], fast_forward.norm, fast_forward.norm_eps)).float()
+            / self.temperature
+        )
         if self.shape.greedy:
-            drawn = logits.argmax(dim=-1)
-            logprobs = torch.log_softmax(logits, dim=-1).gather(-1, drawn[:, None])[:, 0]
+            tokens = logits.argmax(dim=-1)
+            logprobs = torch.log_softmax(logits, dim=-1).gather(-1, tokens[:, None])[:, 0]
         else:
             top_p = self.top_p if self.shape.nucleus else 1.0
-            drawn, logprobs = drawn_from(logits, self.min_p, top_p, self.chances.index_select(0, self.count)[0])
-        self.tokens.index_copy_(0, self.count, drawn[None])
-        self.logprobs.index_copy_(0, self.count, logprobs[None])
-        self.ids.copy_(drawn)
+            tokens, logprobs = sample_scaled(
+                logits, self.min_p, top_p, self.uniforms.index_select(0, self.step_index)[0]
+            )
+        self.tokens.index_copy_(0, self.step_index, tokens[None])
+        self.logprobs.index_copy_(0, self.step_index, logprobs[None])
+        self.ids.copy_(tokens)
         self.position.add_(1)
-        self.count.add_(1)
+        self.step_index.add_(1)
 
     def capture(self) -> None:
         """Record a step. What it runs meanwhile is undone by `begin`."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             for _ in range(2):
                 self.step()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.step()
@@ -122,44 +127,44 @@ class Stepper:
                 self.graph.replay()
 
 
-class Graphs:
+class StepGraphs:
     """The steppers over one adapter's layers. One that is at work is nobody else's: several offers may be under way."""
 
-    def __init__(self, lean: Lean, layers: Sequence[Layer]) -> None:
-        self._lean, self._layers = lean, layers
-        self._free: list[Stepper] = []
+    def __init__(self, fast_forward: FastForward, layers: Sequence[FusedLayer]) -> None:
+        self._fast_forward, self._layers = fast_forward, layers
+        self._free: list[CapturedStep] = []
 
-    def draws(
-        self, install: Callable[[], object], cache: Cache, sampling: Sampling, uniforms: Tensor, drawn: Tensor
-    ) -> Iterator[Drawn]:
+    def sample_steps(
+        self, install: Callable[[], object], cache: KVCache, sampling: Sampling, uniforms: Tensor, pending: Tensor
+    ) -> Iterator[SampledSteps]:
         """Draw a token for each row of `uniforms` (S, R), from rows that have grown so far and tokens (R,) that are
         not fed yet. `install` puts the right weights into the layers; it is called before each few steps."""
         if not len(uniforms):
             return
-        draws = -(-len(uniforms) // ROUND) * ROUND
-        room = -(-(cache.length + draws) // ROUND) * ROUND
-        shape = Shape(len(drawn), room, draws, sampling.top_p < 1, is_greedy(sampling))
-        stepper = self._take(shape)
+        steps = -(-len(uniforms) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
+        capacity = -(-(cache.length + steps) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
+        shape = GraphShape(len(pending), capacity, steps, sampling.top_p < 1, is_greedy(sampling))
+        graph_step = self._take(shape)
         try:
             with torch.inference_mode():
-                stepper.begin(cache, sampling, uniforms, drawn)
-            for begin in range(0, len(uniforms), STEPS):
-                end = min(begin + STEPS, len(uniforms))
+                graph_step.load(cache, sampling, uniforms, pending)
+            for begin in range(0, len(uniforms), STEPS_PER_SYNC):
+                end = min(begin + STEPS_PER_SYNC, len(uniforms))
                 install()
                 with torch.inference_mode():
-                    stepper.run(end - begin)
-                tokens, logprobs = stepper.tokens[begin:end].tolist(), stepper.logprobs[begin:end].tolist()
+                    graph_step.run(end - begin)
+                tokens, logprobs = graph_step.tokens[begin:end].tolist(), graph_step.logprobs[begin:end].tolist()
                 yield list(zip(tokens, logprobs, strict=True))
         finally:
-            self._free.append(stepper)
-            del self._free[:-KEPT]
+            self._free.append(graph_step)
+            del self._free[:-MAX_GRAPHS]
 
-    def _take(self, shape: Shape) -> Stepper:
+    def _take(self, shape: GraphShape) -> CapturedStep:
         for place, stepper in enumerate(self._free):
             if stepper.shape == shape:
                 return self._free.pop(place)
         with torch.inference_mode():
-            stepper = Stepper(self._lean, self._layers, shape)
-            if self._lean.device.type == "cuda":
+            stepper = CapturedStep(self._fast_forward, self._layers, shape)
+            if self._fast_forward.device.type == "cuda":
                 stepper.capture()
         return stepper

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from ...params import OPENING_TOKEN_BUDGET, Sampling
-from .group_forward import Forward, Rows
-from .quality_metrics import grams_of, overlap_of
-from .sampling import draw, is_greedy, overflowed, uniforms
-from .vocabulary import TextReader
+from .group_forward import AnswerRows, GroupForward
+from .quality_metrics import bigram_overlap, token_bigrams
+from .sampling import draw_uniforms, is_greedy, overflow_error, sample
+from .vocabulary import IncrementalDetokenizer
 
-OPENING = 6
+OPENING_TOKENS = 6
 """So many tokens of an answer are drawn before it is known which answers go on."""
 
 
-class Growing:
+class GrowingOption:
     """One option while it is drawn. Its text is read from its tokens when somebody asks for it, as what goes on from
     the prompt's. One whose next token has no probability ends before it, with `overflowed`."""
 
@@ -32,19 +32,19 @@ class Growing:
         self.finish: Literal["stop", "length"] | None = None
         self.overflowed = False
         self._text = ""
-        self._unread: list[int] = []
-        self._reader = TextReader(tokenizer, prompt)
+        self._undecoded: list[int] = []
+        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt)
 
     @property
     def text(self) -> str:
-        if self._unread:
-            self._text += self._reader.read(self._unread)
-            self._unread = []
+        if self._undecoded:
+            self._text += self._detokenizer.decode(self._undecoded)
+            self._undecoded = []
         if self.finish:
-            self._text += self._reader.rest()
+            self._text += self._detokenizer.flush()
         return self._text
 
-    def grow(self, token: int, logprob: float, ends: frozenset[int], most: int) -> None:
+    def add_token(self, token: int, logprob: float, end_tokens: frozenset[int], max_new_tokens: int) -> None:
         """Go on with a token, unless it has ended."""
         if self.finish:
             return
@@ -53,24 +53,24 @@ class Growing:
             return
         self.tokens.append(token)
         self.logprob += logprob
-        if token in ends:
+        if token in end_tokens:
             self.finish = "stop"
             return
-        self._unread.append(token)
-        if len(self.tokens) == most:
+        self._undecoded.append(token)
+        if len(self.tokens) == max_new_tokens:
             self.finish = "length"
 
 
 def decode_group(
-    forward: Forward,
+    forward: GroupForward,
     tokenizer: Any,
     prompt: list[int],
-    ends: frozenset[int],
+    end_tokens: frozenset[int],
     sampling: Sampling,
     size: int,
     seed: int,
     openings: int = 1,
-) -> Iterator[list[Growing]]:
+) -> Iterator[list[GrowingOption]]:
     """Draw `size` answers to one prompt. Yields the same list after every step, one token further.
 
     Log-probabilities are of the drawn tokens, in fp32, from the logits over the temperature, before any
@@ -81,88 +81,92 @@ def decode_group(
     answers are empty.
     """
     generator = torch.Generator().manual_seed(seed)
-    most = sampling.max_new_tokens
-    group = [Growing(tokenizer, prompt) for _ in range(size)]
+    max_new_tokens = sampling.max_new_tokens
+    group = [GrowingOption(tokenizer, prompt) for _ in range(size)]
     if is_greedy(sampling):
         openings = 1  # they would all be the same
     openings = max(1, min(openings, OPENING_TOKEN_BUDGET // (size * len(prompt))))
-    drawn: Tensor | None = None
+    pending: Tensor | None = None
     if openings == 1:
-        rows = forward.rows(prompt, size, len(prompt) + most)
+        rows = forward.rows(prompt, size, len(prompt) + max_new_tokens)
     else:
-        rows, begun, scores = yield from _begin(
-            forward, prompt, ends, sampling, size, openings, generator, waiting=group
+        rows, openings_tokens, scores = yield from _begin_openings(
+            forward, prompt, end_tokens, sampling, size, openings, generator, waiting=group
         )
-        for option, opening, scored in zip(group, begun, scores, strict=True):
+        for option, opening, scored in zip(group, openings_tokens, scores, strict=True):
             for token, score in zip(opening, scored, strict=True):
-                option.grow(token, score, ends, most)
-        drawn = torch.tensor([opening[-1] for opening in begun], device=forward.device)
+                option.add_token(token, score, end_tokens, max_new_tokens)
+        pending = torch.tensor([opening[-1] for opening in openings_tokens], device=forward.device)
         yield group
     if all(option.finish for option in group):
         return
-    chances = uniforms(most, size, generator, forward.device)
-    for steps in rows.draws(sampling, chances, drawn):
+    chances = draw_uniforms(max_new_tokens, size, generator, forward.device)
+    for steps in rows.sample_steps(sampling, chances, pending):
         for tokens, logprobs in steps:
             for option, token, logprob in zip(group, tokens, logprobs, strict=True):
-                option.grow(token, logprob, ends, most)
+                option.add_token(token, logprob, end_tokens, max_new_tokens)
             yield group
             if all(option.finish for option in group):
                 return
 
 
-def _begin(
-    forward: Forward, prompt: list[int], ends: frozenset[int], sampling: Sampling, size: int, openings: int,
-    generator: torch.Generator, waiting: list[Growing],
-) -> Generator[list[Growing], None, tuple[Rows, list[list[int]], list[list[float]]]]:  # fmt: skip
+def _begin_openings(
+    forward: GroupForward, prompt: list[int], end_tokens: frozenset[int], sampling: Sampling, size: int, openings: int,
+    generator: torch.Generator, waiting: list[GrowingOption],
+) -> Generator[list[GrowingOption], None, tuple[AnswerRows, list[list[int]], list[list[float]]]]:  # fmt: skip
     """Begin more answers than are wanted, half of them by the base model, and choose which go on: their rows under the
     adapted weights, with the last token of each still to be fed, their tokens, and the log-probabilities of these.
     One that the model gives no numbers for is not among them. Raises EngineError where too few are left."""
     total = size * openings
     half = -(-total // 2)
-    room = len(prompt) + sampling.max_new_tokens
-    own = forward.rows(prompt, half, room)
-    other = forward.rows(prompt, total - half, room, base=True)
-    begun: list[list[int]] = [[] for _ in range(total)]
-    lost: set[int] = set()
-    drawn: Tensor | None = None
-    length = min(OPENING, sampling.max_new_tokens)
-    for chances in uniforms(length, total, generator, forward.device):
-        if drawn is not None:
+    capacity = len(prompt) + sampling.max_new_tokens
+    own_rows = forward.rows(prompt, half, capacity)
+    base_rows = forward.rows(prompt, total - half, capacity, base=True)
+    opening_tokens: list[list[int]] = [[] for _ in range(total)]
+    failed_rows: set[int] = set()
+    pending: Tensor | None = None
+    length = min(OPENING_TOKENS, sampling.max_new_tokens)
+    for chances in draw_uniforms(length, total, generator, forward.device):
+        if pending is not None:
             yield waiting
-            own.feed(drawn[:half, None])
-            other.feed(drawn[half:, None])
+            own_rows.feed(pending[:half, None])
+            base_rows.feed(pending[half:, None])
         with torch.inference_mode():
-            drawn, scores = draw(torch.cat([own.logits, other.logits]), sampling, chances)
-        lost |= {row for row, score in enumerate(scores.tolist()) if math.isnan(score)}
-        for opening, token in zip(begun, drawn.tolist(), strict=True):
-            if not opening or opening[-1] not in ends:
+            pending, scores = sample(torch.cat([own_rows.logits, base_rows.logits]), sampling, chances)
+        failed_rows |= {row for row, score in enumerate(scores.tolist()) if math.isnan(score)}
+        for opening, token in zip(opening_tokens, pending.tolist(), strict=True):
+            if not opening or opening[-1] not in end_tokens:
                 opening.append(token)
-        if all(opening[-1] in ends for opening in begun):
+        if all(opening[-1] in end_tokens for opening in opening_tokens):
             break
     # By turns, so that where nothing is alike neither model's come first.
-    by_turns = [begun[row] for row in sorted(range(total), key=lambda row: row % half) if row not in lost]
-    if len(by_turns) < size:
-        raise overflowed()
-    kept = [by_turns[place] for place in most_different(by_turns, size)]
+    interleaved = [
+        opening_tokens[row] for row in sorted(range(total), key=lambda row: row % half) if row not in failed_rows
+    ]
+    if len(interleaved) < size:
+        raise overflow_error()
+    selected = [interleaved[place] for place in select_most_different(interleaved, size)]
     # What the base began goes on under the adapted weights, and is told by their log-probabilities.
-    rows = own.again(size)
-    width = max(map(len, kept))
-    ids = torch.tensor([opening + [0] * (width - len(opening)) for opening in kept], device=forward.device)
+    rows = own_rows.restart(size)
+    width = max(map(len, selected))
+    ids = torch.tensor([opening + [0] * (width - len(opening)) for opening in selected], device=forward.device)
     logits = rows.logits[:, None]
     if width > 1:
         logits = torch.cat([logits, rows.feed(ids[:, :-1])], dim=1)
-    told = torch.log_softmax(logits.float() / sampling.temperature, dim=-1).gather(-1, ids[:, :, None])[..., 0]
-    return rows, kept, [line[: len(opening)] for opening, line in zip(kept, told.tolist(), strict=True)]
+    logprobs = torch.log_softmax(logits.float() / sampling.temperature, dim=-1).gather(-1, ids[:, :, None])[..., 0]
+    return rows, selected, [line[: len(opening)] for opening, line in zip(selected, logprobs.tolist(), strict=True)]
 
 
-def most_different(openings: list[list[int]], size: int) -> list[int]:
+def select_most_different(openings: list[list[int]], size: int) -> list[int]:
     """Which of some openings go on: the first, then always the one that is least like those taken before it
     (farthest-point selection, Gonzalez 1985), by the overlap of their pairs of neighbouring tokens."""
-    grams = [grams_of(opening) for opening in openings]
-    kept = [0]
-    nearest = [overlap_of(each, grams[0]) for each in grams]
-    while len(kept) < size:
-        at = min((row for row in range(len(grams)) if row not in kept), key=lambda row: nearest[row])
-        kept.append(at)
-        nearest = [max(near, overlap_of(each, grams[at])) for near, each in zip(nearest, grams, strict=True)]
-    return kept
+    grams = [token_bigrams(opening) for opening in openings]
+    selected = [0]
+    nearest_overlap = [bigram_overlap(each, grams[0]) for each in grams]
+    while len(selected) < size:
+        at = min((row for row in range(len(grams)) if row not in selected), key=lambda row: nearest_overlap[row])
+        selected.append(at)
+        nearest_overlap = [
+            max(near, bigram_overlap(each, grams[at])) for near, each in zip(nearest_overlap, grams, strict=True)
+        ]
+    return selected

@@ -25,7 +25,7 @@ def dequantize(
 
     `stored` is emptied as it is read, so that no weight is held twice for long.
     """
-    unpack = {BLOCK_FP8: _unpack_fp8, BITSANDBYTES: _unpack_bitsandbytes}[method]
+    unpack = {BLOCK_FP8: _dequantize_fp8, BITSANDBYTES: _dequantize_bitsandbytes}[method]
     unpacked: dict[str, Tensor] = {}
     for name in [name for name in stored if name.endswith("weight") or f"{name}_scale_inv" in stored]:
         if (weight := unpack(name, stored, quantization)) is not None:
@@ -36,7 +36,7 @@ def dequantize(
     return unpacked
 
 
-def _unpack_fp8(name: str, stored: dict[str, Tensor], quantization: Mapping[str, Any]) -> Tensor | None:
+def _dequantize_fp8(name: str, stored: dict[str, Tensor], quantization: Mapping[str, Any]) -> Tensor | None:
     """A weight (…, N, K) times its scales, one for each block of rows and columns (DeepSeek-V3, arXiv 2412.19437)."""
     scale = stored.pop(f"{name}_scale_inv", None)
     if scale is None:
@@ -52,7 +52,7 @@ def _unpack_fp8(name: str, stored: dict[str, Tensor], quantization: Mapping[str,
     return weight.mul_(scale)
 
 
-def _unpack_bitsandbytes(name: str, stored: dict[str, Tensor], quantization: Mapping[str, Any]) -> Tensor | None:
+def _dequantize_bitsandbytes(name: str, stored: dict[str, Tensor], quantization: Mapping[str, Any]) -> Tensor | None:
     """A weight in NF4 or FP4 with its state of quantisation (QLoRA, arXiv 2305.14314), or in 8 bits with a scale a row
     (LLM.int8(), arXiv 2208.07339)."""
     scales = name.removesuffix("weight") + "SCB"

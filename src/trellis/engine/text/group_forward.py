@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from ...params import Sampling
-from .adapters import Slot
-from .cache_support import Past
-from .cuda_graphs import Drawn, Graphs
-from .fast_forward import Cache, Layer
-from .sampling import draw
+from .adapters import AdapterSlot
+from .cache_support import ModelCache
+from .cuda_graphs import SampledSteps, StepGraphs
+from .fast_forward import FusedLayer, KVCache
+from .sampling import sample
 
 
-class Rows(ABC):
+class AnswerRows(ABC):
     """Answers to one prompt that grow together. `logits` (R, V) are of each one's next token."""
 
     logits: Tensor
@@ -30,142 +30,150 @@ class Rows(ABC):
         """Go on with tokens (R, T), the same count in each row. Returns logits (R, T, V), after each of them."""
 
     @abstractmethod
-    def again(self, count: int) -> Rows:
+    def restart(self, count: int) -> AnswerRows:
         """So many rows at the prompt's end, which is not read again."""
 
-    def draws(self, sampling: Sampling, uniforms: Tensor, drawn: Tensor | None) -> Iterator[Drawn]:
+    def sample_steps(self, sampling: Sampling, uniforms: Tensor, pending: Tensor | None) -> Iterator[SampledSteps]:
         """Draw token after token, one for each row of `uniforms` (S, R); `drawn` (R,) are not fed yet."""
         for line in uniforms:
-            if drawn is not None:
-                self.feed(drawn[:, None])
+            if pending is not None:
+                self.feed(pending[:, None])
             with torch.inference_mode():
-                drawn, logprobs = draw(self.logits, sampling, line)
-            yield [(drawn.tolist(), logprobs.tolist())]
+                pending, logprobs = sample(self.logits, sampling, line)
+            yield [(pending.tolist(), logprobs.tolist())]
 
 
-class Forward(ABC):
+class GroupForward(ABC):
     """A model with some weights in it. Other work may put others there in between: each step has its own put back."""
 
     device: torch.device
 
     @abstractmethod
-    def rows(self, prompt: list[int], count: int, room: int, base: bool = False) -> Rows:
+    def rows(self, prompt: list[int], count: int, capacity: int, base: bool = False) -> AnswerRows:
         """Rows at the end of a prompt, with room for so many positions in all; of the base model, where that is
         wanted."""
 
 
-def forward_of(slot: Slot, flat: Tensor, length: int) -> Forward:
+def group_forward_for(slot: AdapterSlot, flat: Tensor, length: int) -> GroupForward:
     """The quickest way through a model with these values (P,) in its adapter, for texts of up to so many tokens."""
-    if slot.adapted is not None and slot.adapted.lean.reaches(length):
-        return LeanForward(slot, flat, slot.graphs)
-    return GeneralForward(slot, flat)
+    if slot.adapted_layers is not None and slot.adapted_layers.fast_forward.has_full_attention(length):
+        return FastGroupForward(slot, flat, slot.graphs)
+    return GenericGroupForward(slot, flat)
 
 
-class GeneralForward(Forward):
+class GenericGroupForward(GroupForward):
     """Through transformers' own forward: any causal model."""
 
-    def __init__(self, slot: Slot, flat: Tensor) -> None:
+    def __init__(self, slot: AdapterSlot, flat: Tensor) -> None:
         self._slot, self._flat = slot, flat
         self.device = slot.flat.device
 
-    def rows(self, prompt: list[int], count: int, room: int, base: bool = False) -> Rows:
-        return GeneralRows(self, prompt, count, base)
+    def rows(self, prompt: list[int], count: int, capacity: int, base: bool = False) -> AnswerRows:
+        return GenericRows(self, prompt, count, base)
 
-    def run(self, ids: Tensor, past: Past, base: bool, last: bool) -> Tensor:
+    def run(self, ids: Tensor, cache: ModelCache, base: bool, last: bool) -> Tensor:
         """Read tokens (R, T). Returns logits to draw from: rows that no token belongs to are impossible."""
         slot = self._slot
-        with slot.turn, torch.inference_mode():
+        with slot.lock, torch.inference_mode():
             slot.install(self._flat)
-            with slot.reference() if base else nullcontext():
-                found = past.read(slot.model.get_base_model(), ids, last)
-            if slot.missing is not None:
-                found = found.index_fill(-1, slot.missing, float("-inf"))
-        return found
+            with slot.without_adapter() if base else nullcontext():
+                logits = cache.read(slot.model.get_base_model(), ids, last)
+            if slot.unused_rows is not None:
+                logits = logits.index_fill(-1, slot.unused_rows, float("-inf"))
+        return logits
 
-    def past(self) -> Past:
-        return Past(self._slot.caching)
+    def new_cache(self) -> ModelCache:
+        return ModelCache(self._slot.cache_support)
 
 
-class GeneralRows(Rows):
-    def __init__(self, forward: GeneralForward, prompt: list[int], count: int, base: bool) -> None:
+class GenericRows(AnswerRows):
+    def __init__(self, forward: GenericGroupForward, prompt: list[int], count: int, base: bool) -> None:
         self._forward, self._prompt, self._base = forward, prompt, base
-        self._past = forward.past()
+        self._cache = forward.new_cache()
         ids = torch.tensor([prompt], device=forward.device)
-        first = forward.run(ids, self._past, base, last=True)
+        first = forward.run(ids, self._cache, base, last=True)
         with torch.inference_mode():
-            copied = self._past.spread(count)
-        if not copied:  # then the prompt is read in each row
-            self._past = forward.past()
-            first = forward.run(ids.expand(count, -1), self._past, base, last=True)
+            is_repeated = self._cache.repeat(count)
+        if not is_repeated:  # then the prompt is read in each row
+            self._cache = forward.new_cache()
+            first = forward.run(ids.expand(count, -1), self._cache, base, last=True)
         self.logits = first[:, -1].expand(count, -1)
 
     def feed(self, tokens: Tensor) -> Tensor:
-        found = self._forward.run(tokens, self._past, self._base, last=False)
-        self.logits = found[:, -1]
-        return found
+        logits = self._forward.run(tokens, self._cache, self._base, last=False)
+        self.logits = logits[:, -1]
+        return logits
 
-    def again(self, count: int) -> Rows:
-        return GeneralRows(self._forward, self._prompt, count, self._base)
+    def restart(self, count: int) -> AnswerRows:
+        return GenericRows(self._forward, self._prompt, count, self._base)
 
 
-class LeanForward(Forward):
+class FastGroupForward(GroupForward):
     """Through the lean pass. Each step may be done by another thread, on layers of its own."""
 
-    def __init__(self, slot: Slot, flat: Tensor, graphs: Graphs | None = None) -> None:
-        assert slot.adapted is not None
+    def __init__(self, slot: AdapterSlot, flat: Tensor, graphs: StepGraphs | None = None) -> None:
+        assert slot.adapted_layers is not None
         self._slot, self._flat, self.graphs = slot, flat, graphs
-        self.lean = slot.adapted.lean
-        self.device = self.lean.device
+        self.fast_forward = slot.adapted_layers.fast_forward
+        self.device = self.fast_forward.device
 
-    def rows(self, prompt: list[int], count: int, room: int, base: bool = False) -> Rows:
-        return LeanRows(self, prompt, count, room, base)
+    def rows(self, prompt: list[int], count: int, capacity: int, base: bool = False) -> AnswerRows:
+        return FastRows(self, prompt, count, capacity, base)
 
-    def layers(self, base: bool) -> list[Layer]:
+    def layers(self, base: bool) -> list[FusedLayer]:
         """The layers with the right values in them, as of now."""
         if base:
-            return self.lean.layers
-        adapted = self._slot.adapted
+            return self.fast_forward.layers
+        adapted = self._slot.adapted_layers
         assert adapted is not None
         adapted.install(self._flat)
         return adapted.layers
 
 
-class LeanRows(Rows):
+class FastRows(AnswerRows):
     def __init__(
-        self, forward: LeanForward, prompt: list[int], count: int, room: int, base: bool, known: LeanRows | None = None
+        self,
+        forward: FastGroupForward,
+        prompt: list[int],
+        count: int,
+        capacity: int,
+        base: bool,
+        template: FastRows | None = None,
     ) -> None:
-        self._forward, self._prompt, self._room, self._base = forward, prompt, room, base
-        lean = forward.lean
+        self._forward, self._prompt, self._capacity, self._base = forward, prompt, capacity, base
+        fast_forward = forward.fast_forward
         with torch.inference_mode():
-            self.cache = Cache.empty(lean, count, room)
-            if known is None:
-                read = Cache.empty(lean, 1, len(prompt))
-                ids = torch.tensor([prompt], device=lean.device)
-                self._first = lean.logits(lean.forward(forward.layers(base), ids, read)[:, -1])
-                self.cache.begin_with(read, len(prompt))
+            self.cache = KVCache.empty(fast_forward, count, capacity)
+            if template is None:
+                prompt_cache = KVCache.empty(fast_forward, 1, len(prompt))
+                ids = torch.tensor([prompt], device=fast_forward.device)
+                self._prompt_logits = fast_forward.logits(
+                    fast_forward.forward(forward.layers(base), ids, prompt_cache)[:, -1]
+                )
+                self.cache.copy_prefix(prompt_cache, len(prompt))
             else:
-                self._first = known._first
-                self.cache.begin_with(known.cache, len(prompt))
-            self.logits = self._first.expand(count, -1)
+                self._prompt_logits = template._prompt_logits
+                self.cache.copy_prefix(template.cache, len(prompt))
+            self.logits = self._prompt_logits.expand(count, -1)
 
     def feed(self, tokens: Tensor) -> Tensor:
-        lean = self._forward.lean
+        fast_forward = self._forward.fast_forward
         with torch.inference_mode():
-            found = lean.logits(lean.forward(self._forward.layers(self._base), tokens, self.cache))
-        self.logits = found[:, -1]
-        return found
+            logits = fast_forward.logits(fast_forward.forward(self._forward.layers(self._base), tokens, self.cache))
+        self.logits = logits[:, -1]
+        return logits
 
-    def again(self, count: int) -> Rows:
-        return LeanRows(self._forward, self._prompt, count, self._room, self._base, self)
+    def restart(self, count: int) -> AnswerRows:
+        return FastRows(self._forward, self._prompt, count, self._capacity, self._base, self)
 
-    def draws(self, sampling: Sampling, uniforms: Tensor, drawn: Tensor | None) -> Iterator[Drawn]:
+    def sample_steps(self, sampling: Sampling, uniforms: Tensor, pending: Tensor | None) -> Iterator[SampledSteps]:
         graphs = self._forward.graphs
         if graphs is None or self._base:
-            yield from super().draws(sampling, uniforms, drawn)
+            yield from super().sample_steps(sampling, uniforms, pending)
             return
-        if drawn is None:  # the first token is there before anything is captured
+        if pending is None:  # the first token is there before anything is captured
             with torch.inference_mode():
-                drawn, logprobs = draw(self.logits, sampling, uniforms[0])
-            yield [(drawn.tolist(), logprobs.tolist())]
+                pending, logprobs = sample(self.logits, sampling, uniforms[0])
+            yield [(pending.tolist(), logprobs.tolist())]
             uniforms = uniforms[1:]
-        yield from graphs.draws(lambda: self._forward.layers(False), self.cache, sampling, uniforms, drawn)
+        yield from graphs.sample_steps(lambda: self._forward.layers(False), self.cache, sampling, uniforms, pending)

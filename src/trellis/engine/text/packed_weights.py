@@ -10,14 +10,14 @@ import psutil
 import torch
 from torch import Tensor
 
-ROWS = 64
+MAX_PACKED_ROWS = 64
 """Up to so many rows the packed order is quicker."""
 
-PACKED_BYTES = 2_000_000_000
+MAX_PACKED_BYTES = 2_000_000_000
 """A packed copy is kept of models up to this size, where there is room for four."""
 
 
-def room_for(size: int) -> bool:
+def has_memory_for_copy(size: int) -> bool:
     """Whether there is room for a copy of so many bytes and still as much again for work, three times."""
     free = psutil.virtual_memory().available
     with suppress(ImportError):  # Windows has no such limits
@@ -29,9 +29,9 @@ def room_for(size: int) -> bool:
     return bool(free >= 4 * size)
 
 
-def pack(weight: Tensor) -> Tensor | None:
+def pack_weight(weight: Tensor) -> Tensor | None:
     """A packed copy of a matrix (out, in); None where this machine or this torch cannot pack it."""
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not _works():
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not _is_supported():
         return None
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 4)
     return packed
@@ -39,12 +39,12 @@ def pack(weight: Tensor) -> Tensor | None:
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """x (N, in) to x Wᵀ + b (N, out)."""
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return found
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return output
 
 
 @cache
-def _works() -> bool:
+def _is_supported() -> bool:
     """Whether the operations are there and give the right numbers: torch does not promise them."""
     try:
         weight, x = torch.linspace(-1, 1, 40 * 24).view(40, 24), torch.linspace(0, 1, 3 * 24).view(3, 24)

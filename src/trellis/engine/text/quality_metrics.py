@@ -20,15 +20,15 @@ def fluency_of(logprobs: Sequence[float], tokens: Sequence[int]) -> float:
 def variety_of(answers: Sequence[Sequence[int]]) -> float:
     """How different answers to one prompt are: 1 less the mean overlap of their pairs of neighbouring tokens
     (Jaccard 1901), over all pairs of answers; 0 when all are the same."""
-    overlaps = [overlap_of(one, other) for one, other in combinations(map(grams_of, answers), 2)]
+    overlaps = [bigram_overlap(one, other) for one, other in combinations(map(token_bigrams, answers), 2)]
     return 1.0 - sum(overlaps) / len(overlaps) if overlaps else 1.0
 
 
-def grams_of(answer: Sequence[int]) -> set[tuple[int, int]]:
+def token_bigrams(answer: Sequence[int]) -> set[tuple[int, int]]:
     """The pairs of neighbouring tokens of an answer, its beginning counting as one."""
     return set(pairwise([-1, *answer]))
 
 
-def overlap_of(one: set[tuple[int, int]], other: set[tuple[int, int]]) -> float:
+def bigram_overlap(first: set[tuple[int, int]], second: set[tuple[int, int]]) -> float:
     """How much two answers have in common, from their pairs of tokens (Jaccard 1901): 1 when all."""
-    return len(one & other) / len(one | other)
+    return len(first & second) / len(first | second)

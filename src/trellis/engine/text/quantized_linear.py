@@ -23,32 +23,32 @@ class Linear4bit(modules.Linear4bit):
         """(..., in) to (..., out), computed in the layer's compute dtype, returned in that of `x`."""
         dtype = self.compute_dtype or x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        made: Tensor = _Product.apply(x.to(dtype), self.weight, bias)
+        made: Tensor = _Linear4bitFunction.apply(x.to(dtype), self.weight, bias)
         return made.to(x.dtype)
 
     def dequantized(self) -> Tensor:
         """The weight (out, in) in the precision that it was quantised from."""
         weight: Any = self.weight
-        return dequantized(weight, weight.quant_state.dtype)
+        return dequantize_weight(weight, weight.quant_state.dtype)
 
 
-class _Product(torch.autograd.Function):
+class _Linear4bitFunction(torch.autograd.Function):
     """x Wᵀ + b. The weight is dequantised again in the backward pass, so that no full copy is kept for it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        return functional.linear(x, dequantized(weight, x.dtype), bias)
+        return functional.linear(x, dequantize_weight(weight, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         (gradient,) = gradients
-        by_x = gradient @ dequantized(ctx.weight, gradient.dtype) if ctx.needs_input_grad[0] else None
+        by_x = gradient @ dequantize_weight(ctx.weight, gradient.dtype) if ctx.needs_input_grad[0] else None
         by_bias = gradient.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[2] else None
         return by_x, None, by_bias
 
 
-def dequantized(weight: Any, dtype: torch.dtype) -> Tensor:
+def dequantize_weight(weight: Any, dtype: torch.dtype) -> Tensor:
     """The values (out, in) of a 4-bit parameter of bitsandbytes.
 
     Blocks run through a weight without regard to its rows, so it is read as one row a block, and a last shorter one.
@@ -59,15 +59,17 @@ def dequantized(weight: Any, dtype: torch.dtype) -> Tensor:
         scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
     packed = weight.data.reshape(-1).view(torch.uint8)
     whole, rest = divmod(state.shape.numel(), state.blocksize)
-    made = [_blocks(packed, scales, state, (whole, state.blocksize), dtype)] if whole else []
+    made = [_dequantize_blocks(packed, scales, state, (whole, state.blocksize), dtype)] if whole else []
     if rest:
         last, even = packed[whole * state.blocksize // 2 :], rest + rest % 2  # a byte holds two values
-        made.append(_blocks(last, scales[whole:], state, (1, even), dtype)[:, :rest])
+        made.append(_dequantize_blocks(last, scales[whole:], state, (1, even), dtype)[:, :rest])
     flat = made[0].reshape(-1) if len(made) == 1 else torch.cat([each.reshape(-1) for each in made])
     return flat.view(state.shape)
 
 
-def _blocks(packed: Tensor, scales: Tensor, state: QuantState, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def _dequantize_blocks(
+    packed: Tensor, scales: Tensor, state: QuantState, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
     """Blocks of a weight, one a row."""
     values = packed[: shape[0] * shape[1] // 2]
     found: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(

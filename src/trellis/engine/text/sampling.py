@@ -8,11 +8,11 @@ from torch import Tensor
 from ...errors import EngineError
 from ...params import Sampling
 
-COLDEST = 1e-4
+MIN_TEMPERATURE = 1e-4
 """Below this temperature the likeliest token is drawn: what is divided by less is not a number any more."""
 
 
-def overflowed() -> EngineError:
+def overflow_error() -> EngineError:
     """The error of a row of logits that holds NaN or infinity."""
     return EngineError(
         "The model gave no number here: its scores for the next token are NaN or infinite.",
@@ -23,15 +23,15 @@ def overflowed() -> EngineError:
 
 
 def is_greedy(sampling: Sampling) -> bool:
-    return sampling.temperature < COLDEST
+    return sampling.temperature < MIN_TEMPERATURE
 
 
-def uniforms(steps: int, rows: int, generator: torch.Generator, device: torch.device) -> Tensor:
+def draw_uniforms(steps: int, rows: int, generator: torch.Generator, device: torch.device) -> Tensor:
     """Numbers (S, R) in [0, 1) for as many draws, the same on every device; rounding never makes one of them 1."""
     return (torch.rand(steps, rows, generator=generator) * (1 - 2**-20)).to(device)
 
 
-def draw(logits: Tensor, sampling: Sampling, chances: Tensor) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """One token for each row of logits (R, V): tokens (R,) and their log-probabilities (R,) in fp32, over the
     temperature, before any was filtered out.
 
@@ -43,26 +43,28 @@ def draw(logits: Tensor, sampling: Sampling, chances: Tensor) -> tuple[Tensor, T
     """
     scaled = logits.float()
     if is_greedy(sampling):
-        drawn = scaled.argmax(dim=-1)
-        return drawn, torch.log_softmax(scaled, dim=-1).gather(-1, drawn[:, None])[:, 0]
-    return drawn_from(scaled / sampling.temperature, sampling.min_p, sampling.top_p, chances)
+        tokens = scaled.argmax(dim=-1)
+        return tokens, torch.log_softmax(scaled, dim=-1).gather(-1, tokens[:, None])[:, 0]
+    return sample_scaled(scaled / sampling.temperature, sampling.min_p, sampling.top_p, uniforms)
 
 
-def drawn_from(scaled: Tensor, min_p: float | Tensor, top_p: float | Tensor, chances: Tensor) -> tuple[Tensor, Tensor]:
+def sample_scaled(
+    scaled: Tensor, min_p: float | Tensor, top_p: float | Tensor, uniforms: Tensor
+) -> tuple[Tensor, Tensor]:
     """`draw` from logits (R, V) over the temperature. A filter that is a tensor on the device may change its value
     without a change of what is run."""
     top = scaled.amax(dim=-1, keepdim=True)
     scaled = scaled - top
-    likely = scaled.exp()  # the likeliest is 1
-    whole = likely.sum(dim=-1)
+    probabilities = scaled.exp()  # the likeliest is 1
+    total = probabilities.sum(dim=-1)
     if isinstance(min_p, Tensor) or min_p > 0:
-        likely = likely.where(likely >= min_p, 0.0)
+        probabilities = probabilities.where(probabilities >= min_p, 0.0)
     if isinstance(top_p, Tensor) or top_p < 1:
-        ordered, places = likely.sort(dim=-1, descending=True)
+        ordered, order = probabilities.sort(dim=-1, descending=True)
         before = ordered.cumsum(dim=-1) - ordered
         ordered = ordered.where(before < top_p * ordered.sum(dim=-1, keepdim=True), 0.0)
-        likely = torch.zeros_like(likely).scatter(-1, places, ordered)
-    summed = likely.cumsum(dim=-1)
-    drawn = torch.searchsorted(summed, summed[:, -1:] * chances[:, None], right=True)
-    drawn = drawn.clamp(max=scaled.shape[-1] - 1)  # where nothing is a number, nothing is passed
-    return drawn[:, 0], scaled.gather(-1, drawn)[:, 0] - whole.log()
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    cumulative = probabilities.cumsum(dim=-1)
+    tokens = torch.searchsorted(cumulative, cumulative[:, -1:] * uniforms[:, None], right=True)
+    tokens = tokens.clamp(max=scaled.shape[-1] - 1)  # where nothing is a number, nothing is passed
+    return tokens[:, 0], scaled.gather(-1, tokens)[:, 0] - total.log()

@@ -19,17 +19,17 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-EXPERTS = "experts"
+EXPERTS_TARGET = "experts"
 """The name under which all stacked expert weights of a model are adapted together. Adapters in one model have to agree
 on the parameters that they change (PEFT nests its wrappers), so it is all of them or none."""
 
-BYPASSED = "the model reads its weight directly, past any adapter"
+BYPASSED_REASON = "the model reads its weight directly, past any adapter"
 
 PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Layers:
+class AdaptableLayers:
     """The layers of a model that an adapter can change.
 
     `linear` are the names of its linear layers and `experts` those of its stacked expert weights, both in the model's
@@ -40,23 +40,27 @@ class Layers:
     linear: tuple[str, ...]
     experts: tuple[str, ...]
     head: str | None
-    unfit: dict[str, str] = field(default_factory=dict)
-    modules: Counter[str] = field(default_factory=Counter)
+    unsupported: dict[str, str] = field(default_factory=dict)
+    module_counts: Counter[str] = field(default_factory=Counter)
     """How many modules of any kind have a name that ends like this."""
 
-    def shortened(self, names: list[str]) -> list[str]:
+    def shorten_names(self, names: list[str]) -> list[str]:
         """The usual short names of some linear layers (q_proj), which other programs know, where no other module has
         them; else the names as they are."""
-        leaves = Counter(map(leaf, names))
-        return sorted(leaves) if all(self.modules[each] == count for each, count in leaves.items()) else names
+        short_names = Counter(map(short_name, names))
+        return (
+            sorted(short_names)
+            if all(self.module_counts[each] == count for each, count in short_names.items())
+            else names
+        )
 
     @property
-    def names(self) -> list[str]:
+    def target_names(self) -> list[str]:
         """What may be named as a target: the last part of each layer's name, and “experts” where there are any."""
-        return sorted({leaf(name) for name in self.linear} | ({EXPERTS} if self.experts else set()))
+        return sorted({short_name(name) for name in self.linear} | ({EXPERTS_TARGET} if self.experts else set()))
 
 
-def leaf(name: str) -> str:
+def short_name(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
@@ -64,33 +68,35 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def layers_of(model: Any, probe: bool = True) -> Layers:
+def find_adaptable_layers(model: Any, probe: bool = True) -> AdaptableLayers:
     """The layers of a model into which no adapter has been injected yet.
 
     With `probe`, a few tokens are sent through the model to see which layers return what a linear layer should.
     """
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     stacked = dict(_stacked_experts(model))
-    holders = {name.rpartition(".")[0] for name in stacked}
-    watched = linear | {name: model.get_submodule(name) for name in holders}
-    broken, idle = _probe(model, watched) if probe else ({}, set())
-    refused = _refused_by_peft(model, linear)
-    used = {leaf(name) for name in linear if name not in idle}
+    expert_modules = {name.rpartition(".")[0] for name in stacked}
+    watched_modules = linear | {name: model.get_submodule(name) for name in expert_modules}
+    broken, idle = _probe_modules(model, watched_modules) if probe else ({}, set())
+    unsupported_by_peft = _unsupported_by_peft(model, linear)
+    used_names = {short_name(name) for name in linear if name not in idle}
     reasons = {
-        name: broken.get(name) or refused.get(leaf(name)) or (None if leaf(name) in used else BYPASSED)
+        name: broken.get(name)
+        or unsupported_by_peft.get(short_name(name))
+        or (None if short_name(name) in used_names else BYPASSED_REASON)
         for name in linear
     }
-    fit = tuple(name for name, reason in reasons.items() if reason is None)
-    unfit = {leaf(name): reason for name, reason in reasons.items() if reason is not None}
-    for name in {leaf(each) for each in fit}:
-        unfit.pop(name, None)
+    supported = tuple(name for name, reason in reasons.items() if reason is None)
+    unsupported = {short_name(name): reason for name, reason in reasons.items() if reason is not None}
+    for name in {short_name(each) for each in supported}:
+        unsupported.pop(name, None)
     experts = tuple(stacked)
-    if not holders.isdisjoint(idle):
-        experts, unfit[EXPERTS] = (), BYPASSED
+    if not expert_modules.isdisjoint(idle):
+        experts, unsupported[EXPERTS_TARGET] = (), BYPASSED_REASON
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     head_name = next((name for name, module in linear.items() if module is head), None)
-    modules = Counter(leaf(name) for name, _ in model.named_modules())
-    return Layers(fit, experts, head_name, unfit, modules)
+    modules = Counter(short_name(name) for name, _ in model.named_modules())
+    return AdaptableLayers(supported, experts, head_name, unsupported, modules)
 
 
 def _stacked_experts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -103,40 +109,40 @@ def _stacked_experts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield f"{name}.{own}", parameter
 
 
-def _refused_by_peft(model: Any, linear: dict[str, nn.Module]) -> dict[str, str]:
+def _unsupported_by_peft(model: Any, linear: dict[str, nn.Module]) -> dict[str, str]:
     """Last parts of names that PEFT does not take for linear layers of this model, with the reason."""
-    refused: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     conversions = get_model_conversion_mapping(model) if hasattr(model, "config") else []
-    for name in sorted({leaf(each) for each in linear}):
+    for name in sorted({short_name(each) for each in linear}):
         config = LoraConfig(target_modules=[name], task_type="CAUSAL_LM")
         try:
             _check_lora_target_modules_mamba(config, model, name)
         except ValueError:
-            refused[name] = "PEFT does not adapt it in models with Mamba layers"
+            reasons[name] = "PEFT does not adapt it in models with Mamba layers"
             continue
         try:
             convert_peft_config_for_transformers(config, model, conversions)
         except ValueError:  # it would want its neighbours as well
             config.target_modules = set()
         if name not in (config.target_modules or ()):
-            refused[name] = "PEFT takes this name for the experts of an older file format"
-    return refused
+            reasons[name] = "PEFT takes this name for the experts of an older file format"
+    return reasons
 
 
-def _probe(model: Any, watched: dict[str, nn.Module]) -> tuple[dict[str, str], set[str]]:
+def _probe_modules(model: Any, watched: dict[str, nn.Module]) -> tuple[dict[str, str], set[str]]:
     """Send a few tokens through the model and watch some modules.
 
     Returns the linear layers that do not return one tensor (..., out), with the reason why no adapter fits them, and
     the modules that did not run while the module that holds them did: an adapter around these would never be asked.
     """
-    called: dict[nn.Module, str | None] = {}
+    outcomes: dict[nn.Module, str | None] = {}
 
     def watch(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        called[module] = None
+        outcomes[module] = None
         if is_linear(module) and inputs and isinstance(inputs[0], Tensor):
             features = module.weight.shape[1] if isinstance(module, Conv1D) else module.out_features
             if not isinstance(output, Tensor) or output.shape != (*inputs[0].shape[:-1], features):
-                called[module] = "it returns something else than a linear layer does"
+                outcomes[module] = "it returns something else than a linear layer does"
 
     parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in watched}
     hooks = [module.register_forward_hook(watch) for module in {*watched.values(), *parents.values()}]
@@ -147,8 +153,8 @@ def _probe(model: Any, watched: dict[str, nn.Module]) -> tuple[dict[str, str], s
     finally:
         for hook in hooks:
             hook.remove()
-    broken = {name: reason for name, module in watched.items() if (reason := called.get(module)) is not None}
-    idle = {name for name, module in watched.items() if module not in called and parents[name] in called}
+    broken = {name: reason for name, module in watched.items() if (reason := outcomes.get(module)) is not None}
+    idle = {name for name, module in watched.items() if module not in outcomes and parents[name] in outcomes}
     return broken, idle
 
 
@@ -159,22 +165,24 @@ def probe_ids(model: Any, length: int) -> Tensor:
 
 
 @contextmanager
-def undone_on_failure(root: nn.Module) -> Iterator[None]:
+def restored_on_error(root: nn.Module) -> Iterator[None]:
     """Where the block raises, put all modules back as they were: their children, parameters, hooks and attributes.
 
     Nothing that stays is missing for a moment, since other threads look at the model meanwhile; and what is changed in
     place is put back in place, since several modules may share it, as PEFT's do their settings.
     """
-    kept = [(vars(module), dict(vars(module))) for module in root.modules()]
-    held = {id(value): value for _, attributes in kept for value in attributes.values() if _is_container(value)}
-    contents = [(value, copy.copy(value)) for value in held.values()]
-    trained = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
+    saved_attributes = [(vars(module), dict(vars(module))) for module in root.modules()]
+    containers = {
+        id(value): value for _, attributes in saved_attributes for value in attributes.values() if _is_container(value)
+    }
+    contents = [(value, copy.copy(value)) for value in containers.values()]
+    gradients = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
     try:
         yield
     except BaseException:
-        for now, before in [*kept, *contents]:
-            _put_back(now, before)
-        for parameter, requires_grad in trained:
+        for now, before in [*saved_attributes, *contents]:
+            _restore(now, before)
+        for parameter, requires_grad in gradients:
             parameter.requires_grad_(requires_grad)
         raise
 
@@ -183,20 +191,20 @@ def _is_container(value: Any) -> bool:
     return isinstance(value, (dict, list, set))
 
 
-def _put_back(now: Any, before: Any) -> None:
+def _restore(current: Any, saved: Any) -> None:
     """Give a container the contents that it had, in their order."""
-    if isinstance(now, list):
-        now[:] = before
-    elif isinstance(now, set):
-        now &= before
-        now |= before
-    elif list(now) != list(before) or any(now[key] is not value for key, value in before.items()):
-        now.update(before)
-        for key in [key for key in now if key not in before]:
-            del now[key]
-        if list(now) != list(before):  # the order of modules is that of their layers
-            now.clear()
-            now.update(before)
+    if isinstance(current, list):
+        current[:] = saved
+    elif isinstance(current, set):
+        current &= saved
+        current |= saved
+    elif list(current) != list(saved) or any(current[key] is not value for key, value in saved.items()):
+        current.update(saved)
+        for key in [key for key in current if key not in saved]:
+            del current[key]
+        if list(current) != list(saved):  # the order of modules is that of their layers
+            current.clear()
+            current.update(saved)
 
 
 def adapted_modules(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:

@@ -18,17 +18,17 @@ from weakref import WeakKeyDictionary, proxy
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 """How SentencePiece vocabularies with byte fallback write a single byte."""
 
-CONTEXT = 8
+CONTEXT_TOKENS = 8
 """Tokens before an answer that are decoded with it where the bytes of the vocabulary are not known."""
 
-_known: WeakKeyDictionary[Any, Vocabulary] = WeakKeyDictionary()
+_vocabularies: WeakKeyDictionary[Any, Vocabulary] = WeakKeyDictionary()
 
 
 def vocabulary_of(tokenizer: Any) -> Vocabulary:
     """The vocabulary of a tokenizer, read once."""
-    if tokenizer not in _known:
-        _known[tokenizer] = Vocabulary(tokenizer)
-    return _known[tokenizer]
+    if tokenizer not in _vocabularies:
+        _vocabularies[tokenizer] = Vocabulary(tokenizer)
+    return _vocabularies[tokenizer]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Spelling:
     byte_level: bool = False
     replacements: tuple[tuple[str, str], ...] = ()
     byte_fallback: bool = False
-    strips: bool = False
+    strips_leading_space: bool = False
     """Whether a space at the beginning of a text is dropped: the tokenizer puts one there."""
 
 
@@ -48,7 +48,7 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Any) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        self.spelling = _spelling_of(backend) if backend is not None else None
+        self.spelling = _find_spelling(backend) if backend is not None else None
         self._backend = backend
         self._tokenizer = proxy(tokenizer)  # it is known by this one, and would never be let go
         self._bytes: dict[int, bytes] = {}
@@ -69,10 +69,10 @@ class Vocabulary:
         is known."""
         found = self._bytes.get(token)
         if found is None:
-            found = self._bytes[token] = b"" if self.is_special(token) else self._spelled(token)
+            found = self._bytes[token] = b"" if self.is_special(token) else self._spell(token)
         return found
 
-    def missing(self, rows: int) -> list[int]:
+    def unused_rows(self, rows: int) -> list[int]:
         """Rows of an embedding with so many that no token belongs to: many are padded to a round number."""
         known: Collection[int] = range(len(self._tokenizer))
         with suppress(NotImplementedError, AttributeError):
@@ -88,33 +88,37 @@ class Vocabulary:
         dropped or merged before it is looked up: byte-level BPE, or byte fallback, without normalization beyond NFC
         (which makes UTF-8 at most three times shorter, Unicode FAQ) and without tokens that swallow spaces around them.
         """
-        return len(text.encode("utf-8", "replace")) // self._longest if self._longest else 0
+        return len(text.encode("utf-8", "replace")) // self._max_bytes_per_token if self._max_bytes_per_token else 0
 
     @cached_property
-    def _longest(self) -> int:
+    def _max_bytes_per_token(self) -> int:
         """Bytes of text that one token stands for at most; 0 where that is not certain."""
         if self.spelling is None or self._backend is None or type(self._backend.model).__name__ != "BPE":
             return 0
         vocabulary = self._tokenizer.get_vocab()
-        bytes_by_name = BYTES if self.spelling.byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
+        bytes_by_name = BYTE_LETTERS if self.spelling.byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
         if not (self.spelling.byte_level or self._backend.model.byte_fallback) or set(bytes_by_name) - set(vocabulary):
             return 0
         added = self._tokenizer.added_tokens_decoder.values()
-        shrinks = _shrinks(self._backend.normalizer)
-        if shrinks is None or _drops(self._backend.pre_tokenizer) or any(each.lstrip or each.rstrip for each in added):
+        shrink_factor = _max_shrink_factor(self._backend.normalizer)
+        if (
+            shrink_factor is None
+            or _may_drop_text(self._backend.pre_tokenizer)
+            or any(each.lstrip or each.rstrip for each in added)
+        ):
             return 0
-        spelled = max(len(self._spelled(token)) for token in vocabulary.values())
-        return shrinks * max(spelled, max((len(each.content.encode()) for each in added), default=0))
+        spelled = max(len(self._spell(token)) for token in vocabulary.values())
+        return shrink_factor * max(spelled, max((len(each.content.encode()) for each in added), default=0))
 
-    def _spelled(self, token: int) -> bytes:
+    def _spell(self, token: int) -> bytes:
         assert self._backend is not None
         assert self.spelling is not None
         entry = self._backend.id_to_token(token)
         if entry is None:
             return b""
         if self.spelling.byte_level:
-            if all(letter in BYTES for letter in entry):
-                return bytes(BYTES[letter] for letter in entry)
+            if all(letter in BYTE_LETTERS for letter in entry):
+                return bytes(BYTE_LETTERS[letter] for letter in entry)
             return str(entry).encode()  # an added token, which is written as it is
         for old, new in self.spelling.replacements:
             entry = entry.replace(old, new)
@@ -123,7 +127,7 @@ class Vocabulary:
         return str(entry).encode()
 
 
-def _byte_letters() -> dict[str, int]:
+def _make_byte_letters() -> dict[str, int]:
     """The letters of byte-level BPE and the bytes that they stand for (GPT-2's table)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     letters = {chr(byte): byte for byte in printable}
@@ -131,10 +135,10 @@ def _byte_letters() -> dict[str, int]:
     return letters | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
-BYTES = _byte_letters()
+BYTE_LETTERS = _make_byte_letters()
 
 
-def _spelling_of(backend: Any) -> Spelling | None:
+def _find_spelling(backend: Any) -> Spelling | None:
     """The spelling that a decoder of `tokenizers` amounts to; None for one that does not work token by token."""
     if backend.decoder is None:
         return None
@@ -159,38 +163,38 @@ def _spelling_of(backend: Any) -> Spelling | None:
                 pass
             case _:
                 return None
-    return Spelling(replacements=tuple(replacements), byte_fallback=fallback, strips=strips)
+    return Spelling(replacements=tuple(replacements), byte_fallback=fallback, strips_leading_space=strips)
 
 
-def _shrinks(normalizer: Any) -> int | None:
+def _max_shrink_factor(normalizer: Any) -> int | None:
     """How many times shorter a normalizer may make a text at most; None where that is not known."""
     if normalizer is None:
         return 1
     about = json.loads(normalizer.__getstate__())
-    found = 1
+    factor = 1
     for step in about["normalizers"] if about["type"] == "Sequence" else [about]:
         match step:
             case {"type": "NFC"}:
-                found *= 3
+                factor *= 3
             case {"type": "Prepend"} | {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
                 pass
             case _:
                 return None
-    return found
+    return factor
 
 
-def _drops(pre_tokenizer: Any) -> bool:
+def _may_drop_text(pre_tokenizer: Any) -> bool:
     """Whether a pre-tokenizer may leave out parts of a text."""
     if pre_tokenizer is None:
         return False
     about = json.loads(pre_tokenizer.__getstate__())
     steps = about["pretokenizers"] if about["type"] == "Sequence" else [about]
-    keeps = {"ByteLevel", "Digits", "Metaspace"}
-    return any(step["type"] not in keeps and step.get("behavior", "Removed") == "Removed" for step in steps)
+    harmless = {"ByteLevel", "Digits", "Metaspace"}
+    return any(step["type"] not in harmless and step.get("behavior", "Removed") == "Removed" for step in steps)
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextPiece:
     """What one token adds to a text that has grown so far. Pieces joined are the whole text, `raw` its bytes."""
 
     text: str
@@ -199,7 +203,7 @@ class Piece:
     """So many of its last bytes begin a character that is not whole yet; its text comes with the token that ends it."""
 
 
-class TextReader:
+class IncrementalDetokenizer:
     """Tokens to text, some at a time. Half a character is held back until it is whole.
 
     `before` are the tokens that the text goes on from: a space at its beginning is a part of it only where a text
@@ -208,46 +212,48 @@ class TextReader:
 
     def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
         vocabulary = vocabulary_of(tokenizer)
-        self._source = _ByBytes(vocabulary, before) if vocabulary.spelling else _ByDecoding(tokenizer, before)
+        self._method = (
+            _ByteDetokenizer(vocabulary, before) if vocabulary.spelling else _WindowDetokenizer(tokenizer, before)
+        )
 
-    def read(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int]) -> str:
         """The text that these tokens add, up to the last whole character."""
-        return "".join([self._source.add(token).text for token in tokens])
+        return "".join([self._method.add(token).text for token in tokens])
 
-    def piece(self, token: int) -> Piece:
+    def add(self, token: int) -> TextPiece:
         """What a token adds."""
-        return self._source.add(token)
+        return self._method.add(token)
 
-    def peek(self, token: int) -> Piece:
+    def peek(self, token: int) -> TextPiece:
         """What a token would add."""
-        return self._source.peek(token)
+        return self._method.peek(token)
 
-    def rest(self) -> str:
+    def flush(self) -> str:
         """What was held back, at the end."""
-        return self._source.rest()
+        return self._method.flush()
 
 
-class _ByBytes:
+class _ByteDetokenizer:
     """By the bytes of the vocabulary."""
 
     def __init__(self, vocabulary: Vocabulary, before: Sequence[int]) -> None:
         assert vocabulary.spelling is not None
         self._vocabulary = vocabulary
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strips = vocabulary.spelling.strips and not (before and vocabulary.bytes_of(before[-1]))
+        self._strips = vocabulary.spelling.strips_leading_space and not (before and vocabulary.bytes_of(before[-1]))
 
-    def add(self, token: int) -> Piece:
+    def add(self, token: int) -> TextPiece:
         raw = self._raw(token)
         self._strips = self._strips and not self._vocabulary.bytes_of(token)
-        return Piece(self._decoder.decode(raw), raw, len(self._decoder.getstate()[0]))
+        return TextPiece(self._decoder.decode(raw), raw, len(self._decoder.getstate()[0]))
 
-    def peek(self, token: int) -> Piece:
+    def peek(self, token: int) -> TextPiece:
         state, raw = self._decoder.getstate(), self._raw(token)
-        piece = Piece(self._decoder.decode(raw), raw, len(self._decoder.getstate()[0]))
+        piece = TextPiece(self._decoder.decode(raw), raw, len(self._decoder.getstate()[0]))
         self._decoder.setstate(state)
         return piece
 
-    def rest(self) -> str:
+    def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
 
     def _raw(self, token: int) -> bytes:
@@ -255,40 +261,40 @@ class _ByBytes:
         return raw.removeprefix(b" ") if self._strips else raw
 
 
-class _ByDecoding:
+class _WindowDetokenizer:
     """By decoding the last tokens again with each new one, for tokenizers of which the bytes are not known."""
 
     def __init__(self, tokenizer: Any, before: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._tokens = list(before[-CONTEXT:])
+        self._tokens = list(before[-CONTEXT_TOKENS:])
         self._start = 0
-        self._read = len(self._tokens)
+        self._decoded_count = len(self._tokens)
 
-    def add(self, token: int) -> Piece:
+    def add(self, token: int) -> TextPiece:
         self._tokens.append(token)
-        text = self._new()
+        text = self._new_text()
         if text:
-            self._start, self._read = self._read, len(self._tokens)
-        return Piece(text, text.encode())
+            self._start, self._decoded_count = self._decoded_count, len(self._tokens)
+        return TextPiece(text, text.encode())
 
-    def peek(self, token: int) -> Piece:
+    def peek(self, token: int) -> TextPiece:
         self._tokens.append(token)
-        text = self._new()
+        text = self._new_text()
         self._tokens.pop()
-        return Piece(text, text.encode())
+        return TextPiece(text, text.encode())
 
-    def rest(self) -> str:
-        known, longer = self._decoded()
-        self._start = self._read = len(self._tokens)
-        return longer[len(known) :]
+    def flush(self) -> str:
+        before, after = self._decode_window()
+        self._start = self._decoded_count = len(self._tokens)
+        return after[len(before) :]
 
-    def _new(self) -> str:
-        known, longer = self._decoded()
-        return "" if len(longer) <= len(known) or longer.endswith("\ufffd") else longer[len(known) :]
+    def _new_text(self) -> str:
+        before, after = self._decode_window()
+        return "" if len(after) <= len(before) or after.endswith("\ufffd") else after[len(before) :]
 
-    def _decoded(self) -> tuple[str, str]:
+    def _decode_window(self) -> tuple[str, str]:
         window = self._tokens[self._start :]
-        return self._text(window[: self._read - self._start]), self._text(window)
+        return self._decode(window[: self._decoded_count - self._start]), self._decode(window)
 
-    def _text(self, tokens: list[int]) -> str:
+    def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from ...markdown import block_to_html, needs_full_render, text_to_html, thought_to_html
 from ...markdown_blocks import THINK_OPEN, BlockSplitter
-from ...messages import Answered, Event, Heard, Progress, Queued, Spoke
+from ...messages import AnswerDone, Event, Progress, PromptRead, QueuePosition, TextDelta
 from ..throughput import tokens_per_second
 from .message import Message
 
@@ -53,7 +53,7 @@ class GrowingAnswer:
         self._started = time.monotonic()
         self._first_token_time = self._last_token_time = 0.0
         self._tokens = self._tokens_at_first = 0
-        self._prompt_info: Heard | None = None
+        self._prompt_info: PromptRead | None = None
         self._engine_first_token_seconds: float | None = None
         self._engine_decode_seconds: float | None = None
         """Seconds from the first token to the last, by the clock of who drew them."""
@@ -82,22 +82,22 @@ class GrowingAnswer:
 
     async def handle_event(self, event: Event) -> None:
         match event:
-            case Queued():
+            case QueuePosition():
                 self._publish_progress("queued", 0.0, place=event.place)
-            case Heard():
+            case PromptRead():
                 self._prompt_info = event
                 if event.in_thought and not self._length:  # its end will come, and must have a beginning
                     await self._append_text(f"{THINK_OPEN}\n")
                 read_fraction = event.read / max(event.prompt_tokens, 1)
                 self._publish_progress("prompt", read_fraction, left_out=event.left_out)
-            case Spoke():
+            case TextDelta():
                 now = time.monotonic()
                 self._first_token_time, self._last_token_time = self._first_token_time or now, now
                 self._tokens_at_first = self._tokens_at_first or event.tokens
                 self._tokens = event.tokens
                 if text := event.text.replace("\x00", ""):  # which no text may hold
                     await self._append_text(text)
-            case Answered():
+            case AnswerDone():
                 self._message.finish = event.finish
                 self._tokens = event.tokens
                 self._engine_first_token_seconds = event.seconds_to_first

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from ...errors import Invalid, TrellisError, shorten
 from ...markdown_blocks import THINK_CLOSE, THINK_OPEN
-from ...messages import Answered, Chat, Event, Heard, Spoke, Turn
+from ...messages import AnswerDone, Chat, Event, PromptRead, TextDelta, Turn
 from ...params import Sampling
 from ...store import providers as rows
 from ...store.store import Store
@@ -230,12 +230,12 @@ class ProviderTarget(ChatTarget):
                         tokens = _parse_count(usage.get("completion_tokens")) or tokens
                         if prompt := _parse_count(usage.get("prompt_tokens")):
                             is_prompt_reported = True
-                            yield Heard(read=prompt, prompt_tokens=prompt, warm=0, left_out=0, context_length=0)
+                            yield PromptRead(read=prompt, prompt_tokens=prompt, warm=0, left_out=0, context_length=0)
                     for delta in parse_deltas(data):
                         if text := answer.add(delta):
                             tokens += 1
                             first_token_seconds = first_token_seconds or time.monotonic() - started
-                            yield Spoke(text=text, tokens=tokens)
+                            yield TextDelta(text=text, tokens=tokens)
                     if answer.length > MAX_ANSWER_CHARACTERS:  # whatever was asked for
                         answer.finish = "length"
                         break
@@ -244,11 +244,11 @@ class ProviderTarget(ChatTarget):
         if not answer.finish and not tokens and not answer.is_tool_call:
             raise _not_openai_api_error(self._row["name"])
         if closing_text := answer.closing_text():
-            yield Spoke(text=closing_text, tokens=tokens)
+            yield TextDelta(text=closing_text, tokens=tokens)
         if not is_prompt_reported:
-            yield Heard(read=0, prompt_tokens=0, warm=0, left_out=0, context_length=0)
+            yield PromptRead(read=0, prompt_tokens=0, warm=0, left_out=0, context_length=0)
         answer.require_complete(self._model, self._row["name"], stream.is_done)
-        yield Answered(
+        yield AnswerDone(
             finish="length" if answer.finish == "length" else "stop", tokens=tokens, prompt_tokens=0,
             seconds_to_first=first_token_seconds, seconds=time.monotonic() - started,
         )  # fmt: skip

@@ -164,8 +164,8 @@ class Datasets:
     async def rows(self, path: Path, max_rows: int) -> AsyncGenerator[Path, None]:
         """Have the rows of a file of any format written as JSON lines, each `[place, row]`, into a file that is there
         until the block ends. Raises Invalid for a file that cannot be read, or has more than `most` rows."""
-        await asyncio.to_thread(self._prepared.sweep)
-        folder = await asyncio.to_thread(self._prepared.scratch)
+        await asyncio.to_thread(self._prepared.remove_leftovers)
+        folder = await asyncio.to_thread(self._prepared.temporary_folder)
         try:
             await self._reader.rows(path, folder, max_rows)
             yield folder / "rows.jsonl"

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import Conflict, LoadFailed, NotFound, shorten
-from ...memory_estimates import Shape, shape_of
+from ...memory_estimates import ModelShape, model_shape
 from ...model_checks import first_problem, problem_from_file_names
 from ...model_files import CONFIG_LIMIT, Problem, read_json
 from ...params import Precision
-from ...safetensors_files import UNREADABLE, shapes_in
+from ...safetensors_files import READ_ERRORS, read_shapes
 
 DEMO = "demo"
 FOLDER_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -51,7 +51,7 @@ class ModelEntry:
     path: Path
     repository: str = ""
     bytes: int = 0
-    shape: Shape = field(default_factory=Shape)
+    shape: ModelShape = field(default_factory=ModelShape)
     architecture: str = "unknown"
     problem: LoadFailed | None = None
     """Why it cannot be loaded, where that is seen without reading any file."""
@@ -93,7 +93,7 @@ class Catalog:
     def _downloaded_revision(self, repository: str) -> str | None:
         revisions: list[tuple[bool, float, str]] = []
         for file in (self._downloads_folder / "complete").glob(f"{repository.replace('/', '--')}@*.json"):
-            with suppress(*UNREADABLE):
+            with suppress(*READ_ERRORS):
                 manifest = json.loads(file.read_text())
                 if manifest["repository"] == repository and Path(manifest["folder"]).is_dir():
                     revision = str(manifest["revision"])
@@ -125,7 +125,7 @@ class Catalog:
         """The folder of what was fetched of a repository last, at a revision where one is named."""
         folders: list[tuple[float, Path]] = []
         for file in (self._downloads_folder / "complete").glob(f"{repository.replace('/', '--')}@*.json"):
-            with suppress(*UNREADABLE):
+            with suppress(*READ_ERRORS):
                 manifest = json.loads(file.read_text())
                 if manifest["repository"] == repository and (revision or "main") in (
                     manifest["revision"],
@@ -179,7 +179,7 @@ class Catalog:
             for file in sorted(
                 (self._downloads_folder / "complete").glob("*.json"), key=lambda file: file.stat().st_mtime
             ):
-                with suppress(*UNREADABLE):
+                with suppress(*READ_ERRORS):
                     manifest = json.loads(file.read_text())
                     if _REPOSITORY_PATTERN.fullmatch(manifest["repository"]) and Path(manifest["folder"]).is_dir():
                         downloads[manifest["repository"]] = Path(manifest["folder"])
@@ -247,19 +247,19 @@ def _read_entry(name: str, source: str, inspect_folder: Path, load_folder: Path)
 
 
 @lru_cache(maxsize=256)
-def _read_headers(folder: Path, file_stats: tuple[tuple[str, int, int], ...]) -> tuple[str, Shape]:
+def _read_headers(folder: Path, file_stats: tuple[tuple[str, int, int], ...]) -> tuple[str, ModelShape]:
     """Architecture and shape from the headers of files, read once for each change of them."""
-    architecture, shape = UNREADABLE_CONFIG, Shape()
+    architecture, shape = UNREADABLE_CONFIG, ModelShape()
     config: dict[str, Any] = {}
-    with suppress(*UNREADABLE):
+    with suppress(*READ_ERRORS):
         config = read_json(folder / "config.json", CONFIG_LIMIT)
         architecture = str((config.get("architectures") or [config.get("model_type", "unknown")])[0])[:100]
-    with suppress(*UNREADABLE):
+    with suppress(*READ_ERRORS):
         tensors: dict[str, list[int]] = {}
         for name, _, _ in file_stats:
             if name.endswith(".safetensors"):
-                tensors |= shapes_in(Path(name), MAX_HEADER_BYTES)
-        shape = shape_of(config, tensors)
+                tensors |= read_shapes(Path(name), MAX_HEADER_BYTES)
+        shape = model_shape(config, tensors)
         if shape.parameters > 10**15:  # no model is that large
-            shape = Shape()
+            shape = ModelShape()
     return architecture, shape

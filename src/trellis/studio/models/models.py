@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from ...errors import Conflict, EngineDied, EngineError, LoadFailed, NotFound, TrellisError, shorten
-from ...memory_estimates import estimate, what_would_fit
+from ...memory_estimates import changes_that_fit, estimate_memory
 from ...messages import Load, Loaded, Progress, Status, StatusReport
 from ...model_files import Problem
 from ...params import ModelOptions, Precision, SessionConfig
@@ -212,11 +212,11 @@ class Models:
     def estimate_fit(self, entry: ModelEntry, config: SessionConfig) -> dict[str, Any]:
         """What a session would need, what is free, and under which options it would fit if it does not."""
         precision, free = self.resolve_precision(config), self.available_memory(config)
-        needed = estimate(entry.shape, config, precision)
+        needed = estimate_memory(entry.shape, config, precision)
         instance = self._instances.get(config.extract(ModelOptions))
         missing = needed.total - (needed.loading if instance and instance.worker else 0)
         fits = missing <= free or not entry.parameters
-        alternatives = [] if fits else list(what_would_fit(entry.shape, config, precision, free))
+        alternatives = [] if fits else list(changes_that_fit(entry.shape, config, precision, free))
         return {
             "known": entry.parameters > 0,
             "precision": precision,
@@ -244,7 +244,7 @@ class Models:
             return
         config = SessionConfig().model_copy(update=options.model_dump())
         precision, free = self.resolve_precision(options), self.available_memory(options)
-        needed = estimate(entry.shape, config, precision).loading
+        needed = estimate_memory(entry.shape, config, precision).loading
         if needed > free:
             raise LoadFailed(
                 f"“{entry.id}” needs about {needed / 1e9:.1f} GB in {precision}; {free / 1e9:.1f} GB are free.",
@@ -256,7 +256,7 @@ class Models:
         """A way to load it with less, where there is one."""
         precision, free = self.resolve_precision(options), self.available_memory(options)
         for smaller_precision in ("16-bit", "8-bit", "4-bit"):
-            needed = estimate(entry.shape, SessionConfig(), smaller_precision).loading
+            needed = estimate_memory(entry.shape, SessionConfig(), smaller_precision).loading
             if int(smaller_precision.split("-")[0]) < int(precision.split("-")[0]) and needed <= free:
                 return f"Load it in {smaller_precision}: about {needed / 1e9:.1f} GB."
         return ""
@@ -316,7 +316,7 @@ class Models:
                 self._instances.pop(options, None)
                 if worker:
                     memory_before = resident_bytes(worker)
-                    await asyncio.shield(worker.stop(patience=0.2))
+                    await asyncio.shield(worker.stop(grace_seconds=0.2))
                     job.row["result"] = {"memory_before": memory_before, "memory_after": resident_bytes(worker)}
 
     def _explain_load_error(self, error: EngineError, entry: ModelEntry, options: ModelOptions) -> TrellisError:
@@ -344,7 +344,7 @@ class Models:
         state = "loaded" if "loaded" in states else states[0] if states else "unloaded"
         first = next((engine for engine in engines if engine["state"] == state), None)
         precision = self.resolve_precision(instances[0].options if instances else ModelOptions(model=entry.id))
-        needed = estimate(entry.shape, SessionConfig(), precision)
+        needed = estimate_memory(entry.shape, SessionConfig(), precision)
         return {
             "id": entry.id,
             "kind": "text",

@@ -20,10 +20,10 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from ... import __version__
 from ...blobs import Blobs, fsync
 from ...errors import Conflict, EngineError, Invalid, LoadFailed, NotFound, shorten
-from ...memory_estimates import LIBRARIES
-from ...messages import Merge, Merged, Plant, Progress
+from ...memory_estimates import LIBRARY_BYTES
+from ...messages import CreateAdapter, Merge, Merged, Progress
 from ...params import Adapter
-from ...safetensors_files import shapes_in
+from ...safetensors_files import read_shapes
 from ...workers.worker import Spawn, Worker
 from ..jobs import Job, Jobs, timestamp
 from ..models.catalog import Catalog, ModelEntry
@@ -155,7 +155,7 @@ class Exports:
             config.write_text(json.dumps(about, indent=2))
             tensors = work / "adapter_model.safetensors"
             is_identical = tensors.read_bytes() == (source / tensors.name).read_bytes()
-            return {"tensors": len(shapes_in(tensors)), "same_as_in_the_session": is_identical}
+            return {"tensors": len(read_shapes(tensors)), "same_as_in_the_session": is_identical}
 
         return await _run_to_completion(write)
 
@@ -178,7 +178,7 @@ class Exports:
             request = Merge(
                 path=str(folder), weights=node.weights, into=str(work), probes=probes,
                 root=session.tree.root.weights, remote_code=session.config.remote_code,
-                plant=Plant(adapter=session.config.extract(Adapter), seed=session.config.seed),
+                plant=CreateAdapter(adapter=session.config.extract(Adapter), seed=session.config.seed),
             )  # fmt: skip
             async for event in worker.stream(request):
                 if isinstance(event, Progress):
@@ -186,7 +186,7 @@ class Exports:
                 elif isinstance(event, Merged):
                     return event.model_dump(exclude={"type", "files"}) | {"prompts": len(probes)}
         finally:
-            await asyncio.shield(worker.stop(patience=0.2))
+            await asyncio.shield(worker.stop(grace_seconds=0.2))
         raise EngineError("The merge stopped without a result.", code="engine_error", next_step="Try again.")
 
     async def _model_folder(self, session: Session, entry: ModelEntry) -> Path:
@@ -202,7 +202,10 @@ class Exports:
 
     def _require_space(self, size: int) -> None:
         """Raises LoadFailed when disk or memory cannot hold the merged model, whose base has files of this size."""
-        needed_memory, free_now = 2 * size + LIBRARIES, free_memory()  # the merged model, and what was written of it
+        needed_memory, free_now = (
+            2 * size + LIBRARY_BYTES,
+            free_memory(),
+        )  # the merged model, and what was written of it
         if needed_memory > free_now:
             raise LoadFailed(
                 f"Merging needs about {needed_memory / 1e9:.1f} GB of memory; {free_now / 1e9:.1f} GB is free.",

@@ -57,7 +57,7 @@ class ChoiceLogs:
 
     def list_ids(self) -> list[str]:
         """The logs that there are; what a crash left half written goes."""
-        self._blobs.sweep()
+        self._blobs.remove_leftovers()
         return [place.name for place in self._blobs.root.glob("l*")]
 
     def discard(self, log: str) -> None:

@@ -14,23 +14,23 @@ from typing import Any
 from ...blobs import Blobs
 from ...errors import Conflict, WeightsMissing
 from ...messages import (  # fmt: skip
+    AdapterCreated,
     Assess,
     Assessed,
     Chat,
     Choice,
+    CreateAdapter,
     Delta,
     Event,
-    Fit,
     Learn,
     Learned,
     Lesson,
     Offer,
     Offered,
-    Plant,
-    Planted,
     Progress,
     Prompt,
-    Queued,
+    QueuePosition,
+    Retrain,
 )
 from ...params import Adapter, Learning, ModelOptions, Sampling, SessionConfig
 from ...safetensors_files import all_finite
@@ -134,9 +134,9 @@ class EngineRequests:
         worker = await self.load_engine()
         self._require_usable_template()
         root = self._tree.root.weights
-        request = Plant(adapter=self._config.extract(Adapter), seed=self._config.seed, root=root)
+        request = CreateAdapter(adapter=self._config.extract(Adapter), seed=self._config.seed, root=root)
         planted = await worker.ask(request, owner=self._owner)
-        assert isinstance(planted, Planted)
+        assert isinstance(planted, AdapterCreated)
         self.unadapted_layers = planted.left_out
         return planted.weights
 
@@ -240,11 +240,11 @@ class EngineRequests:
         try:
             async with aclosing(events):
                 async for event in events:
-                    if isinstance(event, Queued):
+                    if isinstance(event, QueuePosition):
                         self._on_queue_position(event.place)
                     elif is_queued:
                         self._on_queue_position(None)
-                    is_queued = isinstance(event, Queued)
+                    is_queued = isinstance(event, QueuePosition)
                     on_event(event)
         finally:
             if is_queued:
@@ -327,7 +327,7 @@ class EngineRequests:
     ) -> Learned:
         """Learn from a whole log at a node, after everybody who waits for an answer. Raises WeightsMissing."""
         worker = await self._verified_engine()
-        request = Fit(
+        request = Retrain(
             weights=parent.weights, log=retraining.fitted, path=str(self._logs.path(retraining.fitted)),
             learning=self._config.extract(Learning), epochs=retraining.epochs, seed=self._config.seed,
             context_length=self._config.context_length,

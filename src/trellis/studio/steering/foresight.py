@@ -92,7 +92,7 @@ class ForesightRequest:
         """Somebody waits for it now."""
         self._priority = INTERACTIVE_PRIORITY  # also for one that has not been sent yet
         if not self.task.done():
-            await self.worker.urge(self.request)
+            await self.worker.set_priority(self.request)
 
     def cancel(self) -> None:
         self.task.cancel()

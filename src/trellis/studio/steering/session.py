@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from ...blobs import Blobs
 from ...errors import Conflict, EngineDied, EngineStopped, NotFound, TrellisError, WeightsMissing, shorten
-from ...messages import CHOICE, Chat, Choice, Event, Learned, Lesson, Metrics, Offered, Progress, Prompt, Spoke
+from ...messages import CHOICE, Chat, Choice, Event, Learned, Lesson, Metrics, Offered, Progress, Prompt, TextDelta
 from ...params import ModelOptions, Sampling, SessionConfig
 from ...store import steering as rows
 from ...store.store import Store
@@ -380,7 +380,7 @@ class Session:
             try:
                 async with aclosing(self._engine_requests.chat(request, owner)) as events:
                     async for event in events:
-                        has_spoken = has_spoken or isinstance(event, Spoke)
+                        has_spoken = has_spoken or isinstance(event, TextDelta)
                         yield event
             except WeightsMissing as missing:  # what looked whole was not
                 if has_spoken or missing.weights != node.weights:

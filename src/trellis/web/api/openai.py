@@ -19,7 +19,17 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, S
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ...errors import EngineError, Invalid, Refused, TrellisError, shorten
-from ...messages import Answered, Chat, Drawn, Event, Heard, Spoke, Turn, derived_seed, template_kwargs_from
+from ...messages import (
+    AnswerDone,
+    Chat,
+    Event,
+    PromptRead,
+    SampledToken,
+    TextDelta,
+    Turn,
+    derived_seed,
+    template_kwargs_from,
+)
 from ...params import Sampling
 from ...studio.chat.target import ChatTarget
 from ...studio.studio import Studio
@@ -289,7 +299,7 @@ class ResponseFormat:
         self,
         index: int,
         text: str | None,
-        sampled: list[Drawn],
+        sampled: list[SampledToken],
         text_offset: int,
         finish_reason: str | None,
         is_first: bool = False,
@@ -309,7 +319,7 @@ class ResponseFormat:
     def delta_fields(self, text: str | None, is_first: bool) -> dict[str, Any]:
         raise NotImplementedError
 
-    def logprobs(self, sampled: list[Drawn], text_offset: int) -> dict[str, Any] | None:
+    def logprobs(self, sampled: list[SampledToken], text_offset: int) -> dict[str, Any] | None:
         raise NotImplementedError
 
 
@@ -323,7 +333,7 @@ class ChatFormat(ResponseFormat):
         delta = {} if text is None else {"content": text}
         return {"delta": {"role": "assistant"} | delta if is_first else delta}
 
-    def logprobs(self, sampled: list[Drawn], text_offset: int) -> dict[str, Any] | None:
+    def logprobs(self, sampled: list[SampledToken], text_offset: int) -> dict[str, Any] | None:
         if not sampled:
             return None
         return {
@@ -350,7 +360,7 @@ class CompletionFormat(ResponseFormat):
     def delta_fields(self, text: str | None, is_first: bool) -> dict[str, Any]:
         return {"text": text or ""}
 
-    def logprobs(self, sampled: list[Drawn], text_offset: int) -> dict[str, Any] | None:
+    def logprobs(self, sampled: list[SampledToken], text_offset: int) -> dict[str, Any] | None:
         if not sampled:
             return None
         offsets = []
@@ -370,7 +380,7 @@ class StreamedAnswer:
 
     def __init__(self) -> None:
         self.text_parts: list[str] = []
-        self.sampled: list[Drawn] = []
+        self.sampled: list[SampledToken] = []
         self.finish_reason = "stop"
         self.completion_tokens = self.prompt_tokens = self.cached_tokens = 0
 
@@ -380,13 +390,13 @@ class StreamedAnswer:
 
     def add_event(self, event: Event) -> None:
         match event:
-            case Heard():
+            case PromptRead():
                 self.prompt_tokens, self.cached_tokens = event.prompt_tokens, event.warm
-            case Spoke():
+            case TextDelta():
                 self.text_parts.append(event.text)
                 self.sampled += event.drawn
                 self.completion_tokens = event.tokens
-            case Answered():
+            case AnswerDone():
                 self.finish_reason, self.completion_tokens = event.finish, event.tokens
 
 
@@ -484,13 +494,13 @@ async def _sse_frames(
         async for place, event in all_events():
             answer = answers[place]
             answer.add_event(event)
-            if isinstance(event, Heard) and not has_started[place]:
+            if isinstance(event, PromptRead) and not has_started[place]:
                 has_started[place] = True
                 yield _sse_frame(response_format.chunk(place, "", [], 0, None, is_first=True))
-            elif isinstance(event, Spoke):
+            elif isinstance(event, TextDelta):
                 yield _sse_frame(response_format.chunk(place, event.text, list(event.drawn), lengths[place], None))
                 lengths[place] += len(event.text)
-            elif isinstance(event, Answered):
+            elif isinstance(event, AnswerDone):
                 yield _sse_frame(response_format.chunk(place, None, [], lengths[place], event.finish))
     except TrellisError as error:
         yield _sse_frame(to_openai_error(error, 500 if isinstance(error, EngineError) else 400))
