@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trellis.engine.learning.log_probs import Group, answer_logprobs
 from trellis.engine.learning.losses import METHODS
-from trellis.params import Learning
+from trellis.options import Learning
 
 GROUP, TOKENS = 4, 96
 

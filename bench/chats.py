@@ -19,7 +19,7 @@ import trellis.demo.text
 from trellis.blobs import Blobs
 from trellis.engine.handlers import TextEngine
 from trellis.messages import AnswerDone, Chat, CreateAdapter, Load, PromptRead, Turn
-from trellis.params import Adapter, Device, Sampling
+from trellis.options import Adapter, Device, Sampling
 
 LONGEST = 64
 MODEL = Path(trellis.demo.text.__file__).parent / "model"

@@ -29,7 +29,7 @@ from trellis.engine.text.adapters import AdapterSlots, WeightsStore
 from trellis.engine.text.decoding import decode_group
 from trellis.engine.text.fast_forward import FastForward
 from trellis.engine.text.group_forward import group_forward_for
-from trellis.params import Adapter, Sampling
+from trellis.options import Adapter, Sampling
 
 DEMO = Path(__file__).resolve().parent.parent / "src" / "trellis" / "demo" / "text" / "model"
 PROMPT = list(range(5, 35))

@@ -28,7 +28,7 @@ import random_model
 from chats import MODEL, Talk, run
 from decoding import group_speed, waited
 from trellis.messages import Learn, Lesson, Offer, Prompt
-from trellis.params import Learning, Sampling
+from trellis.options import Learning, Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = "1.2 billion"

@@ -24,7 +24,7 @@ from trellis.demo.text.voices import classify_voice
 from trellis.engine.handlers import TextEngine
 from trellis.engine.learning.log_probs import Group, answer_logprobs
 from trellis.messages import Choice, CreateAdapter, Learn, Lesson, Load, Offer, Offered, Option, Prompt, derived_seed
-from trellis.params import Adapter, Learning, Sampling, SessionConfig, default_learning_rate
+from trellis.options import Adapter, Learning, Sampling, SessionConfig, default_learning_rate
 from trellis.studio.steering.tree import Node, choices_to_replay
 
 DEMO = Path(second_model.__file__).resolve().parent.parent / "src" / "trellis" / "demo" / "text" / "model"

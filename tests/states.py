@@ -19,7 +19,7 @@ from tests.conftest import ready, thread_spawner, until
 from trellis.blobs import Blobs
 from trellis.engine.fake import FakeEngine
 from trellis.errors import LoadFailed
-from trellis.params import ModelOptions
+from trellis.options import ModelOptions
 from trellis.settings import Settings
 from trellis.store import blind_test as blind_rows
 from trellis.store import jobs as job_rows

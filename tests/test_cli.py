@@ -13,7 +13,7 @@ import pytest
 
 from tests.server import Server
 from trellis.cli import _bind_socket
-from trellis.params import option_rows
+from trellis.options import option_rows
 from trellis.settings import Settings
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trellis.memory_estimates import estimate_memory, model_shape
-from trellis.params import SessionConfig
+from trellis.options import SessionConfig
 
 CONFIG = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 100}
 ATTENTION = {f"model.layers.0.self_attn.{name}_proj.weight": [64, 64] for name in "qkvo"}

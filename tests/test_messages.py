@@ -22,7 +22,7 @@ from trellis.messages import (  # fmt: skip
     frame_length,
     recipe_id,
 )
-from trellis.params import Learning
+from trellis.options import Learning
 
 
 @given(st.integers(0, 2**40), st.dictionaries(st.integers(0, 7), st.text(), max_size=4), st.booleans())

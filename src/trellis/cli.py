@@ -110,7 +110,7 @@ def main() -> None:
 
 def _with_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Return a function with one keyword per session option, as Typer reads them."""
-    from .params import flag_rows
+    from .options import flag_rows
 
     def steer(**given: Any) -> None:
         command(**given)
@@ -131,7 +131,7 @@ def _with_flags(command: Callable[..., None]) -> Callable[..., None]:
 def _steer(
     host: str | None, port: str | None, save_dir: Path | None, name: str | None, open: bool, qr: bool, **given: Any
 ) -> None:
-    from .params import SessionConfig, config_from_flags
+    from .options import SessionConfig, config_from_flags
 
     settings = _load_settings(host=host, port=port, save_dir=save_dir)
     try:
@@ -152,7 +152,7 @@ def _steer(
 def _load_settings(**given: Any) -> Settings:
     from pydantic import ValidationError
 
-    from .params import invalid_from
+    from .options import invalid_from
 
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})

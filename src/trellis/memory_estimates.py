@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .params import OPENING_TOKEN_BUDGET, Precision, SessionConfig
+from .options import OPENING_TOKEN_BUDGET, Precision, SessionConfig
 
 LIBRARY_BYTES = 510_000_000
 """Bytes that an engine's libraries take before any model is there (measured, docs/log.md)."""

@@ -27,7 +27,7 @@ from .model_files import (
     inspect_folder,
     read_json,
 )
-from .params import Precision
+from .options import Precision
 from .safetensors_files import READ_ERRORS
 
 TOKENIZER_FILES = (

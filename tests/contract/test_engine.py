@@ -45,7 +45,7 @@ from trellis.messages import (  # fmt: skip
     Turn,
     Written,
 )
-from trellis.params import Adapter, Learning, Sampling
+from trellis.options import Adapter, Learning, Sampling
 from trellis.workers.worker import Worker
 
 pytestmark = pytest.mark.anyio

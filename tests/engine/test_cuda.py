@@ -19,7 +19,7 @@ from trellis.engine.text.decoding import decode_group
 from trellis.engine.text.fast_forward import SUPPORTED_FAMILIES, FastForward
 from trellis.engine.text.group_forward import GenericGroupForward, group_forward_for
 from trellis.messages import CreateAdapter, Load
-from trellis.params import Adapter, Sampling
+from trellis.options import Adapter, Sampling
 
 pytestmark = [
     pytest.mark.engine,

@@ -29,7 +29,7 @@ from trellis.messages import (
     Status,
     StatusReport,
 )
-from trellis.params import Adapter
+from trellis.options import Adapter
 
 
 class Script:

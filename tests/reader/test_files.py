@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trellis.errors import Invalid
-from trellis.params import Dataset
+from trellis.options import Dataset
 from trellis.reader.__main__ import prepare, preview
 from trellis.reader.columns import extract_from_value, extract_prompt, find_prompt_column
 from trellis.reader.decoding import LocalFile

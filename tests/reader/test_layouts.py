@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trellis.errors import Invalid
-from trellis.params import Dataset
+from trellis.options import Dataset
 from trellis.reader.__main__ import prepare, preview, write_rows
 
 CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]

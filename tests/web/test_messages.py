@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from tests.server import Server
 from trellis.messages import CHOICE
-from trellis.params import SessionConfig, invalid_from, invalid_from_details
+from trellis.options import SessionConfig, invalid_from, invalid_from_details
 from trellis.web import chat_socket as socket_commands
 
 INTERNAL = re.compile(

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.server import Server, new_session, wait_ready
-from trellis.params import Dataset, SessionConfig
+from trellis.options import Dataset, SessionConfig
 from trellis.web.pages.steering.options_form import config_from_values
 from trellis.web.render import format_age
 

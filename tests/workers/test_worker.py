@@ -32,7 +32,7 @@ from trellis.messages import (
     Prompt,
     Status,
 )
-from trellis.params import Adapter, Learning, Sampling
+from trellis.options import Adapter, Learning, Sampling
 from trellis.workers.exit_codes import explain_exit
 from trellis.workers.processes import ProcessSpawner
 from trellis.workers.worker import Spawn, Worker

@@ -40,7 +40,7 @@ from ..messages import (  # fmt: skip
     Written,
     recipe_id,
 )
-from ..params import Learning
+from ..options import Learning
 from .hub_download import download
 from .learning.log_probs import Group, scorer_for
 from .learning.losses import METHODS

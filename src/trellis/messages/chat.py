@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ..params import Sampling
+from ..options import Sampling
 from .message import Message
 from .template_kwargs import TemplateKwargs
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ..params import Device, EngineName, Precision
+from ..options import Device, EngineName, Precision
 from .message import Message
 from .steering import CreateAdapter, Prompt
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictInt, TypeAdapter
 
-from ..params import Adapter, Learning, Sampling, StorableText
+from ..options import Adapter, Learning, Sampling, StorableText
 from .message import Message, added_later, recipe_id, recipe_of
 from .template_kwargs import TemplateKwargs
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Invalid, TrellisError, shorten
-from ..params import Dataset
+from ..options import Dataset
 from . import files, hub
 from .prompts import PromptReader
 from .skipped import SkipReport, format_number

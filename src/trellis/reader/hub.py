@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
 
 from ..errors import Invalid, TrellisError, shorten
-from ..params import Dataset
+from ..options import Dataset
 from . import files
 from .json_files import Record
 

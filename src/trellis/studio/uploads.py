@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 
 from ..errors import Conflict, Invalid, NotFound, shorten
 from ..messages import recipe_id
-from ..params import invalid_from_entries
+from ..options import invalid_from_entries
 from .datasets.datasets import PROMPT_FILE_SUFFIXES, SUFFIX_HELP
 from .models.catalog import DEMO, FOLDER_NAME_PATTERN
 

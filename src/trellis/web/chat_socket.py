@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from starlette.websockets import WebSocketDisconnect
 
 from ..errors import Invalid, Refused, TrellisError, internal_error, shorten
-from ..params import invalid_from_details
+from ..options import invalid_from_details
 from ..studio.chat.room import MAX_MODELS, Room
 from ..studio.hub import HubEvent
 from ..studio.studio import Studio

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from ..errors import Conflict, EngineError, Invalid, NotFound, Refused, TrellisError
 from ..errors import internal_error as unknown_error
-from ..params import invalid_from_details
+from ..options import invalid_from_details
 from .openai_errors import is_openai_path, to_openai_error
 from .render import Renderer
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Invalid, TrellisError, shorten
-from ..params import Dataset
+from ..options import Dataset
 
 MAX_LINE_BYTES = 32 * 1024 * 1024
 

@@ -23,7 +23,7 @@ from trellis.engine.learning.log_probs import (
 from trellis.engine.parallel import CorePool
 from trellis.engine.text.adapters import AdapterSlot, AdapterSlots
 from trellis.engine.text.fast_forward import SUPPORTED_FAMILIES, FastForward
-from trellis.params import Adapter
+from trellis.options import Adapter
 
 pytestmark = pytest.mark.engine
 

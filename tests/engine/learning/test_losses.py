@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from trellis.engine.learning.losses import METHODS, OPENING_DECAY, answer_rewards, token_weights
 from trellis.engine.learning.targets import choice_advantages, choice_scores, preference_pairs
 from trellis.messages import Choice, Ranking
-from trellis.params import Learning, MethodName
+from trellis.options import Learning, MethodName
 
 pytestmark = pytest.mark.engine
 

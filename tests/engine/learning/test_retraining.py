@@ -24,7 +24,7 @@ from trellis.engine.learning.step import TrainingState
 from trellis.engine.learning.targets import agrees_with_choice
 from trellis.errors import TrellisError
 from trellis.messages import Choice, Ranking, Written
-from trellis.params import Learning
+from trellis.options import Learning
 
 pytestmark = pytest.mark.engine
 

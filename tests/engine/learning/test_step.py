@@ -20,7 +20,7 @@ from trellis.engine.learning.losses import k3
 from trellis.engine.learning.step import TrainingState, adamw_step, learn_choice, scale_imitation, settling_factor
 from trellis.errors import TrellisError
 from trellis.messages import Ranking, Written
-from trellis.params import Learning
+from trellis.options import Learning
 
 pytestmark = pytest.mark.engine
 

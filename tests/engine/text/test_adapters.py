@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from trellis.blobs import Blobs
 from trellis.engine.text.adapters import AdapterSlot, AdapterSlots, Weights, WeightsStore
 from trellis.errors import TrellisError, WeightsMissing
-from trellis.params import Adapter
+from trellis.options import Adapter
 
 pytestmark = pytest.mark.engine
 SETTINGS = Adapter(lora_rank=4, lora_alpha=8)

@@ -33,7 +33,7 @@ from trellis.messages import (
     Progress,
     Prompt,
 )
-from trellis.params import Adapter, Learning, Sampling
+from trellis.options import Adapter, Learning, Sampling
 
 pytestmark = pytest.mark.engine
 

@@ -49,7 +49,7 @@ from trellis.messages import (
     Written,
     template_kwargs_from,
 )
-from trellis.params import Adapter, Learning, Sampling
+from trellis.options import Adapter, Learning, Sampling
 
 pytestmark = pytest.mark.engine
 

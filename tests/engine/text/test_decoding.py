@@ -21,7 +21,7 @@ from trellis.engine.text.group_forward import FastGroupForward, GenericGroupForw
 from trellis.engine.text.quality_metrics import token_bigrams
 from trellis.engine.text.sampling import draw_uniforms, sample
 from trellis.engine.text.vocabulary import IncrementalDetokenizer
-from trellis.params import Adapter, Sampling
+from trellis.options import Adapter, Sampling
 
 pytestmark = pytest.mark.engine
 

@@ -17,7 +17,7 @@ from trellis.engine.text.adapters import AdapterSlot, AdapterSlots
 from trellis.engine.text.fast_forward import SUPPORTED_FAMILIES, FastForward
 from trellis.engine.text.group_forward import FastGroupForward, GenericGroupForward, group_forward_for
 from trellis.engine.text.packed_weights import MAX_PACKED_ROWS, has_memory_for_copy, pack_weight, packed_linear
-from trellis.params import Adapter
+from trellis.options import Adapter
 
 pytestmark = pytest.mark.engine
 

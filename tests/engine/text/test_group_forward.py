@@ -14,7 +14,7 @@ from trellis.engine.learning.log_probs import GenericScorer, Group, answer_logpr
 from trellis.engine.text.adapters import AdapterSlot, AdapterSlots
 from trellis.engine.text.group_forward import GenericGroupForward
 from trellis.engine.text.kv_cache import GenericSequenceCache
-from trellis.params import Adapter
+from trellis.options import Adapter
 
 pytestmark = pytest.mark.engine
 

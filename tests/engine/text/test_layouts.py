@@ -18,7 +18,7 @@ from trellis.engine.text.adapters import AdapterSlot, Weights
 from trellis.engine.text.kv_cache import sequence_cache_for
 from trellis.errors import Invalid, LoadFailed
 from trellis.messages import Learned, Merged, Offer, Offered, Prompt
-from trellis.params import Adapter, Sampling
+from trellis.options import Adapter, Sampling
 
 pytestmark = pytest.mark.engine
 

@@ -296,7 +296,7 @@ def test_a_session_from_before_goes_on_and_merges_under_its_former_name(folder: 
     from trellis.engine.handlers import TextEngine
     from trellis.engine.text.loaded_model import _sample_values, fingerprints
     from trellis.messages import CreateAdapter, recipe_id, recipe_of
-    from trellis.params import Adapter
+    from trellis.options import Adapter
 
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     with safe_open(folder / "model.safetensors", framework="pt") as tensors:

@@ -23,7 +23,7 @@ from trellis.engine.learning.log_probs import Group, scorer_for
 from trellis.engine.text.adapters import AdapterSlots, dequantized_weight
 from trellis.engine.text.loaded_model import LoadedModel
 from trellis.engine.text.quantized_linear import dequantize_weight, replace_4bit_layers
-from trellis.params import Adapter
+from trellis.options import Adapter
 
 pytestmark = pytest.mark.engine
 SETTINGS = Adapter(lora_rank=4)

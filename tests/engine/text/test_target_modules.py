@@ -16,7 +16,7 @@ from trellis.engine.text import adapters
 from trellis.engine.text.adapters import AdapterSlots
 from trellis.engine.text.target_modules import find_adaptable_layers, restored_on_error
 from trellis.errors import Invalid
-from trellis.params import Adapter
+from trellis.options import Adapter
 
 pytestmark = pytest.mark.engine
 

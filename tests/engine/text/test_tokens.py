@@ -37,7 +37,7 @@ from trellis.messages import (  # fmt: skip
     TextDelta,
     Turn,
 )
-from trellis.params import Adapter, Learning, Sampling
+from trellis.options import Adapter, Learning, Sampling
 
 pytestmark = pytest.mark.engine
 

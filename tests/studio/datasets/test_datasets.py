@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import open_studio, ready, until
 from trellis.errors import Invalid, TrellisError
 from trellis.messages import Progress
-from trellis.params import Dataset
+from trellis.options import Dataset
 from trellis.studio.datasets.datasets import resolve_inside
 from trellis.studio.studio import Studio
 from trellis.workers.worker import Spawn

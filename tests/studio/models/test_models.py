@@ -16,7 +16,7 @@ from trellis.blobs import Blobs
 from trellis.engine.fake import FakeEngine
 from trellis.errors import Conflict, LoadFailed, NotFound
 from trellis.messages import Chat, Progress, Turn
-from trellis.params import ModelOptions, Sampling
+from trellis.options import ModelOptions, Sampling
 from trellis.studio.jobs import job_json
 from trellis.studio.studio import Studio
 from trellis.workers.worker import Spawn

@@ -17,7 +17,7 @@ from trellis.blobs import Blobs
 from trellis.engine.fake import FakeEngine
 from trellis.errors import Invalid
 from trellis.messages import Chat, Learn, Loaded, Offer, Prompt, PromptRead, TextDelta, Turn, recipe_of
-from trellis.params import ModelOptions, Sampling, SessionConfig
+from trellis.options import ModelOptions, Sampling, SessionConfig
 from trellis.settings import Settings
 from trellis.studio.chat.answer import GrowingAnswer
 from trellis.studio.chat.message import Message

@@ -27,7 +27,7 @@ from trellis.messages import (
     StatusReport,
     Written,
 )
-from trellis.params import ModelOptions
+from trellis.options import ModelOptions
 from trellis.store.steering import commit_node
 from trellis.store.tables import intents, nodes, offers
 from trellis.studio.models.devices import has_mains_power, make_foresight_check

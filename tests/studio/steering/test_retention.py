@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import open_studio, ready, until
 from trellis.messages import Metrics
-from trellis.params import SessionConfig
+from trellis.options import SessionConfig
 from trellis.studio.steering.retention import prunable_weights, retained_weights
 from trellis.studio.steering.session import Session
 from trellis.studio.steering.tree import Node, Tree

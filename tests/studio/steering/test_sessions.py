@@ -15,7 +15,7 @@ from trellis.blobs import Blobs
 from trellis.engine.fake import FakeEngine
 from trellis.errors import Conflict, Invalid, NotFound, TrellisError
 from trellis.messages import Event, Offer, Ranking, Request, Written
-from trellis.params import ModelOptions, Sampling, default_learning_rate
+from trellis.options import ModelOptions, Sampling, default_learning_rate
 from trellis.store import steering as rows
 from trellis.studio.steering.session import CONTROL_SAMPLING, Session
 from trellis.studio.studio import Studio

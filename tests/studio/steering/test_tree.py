@@ -8,7 +8,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trellis.params import Dataset, SessionConfig
+from trellis.options import Dataset, SessionConfig
 from trellis.studio.datasets.datasets import Prompts
 from trellis.studio.datasets.shuffling import shuffled_index
 from trellis.studio.steering.tree import (

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ...messages import Choice, Ranking, Written
-from ...params import Learning
+from ...options import Learning
 from .targets import choice_advantages, choice_scores, chosen_indices, preference_pairs
 
 BETAS = (0.9, 0.99)

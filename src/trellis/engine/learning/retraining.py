@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...messages import derived_seed
-from ...params import Learning
+from ...options import Learning
 from ..text.adapters import AdapterSlot, not_finite_error
 from ..text.sampling import overflow_error
 from .log_probs import GradientPart, Group, schedule_passes, scorer_for

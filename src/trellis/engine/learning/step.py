@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...messages import Written
-from ...params import Learning
+from ...options import Learning
 from ..text.adapters import AdapterSlot, not_finite_error
 from ..text.quality_metrics import variety_of
 from .log_probs import GradientPart, Group, schedule_passes, scorer_for

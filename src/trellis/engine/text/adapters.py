@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from ...blobs import Blobs
 from ...errors import Invalid, TrellisError, WeightsMissing
 from ...messages import Metrics, derived_seed, recipe_id
-from ...params import Adapter
+from ...options import Adapter
 from ..parallel import SINGLE_CORE, CorePool
 from .cache_support import CacheSupport, detect_cache_support
 from .cuda_graphs import StepGraphs

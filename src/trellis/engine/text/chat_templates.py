@@ -22,7 +22,7 @@ from transformers.utils.chat_template_utils import encode_marked_chat, mark_cont
 
 from ...errors import Invalid, shorten
 from ...messages import TemplateKwargs, Turn, template_kwargs_from
-from ...params import THINKING_SWITCHES
+from ...options import THINKING_SWITCHES
 
 Role = Literal["system", "user", "assistant"]
 SYSTEM_ROLE, USER_ROLE, ASSISTANT_ROLE = (

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...params import Sampling
+from ...options import Sampling
 from .fast_forward import FastForward, FusedLayer, KVCache
 from .sampling import is_greedy, sample_scaled
 

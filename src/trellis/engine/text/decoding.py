@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...params import OPENING_TOKEN_BUDGET, Sampling
+from ...options import OPENING_TOKEN_BUDGET, Sampling
 from .group_forward import AnswerRows, GroupForward
 from .quality_metrics import bigram_overlap, token_bigrams
 from .sampling import draw_uniforms, is_greedy, overflow_error, sample

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from ...params import Sampling
+from ...options import Sampling
 from .adapters import AdapterSlot
 from .cache_support import ModelCache
 from .cuda_graphs import SampledSteps, StepGraphs

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...params import Adapter
+from ...options import Adapter
 from .adapters import AdapterSlot, AdapterSlots, Weights
 from .cache_support import ModelCache
 from .fast_forward import AdaptedLayers, FastForward, FusedLayer, FusedLinear, KVCache, RowAdapters

@@ -37,7 +37,7 @@ from ...memory_estimates import estimate_memory, model_shape
 from ...messages import Chat, Load, Loaded, Progress, Prompt, Turn
 from ...model_checks import quantization_method, require_loadable, token_beyond_embedding, tokenizer_too_large_problem
 from ...model_files import ModelFiles, Vocabulary, canonical_config, inspect_folder
-from ...params import Precision, SessionConfig
+from ...options import Precision, SessionConfig
 from ...safetensors_files import READ_ERRORS
 from ..parallel import SMALL_MODEL_PARAMETERS, CorePool
 from .adapters import AdapterSlots

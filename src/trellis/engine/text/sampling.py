@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...errors import EngineError
-from ...params import Sampling
+from ...options import Sampling
 
 MIN_TEMPERATURE = 1e-4
 """Below this temperature the likeliest token is drawn: what is divided by less is not a number any more."""

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from ...errors import Invalid, TrellisError, shorten
 from ...markdown_blocks import THINK_CLOSE, THINK_OPEN
 from ...messages import AnswerDone, Chat, Event, PromptRead, TextDelta, Turn
-from ...params import Sampling
+from ...options import Sampling
 from ...store import providers as rows
 from ...store.store import Store
 from ..egress import CheckedUrl, check_url, host_and_port, parse_url, resolve_url

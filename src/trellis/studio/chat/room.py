@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from ...errors import Conflict, EngineDied, EngineStopped, Invalid, NotFound, TrellisError, internal_error, shorten
 from ...markdown import text_to_html
 from ...messages import Chat, Turn, derived_seed
-from ...params import Sampling, invalid_from
+from ...options import Sampling, invalid_from
 from ...store import rooms as rows
 from ...store.store import Store
 from ...text_rules import PROMPT_LIMIT, fold_text

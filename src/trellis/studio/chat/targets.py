@@ -12,7 +12,7 @@ from typing import Any
 
 from ...errors import Invalid, NotFound, TrellisError, shorten
 from ...messages import Chat, Event
-from ...params import ModelOptions
+from ...options import ModelOptions
 from ..models.catalog import UNREADABLE_CONFIG
 from ..models.models import Models
 from ..steering.session import Session

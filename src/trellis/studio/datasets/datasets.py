@@ -20,7 +20,7 @@ from ...blobs import Blobs
 from ...demo.text.prompts import load_prompts
 from ...errors import Invalid, shorten
 from ...messages import Progress, derived_seed, recipe_id
-from ...params import Dataset
+from ...options import Dataset
 from ...workers.reader import Reader
 from .shuffling import shuffled_index
 

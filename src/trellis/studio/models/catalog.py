@@ -22,7 +22,7 @@ from ...errors import Conflict, LoadFailed, NotFound, shorten
 from ...memory_estimates import ModelShape, model_shape
 from ...model_checks import first_problem, problem_from_file_names
 from ...model_files import CONFIG_LIMIT, Problem, read_json
-from ...params import Precision
+from ...options import Precision
 from ...safetensors_files import READ_ERRORS, read_shapes
 
 DEMO = "demo"

@@ -17,7 +17,7 @@ from ...errors import Conflict, EngineDied, EngineError, LoadFailed, NotFound, T
 from ...memory_estimates import changes_that_fit, estimate_memory
 from ...messages import Load, Loaded, Progress, Status, StatusReport
 from ...model_files import Problem
-from ...params import ModelOptions, Precision, SessionConfig
+from ...options import ModelOptions, Precision, SessionConfig
 from ...workers.worker import Spawn, Worker
 from ..jobs import Job, Jobs
 from .catalog import Catalog, ModelEntry

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ...errors import Invalid, shorten
 from ...messages import Loaded, TemplateKwargs
-from ...params import THINKING_SWITCHES, SessionConfig
+from ...options import THINKING_SWITCHES, SessionConfig
 
 MAX_FILE_BYTES = 4_000_000
 """Bytes of a file that is looked into; templates have some tens of thousands."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ...errors import Conflict, Invalid, NotFound, TrellisError, shorten
 from ...messages import derived_seed
-from ...params import Sampling
+from ...options import Sampling
 from ...store import blind_test as rows
 from ...store.store import Store
 from ..jobs import key_reused_error, timestamp

@@ -22,7 +22,7 @@ from ...blobs import Blobs, fsync
 from ...errors import Conflict, EngineError, Invalid, LoadFailed, NotFound, shorten
 from ...memory_estimates import LIBRARY_BYTES
 from ...messages import CreateAdapter, Merge, Merged, Progress
-from ...params import Adapter
+from ...options import Adapter
 from ...safetensors_files import read_shapes
 from ...workers.worker import Spawn, Worker
 from ..jobs import Job, Jobs, timestamp

@@ -32,7 +32,7 @@ from ...messages import (  # fmt: skip
     QueuePosition,
     Retrain,
 )
-from ...params import Adapter, Learning, ModelOptions, Sampling, SessionConfig
+from ...options import Adapter, Learning, ModelOptions, Sampling, SessionConfig
 from ...safetensors_files import all_finite
 from ...store import steering as rows
 from ...store.store import Store

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...params import SessionConfig
+from ...options import SessionConfig
 from .tree import Retraining, Tree
 
 

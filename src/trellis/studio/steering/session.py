@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from ...blobs import Blobs
 from ...errors import Conflict, EngineDied, EngineStopped, NotFound, TrellisError, WeightsMissing, shorten
 from ...messages import CHOICE, Chat, Choice, Event, Learned, Lesson, Metrics, Offered, Progress, Prompt, TextDelta
-from ...params import ModelOptions, Sampling, SessionConfig
+from ...options import ModelOptions, Sampling, SessionConfig
 from ...store import steering as rows
 from ...store.store import Store
 from ..datasets.datasets import Datasets, Prompts

@@ -16,7 +16,7 @@ from ...errors import Invalid, NotFound, TrellisError, shorten
 from ...messages import derived_seed
 from ...model_checks import answer_length_problem
 from ...model_files import Problem
-from ...params import ModelOptions, Sampling, SessionConfig, default_learning_rate, invalid_from
+from ...options import ModelOptions, Sampling, SessionConfig, default_learning_rate, invalid_from
 from ...store import steering as rows
 from ...store.store import Store
 from ..datasets.datasets import Datasets

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from ...messages import CHOICE, Choice, Message, Metrics, derived_seed, recipe_id
-from ...params import SessionConfig
+from ...options import SessionConfig
 
 RetrainingKind = Literal["refit", "import", "replay"]
 

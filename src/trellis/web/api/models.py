@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends
 from pydantic import Field
 from starlette.responses import Response
 
-from ...params import ModelOptions
+from ...options import ModelOptions
 from ...studio.jobs import job_json
 from ..rate_limits import enforce_rate_limit
 from .steering import RequestIdDep, StudioDep

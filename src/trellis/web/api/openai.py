@@ -30,7 +30,7 @@ from ...messages import (
     derived_seed,
     template_kwargs_from,
 )
-from ...params import Sampling
+from ...options import Sampling
 from ...studio.chat.target import ChatTarget
 from ...studio.studio import Studio
 from ...text_rules import require_storable

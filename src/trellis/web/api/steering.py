@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
 from ...messages import Choice
-from ...params import SessionConfig
+from ...options import SessionConfig
 from ...studio.jobs import job_json
 from ...studio.review import journal as journals
 from ...studio.steering.presets import all_presets

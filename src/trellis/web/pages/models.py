@@ -10,7 +10,7 @@ from pydantic import Field
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ...errors import TrellisError
-from ...params import Device, ModelOptions, Precision
+from ...options import Device, ModelOptions, Precision
 from ...studio.studio import Studio
 from ..api.steering import StudioDep
 from ..error_responses import status_of

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ....errors import Refused, TrellisError
-from ....params import invalid_from
+from ....options import invalid_from
 from ....studio.studio import Studio
 from ...api.connections import NewProvider
 from ...api.steering import Name, StudioDep

@@ -14,7 +14,7 @@ from pydantic import Field
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ....errors import TrellisError
-from ....params import Sampling
+from ....options import Sampling
 from ....studio.chat.imports import ImportResult, import_rooms
 from ....studio.chat.message import Message
 from ....studio.chat.room import DEFAULT_SAMPLING, MAX_MODELS, Room

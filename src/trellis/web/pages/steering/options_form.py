@@ -1,4 +1,4 @@
-"""The options of a session as a form shows them, and what a form sends as options: both from the rows in params.py."""
+"""The options of a session as a form shows them, and what a form sends as options: both from the rows under options/."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
 from ....errors import Invalid, TrellisError
-from ....params import option_rows
+from ....options import option_rows
 
 GROUPS = ("Model", "Prompts", "Answers", "Learning", "Adapter", "History")
 MULTILINE_OPTIONS = ("system_prompt", "control_prompt", "prompt_prefix", "prompt_suffix")

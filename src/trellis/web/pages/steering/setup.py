@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ....errors import Invalid, TrellisError
-from ....params import SessionConfig, invalid_from
+from ....options import SessionConfig, invalid_from
 from ....studio.steering.presets import all_presets, get_preset
 from ....studio.studio import Studio
 from ...api.steering import Name, StudioDep

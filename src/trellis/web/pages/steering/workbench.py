@@ -12,7 +12,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ....errors import Invalid, shorten
 from ....messages import CHOICE, Choice, Written
-from ....params import TypedNumbers
+from ....options import TypedNumbers
 from ....studio.review.journal import describe_choice
 from ....studio.steering.last_pick import last_pick_report
 from ....studio.steering.session import Session

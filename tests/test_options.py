@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trellis.errors import Invalid, shorten
 from trellis.messages import CHOICE
-from trellis.params import Adapter, Learning, Sampling, SessionConfig
+from trellis.options import Adapter, Learning, Sampling, SessionConfig
 from trellis.text_rules import plain_number, require_storable
 
 
