@@ -256,14 +256,14 @@ class TextEngine:
             kl=outcome.kl,
             share_before=outcome.share_before,
             share_after=outcome.share_after,
-            drift=slot.drift(outcome.point.flat),
+            drift=slot.drift(outcome.state.flat),
             inner_steps=outcome.steps,
             seconds=time.monotonic() - started,
             agreed=outcome.agreed,
-            agreed_of=outcome.judged,
+            agreed_of=outcome.evaluated,
             left_out=left_out,
         )
-        self._weights_store.add(slot, _weights_from(weights_id, slot, outcome.point), metrics, save=True)
+        self._weights_store.add(slot, _weights_from(weights_id, slot, outcome.state), metrics, save=True)
         return Learned(weights=weights_id, metrics=metrics)
 
     def assess(self, request: Assess) -> Steps:
