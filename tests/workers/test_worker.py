@@ -280,8 +280,8 @@ import os, signal
 from pathlib import Path
 from trellis.workers.processes import ProcessSpawner
 spawn = ProcessSpawner(Path({str(tmp_path)!r}), Path({str(tmp_path)!r}))
-spawn.warm()
-print(spawn._forks.pid, flush=True)
+spawn.preload()
+print(spawn._fork_server.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

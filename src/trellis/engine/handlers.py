@@ -260,7 +260,7 @@ class TextEngine:
             inner_steps=outcome.steps,
             seconds=time.monotonic() - started,
             agreed=outcome.agreed,
-            agreed_of=outcome.judged,
+            agreed_of=outcome.evaluated,
             left_out=left_out,
         )
         self._weights_store.add(slot, _weights_from(weights_id, slot, outcome.state), metrics, save=True)

@@ -126,16 +126,16 @@ class Table(nn.Module):
 class TableSlot:
     """A slot whose adapter is the whole table."""
 
-    adapted = None
+    adapted_layers = None
 
     def __init__(self, size: int) -> None:
-        self.turn = nullcontext()
+        self.lock = nullcontext()
         self.flat = torch.zeros(size * size)
         self.model = Table(self.flat.view(size, size))
         self.parameters = size * size
         self.installs = 0
 
-    def dropping(self, *seed: Any) -> Any:
+    def dropout(self, *seed: Any) -> Any:
         return nullcontext()
 
     def install(self, flat: Tensor) -> None:
@@ -217,7 +217,7 @@ def test_a_click_stops_when_its_share_is_reached() -> None:
 def test_a_step_that_goes_too_far_is_halved_and_is_the_last() -> None:
     outcome = learn(Learning(learning_rate=0.1, step_limit=1e-6, inner_steps=4), GROUP)
     assert outcome.inner_steps == 1
-    assert float(outcome.point.flat.abs().max()) == pytest.approx(0.05, rel=1e-2)
+    assert float(outcome.state.flat.abs().max()) == pytest.approx(0.05, rel=1e-2)
 
 
 def test_a_refusal_takes_fewer_steps_than_a_choice() -> None:
@@ -234,7 +234,7 @@ def test_clicks_settle_and_still_count() -> None:
     assert parts == pytest.approx([1.0, 0.5, 0.25, 0.1])
     assert settling_factor(10**6, options.model_copy(update={"settling": 0})) == 1.0
     once = options.model_copy(update={"inner_steps": 1, "step_limit": 100.0})
-    fresh, late = learn(once, GROUP).point, learn(once, GROUP, steps_before=10**6).point
+    fresh, late = learn(once, GROUP).state, learn(once, GROUP, steps_before=10**6).state
     assert 0 < float(late.flat.abs().max()) < float(fresh.flat.abs().max())
 
 
@@ -242,8 +242,8 @@ def test_replay_moves_the_weights_too() -> None:
     earlier = Group(prompt=[2], answers=[[1, 0], [4, 0]], choice=1, temperature=1.0)
     alone, beside = learn(PLAIN, GROUP), learn(PLAIN, GROUP, (earlier,))
     row = slice(2 * 5, 3 * 5)  # what follows token 2, which only the earlier group asks about (and token 0 after it)
-    assert float(beside.point.flat[row][4] - beside.point.flat[row][1]) > float(
-        alone.point.flat[row][4] - alone.point.flat[row][1]
+    assert float(beside.state.flat[row][4] - beside.state.flat[row][1]) > float(
+        alone.state.flat[row][4] - alone.state.flat[row][1]
     )
 
 

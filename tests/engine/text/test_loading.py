@@ -130,7 +130,7 @@ def test_a_written_answer_ends(tiny_llama: Path) -> None:
 def test_a_prompt_must_leave_room_for_an_answer(tiny_llama: Path, limit: int) -> None:
     loaded: Any = load(tiny_llama)
     with pytest.raises(Invalid, match="does not fit") as raised:
-        loaded.prompt_tokens(Prompt(text="sea " * 600), 10, limit)
+        loaded.tokenize_prompt(Prompt(text="sea " * 600), 10, limit)
     assert raised.value.code == "prompt_too_long"
 
 

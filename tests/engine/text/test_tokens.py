@@ -259,7 +259,7 @@ def in_the_midst(
                 if cache is not None:
                     with torch.inference_mode():
                         for each in (*cache.keys, *cache.values):
-                            each[lines._lines.index(line)] = float("nan")  # type: ignore[attr-defined]
+                            each[lines._sequences.index(line)] = float("nan")  # type: ignore[attr-defined]
         return logits
 
     monkeypatch.setattr(lines, "decode", broken)

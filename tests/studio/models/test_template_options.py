@@ -52,7 +52,7 @@ def engine_with(tmp_path: Path, asked: list[Any], **about: Any) -> Any:
             asked.append(request)
             return super().learn(request)
 
-        def _may_chat(self, request: Chat) -> None:
+        def _require_can_chat(self, request: Chat) -> None:
             asked.append(request)
             super()._require_can_chat(request)
 
