@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from tests.server import Server
 from trellis.messages import CHOICE
 from trellis.options import SessionConfig, invalid_from, invalid_from_details
-from trellis.web import chat_socket as socket_commands
+from trellis.web import chat_commands as socket_commands
 
 INTERNAL = re.compile(
     r"Input should|NoneType|None\b(?! of)|constrained|function-|tagged-union|lax-or|[Pp]ydantic|Traceback|<class|"

@@ -15,7 +15,7 @@ from .. import __version__
 from ..settings import Settings
 from ..studio.studio import Studio
 from . import chat_socket, error_responses
-from .access import MAX_BODY, AccessMiddleware, LoginGuard
+from .access import MAX_BODY, AccessMiddleware
 from .api import blind_test as blind_api
 from .api import connections as connections_api
 from .api import exports as exports_api
@@ -28,6 +28,7 @@ from .api import rooms as rooms_api
 from .api import steering as steering_api
 from .api import uploads as uploads_api
 from .broadcast import FrameCache
+from .login_guard import LoginGuard
 from .pages import login, models
 from .pages.chat import connections, rooms
 from .pages.review import blind_test, retraining, review

@@ -11,19 +11,30 @@ import logging
 import secrets
 import time
 from contextlib import aclosing, suppress
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, WebSocket
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.websockets import WebSocketDisconnect
 
-from ..errors import Invalid, Refused, TrellisError, internal_error, shorten
-from ..options import invalid_from_details
+from ..errors import Invalid, Refused, TrellisError, internal_error
 from ..studio.chat.room import MAX_MODELS, Room
 from ..studio.hub import HubEvent
 from ..studio.studio import Studio
-from ..text_rules import PROMPT_LIMIT, require_storable
 from .broadcast import WRITE_FRAME_EXTENSION, FrameCache, WriteFrame
+from .chat_commands import (
+    Choose,
+    Command,
+    Continue,
+    Edit,
+    Ping,
+    Rate,
+    Regenerate,
+    Send,
+    Stop,
+    Sync,
+    parse_command,
+    request_id_field,
+)
 from .rate_limits import RateLimiter
 
 log = logging.getLogger(__name__)
@@ -37,86 +48,6 @@ MAX_REFUSALS = 200
 
 MAX_CONCURRENT_COMMANDS = 8
 """Commands of one connection that may be worked on at once."""
-
-MAX_KEYS = 60
-"""Names in one command, and in what it holds."""
-
-Id = Annotated[str, Field(max_length=100)]
-MessageText = Annotated[str, Field(max_length=PROMPT_LIMIT), AfterValidator(require_storable)]
-
-
-ModelNames = (
-    Annotated[str, Field(max_length=300)]
-    | Annotated[list[Annotated[str, Field(max_length=300)]], Field(max_length=MAX_MODELS, fail_fast=True)]
-    | None
-)
-
-
-class Command(BaseModel):
-    """What a client sends. `request` names the action, so that sending it twice does it once."""
-
-    model_config = ConfigDict(extra="forbid")
-    request: str = Field(default_factory=lambda: secrets.token_hex(12), min_length=4, max_length=100)
-
-
-class Send(Command):
-    type: Literal["send"]
-    text: MessageText
-    attachments: list[Id] = Field([], max_length=20, fail_fast=True)
-    parent: Id | None = None
-    model: ModelNames = None
-    sampling: dict[str, Any] | None = None
-
-
-class Stop(Command):
-    type: Literal["stop"]
-    message: Id | None = None
-
-
-class Edit(Command):
-    type: Literal["edit"]
-    message: Id
-    text: MessageText
-
-
-class Regenerate(Command):
-    type: Literal["regenerate"]
-    message: Id
-    model: Annotated[str, Field(max_length=300)] | None = None
-
-
-class Continue(Command):
-    type: Literal["go_on"]
-    message: Id
-
-
-class Choose(Command):
-    type: Literal["choose"]
-    message: Id
-
-
-class Rate(Command):
-    type: Literal["rate"]
-    message: Id
-    rating: int
-
-
-class Sync(Command):
-    type: Literal["sync"]
-    after: int = Field(ge=0, le=2**53)
-
-
-class Ping(Command):
-    type: Literal["ping"]
-
-
-COMMAND_ADAPTER: TypeAdapter[Any] = TypeAdapter(
-    Annotated[
-        Send | Stop | Edit | Regenerate | Continue | Choose | Rate | Sync | Ping, Field(discriminator="type")
-    ]
-)  # fmt: skip
-
-COMMAND_TYPES = "send, stop, edit, regenerate, go_on, choose, rate, sync, ping"
 
 
 @router.websocket("/ws/chat/{room}")
@@ -174,9 +105,9 @@ class RoomConnection:
                 return
             try:
                 self._check_rate()
-                command = _parse_command(message.get("text"))
+                command = parse_command(message.get("text"))
             except TrellisError as error:
-                await self._send("error", error=error.as_json(), **_request_id_field(message.get("text")))
+                await self._send("error", error=error.as_json(), **request_id_field(message.get("text")))
                 if self._refusals > MAX_REFUSALS:
                     await self._socket.close(1008, "too_many_requests")
                     return
@@ -316,42 +247,3 @@ class RoomConnection:
     async def _send(self, kind: str, **data: Any) -> None:
         payload = {"type": kind, "seq": self._room.last_event_number, **data}
         await self._socket.send_text(json.dumps(payload, ensure_ascii=False))
-
-
-def _request_id_field(text: str | None) -> dict[str, str]:
-    """The request that a refused command names, so that who sent it knows which one it was."""
-    try:
-        data = json.loads(text or "")
-        request = data["request"]
-    except (ValueError, RecursionError, KeyError, TypeError):
-        return {}
-    return {"request": request} if isinstance(request, str) and len(request) <= 100 and request.isascii() else {}
-
-
-def _parse_command(text: str | None) -> Command:
-    """A command as it was sent. Raises Invalid, which says what is wrong with it."""
-    if text is None:
-        raise Invalid(
-            "Only text is accepted here.", code="bad_json", next_step="Send a JSON object as text.", fields=[]
-        )
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError):
-        raise Invalid(
-            "The message is not JSON.", code="bad_json", next_step="Send a JSON object with a “type”.", fields=[]
-        ) from None
-    if not isinstance(data, dict) or data.get("type") not in COMMAND_TYPES.split(", "):
-        kind = data.get("type") if isinstance(data, dict) else data
-        raise Invalid(
-            f"type: there is no command “{shorten(kind, 40)}”.", field="type", code="unknown_type",
-            next_step=f"The commands are {COMMAND_TYPES}.",
-        )  # fmt: skip
-    for each in (data, *(value for value in data.values() if isinstance(value, dict))):
-        if len(each) > MAX_KEYS:
-            raise Invalid(f"{len(each)} names are too many.", field="", next_step=f"Send {MAX_KEYS} at most.")
-    try:
-        command: Command = COMMAND_ADAPTER.validate_python(data)
-    except ValidationError as error:
-        findings = [{**finding, "loc": finding["loc"][1:]} for finding in error.errors()]
-        raise invalid_from_details(findings) from None
-    return command

@@ -25,7 +25,7 @@ class Shown:
         self._text, self._chance = text, chance
         self.html, self.shown, self.told = "", 0, 0
 
-    async def speak(self, message: Message, answering: GrowingAnswer) -> None:
+    async def feed(self, answering: GrowingAnswer) -> None:
         at = 0
         while at < len(self._text):
             size = self._chance.randint(1, 12)
@@ -35,7 +35,7 @@ class Shown:
             AnswerDone(finish="stop", tokens=1, prompt_tokens=1, seconds_to_first=0, seconds=0)
         )
 
-    async def save(self, message: Message) -> None:
+    async def save_text(self, message: Message) -> None:
         pass
 
     def publish(self, kind: str, **data: Any) -> None:
@@ -43,7 +43,7 @@ class Shown:
             assert data["shown"] > self.shown
             self.html, self.shown = self.html + data["html"], data["shown"]
 
-    def tell(self, message: Message) -> None:
+    def publish_message(self, message: Message) -> None:
         self.html, self.shown = message.html or "", message.rendered_length
         self.told += 1
 
@@ -52,7 +52,8 @@ async def grown(text: str, chance: random.Random) -> tuple[Shown, Message]:
     message = Message("m", "r", None, "assistant", "", state="growing", html="")
     room = Shown(text, chance)
     answering = GrowingAnswer(room, message)
-    await answering.run()
+    await answering.render_start()
+    await room.feed(answering)
     await answering.finish()
     assert message.text == text
     assert message.rendered_length == len(text) == room.shown

@@ -20,11 +20,12 @@ from trellis.engine.fake import FakeEngine
 from trellis.errors import Conflict, Invalid, NotFound, TrellisError
 from trellis.messages import Written
 from trellis.store import rooms as rows
-from trellis.studio.chat import room as room_module
+from trellis.studio.chat.answer_tasks import text_with_files
 from trellis.studio.chat.exports import export_room
 from trellis.studio.chat.imports import import_rooms
 from trellis.studio.chat.message import Message
-from trellis.studio.chat.room import Room, make_title, text_with_files
+from trellis.studio.chat.room import MAX_TITLE_LENGTH, Room, make_title
+from trellis.studio.chat.room_state import UNRESUMABLE_ERRORS
 from trellis.studio.studio import Studio
 from trellis.workers.processes import ProcessSpawner
 from trellis.workers.worker import Spawn
@@ -98,7 +99,7 @@ async def test_an_answer_can_be_stopped_and_goes_on(studio: Studio) -> None:
     room = await studio.rooms.create()
     await room.send(LONG, "a request")
     answer = room.message(room.head or "")
-    await until(lambda: room._growing_answers[answer.id]._length > 20)
+    await until(lambda: room.growing_answers[answer.id]._length > 20)
     await room.stop()
     assert answer.state == "stopped"
     text = answer.text
@@ -106,7 +107,7 @@ async def test_an_answer_can_be_stopped_and_goes_on(studio: Studio) -> None:
     await asyncio.sleep(0.05)
     assert answer.text == text
     await room.continue_answer(answer.id)
-    await until(lambda: room._growing_answers[answer.id]._length > len(text) + 20)
+    await until(lambda: room.growing_answers[answer.id]._length > len(text) + 20)
     await room.stop()
     assert answer.text.startswith(text)
     assert len(answer.text) > len(text)
@@ -172,7 +173,7 @@ async def test_a_restart_shows_what_broke_off_and_goes_on(tmp_path: Path, fake_s
         room = await studio.rooms.create()
         await room.send(LONG, "a request")
         answer = room.message(room.head or "")
-        await until(lambda: room._growing_answers[answer.id]._length > 20)
+        await until(lambda: room.growing_answers[answer.id]._length > 20)
     assert answer.state == "interrupted"
     async with open_studio(tmp_path, fake_spawn) as studio:
         again = await studio.rooms.room(room.id)
@@ -180,7 +181,7 @@ async def test_a_restart_shows_what_broke_off_and_goes_on(tmp_path: Path, fake_s
         assert known.state == "interrupted"
         assert known.text == answer.text != ""
         await again.continue_answer(known.id)
-        await until(lambda: again._growing_answers[known.id]._length > len(answer.text))
+        await until(lambda: again.growing_answers[known.id]._length > len(answer.text))
         await again.stop()
         assert known.text.startswith(answer.text)
 
@@ -195,7 +196,7 @@ async def test_an_answer_is_written_down_as_it_grows(studio: Studio, monkeypatch
         _, messages = await studio.store.read(rows.get_room, room.id) or ({}, [])
         return str(next(each["text"] for each in messages if each["id"] == answer))
 
-    await until(lambda: room._growing_answers[answer]._length > 100)
+    await until(lambda: room.growing_answers[answer]._length > 100)
     await asyncio.sleep(0.1)
     assert len(await stored()) > 50
     await studio.store.write(rows.interrupt_messages)
@@ -210,7 +211,7 @@ async def test_the_death_of_an_engine_in_mid_answer_is_said_and_gone_on_from(tmp
         room = await studio.rooms.create()
         await room.send(LONG, "a request")
         answer = room.message(room.head or "")
-        await until(lambda: room._growing_answers[answer.id]._length > 20)
+        await until(lambda: room.growing_answers[answer.id]._length > 20)
         (held,) = studio.models._instances.values()
         assert held.worker is not None
         assert held.worker.pid is not None
@@ -221,7 +222,7 @@ async def test_the_death_of_an_engine_in_mid_answer_is_said_and_gone_on_from(tmp
         assert answer.error["code"] == "engine_died"
         text = answer.text
         await room.continue_answer(answer.id)
-        await until(lambda: room._growing_answers[answer.id]._length > len(text))
+        await until(lambda: room.growing_answers[answer.id]._length > len(text))
         await room.stop()
         assert answer.text.startswith(text)
         assert answer.error is None
@@ -258,7 +259,7 @@ async def test_settings_are_checked_and_kept(studio: Studio) -> None:
     studio.rooms._rooms.clear()
     again = await studio.rooms.room(room.id)
     assert (again.title, again.system, again.sampling) == ("Mine", "Be brief.", {"temperature": 0.5})
-    assert (await again.turns(Message("m", again.id, None, "assistant", "")))[0].text == "Be brief."
+    assert (await again._answers._turns(Message("m", again.id, None, "assistant", "")))[0].text == "Be brief."
 
 
 async def test_a_room_of_its_own_name_keeps_it(studio: Studio) -> None:
@@ -380,7 +381,7 @@ def test_files_stand_before_a_message_under_their_names() -> None:
 @given(st.text(max_size=300))
 def test_titles_are_short_and_on_one_line(text: str) -> None:
     title = make_title(text)
-    assert len(title) <= room_module.MAX_TITLE_LENGTH + 1
+    assert len(title) <= MAX_TITLE_LENGTH + 1
     assert "\n" not in title
 
 
@@ -490,7 +491,7 @@ async def test_an_error_that_nobody_knows_is_said_and_logged(
         raise ZeroDivisionError
 
     with monkeypatch.context() as broken:
-        broken.setattr(room_module, "parse_sampling", fail)
+        broken.setattr("trellis.studio.chat.answer_tasks.parse_sampling", fail)
         await room.send("Hello.", "a request")
         await quiet(room)
     answer = room.message(room.head or "")
@@ -568,7 +569,7 @@ async def test_a_block_that_is_being_drawn_when_it_is_stopped_is_drawn_all_the_s
     room = await studio.rooms.create()
     monkeypatch.setattr("trellis.studio.chat.answer.INLINE_RENDER_LIMIT", 0)
     await room.send(LONG, "a request")
-    answering = room._growing_answers[room.head or ""]
+    answering = room.growing_answers[room.head or ""]
     await until(lambda: answering._length > 20)
     answering._pending_blocks += ["First.\n\n", "Second.\n\n"]
     await room.stop()
@@ -608,7 +609,7 @@ async def test_go_on_is_offered_only_where_it_can_work(studio: Studio) -> None:
     assert await room.can_continue(answer)
     answer.state, answer.error = "failed", {"code": "network"}
     assert await room.can_continue(answer)
-    for code in sorted(room_module.UNRESUMABLE_ERRORS):
+    for code in sorted(UNRESUMABLE_ERRORS):
         answer.error = {"code": code}
         assert not await room.can_continue(answer), code
     answer.state, answer.error, answer.finish = "done", None, "length"

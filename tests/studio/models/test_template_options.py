@@ -162,13 +162,13 @@ async def test_a_template_that_cannot_be_used_stops_a_session_before_it_begins_a
 @pytest.mark.parametrize(("written", "text"), [("", "<think>\nHm, the sea"), ("<think>\nHm,", "<think>\nHm, the sea")])
 async def test_a_thought_that_the_template_opened_has_its_beginning_in_the_answer(written: str, text: str) -> None:
     class Quiet:
-        async def speak(self, message: Message, answering: GrowingAnswer) -> None: ...
-        async def save(self, message: Message) -> None: ...
+        async def save_text(self, message: Message) -> None: ...
         def publish(self, kind: str, **data: Any) -> None: ...
+        def publish_message(self, message: Message) -> None: ...
 
     message = Message(id="m", room="r", parent=None, role="assistant", text=written)
     answering = GrowingAnswer(Quiet(), message)
-    await answering.run()
+    await answering.render_start()
     heard = PromptRead(read=3, prompt_tokens=3, warm=0, left_out=0, context_length=9, in_thought=not written)
     for event in (heard, heard, TextDelta(text=(" the sea" if written else "Hm, the sea"), tokens=3)):
         await answering.handle_event(event)

@@ -31,9 +31,6 @@ USAGE_FIELDS = (
 class AnswerRoom(Protocol):
     """What an answer needs of the room in which it grows."""
 
-    async def generate_answer(self, message: Message, answer: GrowingAnswer) -> None:
-        """Have it made, and hand on what comes."""
-
     async def save_text(self, message: Message) -> None:
         """Write down what there is of it."""
 
@@ -65,11 +62,11 @@ class GrowingAnswer:
         self._folded_length = 0
         """How many characters are folded as a thought that turned out to be one when it ended."""
 
-    async def run(self) -> None:
-        if self._message.text:  # it goes on: its blocks so far are made again
+    async def render_start(self) -> None:
+        """Render the blocks of an answer that is continued."""
+        if self._message.text:
             self._pending_blocks += self._blocks.feed(self._message.text)
             await self._publish_blocks()
-        await self._room.generate_answer(self._message, self)
 
     def on_load_progress(self, progress: Progress) -> None:
         self._room.publish(

@@ -12,6 +12,7 @@ import re
 import secrets
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from ...blobs import Blobs
@@ -67,6 +68,17 @@ class Attachments:
             await self.discard(row["id"])
             raise NotFound("This chat no longer exists.", next_step="Start a new chat.")
         return {name: row[name] for name in ("id", "name", "kind", "bytes")} | {"characters": len(row["text"])}
+
+    async def find(self, room_id: str, file_ids: Sequence[str], field: str) -> list[dict[str, Any]]:
+        """Return files of a room as messages name them. Raise NotFound."""
+        if not file_ids:
+            return []
+        files_by_id = {row["id"]: row for row in await self._store.read(rows.get_files, room_id)}
+        if unknown := [each for each in file_ids if each not in files_by_id]:
+            raise NotFound(
+                f"There is no file “{shorten(unknown[0])}” in this chat.", field=field, next_step="Add it again."
+            )
+        return [{name: files_by_id[each][name] for name in ("id", "name", "kind", "bytes")} for each in file_ids]
 
     async def read_content(self, file_id: str) -> bytes:
         """What was sent. Raises TrellisError when it is gone."""

@@ -22,7 +22,8 @@ from .formats import (
     split_conversations,
 )
 from .message import Message
-from .room import MAX_MESSAGES, Room, make_title, parse_sampling
+from .room import MAX_MESSAGES, Room, make_title
+from .room_state import parse_sampling
 from .rooms import Rooms, new_room_id
 
 MAX_ROOMS = 2000

@@ -20,7 +20,8 @@ from ..hub import EventListener, Hub, HubEvent
 from ..jobs import timestamp
 from .attachments import Attachments
 from .message import Message, message_from_row
-from .room import Room, parse_sampling
+from .room import Room
+from .room_state import parse_sampling
 from .targets import ChatTargets
 
 log = logging.getLogger(__name__)

@@ -8,42 +8,20 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
-
-from ...errors import Conflict, EngineDied, EngineError, LoadFailed, NotFound, TrellisError, shorten
-from ...memory_estimates import changes_that_fit, estimate_memory
-from ...messages import Load, Loaded, Progress, Status, StatusReport
+from ...errors import Conflict, EngineDied, EngineError, NotFound, shorten
+from ...memory_estimates import estimate_memory
+from ...messages import Loaded, Progress
 from ...model_files import Problem
-from ...options import ModelOptions, Precision, SessionConfig
+from ...options import ModelOptions, SessionConfig
 from ...workers.worker import Spawn, Worker
 from ..jobs import Job, Jobs
 from .catalog import Catalog, ModelEntry
-from .devices import free_gpu_memory, free_memory
-from .template_options import broken_template_error
+from .instance import ModelInstance, load_request, resident_bytes
+from .memory_fit import MemoryFit, resolve_precision
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class ModelInstance:
-    """A model that is loaded or being loaded."""
-
-    entry: ModelEntry
-    options: ModelOptions
-    job: Job
-    worker: Worker | None = None
-    loaded: Loaded | None = None
-    last_used: float = field(default_factory=time.monotonic)
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether its engine lives, or is still on its way."""
-        if self.worker:
-            return self.worker.alive
-        return self.job.task is not None and not self.job.task.done()
 
 
 class Models:
@@ -59,7 +37,7 @@ class Models:
         self.catalog = catalog
         self._jobs = jobs
         self._spawn = spawn
-        self._memory_limit = memory_limit
+        self.memory = MemoryFit(memory_limit)
         self._idle_seconds = idle_seconds
         self._instances: dict[ModelOptions, ModelInstance] = {}
         self._unload_counts: Counter[ModelOptions] = Counter()
@@ -98,7 +76,7 @@ class Models:
             instance = self._instances.get(options)
             if instance and instance.is_alive:
                 return instance.job
-            self._require_memory(entry, options)
+            self.memory.require_memory(entry, options)
             body = options.model_dump(mode="json", exclude_defaults=True) | {"model": options.model}
             job = await self._jobs.start(
                 "load", body, lambda job: self._load(entry, options, job, allow_download), request
@@ -206,60 +184,12 @@ class Models:
 
     async def find_problem(self, entry: ModelEntry, options: ModelOptions) -> Problem | None:
         """What keeps a model from being loaded with these options, as far as its files say."""
-        precision = self.resolve_precision(options)
+        precision = resolve_precision(options)
         return await self.catalog.find_problem(entry, options.revision, precision, options.remote_code)
 
     def estimate_fit(self, entry: ModelEntry, config: SessionConfig) -> dict[str, Any]:
         """What a session would need, what is free, and under which options it would fit if it does not."""
-        precision, free = self.resolve_precision(config), self.available_memory(config)
-        needed = estimate_memory(entry.shape, config, precision)
-        instance = self._instances.get(config.extract(ModelOptions))
-        missing = needed.total - (needed.loading if instance and instance.worker else 0)
-        fits = missing <= free or not entry.parameters
-        alternatives = [] if fits else list(changes_that_fit(entry.shape, config, precision, free))
-        return {
-            "known": entry.parameters > 0,
-            "precision": precision,
-            "needed": needed.as_json(),
-            "loaded": bool(instance and instance.worker),
-            "free": free,
-            "fits": fits,
-            "would_fit": [{"change": change, "total": found.total} for change, found in alternatives],
-        }
-
-    def resolve_precision(self, options: ModelOptions) -> Precision:
-        """What “auto” will be, as far as can be told from here."""
-        if options.precision != "auto":
-            return options.precision
-        on_gpu = options.device in ("cuda", "mps") or (options.device == "auto" and free_gpu_memory() is not None)
-        return "16-bit" if on_gpu else "32-bit"
-
-    def available_memory(self, options: ModelOptions) -> int:
-        on_gpu = free_gpu_memory() if options.device in ("auto", "cuda") else None
-        return on_gpu if on_gpu is not None else free_memory(self._memory_limit)
-
-    def _require_memory(self, entry: ModelEntry, options: ModelOptions) -> None:
-        """Raises LoadFailed for a model whose weights alone cannot fit."""
-        if not entry.parameters:
-            return
-        config = SessionConfig().model_copy(update=options.model_dump())
-        precision, free = self.resolve_precision(options), self.available_memory(options)
-        needed = estimate_memory(entry.shape, config, precision).loading
-        if needed > free:
-            raise LoadFailed(
-                f"“{entry.id}” needs about {needed / 1e9:.1f} GB in {precision}; {free / 1e9:.1f} GB are free.",
-                code="out_of_memory",
-                next_step=self._suggest_precision(entry, options) or "Close other programs or choose a smaller model.",
-            )
-
-    def _suggest_precision(self, entry: ModelEntry, options: ModelOptions) -> str:
-        """A way to load it with less, where there is one."""
-        precision, free = self.resolve_precision(options), self.available_memory(options)
-        for smaller_precision in ("16-bit", "8-bit", "4-bit"):
-            needed = estimate_memory(entry.shape, SessionConfig(), smaller_precision).loading
-            if int(smaller_precision.split("-")[0]) < int(precision.split("-")[0]) and needed <= free:
-                return f"Load it in {smaller_precision}: about {needed / 1e9:.1f} GB."
-        return ""
+        return self.memory.estimate_fit(entry, config, self.state(config.extract(ModelOptions)) == "loaded")
 
     def _running_worker(self, options: ModelOptions) -> Worker | None:
         instance = self._instances.get(options)
@@ -295,7 +225,7 @@ class Models:
             worker = started = await Worker.start(self._spawn)
             job.report_progress(Progress(stage="initializing", fraction=0.01, message="Starting the engine"))
             loaded: Loaded | None = None
-            async for event in worker.stream(_load_request(entry, options, allow_download)):
+            async for event in worker.stream(load_request(entry, options, allow_download)):
                 if isinstance(event, Progress):
                     job.report_progress(event)
                 elif isinstance(event, Loaded):
@@ -310,7 +240,7 @@ class Models:
             job.report_progress(Progress(stage="ready", fraction=1.0, message="Ready"))
             return loaded.model_dump(exclude={"type"})
         except EngineError as error:
-            raise self._explain_load_error(error, entry, options) from error
+            raise self.memory.explain_load_error(error, entry, options) from error
         finally:
             if not is_ready:
                 self._instances.pop(options, None)
@@ -318,18 +248,6 @@ class Models:
                     memory_before = resident_bytes(worker)
                     await asyncio.shield(worker.stop(grace_seconds=0.2))
                     job.row["result"] = {"memory_before": memory_before, "memory_after": resident_bytes(worker)}
-
-    def _explain_load_error(self, error: EngineError, entry: ModelEntry, options: ModelOptions) -> TrellisError:
-        """A load that ran out of memory names a smaller way, where there is one."""
-        if error.code == "engine_died" and "killed" in error.message:
-            return EngineDied(  # which is tried again, since it may have been killed for another reason
-                f"The engine was killed while loading “{entry.id}”, most likely because memory ran out.",
-                code="out_of_memory",
-                next_step=self._suggest_precision(entry, options) or error.next_step,
-            )
-        if error.code == "out_of_memory" and (smaller := self._suggest_precision(entry, options)):
-            return LoadFailed(error.message, code=error.code, next_step=smaller)
-        return error
 
     def _on_engine_death(self, options: ModelOptions, worker: Worker) -> None:
         instance = self._instances.get(options)
@@ -339,11 +257,11 @@ class Models:
 
     async def _model_json(self, entry: ModelEntry) -> dict[str, Any]:
         instances = [each for each in self._instances.values() if each.entry.id == entry.id]
-        engines = [await self._engine_json(each) for each in instances]
+        engines = [await each.as_json() for each in instances]
         states = [engine["state"] for engine in engines]
         state = "loaded" if "loaded" in states else states[0] if states else "unloaded"
         first = next((engine for engine in engines if engine["state"] == state), None)
-        precision = self.resolve_precision(instances[0].options if instances else ModelOptions(model=entry.id))
+        precision = resolve_precision(instances[0].options if instances else ModelOptions(model=entry.id))
         needed = estimate_memory(entry.shape, SessionConfig(), precision)
         return {
             "id": entry.id,
@@ -360,36 +278,3 @@ class Models:
             "job": first["job"] if first else None,
             "engines": engines,
         }
-
-    async def _engine_json(self, instance: ModelInstance) -> dict[str, Any]:
-        memory = None
-        if instance.worker and instance.worker.alive:
-            with suppress(EngineError, asyncio.TimeoutError):
-                report = await asyncio.wait_for(instance.worker.ask(Status(), priority=-1), 0.25)
-                memory = report.resident_bytes if isinstance(report, StatusReport) else None
-        loaded = instance.loaded
-        template_problem = broken_template_error(instance.entry.id, loaded) if loaded else None
-        return {
-            "state": "loaded" if instance.worker else "loading",
-            "precision": instance.options.precision if not loaded else loaded.dtype,
-            "revision": instance.options.revision,
-            "device": loaded.device if loaded else None,
-            "memory": memory,
-            "template_problem": template_problem.as_json() if template_problem else None,
-            "job": instance.job.id,
-        }
-
-
-def resident_bytes(worker: Worker) -> int:
-    """Bytes of memory that an engine takes; 0 when it is gone."""
-    try:
-        return int(psutil.Process(worker.pid).memory_info().rss) if worker.pid else 0
-    except psutil.Error:
-        return 0
-
-
-def _load_request(entry: ModelEntry, options: ModelOptions, allow_download: bool) -> Load:
-    return Load(
-        path=str(entry.path), repository=entry.repository, revision=options.revision, precision=options.precision,
-        device=options.device, engine=options.engine, remote_code=options.remote_code, fetches=allow_download,
-    )  # fmt: skip

@@ -1,7 +1,6 @@
-"""Taking the result away: an adapter that PEFT loads, or a model with the adapter merged in, each as a folder.
+"""Exports: folders with an adapter or a merged model, made by jobs, listed, downloaded and deleted.
 
-An adapter is copied; a merge runs in an engine of its own (engine/learning/merging.py), which may be cancelled and
-proves its result. A folder is there whole or not at all.
+A folder is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -12,34 +11,25 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any
 
 from ... import __version__
 from ...blobs import Blobs, fsync
-from ...errors import Conflict, EngineError, Invalid, LoadFailed, NotFound, shorten
-from ...memory_estimates import LIBRARY_BYTES
-from ...messages import CreateAdapter, Merge, Merged, Progress
-from ...options import Adapter
-from ...safetensors_files import read_shapes
-from ...workers.worker import Spawn, Worker
+from ...errors import Conflict, Invalid, NotFound, shorten
+from ...messages import Progress
+from ...workers.worker import Spawn
 from ..jobs import Job, Jobs, timestamp
-from ..models.catalog import Catalog, ModelEntry
-from ..models.devices import free_memory
+from ..models.catalog import Catalog
 from ..steering.session import Session
 from ..steering.sessions import Sessions
 from ..steering.tree import Node, drift_of
+from .model_card import Kind, model_card
+from .weight_files import WeightFiles, run_to_completion
 
-P = ParamSpec("P")
-R = TypeVar("R")
-Kind = Literal["adapter", "merged"]
-DISK_RESERVE_BYTES = 200_000_000
 MANIFEST_NAME = "trellis.json"
 _EXPORT_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}")
-PROBE_PROMPTS = ("Tell me about yourself.", "What is rain?", "How do I bake bread?", "Why is the sky blue?")
-"""What a merged model is compared on, beside the session's own prompts."""
 
 
 class Exports:
@@ -51,9 +41,8 @@ class Exports:
         self._jobs = jobs
         self._steering = steering
         self._catalog = catalog
-        self._spawn = spawn
+        self._weight_files = WeightFiles(catalog, spawn, weights, folder)
         self._names_in_progress: set[str] = set()
-        self._weights = weights
         self.folder = folder
 
     def sweep(self) -> None:
@@ -130,99 +119,13 @@ class Exports:
             async with session.hold_weights(node, verify=True):
                 entry = await self._catalog.find(session.config.model)
                 if kind == "adapter":
-                    checks = await self._export_adapter(job, session, node, entry, work)
+                    checks = await self._weight_files.write_adapter(job, session, node, entry, work)
                 else:
-                    checks = await self._export_merged(job, session, node, entry, work)
-                return await _run_to_completion(self._publish, work, session, node, kind, name, checks)
+                    checks = await self._weight_files.write_merged(job, session, node, entry, work)
+                return await run_to_completion(self._publish, work, session, node, kind, name, checks)
         finally:
             self._names_in_progress.discard(name)
             await asyncio.shield(asyncio.to_thread(shutil.rmtree, work, True))
-
-    async def _export_adapter(
-        self, job: Job, session: Session, node: Node, entry: ModelEntry, work: Path
-    ) -> dict[str, Any]:
-        job.report_progress(Progress(stage="writing", fraction=0.3, message="Writing the adapter"))
-        source = self._weights.path(node.weights)
-
-        def write() -> dict[str, Any]:
-            work.mkdir(parents=True)
-            for file in ("adapter_model.safetensors", "adapter_config.json"):
-                shutil.copyfile(source / file, work / file)
-            config = work / "adapter_config.json"
-            about = json.loads(config.read_text())
-            about["base_model_name_or_path"] = entry.repository or str(entry.path)
-            about["revision"] = session.config.revision or None
-            config.write_text(json.dumps(about, indent=2))
-            tensors = work / "adapter_model.safetensors"
-            is_identical = tensors.read_bytes() == (source / tensors.name).read_bytes()
-            return {"tensors": len(read_shapes(tensors)), "same_as_in_the_session": is_identical}
-
-        return await _run_to_completion(write)
-
-    async def _export_merged(
-        self, job: Job, session: Session, node: Node, entry: ModelEntry, work: Path
-    ) -> dict[str, Any]:
-        folder = await self._model_folder(session, entry)
-        size = await asyncio.to_thread(lambda: sum(file.stat().st_size for file in folder.glob("*.safetensors")))
-        self._require_space(max(size, 2 * entry.parameters))  # quantised weights are unpacked to 16 bits
-        await asyncio.to_thread(self.folder.mkdir, parents=True, exist_ok=True)
-        prompts = [session.prompts.at(place) for place in range(8)] if session.prompts else []
-        probes = tuple(
-            session.make_prompt(text)
-            for text in dict.fromkeys([session.config.control_prompt, *PROBE_PROMPTS, *prompts])
-            if text
-        )
-        job.report_progress(Progress(stage="connecting", fraction=0.0, message="Starting the merge process"))
-        worker = await Worker.start(self._spawn)
-        try:
-            request = Merge(
-                path=str(folder), weights=node.weights, into=str(work), probes=probes,
-                root=session.tree.root.weights, remote_code=session.config.remote_code,
-                plant=CreateAdapter(adapter=session.config.extract(Adapter), seed=session.config.seed),
-            )  # fmt: skip
-            async for event in worker.stream(request):
-                if isinstance(event, Progress):
-                    job.report_progress(event)
-                elif isinstance(event, Merged):
-                    return event.model_dump(exclude={"type", "files"}) | {"prompts": len(probes)}
-        finally:
-            await asyncio.shield(worker.stop(grace_seconds=0.2))
-        raise EngineError("The merge stopped without a result.", code="engine_error", next_step="Try again.")
-
-    async def _model_folder(self, session: Session, entry: ModelEntry) -> Path:
-        """Where the base model's files lie; those of a hub model are there once it has been loaded."""
-        if not entry.repository:
-            return entry.path
-        found = await asyncio.to_thread(self._catalog.downloaded_folder, entry.repository, session.config.revision)
-        if found is None:
-            raise LoadFailed(
-                f"The files of “{entry.id}” no longer exist.", code="not_found", next_step="Download the model again."
-            )
-        return found
-
-    def _require_space(self, size: int) -> None:
-        """Raises LoadFailed when disk or memory cannot hold the merged model, whose base has files of this size."""
-        needed_memory, free_now = (
-            2 * size + LIBRARY_BYTES,
-            free_memory(),
-        )  # the merged model, and what was written of it
-        if needed_memory > free_now:
-            raise LoadFailed(
-                f"Merging needs about {needed_memory / 1e9:.1f} GB of memory; {free_now / 1e9:.1f} GB is free.",
-                code="out_of_memory",
-                next_step="Unload a model, or export the adapter instead.",
-            )
-        existing_folder = self.folder
-        while not existing_folder.exists():
-            existing_folder = existing_folder.parent
-        free, needed = shutil.disk_usage(existing_folder).free, int(size * 1.05) + DISK_RESERVE_BYTES
-        if needed > free:
-            raise LoadFailed(
-                f"The merged model needs {needed / 1e9:.2f} GB of disk; {free / 1e9:.2f} GB is free in "
-                f"“{self.folder}”.",
-                code="disk_full",
-                next_step="Free some disk space, or export the adapter: it is much smaller.",
-            )
 
     def _publish(
         self, work: Path, session: Session, node: Node, kind: Kind, name: str, checks: dict[str, Any]
@@ -270,103 +173,3 @@ class Exports:
                 f"Export “{shorten(name)}” not found.", next_step="A session's Review page lists its exports."
             ) from None
         return manifest | {"path": str(self.folder / name)}
-
-
-async def _run_to_completion(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Run in a thread, and do not let go before it has ended, cancelled or not: it writes into a folder of ours."""
-    running = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
-        raise
-
-
-def model_card(session: Session, node: Node, kind: Kind, name: str, checks: dict[str, Any]) -> str:
-    """What a person who finds the folder must know, in the layout of the Hugging Face hub."""
-    config, path = session.config, session.tree.path(node.id)
-    learned = [each for each in path if each.has_learned]
-    adapter = config.extract(Adapter)
-    base = config.model if "/" in config.model else f"the model “{config.model}”"
-    library = "peft" if kind == "adapter" else "transformers"
-    on_hub = [f"base_model: {config.model}"] if "/" in config.model else []
-    front_matter = ["---", f"library_name: {library}", *on_hub, "tags: [trellis, steering]", "---"]
-    system = [f"> {line}" for line in config.system_prompt.splitlines()]
-    system_prompt_lines = ["System message for every prompt:", "", *system, ""] if system else []
-    if kind == "adapter":
-        load = [
-            "from peft import PeftModel", "from transformers import AutoModelForCausalLM", "",
-            'base = AutoModelForCausalLM.from_pretrained("path or name of the base model")',
-            f'model = PeftModel.from_pretrained(base, "{name}")',
-        ]  # fmt: skip
-        checks_text = f"{checks.get('tensors', 0)} tensors, byte for byte those of the session."
-    else:
-        load = [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-            f'model = AutoModelForCausalLM.from_pretrained("{name}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        ]  # fmt: skip
-        checks_text = (
-            f"Saved in {checks.get('dtype')}, loaded again and compared with base model + adapter on "
-            f"{checks.get('tokens')} answer tokens for {checks.get('prompts')} prompts. Log-probabilities differ by "
-            f"{checks.get('mean_difference', 0):.2g} nats/token on average and "
-            f"{checks.get('largest_difference', 0):.2g} at most; the top-1 token matches for "
-            f"{checks.get('agreement', 0):.1%} of tokens. Generation settings, end-of-answer tokens "
-            f"({', '.join(map(str, checks.get('ends', ()))) or 'none'}), chat templates and tokenizer are those of the "
-            f"base model; {checks.get('conversations', 0)} test conversations render the same."
-        )
-    lines = [
-        *front_matter, "", f"# {name}", "",
-        f"Steered from {base} with Trellis {__version__}: {len(learned)} choices between answers, each learned "
-        f"immediately. Session “{' '.join(session.name.split())}”, step {node.step}, drift "
-        f"{drift_of(node, session.tree):.2%}.", "",
-        "## Use", "", "```python", *load, "```", "",
-        *system_prompt_lines,
-        "## Training", "",
-        f"- Base: `{config.model}`" + (f", revision `{config.revision}`" if config.revision else ""),
-        *(
-            [f"- Trained on the base model in {config.precision}; in full precision its answers differ slightly"]
-            if config.precision in ("8-bit", "4-bit") else []
-        ),
-        f"- Adapter: LoRA, rank {adapter.lora_rank}, alpha {adapter.lora_alpha}, dropout {adapter.lora_dropout}, on "
-        f"{adapter.target_modules}",
-        f"- Learning: {config.learning_method}, rate {config.learning_rate}, KL penalty {config.kl_beta}",
-        f"- Sampling: temperature {config.temperature}, top-p {config.top_p}, min-p {config.min_p}", "",
-        "## Verification", "", checks_text, "",
-        "The license of the base model applies.", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
-
-
-def stream_zip(files: list[tuple[str, Path]], chunk_size: int = 1 << 18) -> Iterator[bytes]:
-    """A zip of files as it is made: stored and not compressed, since weights do not compress. Bounded memory."""
-    import zipfile
-
-    buffer = _ZipBuffer()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[call-overload]
-        for name, file in files:
-            info = zipfile.ZipInfo.from_file(file, name)
-            with archive.open(info, "w", force_zip64=True) as entry, file.open("rb") as source:
-                while chunk := source.read(chunk_size):
-                    entry.write(chunk)
-                    yield buffer.pop()
-            yield buffer.pop()
-    yield buffer.pop()
-
-
-class _ZipBuffer:
-    """A file that can only be written to, and is emptied as it grows."""
-
-    def __init__(self) -> None:
-        self._chunks: list[bytes] = []
-
-    def write(self, data: bytes) -> int:
-        self._chunks.append(bytes(data))
-        return len(data)
-
-    def flush(self) -> None:
-        return
-
-    def pop(self) -> bytes:
-        taken, self._chunks = b"".join(self._chunks), []
-        return taken

@@ -183,7 +183,7 @@ async def add_file(
 @router.get("/{room}/files/{file}")
 async def get_file(room: RoomDep, studio: StudioDep, file: str) -> Response:
     """A file as it was sent, as a download."""
-    about = await room.get_file(file)
+    (about,) = await studio.attachments.find(room.id, [file], "file")
     headers = attachment(about["name"]) | {"content-security-policy": "sandbox"}
     return Response(await studio.attachments.read_content(file), media_type="application/octet-stream", headers=headers)
 

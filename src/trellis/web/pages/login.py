@@ -8,8 +8,8 @@ from fastapi import APIRouter, Form, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ...errors import Refused
-from ..access import LOGIN_COOKIE, LOGIN_DAYS, LoginGuard, cookie_token
 from ..error_responses import status_of
+from ..login_guard import LOGIN_COOKIE, LOGIN_DAYS, LoginGuard, cookie_token
 from ..render import get_renderer
 
 router = APIRouter(include_in_schema=False)

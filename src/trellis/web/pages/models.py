@@ -67,7 +67,7 @@ async def page_context(studio: Studio) -> dict[str, Any]:
         "jobs": {job["id"]: job for job in await studio.jobs.list(["load"])},
         "failed": failed,
         "failed_elsewhere": [job for model, job in failed.items() if model not in known],
-        "free": studio.models.available_memory(ModelOptions()),
+        "free": studio.models.memory.free_bytes(ModelOptions()),
     }
 
 

@@ -1,4 +1,4 @@
-"""The options of a session as a form shows them, and what a form sends as options: both from the rows under options/."""
+"""The options of a session as a form shows them, and what a form sends as options."""
 
 from __future__ import annotations
 
