@@ -242,7 +242,7 @@ async def _make_rooms(studio: Studio) -> list[str]:
             messages.append(answer)
             parent = answer.id
         changes = {"head": messages[-1].id}
-        await studio.store.write(room_rows.add_messages, room.id, [each.row() for each in messages], changes)
+        await studio.store.write(room_rows.add_messages, room.id, [each.to_row() for each in messages], changes)
         found.append(room.id)
     archived = await studio.rooms.create(title="Put away")
     await studio.store.write(room_rows.update_room, archived.id, {"archived": 1})

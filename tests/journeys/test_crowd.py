@@ -35,11 +35,11 @@ def test_who_chooses_while_others_are_learned_for_sees_how_many_come_first(open_
                 client.post(f"/api/steering/sessions/{other}/choose", json=body).raise_for_status()
             page.keyboard.press("b")
             strip = page.locator("[data-strip-text]")
-            expect(strip).to_contain_text("Learning from your choice. Others are at work too: ")
+            expect(strip).to_contain_text("Learning from your choice. Queued: ")
             assert page.evaluate("document.documentElement.scrollWidth") <= 375
             expect(page.locator("[name=offer]").first).not_to_have_value(before, timeout=60_000)
             expect(page.locator("[data-status=ready]")).to_be_visible(timeout=60_000)
-            expect(strip).not_to_contain_text("Others are at work")
+            expect(strip).not_to_contain_text("Queued")
             for other in others:
                 assert wait_ready(client, other, 60)["head"]["step"] == 1
     finally:

@@ -20,7 +20,7 @@ WRITTEN = {
     "duration": (numbers.duration, ()),
 }
 SCRIPT = """async ([locales, amounts, names]) => {
-  const from = document.querySelector("script[type=module]").src.replace("live.js", "numbers.js");
+  const from = document.querySelector("script[type=module]").src.replace("main.js", "numbers.js");
   const written = {};
   for (const locale of locales) {
     document.documentElement.dataset.locale = locale;

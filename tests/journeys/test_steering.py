@@ -403,7 +403,7 @@ def test_options_that_are_the_same_are_one_card_and_one_choice(open_page: Open, 
     assert nodes[-1]["choice"] == [0, 2]
     expect(page.locator(".option:visible")).to_have_count(4)
     page.goto(f"{page.url}/review")
-    expect(page.locator(".story li")).to_contain_text("you chose A, which was offered 2 times")
+    expect(page.locator(".story li")).to_contain_text("you chose A, drawn 2 times")
 
 
 def test_a_ranking_is_told_as_a_ranking(open_page: Open, server: Server) -> None:
@@ -417,7 +417,7 @@ def test_a_ranking_is_told_as_a_ranking(open_page: Open, server: Server) -> None
     page.keyboard.press("Shift+D")
     press(page, "m")
     page.goto(f"{page.url}/review")
-    expect(page.locator(".story li").first).to_contain_text("you ranked the answers B › A, the best first")
+    expect(page.locator(".story li").first).to_contain_text("you ranked B › A, best first")
     expect(page.locator(".story li").first).to_contain_text(words)
     expect(page.locator(".story li").nth(1)).to_contain_text("you called C and D good")
 

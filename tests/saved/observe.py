@@ -492,6 +492,8 @@ def gone_on(server: Server, client: httpx.Client, key: str) -> Json:
     with socket_of(server, client, moss) as socket:
         fields = {"connected": fields_of(told(socket, "connected")[0])}
         for number, (command, kind, count) in enumerate(commands):
+            if command["type"] == "stop":  # an answer that still grew would be stopped on a slow machine alone
+                until(lambda: "growing" not in {m["state"] for m in got(client.get(f"/api/rooms/{moss}"))["messages"]})
             socket.send(json.dumps(command | {"request": f"go on {number}"}))
             events = told(socket, kind, count=count) if count else []
             for event in events:

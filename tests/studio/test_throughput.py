@@ -25,26 +25,19 @@ def test_a_speed_is_told_only_where_it_was_measured(tokens: int, seconds: float,
     assert tokens_per_second(tokens, seconds) == speed
 
 
-class Room:
-    def __init__(self, *events: Event) -> None:
-        self._events = events
-
-    async def speak(self, message: Message, answering: GrowingAnswer) -> None:
-        for event in self._events:
-            await answering.handle_event(event)
-
-    async def save(self, message: Message) -> None:
-        return
-
-    def publish(self, kind: str, **data: Any) -> None:
-        return
+class QuietRoom:
+    async def save_text(self, message: Message) -> None: ...
+    def publish(self, kind: str, **data: Any) -> None: ...
+    def publish_message(self, message: Message) -> None: ...
 
 
 async def usage_of(*events: Event) -> dict[str, Any]:
     message = Message("a", "r", None, "assistant", "")
-    answering = GrowingAnswer(Room(*events), message)
-    await answering.run()
-    await answering.finish()
+    answer = GrowingAnswer(QuietRoom(), message)
+    await answer.render_start()
+    for event in events:
+        await answer.handle_event(event)
+    await answer.finish()
     assert message.usage is not None
     return message.usage
 

@@ -122,7 +122,7 @@ async def test_jobs_that_a_crash_cut_off_are_not_shown_as_running(tmp_path: Path
 
 
 async def test_unknown_jobs_and_models_are_refused(studio: Studio) -> None:
-    with pytest.raises(NotFound, match="no job “nope”"):
+    with pytest.raises(NotFound, match="Job “nope” not found"):
         await studio.jobs.get("nope")
     with pytest.raises(NotFound, match=r"no model “\.\./secrets”"):
         await studio.models.load(ModelOptions(model="../secrets"))

@@ -244,7 +244,7 @@ async def test_there_is_no_undo_at_the_beginning_and_no_redo_at_the_end(session:
 
 
 async def test_unknown_things_are_refused(studio: Studio) -> None:
-    with pytest.raises(NotFound, match="Session “nope” not found"):
+    with pytest.raises(NotFound, match="There is no session “nope”"):
         await studio.steering.session("nope")
     with pytest.raises(NotFound, match="Known: demo"):
         await studio.steering.create(None, {"model": "nope"})

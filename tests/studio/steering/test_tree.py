@@ -82,13 +82,14 @@ def test_a_drawn_plant_has_every_node_in_a_place_of_its_own_above_its_parent(tre
 
 
 @given(trees())
-def test_each_lane_holds_one_branch_so_that_no_stem_runs_through_a_stranger(tree: Tree) -> None:
-    lanes: dict[int, list[Node]] = {}
-    for leaf in reversed(layout_tree(tree).nodes):
-        lanes.setdefault(leaf.x, []).append(leaf.node)
-    for branch in lanes.values():
-        for below, above in pairwise(branch):
-            assert above.parent == below.id
+def test_no_edge_runs_through_another_node(tree: Tree) -> None:
+    """An edge stays in its parent's lane until it is just below the child."""
+    placed = {each.node.id: each for each in layout_tree(tree).nodes}
+    for child in placed.values():
+        if child.node.parent is not None:
+            parent = placed[child.node.parent]
+            between = [each for each in placed.values() if child.y < each.y < parent.y]
+            assert parent.x not in {each.x for each in between}
 
 
 @given(trees(), st.integers(0, 8))

@@ -104,10 +104,6 @@ export function bindPage() {
   const name = () => $$("[name=request]").forEach((input) => { input.value = crypto.randomUUID?.() ?? String(Math.random()).slice(2).padEnd(12, "0"); });
   name();
   document.addEventListener("htmx:afterRequest", name);
-  // A form whose effect cannot be seen says what was done.
-  document.addEventListener("htmx:afterRequest", (event) => {
-    if (event.detail.successful && event.target.dataset?.done) toast(event.target.dataset.done);
-  });
 
   document.addEventListener("htmx:responseError", (event) => {
     if (event.detail.xhr.status === 404 && event.target.closest("[data-session]")) {

@@ -121,7 +121,6 @@ export class Chat {
       if (!detail.successful || target.tagName !== "FORM") return;
       const open = target.closest(".edit-message, .room-menu");
       if (open && !target.matches(".rename")) open.open = false;
-      if (target.dataset.done) toast(target.dataset.done);
     });
     document.addEventListener("trellis:taught", ({ detail }) => this.messages.showTraining(detail));
   }
