@@ -1,7 +1,7 @@
-"""Where the studio may connect to: every address is looked up, checked, and then the one that is used.
+"""The egress guard: every server is resolved, its addresses are checked, and a checked one is connected to.
 
-A name that points at this computer or its network would let a page make the studio ask for what its user cannot see
-(server-side request forgery). It does not know what is asked.
+A name that points at this computer or its network would let a page make the studio request what its user cannot reach
+(server-side request forgery). It does not know what is requested.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 PermissionCheck = Callable[[str, Address], bool]
-"""Whether a server, as `host:port`, may have a private address."""
+"""Whether a server (`host:port`) may have a private address."""
 
 
 @dataclass(frozen=True)
 class CheckedUrl:
-    """A checked address: connect to `address`, and call the server by its name."""
+    """A checked URL: connect to `address`, but send the host name."""
 
     scheme: str
     host: str
@@ -37,20 +37,20 @@ class CheckedUrl:
 
     @property
     def url(self) -> str:
-        """With the address in place of the name, so that nobody looks the name up again."""
+        """The URL with the address in place of the name, so that it is not resolved again."""
         host = f"[{self.address}]" if self.address.version == 6 else str(self.address)
         return f"{self.scheme}://{host}:{self.port}{self.path}"
 
     @property
     def host_header(self) -> str:
-        """As a Host header has it."""
+        """The value of the Host header."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
 
 
 @dataclass(frozen=True)
 class ResolvedUrl:
-    """Where the name of a server leads, not checked yet."""
+    """The addresses of a server, not checked yet."""
 
     parts: SplitResult
     host: str
@@ -63,10 +63,9 @@ class ResolvedUrl:
 
 
 async def check_url(url: str, own_servers: Collection[str], is_permitted: PermissionCheck | None = None) -> CheckedUrl:
-    """A place that may be connected to. `own` are servers, as `host:port`, that may have private addresses; `permits`
-    says of others whether a person has permitted them.
+    """Resolve and check a URL. `own_servers` (`host:port`) may have private addresses; `is_permitted` tells of others.
 
-    Raises Invalid for what is not an address, Refused for one that is not allowed, TrellisError where there is none.
+    Raise Invalid for a malformed URL, Refused for a forbidden address, TrellisError for an unknown host.
     """
     lookup = await resolve_url(url)
     for address in lookup.addresses:
@@ -88,7 +87,7 @@ async def check_url(url: str, own_servers: Collection[str], is_permitted: Permis
 
 
 async def resolve_url(url: str) -> ResolvedUrl:
-    """Look up a server. Raises Invalid for what is not an address, TrellisError where there is none."""
+    """Resolve a URL. Raise Invalid for a malformed one, TrellisError for an unknown host."""
     parts = parse_url(url)
     port = parts.port or DEFAULT_PORTS[parts.scheme]
     try:
@@ -109,7 +108,7 @@ async def resolve_url(url: str) -> ResolvedUrl:
 
 
 def host_and_port(url: str) -> str:
-    """A server as `host:port`, as permissions name it. Raises Invalid."""
+    """Return a server as `host:port`, as permissions name it. Raise Invalid."""
     parts = parse_url(url)
     host = str(parts.hostname)
     with suppress(UnicodeError):
@@ -118,7 +117,7 @@ def host_and_port(url: str) -> str:
 
 
 def parse_url(url: str) -> SplitResult:
-    """Raises Invalid for what is not the address of a server."""
+    """Parse the URL of a server. Raise Invalid."""
     try:
         parts = urlsplit(url.strip())
         is_valid = parts.scheme in DEFAULT_PORTS and parts.hostname and not parts.username and not parts.password
@@ -134,7 +133,7 @@ def parse_url(url: str) -> SplitResult:
 
 
 def unwrap_ipv4(address: Address) -> Address:
-    """An IPv4 address that stands in an IPv6 one, by itself."""
+    """Return the IPv4 address that an IPv6 one embeds, else the address itself."""
     if isinstance(address, ipaddress.IPv6Address):
         embedded = address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
         if embedded is None and address in NAT64:
@@ -149,6 +148,6 @@ def is_public(address: Address) -> bool:
 
 
 def is_never_allowed(address: Address) -> bool:
-    """What no server of models has: link-local, where clouds keep their secrets, multicast, and no address at all."""
+    """Return whether an address is never a model server: link-local (cloud metadata), multicast or unspecified."""
     unwrapped = unwrap_ipv4(address)
     return unwrapped.is_link_local or unwrapped.is_multicast or unwrapped.is_unspecified

@@ -1,6 +1,6 @@
-"""Who asks, and from where: Host, Origin, login and API keys.
+"""Access checks: Host, Origin, login and API keys.
 
-Plain ASGI, outside everything else, so that a refused request costs nothing and a stream is not buffered.
+Plain ASGI, outside the application, so that a refused request costs nothing and streams are not buffered.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .openai_errors import is_openai_path
 from .response_headers import preflight_headers, send_error, send_response, with_cors, with_security_headers
 
 MAX_BODY = 2_000_000
-"""Bytes in a request's body; a prompt is at most 100,000 characters, which is less than this in any script."""
+"""The largest request body in bytes; 100,000 characters of a prompt are less in any script."""
 MAX_FILE = 12_000_000
-"""Bytes in a body that is a file for a room, or a room that is brought in."""
+"""The largest body that is an attachment or an import."""
 LARGE_BODY_PATH_SUFFIXES = ("/files", "/import")
 HOST_PATTERN = re.compile(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::\d{1,5})?")
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
@@ -32,7 +32,7 @@ PUBLIC_PATHS = {"/login", "/healthz", "/readyz"}
 
 
 class AccessMiddleware:
-    """The outermost layer: what does not pass here reaches nothing."""
+    """The outermost layer: refused requests reach nothing else."""
 
     def __init__(self, app: ASGIApp, settings: Settings, guard: LoginGuard, keys: ApiKeys) -> None:
         self._app = app
@@ -55,12 +55,12 @@ class AccessMiddleware:
                 await send_response(send, 200, b"", preflight_headers(headers))
                 return
             if is_openai_request and (sent_key := bearer_token(headers)):
-                # A key is nothing that a browser sends by itself, so whoever sends one may come from any site.
+                # A browser never sends a key by itself, so requests with one may come from any site.
                 scope["trellis.key"] = key = await self._keys.find_key_id(sent_key)
                 if key is not None:
                     send = with_cors(send)
                 elif self._guard.requires_password or sent_key.startswith(KEY_PREFIX) or is_cross_origin(headers):
-                    # The page that sent it may read that it is none; nothing else is said to it.
+                    # Any page may read that its key is invalid, and nothing else.
                     await send_error(scope, with_cors(send), 401, invalid_api_key_error())
                     return
             if key is None and (scope["type"] == "websocket" or scope["method"] not in SAFE_METHODS):
@@ -86,7 +86,7 @@ class AccessMiddleware:
             await self._app(scope, receive, with_security_headers(scope, send))
 
     def _check_host(self, headers: Headers) -> None:
-        """A foreign name in Host means that another site's name was pointed at this server (DNS rebinding)."""
+        """Refuse foreign names: they mean that another site's name was pointed at this server (DNS rebinding)."""
         if len(headers.getlist("host")) == 1:
             name = host_name(headers["host"])
             if name in self._allowed_hosts or (self._allows_any_ip and _is_ip_address(name)):
@@ -107,14 +107,14 @@ class AccessMiddleware:
         await send_error(scope, send, 401, error)
 
     async def _run_until_logout(self, scope: Scope, receive: Receive, send: Send, token: str) -> None:
-        """Run a request, but no longer than the login that it came with."""
+        """Run a request, but no longer than its login lasts."""
         logout_event = self._guard.add_logout_event(token)
         request_task = asyncio.ensure_future(_run_app(self._app, scope, receive, send))
         logout_wait = asyncio.create_task(logout_event.wait())
         try:
             await asyncio.wait({request_task, logout_wait}, return_when=asyncio.FIRST_COMPLETED)
             if not request_task.done() and (scope["type"] == "websocket" or scope["method"] in SAFE_METHODS):
-                request_task.cancel()  # what only reads is cut off; an action that has begun is let finish
+                request_task.cancel()  # reading is cut off; an action that has begun is finished
             await asyncio.wait({request_task})
             if not request_task.cancelled():
                 request_task.result()
@@ -129,7 +129,7 @@ async def _run_app(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> 
 
 
 def check_origin(headers: Headers) -> None:
-    """A change must come from our own pages, or from a program (which sends neither header)."""
+    """Refuse changes that another site's page sends. Programs send neither header."""
     if is_cross_origin(headers):
         site, origin = headers.get("sec-fetch-site"), headers.get("origin")
         raise Refused(
@@ -140,7 +140,7 @@ def check_origin(headers: Headers) -> None:
 
 
 def is_cross_origin(headers: Headers) -> bool:
-    """Whether a page of another site sent this."""
+    """Return whether a page of another site sent this."""
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
     if site is not None and site not in {"same-origin", "none"}:
         return True
@@ -148,7 +148,7 @@ def is_cross_origin(headers: Headers) -> bool:
 
 
 def is_preflight(scope: Scope, headers: Headers) -> bool:
-    """Whether a browser asks if a page may send something (the CORS protocol of the Fetch standard)."""
+    """Return whether this is a CORS preflight request (Fetch standard)."""
     return bool(scope["method"] == "OPTIONS" and headers.get("origin") and headers.get("access-control-request-method"))
 
 
@@ -161,13 +161,13 @@ def invalid_api_key_error() -> Refused:
 
 
 def _host_variants(host: str, origin: str) -> set[str]:
-    """A Host as an Origin may write it: with the scheme's own port, which a proxy may have added, and without."""
+    """Return a Host with and without the default port of the scheme, which a proxy may have added."""
     port = ":443" if origin.lower().startswith("https:") else ":80"
     return {host, host.removesuffix(port)}
 
 
 def check_content_length(headers: Headers, limit: int = MAX_BODY) -> None:
-    """A body that says it is too large is refused unread; one that does not say is cut off where it is read."""
+    """Refuse a body whose length is too large, unread. Without a length it is cut off while it is read."""
     length = headers.get("content-length", "0")
     if not length.isascii() or not length.isdecimal() or int(length[:18]) > limit:
         raise Refused(
@@ -178,7 +178,7 @@ def check_content_length(headers: Headers, limit: int = MAX_BODY) -> None:
 
 
 def origin_host(origin: str) -> str | None:
-    """Host and port of an origin, lower case; None for what is not one."""
+    """Return host and port of an origin in lower case; None for an invalid one."""
     try:
         return urlsplit(origin).netloc.lower()
     except ValueError:
@@ -186,13 +186,13 @@ def origin_host(origin: str) -> str | None:
 
 
 def host_name(host: str) -> str:
-    """The name in a Host header: lower case, without the port. Empty for what is not a host and a port."""
+    """Return the name in a Host header in lower case, without the port; empty for an invalid one."""
     found = HOST_PATTERN.fullmatch(host.strip().lower())
     return found[1] if found else ""
 
 
 def bearer_token(headers: Headers) -> str:
-    """The key in an Authorization header; empty where there is none."""
+    """Return the key in an Authorization header; empty where there is none."""
     kind, _, key = headers.get("authorization", "").partition(" ")
     return key.strip() if kind.lower() == "bearer" else ""
 

@@ -1,4 +1,4 @@
-"""The web application: routes, lifespan, error pages. Built from parts that are handed in."""
+"""The web application: routes, lifespan and error pages, built from parts that are handed in."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from .render import STATIC, STATIC_VERSION, Renderer
 
 
 class VersionedStaticFiles(StaticFiles):
-    """Static files that are asked for with a version, and so may be kept for good."""
+    """Static files at a versioned URL, which may be cached forever."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         response = await super().get_response(path, scope)
@@ -48,7 +48,7 @@ class VersionedStaticFiles(StaticFiles):
 
 
 def create_app(studio: Studio, settings: Settings) -> ASGIApp:
-    """The application over a studio. Opens the studio when it starts and closes it when it ends."""
+    """Return the application over a studio, which it opens and closes."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

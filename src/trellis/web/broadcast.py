@@ -1,6 +1,6 @@
-"""Frames written straight to many sockets: one that is the same for all is made once, and nobody waits for anybody.
+"""Write frames straight to many sockets: a frame that is the same for all is encoded once, and nobody waits.
 
-uvicorn's own way, a message to the application's `send` for each socket, is the one that is used where this is not.
+Where uvicorn's transport is not available, its own way is used: a `send` for each socket.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ..studio.hub import HubEvent
 WRITE_FRAME_EXTENSION = "trellis.push"
 
 WriteFrame = Callable[[bytes], bool]
-"""Write a frame if it can be written at once. Whether it was: one that is refused must be sent in the usual way."""
+"""Write a frame if that is possible at once. Return whether it was; if not, it must be sent the usual way."""
 
 
 class DirectWriteProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's protocol, which lends the application its transport for frames that are whole already."""
+    """uvicorn's protocol, which lends its transport to the application for encoded frames."""
 
     async def run_asgi(self) -> None:
         extensions: dict[str, Any] = self.scope["extensions"]
@@ -36,7 +36,7 @@ class DirectWriteProtocol(WebSocketsSansIOProtocol):
 
 
 def text_frame(text: str) -> bytes:
-    """A whole text message from a server (RFC 6455, section 5.2): unmasked, in one frame."""
+    """Encode a text message of a server as one unmasked frame (RFC 6455, section 5.2)."""
     body = text.encode()
     if len(body) < 126:
         return struct.pack("!BB", 0x81, len(body)) + body
@@ -46,7 +46,7 @@ def text_frame(text: str) -> bytes:
 
 
 class FrameCache:
-    """The frame of the event that is being told, made once for all who hear it."""
+    """The encoded frame of the current event, for all its readers."""
 
     def __init__(self) -> None:
         self._event: HubEvent | None = None

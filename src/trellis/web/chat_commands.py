@@ -14,7 +14,7 @@ from ..studio.chat.room import MAX_MODELS
 from ..text_rules import PROMPT_LIMIT, require_storable
 
 MAX_KEYS = 60
-"""Names in one command, and in what it holds."""
+"""The most keys of one command, and of each object in it."""
 
 Id = Annotated[str, Field(max_length=100)]
 MessageText = Annotated[str, Field(max_length=PROMPT_LIMIT), AfterValidator(require_storable)]
@@ -28,7 +28,7 @@ ModelNames = (
 
 
 class Command(BaseModel):
-    """What a client sends. `request` names the action, so that sending it twice does it once."""
+    """A command of a client. `request` identifies the action, so that sending it twice does it once."""
 
     model_config = ConfigDict(extra="forbid")
     request: str = Field(default_factory=lambda: secrets.token_hex(12), min_length=4, max_length=100)
@@ -95,7 +95,7 @@ COMMAND_TYPES = "send, stop, edit, regenerate, go_on, choose, rate, sync, ping"
 
 
 def request_id_field(text: str | None) -> dict[str, str]:
-    """The request that a refused command names, so that who sent it knows which one it was."""
+    """Return the request id of a refused command as a field of the error, where it is readable."""
     try:
         data = json.loads(text or "")
         request = data["request"]
@@ -105,7 +105,7 @@ def request_id_field(text: str | None) -> dict[str, str]:
 
 
 def parse_command(text: str | None) -> Command:
-    """A command as it was sent. Raises Invalid, which says what is wrong with it."""
+    """Parse a command. Raise Invalid."""
     if text is None:
         raise Invalid(
             "Only text is accepted here.", code="bad_json", next_step="Send a JSON object as text.", fields=[]

@@ -1,6 +1,6 @@
-"""The socket of a room: what people do comes in, what happens goes out, and a reader that falls behind catches up.
+"""The WebSocket of a room: commands in, events out, resumable.
 
-A reader has a place in the room's events and no queue of its own, so that one who stops reading costs nothing.
+A reader has a position in the room's events and no queue of its own, so that one who stops reading costs nothing.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ log = logging.getLogger(__name__)
 router = APIRouter()
 
 BURST_COMMANDS, COMMANDS_PER_SECOND = 40, 8.0
-"""Commands that one connection may send at once, and how many more each second."""
+"""The burst of commands that one connection may send, and its refill rate."""
 
 MAX_REFUSALS = 200
-"""A connection that goes on after so many refusals is closed."""
+"""A connection is closed after this many refusals."""
 
 MAX_CONCURRENT_COMMANDS = 8
-"""Commands of one connection that may be worked on at once."""
+"""The most pending commands of one connection."""
 
 
 @router.websocket("/ws/chat/{room}")
 async def chat(socket: WebSocket, room: str, after: Annotated[int | None, Query(ge=0, le=2**53)] = None) -> None:
-    """Follow a room, from an event's number on, and take part in it. Host, origin and login were checked before
-    anything came here."""
+    """Follow a room from an event number on, and take part in it. AccessMiddleware has checked Host, Origin and
+    login."""
     studio: Studio = socket.app.state.studio
     try:
         found = await studio.rooms.room(room)
@@ -81,7 +81,7 @@ class RoomConnection:
         self._write_frame: WriteFrame | None = socket.scope.get("extensions", {}).get(WRITE_FRAME_EXTENSION)
         self._frame_cache: FrameCache = socket.app.state.frames
         self._last_sent = 0
-        """The last event that was told."""
+        """The number of the last event sent."""
         self._fell_behind = asyncio.Event()
         self._is_room_closed = False
 
@@ -124,7 +124,7 @@ class RoomConnection:
                 task.add_done_callback(self._tasks.discard)
 
     async def _run_command(self, command: Command) -> None:
-        """Do what was asked for, one after the other. It is done to its end, also when who asked is gone."""
+        """Run a command; one at a time, and to its end even when the client is gone."""
         try:
             async with self._command_lock:
                 await asyncio.shield(asyncio.ensure_future(self._execute(command)))
@@ -152,7 +152,7 @@ class RoomConnection:
                     command.text, command.request, parent=command.parent, models=models, sampling=command.sampling,
                     files=command.attachments,
                 )  # fmt: skip
-                if sent_message:  # it was sent before, and is told again to who asks
+                if sent_message:  # a repeated request: its message is sent again to this client
                     await self._send("message", message=await room.rendered_message(sent_message), head=room.head)
             case Stop():
                 await room.stop(command.message)
@@ -168,7 +168,7 @@ class RoomConnection:
                 await room.rate(command.message, command.rating)
 
     def _check_rate(self) -> None:
-        """Raises Refused when this connection has sent too much."""
+        """Raise Refused when this connection sends too much."""
         now = time.monotonic()
         self._commands_left = min(BURST_COMMANDS, self._commands_left + (now - self._refilled_at) * COMMANDS_PER_SECOND)
         self._refilled_at = now
@@ -185,8 +185,8 @@ class RoomConnection:
         self._send_task = asyncio.create_task(self._send_events(after))
 
     async def _send_events(self, after: int) -> None:
-        """Send what happens after an event, for as long as the room is there: what has happened one after the other, at
-        the reader's own pace; then what happens as it happens, until the reader falls behind."""
+        """Send the events after a number until the room closes: missed ones at the reader's pace, then live ones
+        until the reader falls behind again."""
         self._last_sent = after
         try:
             while True:
@@ -194,14 +194,14 @@ class RoomConnection:
                     break
             await self._socket.close(1012 if self._studio.hub.is_closing else 1000)
         except (WebSocketDisconnect, RuntimeError):
-            pass  # it is gone, which whoever listens to it sees
+            pass  # disconnected, which `_receive_commands` sees too
         except Exception:
             log.exception("the events of a room could not be told")
             with suppress(WebSocketDisconnect, RuntimeError):
                 await self._socket.close(1011)
 
     async def _send_backlog(self) -> bool:
-        """Send events at the reader's pace until all have been told. Whether there may be more of them."""
+        """Send missed events at the reader's pace. Return whether more may come."""
         async with aclosing(self._studio.rooms.events(self._room, self._last_sent)) as events:
             async for event in events:
                 if event.name == "snapshot":
@@ -214,8 +214,8 @@ class RoomConnection:
         return False
 
     async def _send_live(self) -> bool:
-        """Write events straight to the socket as they happen, until one cannot be written at once. Whether there may be
-        more of them."""
+        """Write events straight to the socket as they happen, until one cannot be written at once. Return whether
+        more may come."""
         self._fell_behind.clear()
         self._is_room_closed = False
         unsubscribe = self._studio.rooms.add_listener(self._room, self._on_event)
@@ -237,7 +237,7 @@ class RoomConnection:
             self._last_sent = event.data["seq"]
 
     async def _send_snapshot(self) -> None:
-        """All messages as they are, for who has missed more than is kept."""
+        """Send all messages, for a reader that has missed more events than are kept."""
         found, seq = await self._room.rendered_messages(list(self._room.messages.values()))
         for message in found:
             payload = {"type": "message", "seq": seq, "message": message, "head": self._room.head}

@@ -1,4 +1,4 @@
-"""Errors as HTTP: one type, one shape, on pages, in fragments and in JSON."""
+"""Errors as HTTP responses: one shape on pages, in fragments and in JSON."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def status_of(error: TrellisError) -> int:
 
 
 def install_error_handlers(app: FastAPI, render: Renderer) -> None:
-    """Every way a request can fail, answered in the one shape."""
+    """Answer every kind of failure in the one shape."""
 
     def error_response(request: Request, error: TrellisError, status: int) -> Response:
         wants_page = "text/html" in request.headers.get("accept", "") and not request.url.path.startswith("/api/")

@@ -1,4 +1,4 @@
-"""Server-sent events off the hub, resumable by `Last-Event-ID` or `?after=` (WHATWG HTML, section 9.2).
+"""Server-sent events from the hub, resumable by `Last-Event-ID` or `?after=` (WHATWG HTML, section 9.2).
 
 Our own few lines rather than FastAPI's: see docs/decisions/0002-event-streams.md.
 """
@@ -22,12 +22,12 @@ def resume_point(
     after: Annotated[str | None, Query(max_length=64, description="Go on after this event id.")] = None,
     last_event_id: Annotated[str | None, Header(max_length=64)] = None,
 ) -> str | None:
-    """The event after which a stream goes on. A browser that reconnects knows better than the address it opened."""
+    """Return the event to resume after. The header of a reconnecting browser is newer than its URL."""
     return last_event_id or after
 
 
 def event_stream(events: AsyncIterator[HubEvent]) -> StreamingResponse:
-    """Events as they come, a comment when there are none for a while, so that nobody between closes the line."""
+    """Stream events, with a comment when there are none for a while, so that no proxy closes the connection."""
     return StreamingResponse(_sse_frames(events), media_type="text/event-stream", headers=SSE_HEADERS)
 
 

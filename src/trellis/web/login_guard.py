@@ -1,4 +1,4 @@
-"""One owner's password, and the tokens of those who have logged in with it."""
+"""The login: one owner's password, and tokens for those who have logged in with it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOGIN_DAYS = 30
 
 
 class LoginGuard:
-    """One owner's password, and the tokens that stand for it. Tokens are stored as hashes only."""
+    """Checks the password and the tokens. Tokens are stored as hashes only."""
 
     def __init__(self, settings: Settings, store: Store) -> None:
         password = settings.password.get_secret_value()
@@ -40,12 +40,12 @@ class LoginGuard:
 
     @property
     def requires_password(self) -> bool:
-        """Whether this server asks for a password at all."""
+        """Whether this server requires a password."""
         return self._password_hash is not None
 
     async def login(self, password: str, client: str) -> str:
-        """A new token. Raises Refused for a wrong password or too many tries."""
-        async with self._login_lock:  # a hash takes 64 MB while it is made
+        """Return a new token. Raise Refused for a wrong password or too many attempts."""
+        async with self._login_lock:  # one at a time: hashing takes 64 MB
             if not all(self._limiter.test(rate, "login", who) for rate, who in self._rate_limits(client)):
                 raise Refused("Too many attempts.", code="too_many_tries", next_step="Wait a minute.")
             is_correct = self._password_hash is not None and await asyncio.to_thread(
@@ -61,7 +61,7 @@ class LoginGuard:
         return token
 
     async def is_valid_token(self, token: str) -> bool:
-        """Whether a token stands for a login that has not ended."""
+        """Return whether a token is valid."""
         if not token:
             return False
         hashed = _hash_token(token)
@@ -73,7 +73,7 @@ class LoginGuard:
         return time.time() - self._login_times[hashed] < LOGIN_DAYS * 86_400
 
     async def logout(self, token: str) -> None:
-        """End a login and every stream that was opened with it."""
+        """End a login, and every stream opened with it."""
         hashed = _hash_token(token)
         await self._store.write(logins.delete_login, hashed)
         self._login_times.pop(hashed, None)
@@ -81,7 +81,7 @@ class LoginGuard:
             logout_event.set()
 
     def add_logout_event(self, token: str) -> asyncio.Event:
-        """An event that is set when the login of a token ends."""
+        """Return an event that is set when a login ends."""
         logout_event = asyncio.Event()
         self.logout_events.setdefault(_hash_token(token), set()).add(logout_event)
         return logout_event
@@ -93,7 +93,7 @@ class LoginGuard:
             self.logout_events.pop(_hash_token(token), None)
 
     def _rate_limits(self, client: str) -> list[tuple[RateLimitItem, str]]:
-        """Wrong passwords are counted for each client, and for all of them together."""
+        """Return the limits on wrong passwords: for each client, and for all together."""
         return [(self._rates[0], client), (self._rates[1], "everyone")]
 
     def _password_matches(self, password: str) -> bool:

@@ -1,4 +1,4 @@
-"""Whether a request was made by somebody at the computer on which the studio runs."""
+"""Requests from the computer that runs the studio."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ PROXY_HEADER_PREFIXES = (
     "x-proxyuser-ip",
 )  # fmt: skip
 PROXY_HEADER_SUFFIXES = ("client-ip", "connecting-ip", "real-ip", "remote-ip")
-"""How the names of headers begin, or end, by which proxies and tunnels say for whom they ask."""
+"""Prefixes and suffixes of the headers that proxies and tunnels add."""
 
 
 def is_local_request(request: Request) -> bool:
-    """A connection from a loopback address, to a loopback name, that no proxy forwarded: a proxy on this computer makes
-    requests of people elsewhere look local, so that any sign of one counts against it."""
+    """Return whether a request comes from a loopback address, to a loopback name, without any sign of a proxy: a
+    proxy on this computer makes remote requests look local."""
     if any(name.startswith(PROXY_HEADER_PREFIXES) or name.endswith(PROXY_HEADER_SUFFIXES) for name in request.headers):
         return False
     client = request.client.host if request.client else ""

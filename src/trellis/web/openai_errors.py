@@ -1,4 +1,4 @@
-"""Errors in the shape that OpenAI's clients read. It knows errors and paths, not routes."""
+"""Errors in OpenAI's shape. It knows errors and paths, not routes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ OPENAI_CODES = {
     "too_many_requests": "rate_limit_exceeded",
     "login_required": "invalid_api_key",
 }
-"""Our codes that have another name there."""
+"""Our codes that OpenAI names otherwise."""
 
 
 def is_openai_path(path: str) -> bool:
-    """Whether who asks for this path expects OpenAI's shape."""
+    """Return whether clients of this path expect OpenAI's shape."""
     return path == "/v1" or path.startswith("/v1/")
 
 
 def to_openai_error(error: TrellisError, status: int = 400) -> dict[str, Any]:
-    """An error in the shape that these clients know, under the status that it is answered with."""
+    """Return an error in OpenAI's shape, for its HTTP status."""
     code = OPENAI_CODES.get(error.code, error.code)
     kind = "invalid_request_error"
     if status == 429 or code == "rate_limit_exceeded":

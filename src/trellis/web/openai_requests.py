@@ -17,7 +17,7 @@ from ..text_rules import require_storable
 
 MAX_TEXT_LENGTH = 1_500_000
 MAX_ANSWER_TOKENS = 8192
-"""Tokens of one answer at most, and where nobody says how many."""
+"""The most tokens of one answer, and the default."""
 
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
@@ -28,13 +28,13 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "best_of": (1,), "include_stop_str_in_output": (False,), "add_generation_prompt": (True,),
     "web_search_options": ({},),
 }  # fmt: skip
-"""What is not here, with the values at which it asks for nothing."""
+"""Unsupported fields, with the values that ask for nothing."""
 
 IGNORED_FIELDS = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
-"""What says something of the request and nothing of the answer."""
+"""Fields that do not affect the answer."""
 
 IGNORED_MESSAGE_FIELDS = {"name", "reasoning", "reasoning_content"}
-"""What clients keep beside the text of a message. Earlier thoughts are not shown to a model again."""
+"""Fields that clients keep beside the text. Earlier thoughts are not shown to a model again."""
 
 MessageText = Annotated[str, Field(max_length=MAX_TEXT_LENGTH), AfterValidator(require_storable)]
 StopString = Annotated[str, Field(min_length=1, max_length=200)]
@@ -44,7 +44,7 @@ TemplateVariables = Annotated[
     dict[Annotated[str, Field(min_length=1, max_length=100)], StrictBool | StrictInt | StrictFloat | MessageText],
     Field(max_length=50),
 ]
-"""Plain values by name, for a chat template."""
+"""Plain values by name, for the chat template."""
 
 
 class ContentPart(BaseModel):
@@ -53,14 +53,14 @@ class ContentPart(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """One message."""
+    """A message of a conversation."""
 
     model_config = ConfigDict(extra="allow")
     role: Literal["system", "developer", "user", "assistant"]
     content: MessageText | Annotated[list[ContentPart], Field(max_length=500, fail_fast=True)] | None = None
 
     def to_turn(self, index: int) -> Turn:
-        """Raises Invalid for what is not text."""
+        """Raise Invalid for content other than text."""
         _reject_unsupported_fields(
             self.model_extra, IGNORED_MESSAGE_FIELDS, {"annotations": ([],), "tool_calls": ([],)},
                        f"messages.{index}.")  # fmt: skip
@@ -80,11 +80,11 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="allow")
     include_usage: bool = False
     include_obfuscation: bool = False
-    """Padding against listeners on the line; taken, and not done."""
+    """Padding against eavesdroppers; accepted and ignored."""
 
 
 class BaseCompletionRequest(BaseModel):
-    """What both ways of asking have in common."""
+    """The fields that both endpoints share."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
     model: str = Field(min_length=1, max_length=300)
@@ -106,7 +106,7 @@ class BaseCompletionRequest(BaseModel):
         return self.max_tokens
 
     def to_chat(self, seed: int, index: int, **fields: Any) -> Chat:
-        """A request for one answer, the one at a place among those to the same question. Each draws by itself: those to
+        """Return the request for the answer at `index` among `n`. Its seed is derived by hash, so that answers of
         neighbouring seeds have nothing in common."""
         return Chat(
             sampling=self.sampling(), seed=derived_seed("answer", seed, index), stop=self.stop_strings(),
@@ -123,11 +123,11 @@ class BaseCompletionRequest(BaseModel):
         )
 
     def stop_strings(self) -> tuple[str, ...]:
-        """What the answers are to stop at."""
+        """Return the stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def reject_unsupported(self) -> None:
-        """Raises Invalid for what would be passed over in silence."""
+        """Raise Invalid for what would otherwise be ignored."""
         _reject_unsupported_fields(self.model_extra, IGNORED_FIELDS, NEUTRAL_VALUES)
         if self.stream_options:
             _reject_unsupported_fields(self.stream_options.model_extra, set(), {}, "stream_options.")
@@ -142,8 +142,7 @@ class BaseCompletionRequest(BaseModel):
 def _reject_unsupported_fields(
     extra: dict[str, Any] | None, ignored: set[str], neutral: Mapping[str, tuple[Any, ...]], prefix: str = ""
 ) -> None:
-    """Raises Invalid, which names the first field that asks for something that is not here. What is null asks for
-    nothing."""
+    """Raise Invalid, which names the first field that is not supported. Null asks for nothing."""
     for name, value in (extra or {}).items():
         if value is None or name in ignored or any(value == each for each in neutral.get(name, ())):
             continue
@@ -177,7 +176,7 @@ class CompletionRequest(BaseCompletionRequest):
     best_of: int | None = Field(None, ge=1, le=16)
 
     def prompts(self) -> list[str]:
-        """Raises Invalid for tokens."""
+        """Raise Invalid for token ids."""
         texts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
         found = [text for text in texts if isinstance(text, str)]
         if len(found) < len(texts) or len(found) > 64:

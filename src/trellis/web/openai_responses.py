@@ -14,7 +14,7 @@ from .openai_errors import to_openai_error
 
 
 class StreamedAnswer:
-    """One answer as it comes."""
+    """Collects the events of one answer."""
 
     def __init__(self) -> None:
         self.text_parts: list[str] = []
@@ -39,7 +39,7 @@ class StreamedAnswer:
 
 
 class ResponseFormat:
-    """How answers are written: whole, or in pieces."""
+    """The format of answers, whole or in chunks."""
 
     object_type = ""
     chunk_object_type = ""
@@ -134,7 +134,7 @@ class CompletionFormat(ResponseFormat):
             text_offset += len(each.text)
         return {
             "tokens": [each.text for each in sampled], "token_logprobs": [each.logprob for each in sampled],
-            # Of two tokens that write the same the likelier one is told; they come likeliest first.
+            # `top` is sorted by likelihood: of two tokens with the same text the likelier one is kept.
             "top_logprobs": [{text: logprob for text, _, logprob in reversed(each.top)} for each in sampled],
             "text_offset": offsets,
         }  # fmt: skip

@@ -1,4 +1,4 @@
-"""How often one client may ask for what is expensive: sessions, loads, exports, uploads, comparisons."""
+"""Rate limits of expensive requests: sessions, loads, exports, uploads, comparisons."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import Refused
 
 
 class RateLimiter:
-    """Counts in a moving window of a minute, for each client. `most` of 0 is no limit."""
+    """Counts requests of each client in a moving window of a minute."""
 
     def __init__(self, per_minute: int) -> None:
         self._rate = parse(f"{per_minute} per minute") if per_minute else None
@@ -19,7 +19,7 @@ class RateLimiter:
         self._per_minute = per_minute
 
     def hit(self, client: str) -> None:
-        """Raises Refused when this client has asked too often."""
+        """Raise Refused when a client has sent too many requests."""
         if self._rate is not None and not self._limiter.hit(self._rate, "expensive", client):
             raise Refused(
                 f"Too many requests: the limit is {self._per_minute} expensive actions per minute.",
@@ -29,6 +29,6 @@ class RateLimiter:
 
 
 async def enforce_rate_limit(request: Request) -> None:
-    """A dependency of routes that start long work."""
+    """Limit a route that starts long work (a dependency)."""
     limiter: RateLimiter = request.app.state.expense
     limiter.hit(request.client.host if request.client else "unknown")

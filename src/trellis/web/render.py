@@ -1,4 +1,4 @@
-"""The only caller of Jinja: templates in, HTML out, everything escaped."""
+"""Render templates. The only caller of Jinja; everything is escaped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPTION_LETTERS = "ABCDEFGH"
 
 
 def _hash_static_files() -> str:
-    """A mark that changes with any static file, so that browsers may keep them for good."""
+    """Return a hash of all static files, so that browsers may cache them forever."""
     digest = hashlib.sha256()
     for file in sorted(STATIC.rglob("*")):
         if file.is_file():
@@ -29,7 +29,7 @@ def _hash_static_files() -> str:
 
 
 STATIC_VERSION = _hash_static_files()
-"""Part of the address of every static file, so that modules that import each other are of one version."""
+"""Part of the URL of every static file, so that modules that import each other have the same version."""
 
 
 class Renderer:

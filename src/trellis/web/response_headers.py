@@ -1,4 +1,4 @@
-"""The headers that hold a browser to our own files, CORS at `/v1`, and answers given before the application."""
+"""Security headers, CORS at `/v1`, and responses sent before the application is reached."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ CORS_HEADERS = {
     "access-control-max-age": "600",
     "vary": "Origin, Access-Control-Request-Headers",
 }
-"""What a page of another site is told at `/v1`, where a key opens it. Any origin, and so never with cookies: browsers
-refuse `*` for requests that carry them."""
+"""CORS for `/v1`, where a key is required. Any origin, so never with cookies: browsers refuse `*` for requests that
+carry them."""
 HEADER_NAMES_PATTERN = re.compile(r"[A-Za-z0-9-]{1,60}( *, *[A-Za-z0-9-]{1,60}){0,40}")
 
 
 def preflight_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
-    """Yes: what is sent is looked at when it comes. The headers that were asked for may be sent, a key among them."""
+    """Allow a preflight request and the headers that it asks for, a key among them; the request itself is checked
+    later."""
     asked = headers.get("access-control-request-headers", "")
     allowed = asked if HEADER_NAMES_PATTERN.fullmatch(asked.strip()) else "authorization, content-type"
     response_headers = CORS_HEADERS | {"access-control-allow-headers": allowed}
@@ -43,7 +44,7 @@ def preflight_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
 
 
 def with_security_headers(scope: Scope, send: Send) -> Send:
-    """Adds the security headers to every response; pages are never kept by caches, static files by version are."""
+    """Add the security headers to a response. Pages are never cached; versioned static files are."""
 
     async def wrapped(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -57,7 +58,7 @@ def with_security_headers(scope: Scope, send: Send) -> Send:
 
 
 def with_cors(send: Send) -> Send:
-    """Adds to a response that a page of any site may read it."""
+    """Allow pages of any site to read a response."""
 
     async def wrapped(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -70,7 +71,7 @@ def with_cors(send: Send) -> Send:
 
 
 async def send_error(scope: Scope, send: Send, status: int, error: TrellisError) -> None:
-    """Answer before the application is reached, in the shape that is expected at that path."""
+    """Send an error before the application is reached, in the shape of its path."""
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008, "reason": error.code})
         return

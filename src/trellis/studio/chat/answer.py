@@ -1,4 +1,4 @@
-"""One answer while it grows: its text, its blocks, its figures, and how much of it is written down."""
+"""One answer in progress: its text, rendered blocks and usage, stored as it grows."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..throughput import tokens_per_second
 from .message import Message
 
 SAVE_SECONDS, SAVE_CHARACTERS = 2.0, 4096
-"""An answer that grows is written down this often: a crash loses no more of it."""
+"""How often an answer in progress is stored: a crash loses no more of it."""
 
 INLINE_RENDER_LIMIT = 500
-"""A block of up to so many characters is rendered at once; a longer one, and code, in another thread."""
+"""Blocks of up to this many characters are rendered on the event loop; longer ones, and code, in a thread."""
 
 CODE_FENCE = re.compile(r"^\s*(```|~~~)", re.MULTILINE)
 
@@ -25,24 +25,24 @@ USAGE_FIELDS = (
     "prompt_tokens", "completion_tokens", "time_to_first_token_ms", "engine_to_first_token_ms", "tokens_per_second",
     "context_used", "context_length", "warm_tokens", "left_out",
 )  # fmt: skip
-"""What is measured of each answer."""
+"""The measurements of an answer."""
 
 
 class AnswerRoom(Protocol):
-    """What an answer needs of the room in which it grows."""
+    """What an answer needs of its room."""
 
     async def save_text(self, message: Message) -> None:
-        """Write down what there is of it."""
+        """Store the text so far."""
 
     def publish(self, kind: str, **data: Any) -> None:
-        """Tell everybody who looks at the room."""
+        """Publish an event to everybody in the room."""
 
     def publish_message(self, message: Message) -> None:
-        """Tell all of it again, because what was shown of it has changed."""
+        """Publish the whole message again, because what was already shown has changed."""
 
 
 class GrowingAnswer:
-    """One answer while it grows: its text, its blocks, its figures, and how much of it is written down."""
+    """Collects the events of one answer, publishes them, and stores the text from time to time."""
 
     def __init__(self, room: AnswerRoom, message: Message) -> None:
         self._room, self._message = room, message
@@ -53,14 +53,14 @@ class GrowingAnswer:
         self._prompt_info: PromptRead | None = None
         self._engine_first_token_seconds: float | None = None
         self._engine_decode_seconds: float | None = None
-        """Seconds from the first token to the last, by the clock of who drew them."""
+        """Seconds from the first token to the last, by the clock of the engine."""
         self._saved_length, self._saved_at = len(message.text), self._started
         self._text_parts = [message.text] if message.text else []
         self._length = len(message.text)
         self._pending_blocks: list[str] = []
-        """Blocks that are whole and not shown yet."""
+        """Complete blocks that are not published yet."""
         self._folded_length = 0
-        """How many characters are folded as a thought that turned out to be one when it ended."""
+        """Characters folded as a thought that had no opening tag: only its end shows what it was."""
 
     async def render_start(self) -> None:
         """Render the blocks of an answer that is continued."""
@@ -83,7 +83,7 @@ class GrowingAnswer:
                 self._publish_progress("queued", 0.0, place=event.place)
             case PromptRead():
                 self._prompt_info = event
-                if event.in_thought and not self._length:  # its end will come, and must have a beginning
+                if event.in_thought and not self._length:  # a closing tag will come: add the opening one
                     await self._append_text(f"{THINK_OPEN}\n")
                 read_fraction = event.read / max(event.prompt_tokens, 1)
                 self._publish_progress("prompt", read_fraction, left_out=event.left_out)
@@ -92,7 +92,7 @@ class GrowingAnswer:
                 self._first_token_time, self._last_token_time = self._first_token_time or now, now
                 self._tokens_at_first = self._tokens_at_first or event.tokens
                 self._tokens = event.tokens
-                if text := event.text.replace("\x00", ""):  # which no text may hold
+                if text := event.text.replace("\x00", ""):  # the database cannot store NUL
                     await self._append_text(text)
             case AnswerDone():
                 self._message.finish = event.finish
@@ -115,7 +115,7 @@ class GrowingAnswer:
             await self._room.save_text(self._message)
 
     async def _publish_blocks(self) -> None:
-        """Tell the HTML of blocks that are whole, each once. One that is broken off is made when the answer ends."""
+        """Publish the HTML of complete blocks, each once. Where this is cancelled, `finish` publishes the rest."""
         if self._blocks.implied_thought_length > self._folded_length:
             await self._fold_thought(self._blocks.implied_thought_length)
         while self._pending_blocks:
@@ -145,7 +145,7 @@ class GrowingAnswer:
         self._room.publish_message(self._message)
 
     async def finish(self) -> None:
-        """What is left is a block too, and all is drawn once more where that changes something. Says what it took."""
+        """Publish the last block, render the whole text again where that changes it, and set the usage."""
         self.join_text()
         self._pending_blocks += self._blocks.flush()
         await self._publish_blocks()
@@ -167,7 +167,7 @@ class GrowingAnswer:
 
     def _usage(self) -> dict[str, Any]:
         prompt_info = self._prompt_info
-        if self._engine_decode_seconds is not None:  # words that waited on their way arrive all at once
+        if self._engine_decode_seconds is not None:  # the engine's clock: events that queued up arrive all at once
             decoded_tokens, decode_seconds = self._tokens - 1, self._engine_decode_seconds
         else:
             decoded_tokens, decode_seconds = (

@@ -81,11 +81,13 @@ class AnswerTasks:
         await asyncio.shield(finishing)
 
     async def _finish(self, message: Message, growing_answer: GrowingAnswer) -> None:
-        """Write down how an answer ended, then tell it. Whatever goes wrong, it has ended."""
+        """Store how an answer ended, then publish it. The answer ends even when storing fails."""
         try:
             await growing_answer.finish()
             await self._store.write(rows.update_message, message.id, message.to_row())
-        except TrellisError as error:  # a full disk: what was said is on the screens, and is said not to be kept
+        except (
+            TrellisError
+        ) as error:  # a full disk: the text is on the screens, and the error says that it is not stored
             message.error = error.as_json()
         except Exception as error:
             log.exception("the end of an answer could not be written down")
@@ -107,7 +109,7 @@ class AnswerTasks:
             self._room.publish("stopped", message=message.id, state=message.state, usage=message.usage)
 
     async def _turns(self, message: Message, with_pictures: bool = False) -> list[Turn]:
-        """The conversation that an answer answers, with what it holds already; with its pictures for who sees."""
+        """Return the conversation that an answer continues, with its own text so far; pictures on request."""
         turns = [Turn(role="system", text=self._room.system)] if self._room.system else []
         path = self._room.path(message.parent)
         names = [file["id"] for each in path for file in each.files]
@@ -122,7 +124,7 @@ class AnswerTasks:
         return turns
 
     async def _generate(self, message: Message, answer: GrowingAnswer) -> None:
-        """Have an answer made, and hand on what comes."""
+        """Ask the chat target, and pass its events on."""
         target = await self._targets.find(message.model or "")
         request = Chat(
             turns=tuple(await self._turns(message, target.supports_pictures)),
@@ -136,7 +138,7 @@ class AnswerTasks:
 
 
 def text_with_files(message: Message, file_texts: dict[str, str]) -> str:
-    """A message as the model reads it: the text of its files (by their ids) first, each under its name."""
+    """Return a message as the model reads it: first the text of each file (by id) under its name."""
     parts = []
     for each in message.files:
         if each["kind"] == PICTURE:

@@ -1,4 +1,4 @@
-"""Keys for programs: made once, shown once, kept as hashes, revoked at any time."""
+"""API keys: shown once, stored as hashes, revocable at any time."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ KEY_PREFIX = "trellis-"
 MAX_KEYS = 200
 
 LAST_USED_INTERVAL_SECONDS = 60.0
-"""When a key was last used is written down at most this often."""
+"""How often the time of last use is stored."""
 
 
 class ApiKeys:
-    """The keys of the OpenAI API. A key is 256 random bits, so that its plain hash is enough."""
+    """The API keys of `/v1`. A key is 256 random bits, so a plain hash is enough."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._last_used: dict[str, float] = {}
 
     async def create(self, name: str) -> tuple[dict[str, Any], str]:
-        """A new key, and the key itself, which is nowhere else. Raises Conflict when there are too many."""
+        """Return a new key as JSON, and its secret, which is not stored. Raise Conflict when there are too many."""
         if len(await self._store.read(rows.list_keys)) >= MAX_KEYS:
             raise Conflict(f"There are already {MAX_KEYS} API keys.", code="too_many", next_step="Revoke some first.")
         secret = KEY_PREFIX + secrets.token_urlsafe(32)
@@ -43,17 +43,17 @@ class ApiKeys:
         return [_key_json(row) for row in await self._store.read(rows.list_keys)]
 
     async def revoke(self, key_id: str) -> None:
-        """Raises NotFound."""
+        """Raise NotFound."""
         if not await self._store.write(rows.delete_key, key_id):
             raise NotFound(
                 f"There is no API key “{shorten(key_id)}”.", next_step="The page “API keys & providers” lists them."
             )
 
     async def find_key_id(self, secret: str) -> str | None:
-        """The id of a key; None for what is not one."""
+        """Return the id of a key; None for an unknown one."""
         if not secret.startswith(KEY_PREFIX):
             return None
-        row = await self._store.read(rows.key_by_hash, _hash(secret))  # each time: a revoked one ends at once
+        row = await self._store.read(rows.key_by_hash, _hash(secret))  # not cached: revoking takes effect at once
         if row is None:
             return None
         key = str(row["id"])

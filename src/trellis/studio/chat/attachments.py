@@ -1,6 +1,6 @@
-"""Files that go with messages: text and code as it is, the text of PDFs, pictures for models that see.
+"""Attachments of messages: text and code, the text of PDFs, pictures for models that accept them.
 
-A file is told by what is in it, not by its name; it is never run, and served as a download alone.
+The content decides the type of a file, not its name. Files are never executed, and served as downloads only.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ PICTURE_SIGNATURES = {
 
 
 class Attachments:
-    """The files of all rooms: rows and text in the store, what was sent in a folder of its own each."""
+    """The files of all rooms: rows and extracted text in the store, each original in a folder."""
 
     def __init__(self, store: Store, blobs: Blobs) -> None:
         self._store, self._blobs = store, blobs
         self._pdf_semaphore = asyncio.Semaphore(2)
 
     async def read(self, name: str, data: bytes) -> dict[str, Any]:
-        """What a file would be with a message. Raises Invalid for what cannot be read."""
+        """Return what a file would be as an attachment. Raise Invalid for an unreadable one."""
         if not data:
             raise self._file_error(name, "is empty", "Choose another file.")
         kind = detect_kind(data)
@@ -53,7 +53,7 @@ class Attachments:
         return {"name": safe_file_name(name), "kind": kind, "bytes": len(data), "text": text}
 
     async def add(self, room_id: str, name: str, data: bytes) -> dict[str, Any]:
-        """Take a file for a room. Raises Invalid for what cannot be read."""
+        """Add a file to a room. Raise Invalid for an unreadable one."""
         if len(await self._store.read(rows.get_files, room_id)) >= MAX_FILES:
             raise self._file_error(
                 name, f"is one too many: a chat takes {MAX_FILES} files at most", "Start a new chat."
@@ -81,7 +81,7 @@ class Attachments:
         return [{name: files_by_id[each][name] for name in ("id", "name", "kind", "bytes")} for each in file_ids]
 
     async def read_content(self, file_id: str) -> bytes:
-        """What was sent. Raises TrellisError when it is gone."""
+        """Return the original bytes. Raise TrellisError when they are gone."""
         try:
             return await asyncio.to_thread((self._blobs.path(file_id) / CONTENT_FILE_NAME).read_bytes)
         except (OSError, ValueError):
@@ -90,7 +90,7 @@ class Attachments:
             ) from None
 
     async def picture_data_url(self, file_id: str) -> str:
-        """A picture as a `data:` address."""
+        """Return a picture as a `data:` URL."""
         data = await self.read_content(file_id)
         return f"data:{picture_media_type(data) or 'image/png'};base64,{base64.b64encode(data).decode()}"
 
@@ -122,7 +122,7 @@ class Attachments:
         return text
 
     async def _extract_pdf_text(self, name: str, data: bytes) -> str:
-        """Read in a process of its own, with limits: a file may be made to harm who reads it."""
+        """Extract the text in a process with limits: a PDF may be malicious."""
         async with self._pdf_semaphore:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "trellis.reader.pdf", str(MAX_CHARACTERS), stdin=asyncio.subprocess.PIPE,
@@ -161,7 +161,7 @@ def picture_media_type(data: bytes) -> str | None:
 
 
 def safe_file_name(name: str) -> str:
-    """A file's name without what is a path or no letter; never empty."""
+    """Return a file name without path or unprintable characters; never empty."""
     last = re.split(r"[/\\]", name)[-1]
     printable = "".join(letter for letter in last if letter.isprintable() and letter not in '<>:"|?*').strip(". ")
     return printable.encode("utf-8", "ignore").decode()[-120:] or "file"

@@ -1,4 +1,4 @@
-"""Rooms as files to take away: our JSON, Markdown, and the export format of open-webui."""
+"""Export rooms as files: our JSON, Markdown, and open-webui's format."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ EXPORT_FORMATS: Mapping[str, tuple[str, str]] = {
     "markdown": ("text/markdown; charset=utf-8", "md"),
     "open-webui": ("application/json", "open-webui.json"),
 }
-"""The media type of each, and how its file's name ends."""
+"""The media type and the file extension of each format."""
 
 
 def export_room(room: Room, format: str) -> str:
-    """A room as a file."""
+    """Return a room as the text of a file."""
     if format == "markdown":
         return _room_markdown(room)
     data = _open_webui_json(room) if format == "open-webui" else _trellis_json(room)
@@ -64,7 +64,8 @@ def _open_webui_json(room: Room) -> list[dict[str, Any]]:
 
 
 def _room_markdown(room: Room) -> str:
-    """The branch that is looked at. A heading of ours inside a message is set one deeper, so that it stays inside."""
+    """Return the selected branch. Message headings inside a message are set one level deeper, so that an import does
+    not split it."""
     parts = [f"# {room.title}\n"]
     if room.system:
         parts.append(f"> {room.system}".replace("\n", "\n> ") + "\n")

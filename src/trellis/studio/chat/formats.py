@@ -1,6 +1,6 @@
-"""Conversations as programs export them: our JSON, Markdown, open-webui, ChatGPT, Claude, LM Studio, plain messages.
+"""Read exported conversations: our JSON, Markdown, open-webui, ChatGPT, Claude, LM Studio, lists of messages.
 
-Pure: a file's text comes in, conversations go out. It does not know rooms, and what becomes of a conversation.
+Pure: text comes in, conversations go out. It does not know rooms.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ ROOM_FORMAT = "trellis-room-1"
 MESSAGE_HEADING = re.compile(r"^## (User|Assistant)(?: \((.*)\))?[ \t]*$", re.MULTILINE)
 
 LIST_KEYS = ("conversations", "chats", "rooms", "data")
-"""Names under which a file may hold a list of conversations."""
+"""Keys that may hold a list of conversations."""
 
 ROLE_ALIASES = {"human": "user", "prompter": "user", "developer": "system", "ai": "assistant", "bot": "assistant",
          "gpt": "assistant", "model": "assistant", "chatgpt": "assistant"}  # fmt: skip
-"""What other programs call a role."""
+"""Role names of other programs."""
 
 
 class Unreadable(Exception):
-    """Why a file, or one conversation of it, cannot be read."""
+    """A file or conversation that cannot be read; the message says why."""
 
 
 @dataclass
 class ImportedMessage:
-    """One message as a file has it: `content` may be text, or a list of parts. A `parent` that is no text is none."""
+    """One message of a file. `content` may be text or a list of parts; a `parent` that is not text becomes None."""
 
     id: Any
     parent: Any
@@ -42,7 +42,7 @@ class ImportedMessage:
     usage: Any = None
     finish: Any = None
     files: list[str] = field(default_factory=list)
-    """Names of files that went with it."""
+    """Names of its attachments."""
 
     def __post_init__(self) -> None:
         self.parent = self.parent if isinstance(self.parent, str) else None
@@ -50,7 +50,7 @@ class ImportedMessage:
 
 @dataclass
 class Conversation:
-    """One conversation as a file has it. Of a foreign one, steps in which nothing was said may be left out."""
+    """One conversation of a file. Empty messages of a foreign one may be left out."""
 
     title: str
     messages: list[ImportedMessage]
@@ -62,7 +62,7 @@ class Conversation:
 
 
 def split_conversations(body: bytes) -> list[tuple[str, Any]]:
-    """The conversations of a file, each with what to call it, not read yet. Raises Unreadable."""
+    """Split a file into (title, unparsed conversation) pairs. Raise Unreadable."""
     text = _decode(body)
     if text.lstrip()[:1] not in ("{", "["):
         return [("", text)]
@@ -79,7 +79,7 @@ def split_conversations(body: bytes) -> list[tuple[str, Any]]:
         data = next((data[name] for name in LIST_KEYS if isinstance(data.get(name), list)), data)
     conversations = data if isinstance(data, list) else [data]
     if conversations and all(isinstance(each, dict) and "role" in each and "content" in each for each in conversations):
-        conversations = [{"messages": conversations}]  # one conversation, as the OpenAI API takes it
+        conversations = [{"messages": conversations}]  # one conversation in the format of the OpenAI API
     return [(_find_title(each) or f"number {number}", each) for number, each in enumerate(conversations, 1)]
 
 
@@ -120,7 +120,7 @@ def parse_conversation(data: Any) -> Conversation:
 
 
 def _find_parser(data: Any) -> Callable[[dict[str, Any]], Conversation] | None:
-    """The function that reads a conversation; None where none does."""
+    """Return the parser for a conversation; None for an unknown format."""
     if not isinstance(data, dict):
         return None
     if data.get("format") == ROOM_FORMAT:
@@ -167,7 +167,7 @@ def _parse_open_webui(data: dict[str, Any]) -> Conversation:
 
 
 def _parse_messages(data: dict[str, Any]) -> Conversation:
-    """A list of messages, one after the other."""
+    """Parse a list of messages without branches."""
     chat = data.get("chat", data)
     messages = [
         ImportedMessage(str(index), str(index - 1) if index else None, each.get("role", each.get("sender",
@@ -222,7 +222,7 @@ def _parse_chatgpt(data: dict[str, Any]) -> Conversation:
 
 
 def _chatgpt_content(content: dict[str, Any]) -> Any:
-    """The parts of a message, of which there are many kinds."""
+    """Return the parts of a message, whichever of its many kinds it is."""
     if isinstance(content.get("parts"), list):
         return content["parts"]
     if isinstance(content.get("thoughts"), list):
@@ -283,15 +283,14 @@ TEXT_PART_TYPES = ("text", "input_text", "output_text", "markdown", "audio_trans
 
 @dataclass
 class Content:
-    """The text of a message; what else was in it, by its kind."""
+    """The text of a message, and the kinds of its other parts."""
 
     text: str
     left_out: list[str] = field(default_factory=list)
 
 
 def parse_content(value: Any) -> Content:
-    """Text, or a list of parts, as text: thoughts between tags in front, and a mark where a picture was. Raises
-    Unreadable for what is neither."""
+    """Parse text or a list of parts: thoughts go in front, between tags; a picture leaves a mark. Raise Unreadable."""
     if value is None or isinstance(value, str):
         return Content(value or "")
     if isinstance(value, dict):
@@ -316,7 +315,7 @@ def parse_content(value: Any) -> Content:
 
 
 def _join_lines(texts: list[str]) -> str:
-    """Parts one after the other, each on a line of its own where they are more than one."""
+    """Join non-empty parts with line breaks."""
     return "\n".join(text for text in texts if text)
 
 
@@ -338,7 +337,7 @@ def _parse_part(part: Any) -> tuple[str, str]:
 
 
 def _first_value(data: dict[str, Any], *names: str) -> Any:
-    """The first value that is there and not empty; else the first that is there."""
+    """Return the first non-empty value, else the first present one."""
     return next((data[name] for name in names if data.get(name)), next((data[n] for n in names if n in data), None))
 
 
@@ -347,7 +346,7 @@ def _dicts(value: Any) -> list[dict[str, Any]]:
 
 
 def _require_messages(value: Any) -> list[dict[str, Any]]:
-    """Raises Unreadable for what is no list of objects."""
+    """Raise Unreadable for anything but a list of objects."""
     if not isinstance(value, list):
         raise Unreadable("it has no list of messages")
     for index, each in enumerate(value):
@@ -367,7 +366,7 @@ def _iterate_file_names(files: Any) -> Iterator[str]:
 
 
 def parse_time(value: Any) -> float | None:
-    """Seconds since 1970 of a number or an ISO date; None for what is neither, or far away."""
+    """Parse a number or an ISO date as seconds since 1970; None where it is neither, or far off."""
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e14:
         return float(value) / (1000 if value > 1e11 else 1)
     try:

@@ -1,4 +1,4 @@
-"""Rooms from files: every conversation that can be read becomes a room; what cannot, or not whole, is told by name."""
+"""Import rooms from files: every readable conversation becomes a room; what is left out is reported."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MAX_SYSTEM_CHARACTERS = 20_000
 
 @dataclass
 class ImportResult:
-    """The rooms that were made; a sentence for each conversation that was left out, and for what of others was."""
+    """The new rooms; a sentence for each conversation left out, and for each loss in the others."""
 
     rooms: list[Room] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
@@ -45,7 +45,7 @@ class ImportResult:
 
 @dataclass
 class RoomPlan:
-    """What a room is to be."""
+    """The arguments of a room to create."""
 
     room_arguments: dict[str, Any]
     models: list[str]
@@ -53,7 +53,7 @@ class RoomPlan:
 
 
 async def import_rooms(rooms: Rooms, body: bytes) -> ImportResult:
-    """Make rooms of a file. Raises Invalid where none can be made."""
+    """Create rooms from a file. Raise Invalid where none can be created."""
     imported = ImportResult()
     plans, imported.left_out = await asyncio.to_thread(plan_rooms, body)
     known_models: dict[str, bool] = {}
@@ -69,7 +69,7 @@ async def import_rooms(rooms: Rooms, body: bytes) -> ImportResult:
 
 
 def plan_rooms(body: bytes) -> tuple[list[RoomPlan], list[str]]:
-    """What the rooms of a file are to be, and why others cannot be. Raises Invalid where there is none."""
+    """Return the rooms of a file, and why other conversations are left out. Raise Invalid where there is none."""
     try:
         conversations = split_conversations(body)
         if len(conversations) > MAX_ROOMS:
@@ -108,7 +108,7 @@ def _unreadable_file_error(reason: str) -> Invalid:
 
 @dataclass
 class _KeptMessage:
-    """A message that becomes one of the room; `inside` is the one that it was joined to."""
+    """A message of the new room. The text of later ones may be appended to it."""
 
     imported: ImportedMessage
     role: str
@@ -116,18 +116,17 @@ class _KeptMessage:
 
 
 def plan_room(conversation: Conversation) -> RoomPlan:
-    """Every message with a new id, under its parent; what cannot be kept is counted. Raises Unreadable, or Invalid for
-    its settings."""
+    """Convert a conversation, counting what cannot be kept. Raise Unreadable, or Invalid for its settings."""
     _require_tree(conversation.messages)
     losses: Counter[str] = Counter()
-    """How much of what was left out, in words."""
+    """Counts of what was left out, by its name."""
     new_ids: dict[str, str | None] = {}
-    """Where each message went: the id of the message that has its text now, or of its nearest one above."""
+    """The kept message that each message became or was merged into; else the nearest kept one above it."""
     kept_messages: dict[str, _KeptMessage] = {}
     system = [_require_text(conversation.system)]
     child_counts = Counter(each.parent for each in conversation.messages if isinstance(each.parent, str))
     is_unbranched: dict[Any, bool] = {}
-    """Whether no branch begins between a message and the one that its place is taken by."""
+    """Whether the path from a message up to its kept parent has no branches."""
     for index, imported in _parents_first(conversation.messages):
         role, text = _parse_message(index, imported, conversation.is_foreign, losses)
         parent_id = new_ids.get(imported.parent) if isinstance(imported.parent, str) else None
@@ -162,7 +161,7 @@ def plan_room(conversation: Conversation) -> RoomPlan:
 
 
 def _parse_message(index: int, imported: ImportedMessage, is_foreign: bool, losses: Counter[str]) -> tuple[str, str]:
-    """The role and the text of a message. Raises Unreadable."""
+    """Return the role and text of a message. Raise Unreadable."""
     role = ROLE_ALIASES.get(imported.role, imported.role) if isinstance(imported.role, str) else None
     if role is None or (not is_foreign and role not in ("user", "assistant")):
         raise Unreadable(f"message {index + 1} has a role other than “user” or “assistant”")
@@ -209,7 +208,7 @@ def _make_plan(
             rating=imported.rating if imported.rating in (-1, 1) and not isinstance(imported.rating, bool) else 0,
             created=imported.created or now + index * 1e-3,
         )
-        if messages:  # in the order in which the file has them
+        if messages:  # creation times must keep the order of the file
             message.created = max(message.created, messages[-1].created + 1e-4)
         messages.append(message)
     if len(system) > MAX_SYSTEM_CHARACTERS:
@@ -242,7 +241,7 @@ def _plural(name: str) -> str:
 
 
 def _require_tree(messages: list[ImportedMessage]) -> None:
-    """Raises Unreadable where ids are missing or used twice, or where messages come after each other in a circle."""
+    """Raise Unreadable for missing or duplicate ids, and for cycles."""
     if len(messages) > MAX_MESSAGES:
         raise Unreadable(f"it has {len(messages)} messages; the limit is {MAX_MESSAGES}")
     parents = {message.id: message.parent for message in messages if isinstance(message.id, str)}
@@ -261,7 +260,7 @@ def _require_tree(messages: list[ImportedMessage]) -> None:
 
 
 def _parents_first(messages: list[ImportedMessage]) -> list[tuple[int, ImportedMessage]]:
-    """Messages of a tree with their places in the file, each after the one that it comes after."""
+    """Return messages with their positions in the file, each after its parent."""
     by_id = {each.id: (index, each) for index, each in enumerate(messages)}
     ordered: dict[str, tuple[int, ImportedMessage]] = {}
     for message in messages:
@@ -275,7 +274,7 @@ def _parents_first(messages: list[ImportedMessage]) -> list[tuple[int, ImportedM
 
 
 def _parse_usage(usage: Any) -> dict[str, Any] | None:
-    """What was measured of an answer: figures and nothing else."""
+    """Keep the numbers of a usage object only."""
     if not isinstance(usage, dict):
         return None
 

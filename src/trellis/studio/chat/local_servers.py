@@ -1,4 +1,4 @@
-"""Servers in a private network that a person at this computer has permitted, remembered in the save folder.
+"""Local servers: private addresses that a person at this computer has permitted, kept in the save folder.
 
 It does not know who asked: the web side makes sure of that.
 """
@@ -16,8 +16,8 @@ from ..egress import Address, ResolvedUrl, is_public
 
 
 class LocalServers:
-    """Servers with private addresses that a person at this computer has permitted, kept in a file: `host:port` with the
-    addresses that it had then, so that a name which leads elsewhere later is not followed there."""
+    """Permitted servers with private addresses, in a file: `host:port` with its addresses at the time, so that a
+    name that points elsewhere later is refused."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -25,12 +25,12 @@ class LocalServers:
         self._temporarily_permitted: dict[str, list[str]] = {}
 
     def is_permitted(self, server: str, address: Address) -> bool:
-        """Whether a server may have a private address."""
+        """Return whether a server may have a private address."""
         return any(str(address) in known.get(server, ()) for known in (self._read(), self._temporarily_permitted))
 
     @contextmanager
     def permit_temporarily(self, resolved: ResolvedUrl | None) -> Iterator[ResolvedUrl | None]:
-        """Permit a server within this alone. Gives back what to keep, where it has a private address."""
+        """Permit a server within the block. Yield what `save` should keep; None for a public address."""
         if resolved is None or all(map(is_public, resolved.addresses)):
             yield None
             return
@@ -46,11 +46,11 @@ class LocalServers:
             }
 
     def save(self, resolved: ResolvedUrl) -> None:
-        """Remember a permission."""
+        """Store a permission."""
         self._write({**self._read(), resolved.server: [str(each) for each in resolved.addresses]})
 
     def retain_only(self, servers: Collection[str]) -> None:
-        """Forget the permissions of all other servers."""
+        """Delete the permissions of all other servers."""
         retained = {name: value for name, value in self._read().items() if name in servers}
         if retained != self._read():
             self._write(retained)
@@ -66,7 +66,7 @@ class LocalServers:
         return self._permitted
 
     def _write(self, permitted: dict[str, list[str]]) -> None:
-        """Raises TrellisError where it cannot be written down."""
+        """Raise TrellisError where the file cannot be written."""
         draft = self._file.with_suffix(".new")
         try:
             draft.write_text(json.dumps(permitted, indent=1), "utf-8")

@@ -1,4 +1,4 @@
-"""What one side said in a room, as it is kept and as it is told."""
+"""One message of a room, as stored and as published."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..jobs import timestamp
 
 @dataclass(eq=False)
 class Message:
-    """What one side said. `group` is shared by answers that were asked for to be compared."""
+    """One message. `group` is shared by answers that were requested together."""
 
     id: str
     room: str
@@ -31,9 +31,9 @@ class Message:
     request: str | None = None
     created: float = field(default_factory=time.time)
     html: str | None = None
-    """The whole blocks as HTML, once somebody has asked for it."""
+    """The complete blocks as HTML; None until requested."""
     rendered_length: int = 0
-    """Characters that the whole blocks hold."""
+    """Characters of the text that `html` covers."""
 
     def to_row(self) -> dict[str, Any]:
         columns = ("id", "room", "parent", "role", "text", "model", "group", "state", "finish", "usage", "error",

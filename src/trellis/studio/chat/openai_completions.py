@@ -1,6 +1,6 @@
-"""Read what OpenAI-compatible servers answer: server-sent events or one JSON object, in the many shapes in use.
+"""Parse responses of OpenAI-compatible servers: server-sent events or one JSON object, in the shapes in use.
 
-It does not know addresses, keys or rooms; bytes come in, pieces of an answer go out.
+Bytes come in, pieces of an answer go out. It does not know addresses, keys or rooms.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ from ...errors import TrellisError, shorten
 from ...markdown_blocks import THINK_CLOSE, THINK_OPEN
 
 MAX_LINE_BYTES, MAX_BODY_BYTES = 1_000_000, 4_000_000
-"""Bytes of one line, and of one answer that does not stream, that are read."""
+"""The limits of one line, and of one response that does not stream."""
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Where servers put what a model thinks before it answers. Some send two of these with the same text."""
+"""Keys of reasoning text. Some servers send the same text under two of them."""
 
 PICTURE_PART_TYPES = frozenset({"image", "image_url", "output_image"})
 
 
 class NotACompletion(Exception):
-    """What came is not an answer of the OpenAI API."""
+    """The response is not one of the OpenAI API."""
 
 
 @dataclass
 class CompletionDelta:
-    """One piece of an answer, in any combination of its parts."""
+    """One piece of an answer; any of its parts may be set."""
 
     text: str = ""
     thought: str = ""
     refusal: str = ""
     tool: str | None = None
-    """The name of a tool that the model wants called; empty while its name has not come."""
+    """The tool that the model calls; empty until its name arrives."""
     finish: str | None = None
 
 
 class EventStream:
-    """The JSON objects of a response, one for each event. `ended` says whether the server announced the end."""
+    """The JSON objects of a response, one for each event. `is_done`: the server has sent its end mark."""
 
     def __init__(self, chunks: AsyncIterator[bytes]) -> None:
         self._chunks = chunks
@@ -49,7 +49,7 @@ class EventStream:
         self.is_done = False
 
     async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
-        """Raises NotACompletion for what cannot be read, or is too long."""
+        """Raise NotACompletion for a response that is unreadable or too long."""
         rest, total, started = bytearray(), 0, False
         async for chunk in self._chunks:
             total += len(chunk)
@@ -57,12 +57,12 @@ class EventStream:
             if not started:
                 rest = rest.lstrip(b" \t\r\n\xef\xbb\xbf")
                 started = bool(rest)
-                if rest.startswith(b"{"):  # it does not stream, whatever its header says
+                if rest.startswith(b"{"):  # not a stream, whatever its header says
                     yield await self._read_object(rest)
                     return
                 chunk = bytes(rest)
             lines: list[bytes] = []
-            if b"\n" in chunk:  # a line may come letter by letter
+            if b"\n" in chunk:  # a line may arrive byte by byte: split only once it is complete
                 *lines, last = bytes(rest).split(b"\n")
                 rest = bytearray(last)
             if len(rest) > MAX_LINE_BYTES or total > 20 * MAX_BODY_BYTES:
@@ -104,7 +104,7 @@ class EventStream:
                 self._size += len(value)
                 if self._size > MAX_BODY_BYTES:
                     raise NotACompletion
-        # Comments (an empty name) and other fields say nothing.
+        # Comments (an empty name) and other fields are ignored.
 
     def _flush(self) -> Iterator[dict[str, Any]]:
         data, name = b"\n".join(self._data), self._event_name
@@ -129,7 +129,7 @@ def _parse_object(data: bytes) -> dict[str, Any]:
 
 
 def error_message(data: dict[str, Any]) -> str | None:
-    """What an object says that went wrong; None where it says nothing of the kind."""
+    """Return the error message in an object; None where there is no error."""
     error = data.get("error")
     if not error and "choices" not in data:
         error = data.get("detail") or (data.get("message") if data.get("object") == "error" else None)
@@ -142,7 +142,7 @@ def error_message(data: dict[str, Any]) -> str | None:
 
 
 def parse_deltas(data: dict[str, Any]) -> Iterator[CompletionDelta]:
-    """The pieces of the first answer in an object, streamed or whole."""
+    """Yield the pieces of the first answer in an object, streamed or whole."""
     choices = data.get("choices")
     for choice in choices if isinstance(choices, list) else []:
         if isinstance(choice, dict) and choice.get("index") in (None, 0):
@@ -183,17 +183,17 @@ def _content_parts(content: Any) -> list[dict[str, Any]]:
 
 
 def _join_text(value: Any) -> str:
-    """The text of a value: a string, or a list of parts."""
+    """Return the text of a string, or of a list of parts."""
     if isinstance(value, list):
         return "".join(_join_text(part.get("text") if isinstance(part, dict) else part) for part in value)
     return value if isinstance(value, str) else ""
 
 
 class AnswerAssembler:
-    """One answer as it comes: its text, what was thought before it in front, and how it ended."""
+    """Assembles one answer from its pieces: thoughts in front between tags, then the text."""
 
     def __init__(self, prefix: str = "") -> None:
-        """`begun` is the text that the answer goes on with."""
+        """`prefix` is the text that the answer continues."""
         thought, closed, spoken = prefix.lstrip().partition(THINK_CLOSE)
         self._has_thought = thought.startswith(THINK_OPEN)
         self._is_in_thought = self._has_thought and not closed
@@ -202,11 +202,11 @@ class AnswerAssembler:
         self._tool: str | None = None
         self._pending_surrogate = ""
         self.length = 0
-        """Characters that came."""
+        """Characters received."""
         self.finish = ""
 
     def add(self, delta: CompletionDelta) -> str:
-        """The text that the answer grows by. Thoughts stand between tags, as models write them themselves."""
+        """Add a piece, and return the text that the answer grows by."""
         self.finish = delta.finish or self.finish
         if delta.tool is not None:
             self._tool = self._tool or delta.tool
@@ -227,7 +227,7 @@ class AnswerAssembler:
         return self._tool is not None
 
     def closing_text(self) -> str:
-        """What is left to add when nothing more comes."""
+        """Return the text that ends the answer: the closing tag of an open thought."""
         return self._close_thought()
 
     def _close_thought(self) -> str:
@@ -237,7 +237,7 @@ class AnswerAssembler:
         return f"\n{THINK_CLOSE}\n\n"
 
     def _clean_text(self, new_text: str) -> str:
-        """Text without what no text may hold. Half a character waits for its other half."""
+        """Remove NULs and join split surrogate pairs: half a character waits for its other half."""
         text, self._pending_surrogate = self._pending_surrogate + new_text.replace("\x00", ""), ""
         if text and "\ud800" <= text[-1] <= "\udbff":
             text, self._pending_surrogate = text[:-1], text[-1]
@@ -245,7 +245,7 @@ class AnswerAssembler:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
     def require_complete(self, model: str, server: str, is_done: bool) -> None:
-        """Raise TrellisError for an answer that did not end as an answer does: what came of it stays."""
+        """Raise TrellisError for an answer that did not end regularly. Its text so far is kept."""
         who_answers = f"“{shorten(model)}” at “{shorten(server)}”"
         if self.finish == "content_filter":
             raise TrellisError(

@@ -36,7 +36,7 @@ class ProviderClient:
             await self._client.aclose()
 
     async def require_allowed(self, url: str) -> None:
-        """Raises Refused. A server that is away may be added; it is looked up again whenever it is asked."""
+        """Raise Refused. An unreachable server may be added: its address is checked again before every request."""
         try:
             await check_url(url, self._own_servers, self._local_servers.is_permitted)
         except TrellisError as error:
@@ -59,8 +59,8 @@ class ProviderClient:
         return sorted(names)[:MAX_MODELS]
 
     async def _get_client(self) -> httpx.AsyncClient:
-        """The one client, made in a thread: what it trusts takes a tenth of a second to read. It keeps no connection,
-        so that none is used for another name at the same address."""
+        """Return the client, made in a thread because loading certificates takes 0.1 s. It keeps no connections
+        alive: one must not be reused for another name at the same address."""
         async with self._client_lock:
             if self._client is None:
                 self._client = await asyncio.to_thread(_new_client)
@@ -70,9 +70,9 @@ class ProviderClient:
     async def open_response(
         self, method: str, url: str, path: str, secret: str, body: dict[str, Any] | None = None
     ) -> AsyncIterator[httpx.Response]:
-        """A response whose status is good, not read yet. The address is looked up and checked now, and no other is
-        used; a redirect is not followed. Raises TrellisError."""
-        import httpx  # only who talks to a server elsewhere needs it
+        """Open a response with a good status. The address is resolved and checked now and used as it is; redirects
+        are not followed. Raise TrellisError."""
+        import httpx  # imported late: most studios use no provider
 
         checked_url = await check_url(url, self._own_servers, self._local_servers.is_permitted)
         headers = {
@@ -101,7 +101,7 @@ class ProviderClient:
 
 
 class ProviderError(TrellisError):
-    """A server answered with an error of its own. `said` is what it said."""
+    """A server answered with an error of its own; `response_text` has it."""
 
     def __init__(self, message: str, response_text: str, **more: Any) -> None:
         super().__init__(message, **more)

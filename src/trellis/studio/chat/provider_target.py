@@ -24,19 +24,19 @@ MAX_ANSWER_CHARACTERS = 200_000
 """Characters of one answer."""
 
 OptionNames = dict[tuple[str, str], dict[str, str]]
-"""What models on servers call an option, or (empty) that they do not take it, by server and model."""
+"""How a model's server names an option (empty: it does not accept it), by server and model."""
 
 OPTIONAL_KEYS = frozenset({"stream_options", "seed", "continue_final_message", "add_generation_prompt"})
-"""What is asked for to know more, to repeat or to go on, and can be done without."""
+"""Options that requests can do without."""
 
 NEUTRAL_VALUES: dict[str, Any] = {
     "temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "top_k": 0, "repetition_penalty": 1.0, "min_tokens": 0,
 }  # fmt: skip
-"""Values at which an option of sampling changes nothing."""
+"""Values at which a sampling option has no effect."""
 
 
 class ProviderTarget(ChatTarget):
-    """A model on a server elsewhere."""
+    """A model of an external provider."""
 
     def __init__(self, client: ProviderClient, option_names: OptionNames, row: dict[str, Any], model: str) -> None:
         self._client, self._option_names, self._row, self._model = client, option_names, row, model
@@ -66,7 +66,7 @@ class ProviderTarget(ChatTarget):
                             tokens += 1
                             first_token_seconds = first_token_seconds or time.monotonic() - started
                             yield TextDelta(text=text, tokens=tokens)
-                    if answer.length > MAX_ANSWER_CHARACTERS:  # whatever was asked for
+                    if answer.length > MAX_ANSWER_CHARACTERS:  # servers may ignore max_tokens
                         answer.finish = "length"
                         break
             except (NotACompletion, RecursionError):
@@ -85,8 +85,8 @@ class ProviderTarget(ChatTarget):
 
     @asynccontextmanager
     async def _open_response(self, path: str, request: Chat) -> AsyncIterator[httpx.Response]:
-        """A response that is good so far. What a server does not know and nobody asked for is left out, and remembered.
-        Raises TrellisError, which names an option that the server does not take."""
+        """Open a response, leaving out options that the server does not accept and that were not set. These are
+        remembered. Raise TrellisError, which names an option that was set."""
         body = _request_body(self._model, request)
         known_names = self._option_names.setdefault((self._row["id"], self._model), {})
         changes = dict(known_names)
@@ -117,8 +117,8 @@ class ProviderTarget(ChatTarget):
 
 
 def _request_body(model: str, request: Chat) -> dict[str, Any]:
-    """What a server is asked. All options of sampling are sent, under the names that servers have for them. Raises
-    Invalid for what no server can be asked."""
+    """Return the body of a request: all sampling options, under the names that servers use. Raise Invalid for what
+    no server accepts."""
     if request.top is not None:
         raise Invalid(
             "logprobs: not available for models of external providers.", field="logprobs",
@@ -136,7 +136,7 @@ def _request_body(model: str, request: Chat) -> dict[str, Any]:
         body["chat_template_kwargs"] = dict(request.template_kwargs)
     if not request.turns:
         return body | {"prompt": request.text}
-    if request.turns[-1].role == "assistant":  # vLLM goes on with an answer only if it is told so
+    if request.turns[-1].role == "assistant":  # vLLM starts a new answer unless told to continue
         body |= {"continue_final_message": True, "add_generation_prompt": False}
     turns = [(turn, strip_thought(turn.text) if turn.role == "assistant" else turn.text) for turn in request.turns]
     messages = [
@@ -146,7 +146,7 @@ def _request_body(model: str, request: Chat) -> dict[str, Any]:
 
 
 def strip_thought(text: str) -> str:
-    """An answer without what was thought before it, which servers do not want back."""
+    """Return an answer without its leading thought, which servers do not expect back."""
     if not text.lstrip().startswith(THINK_OPEN):
         return text
     return text.partition(THINK_CLOSE)[2].lstrip()
@@ -158,7 +158,7 @@ def _sampling_default(name: str) -> Any:
 
 
 def refused_option(response_text: str, sent_body: dict[str, Any], body: dict[str, Any]) -> str | None:
-    """The option that a server's refusal is about, by the name that we have for it; None where it is about none."""
+    """Return the option that a server's error is about, under our name; None for other errors."""
     with suppress(ValueError, RecursionError):
         error = json.loads(response_text).get("error") if response_text.lstrip().startswith("{") else None
         parameter = error.get("param") if isinstance(error, dict) else None
@@ -170,7 +170,7 @@ def refused_option(response_text: str, sent_body: dict[str, Any], body: dict[str
 
 
 def _message_content(turn: Turn, text: str) -> str | list[dict[str, Any]]:
-    """What one side said, with pictures where there are some."""
+    """Return the content of a message, with its pictures."""
     if not turn.pictures:
         return text
     pictures = [{"type": "image_url", "image_url": {"url": picture}} for picture in turn.pictures]

@@ -23,7 +23,8 @@ from .target import ChatTarget
 
 
 class Providers:
-    """All servers that were added. `own` may have private addresses, and so may those that `permitted` names."""
+    """The providers that were added. `own_servers` may have private addresses, and so may those that `local_servers`
+    permits."""
 
     def __init__(self, store: Store, own_servers: Collection[str], local_servers: LocalServers) -> None:
         self._store, self._local_servers = store, local_servers
@@ -39,8 +40,9 @@ class Providers:
     async def add(
         self, name: str, url: str, secret: str, models: list[str], supports_pictures: bool, allow_private: bool = False
     ) -> dict[str, Any]:
-        """Add a server. Its models are asked for where none are named. Raises what is wrong with it. With `permit`, it
-        may have a private address from now on: whoever calls has made sure that a person at this computer said so."""
+        """Add a server; without `models`, ask it for its list. Raise Invalid, Refused or TrellisError.
+        `allow_private` permits a private address from now on: the caller has made sure that a person at this
+        computer wants it."""
         if "/" in name:
             raise Invalid(
                 f"name: can't contain “/”, got “{shorten(name)}”.", field="name", next_step="Choose another name."
@@ -70,13 +72,13 @@ class Providers:
         return _provider_json(row)
 
     async def delete(self, provider_id: str) -> None:
-        """Forget a server, and that it may have a private address where no other one is at the same place."""
+        """Delete a server, and the permission of its address unless another server uses it."""
         await self._store.write(rows.delete_provider, provider_id)
         remaining_servers = {host_and_port(row["url"]) for row in await self._store.read(rows.list_providers)}
         await asyncio.to_thread(self._local_servers.retain_only, remaining_servers)
 
     async def _discover_models(self, url: str, secret: str) -> tuple[str, list[str]]:
-        """The models of a server, and the address at which it has the API: as it was typed, or under /v1."""
+        """Return the URL that has the API, as typed or with /v1, and its models."""
         try:
             return url, await self._client.list_models(url, secret)
         except TrellisError as error:
@@ -88,7 +90,7 @@ class Providers:
                 raise second if second.code == "wrong_key" else error from None
 
     async def find(self, name: str) -> ChatTarget | None:
-        """Who is called `remote:<server>/<model>`."""
+        """Return the target called `remote:<server>/<model>`; None where there is none."""
         server, _, model = name.removeprefix("remote:").partition("/")
         row = await self._store.read(rows.provider_by_name, server)
         return ProviderTarget(self._client, self._option_names, row, model) if row and model else None

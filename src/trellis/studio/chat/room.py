@@ -30,7 +30,7 @@ MAX_MESSAGES = 20_000
 
 
 class Room(RoomState):
-    """What people do in a room, one action after the other. What is said is stored before anybody answers."""
+    """The actions of a room, one at a time: each holds the lock until its messages are stored and published."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Room(RoomState):
         sampling: dict[str, Any] | None = None,
         files: Sequence[str] = (),
     ) -> Message:
-        """Say something, and have it answered by each of some models. The same request says it once."""
+        """Add a user message, and start one answer for each model. The same request adds it once."""
         async with self._lock:
             if known_message := self.message_by_request(request):
                 return known_message
@@ -75,8 +75,8 @@ class Room(RoomState):
             return await self._add_user_message(message, models, sampling)
 
     async def edit(self, message_id: str, text: str, request: str) -> Message:
-        """Say something else in place of a message: another branch, which is answered by whom the room has chosen. An
-        answer that is edited stays as it is written."""
+        """Add an edited message beside the old one, as a branch. An edited user message is answered by the room's
+        models; an edited answer is not."""
         async with self._lock:
             if known_message := self.message_by_request(request):
                 return known_message
@@ -104,7 +104,7 @@ class Room(RoomState):
             return message
 
     async def regenerate(self, message_id: str, request: str, model: str | None = None) -> Message:
-        """Have a message answered once more, beside the answer that there is."""
+        """Start another answer beside the existing one."""
         async with self._lock:
             if known_message := self.message_by_request(request):
                 return known_message
@@ -122,7 +122,7 @@ class Room(RoomState):
             return answer
 
     async def continue_answer(self, message_id: str) -> None:
-        """Have an answer that broke off, was stopped or was cut go on where it ended."""
+        """Continue an answer that was interrupted, stopped or truncated."""
         async with self._lock:
             message = self.message(message_id)
             if message.role != "assistant" or message.id in self.growing_answers:
@@ -137,7 +137,8 @@ class Room(RoomState):
             self.publish("message", message=await self.rendered_message(message), head=self.head)
 
     async def _choose_target(self, model: str | None, old_message: Message) -> ChatTarget:
-        """Who was asked for, else who answered before, else (it is gone) whom the room has chosen. Raises NotFound."""
+        """Return the requested target, else the one that answered before, else (it is gone) the room's. Raise
+        NotFound."""
         if model is None and old_message.model:
             with suppress(NotFound):
                 return await self._targets.find(old_message.model)
@@ -148,7 +149,7 @@ class Room(RoomState):
         await self._answers.stop(message_id)
 
     async def select_branch(self, message_id: str) -> None:
-        """Look at the branch that goes through a message, up to what was said last there."""
+        """Select the branch through a message: the head becomes its last message, always by the newest child."""
         async with self._lock:
             self._require_not_closed()
             message = self.message(message_id)
@@ -160,7 +161,7 @@ class Room(RoomState):
             self.publish("message", message=await self.rendered_message(message), head=self.head)
 
     async def rate(self, message_id: str, rating: int) -> None:
-        """Call an answer good (1), bad (-1) or neither (0)."""
+        """Rate an answer: 1 is good, -1 bad, 0 neither."""
         async with self._lock:
             self._require_not_closed()
             message = self.message(message_id)
@@ -179,7 +180,7 @@ class Room(RoomState):
         sampling: dict[str, Any] | None = None,
         archived: bool | None = None,
     ) -> None:
-        """Change what a room is called, who answers in it and how. Raises Invalid or NotFound."""
+        """Change the settings that are given. Raise Invalid or NotFound."""
         async with self._lock:
             self._require_not_closed()
             values: dict[str, Any] = {}
@@ -228,7 +229,7 @@ class Room(RoomState):
             )  # fmt: skip
 
     def _resolve_parent(self, parent: str | None) -> str | None:
-        """What a new message comes after: the head, where nobody says otherwise. Raises NotFound or Conflict."""
+        """Return the parent of a new message; the default is the head. Raise NotFound or Conflict."""
         parent_message = self.message(parent) if parent else self.messages.get(self.head or "")
         if parent_message is None:
             return None
@@ -283,7 +284,7 @@ class Room(RoomState):
 
 
 def _require_within_limit(text: str) -> None:
-    """Raises Invalid for more than one message may hold."""
+    """Raise Invalid for a message that is too long."""
     if len(text) > PROMPT_LIMIT:
         raise Invalid(
             f"text: the message has {len(text):,} characters; the limit is {PROMPT_LIMIT:,}.", field="text",
@@ -292,7 +293,7 @@ def _require_within_limit(text: str) -> None:
 
 
 def make_title(text: str) -> str:
-    """The first words of a message."""
+    """Return the first words of a message."""
     line = next((line.strip("#>*-` \t") for line in text.splitlines() if line.strip("#>*-` \t")), "")
     if len(line) <= MAX_TITLE_LENGTH:
         return line

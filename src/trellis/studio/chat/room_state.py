@@ -31,7 +31,7 @@ UNRESUMABLE_ERRORS = frozenset({
     "content_filter", "model_refused", "tool_call", "only_thoughts", "option_refused", "prompt_too_long", "cannot_see",
     "wrong_key", "private_address", "forbidden_address", "model_not_found", "not_found",
 })  # fmt: skip
-"""Errors after which an answer cannot go on: the same would happen again."""
+"""Errors after which an answer cannot be continued: they would happen again."""
 
 
 class RoomState:
@@ -72,7 +72,7 @@ class RoomState:
         return self._first_event_number + self._hub.event_count(self.topic)
 
     def hub_event_id(self, after: int) -> str | None:
-        """The hub's name for an event's number; None for one that is from before this room was opened."""
+        """Return the hub's id of an event; None for one from before this room was opened."""
         return (
             self._hub.event_id(self.topic, after - self._first_event_number)
             if after >= self._first_event_number
@@ -88,7 +88,7 @@ class RoomState:
         }  # fmt: skip
 
     def message(self, message_id: str) -> Message:
-        """Raises NotFound."""
+        """Raise NotFound."""
         if message_id not in self.messages:
             raise NotFound(
                 f"There is no message “{shorten(message_id)}” in this chat.", field="message",
@@ -97,7 +97,7 @@ class RoomState:
         return self.messages[message_id]
 
     def path(self, head: str | None) -> list[Message]:
-        """The branch that ends in a message."""
+        """Return the messages from the root to `head`."""
         branch: list[Message] = []
         while head is not None:
             branch.append(self.messages[head])
@@ -108,11 +108,11 @@ class RoomState:
         return self._children.get(message_id, [])
 
     def message_by_request(self, request: str) -> Message | None:
-        """What an action has said before, if it has."""
+        """Return the message that a request has added before, if any."""
         return next((message for message in self.messages.values() if message.request == request), None)
 
     async def can_continue(self, message: Message) -> bool:
-        """Whether an answer broke off or was cut, and going on with it can work."""
+        """Return whether an answer is incomplete and continuing it can succeed."""
         is_cut_short = message.state in ("interrupted", "stopped", "failed") or message.finish == "length"
         if not is_cut_short or message.role != "assistant" or message.id in self.growing_answers:
             return False
@@ -120,7 +120,7 @@ class RoomState:
             return False
         usage = message.usage or {}
         is_context_full = (usage.get("context_used") or 0) >= (usage.get("context_length") or float("inf"))
-        if is_context_full and len(self.path(message.parent)) < 2:  # no earlier messages that could be left out
+        if is_context_full and len(self.path(message.parent)) < 2:  # no earlier messages to leave out
             return False
         try:
             await self._targets.find(message.model or "")
@@ -133,18 +133,18 @@ class RoomState:
         self._children.setdefault(message.parent, []).append(message)
 
     async def rendered_message(self, message: Message) -> dict[str, Any]:
-        """A message as events tell it: `html` holds its first `shown` characters."""
+        """Return a message as events carry it: `html` renders its first `shown` characters."""
         await self._render([message])
         return self._message_json(message)
 
     async def rendered_messages(self, messages: Sequence[Message]) -> tuple[list[dict[str, Any]], int]:
-        """Some messages as they are at one moment, and the number of the last event before it."""
+        """Return some messages at one moment, and the number of the last event before it."""
         await self._render(messages)
         return [self._message_json(message) for message in messages], self.last_event_number
 
     async def _render(self, messages: Sequence[Message]) -> None:
-        """Have the text of whole answers as HTML, made once. What people write is shown as they typed it, and of an
-        answer that grows the blocks are made by who makes it grow."""
+        """Render finished answers to HTML, once. User messages are shown as typed; a growing answer renders its own
+        blocks."""
         unrendered = [each for each in messages if each.html is None and each.role == "assistant"]
         unrendered = [each for each in unrendered if each.id not in self.growing_answers]
         texts = [each.text for each in unrendered]
@@ -170,7 +170,7 @@ class RoomState:
         return self._target_labels[model]
 
     async def add_messages(self, messages: Sequence[Message], head: str, changes: dict[str, Any] | None = None) -> None:
-        """Write down what was said, then tell it."""
+        """Store messages and changed settings in one transaction, then publish the messages."""
         self.updated = time.time()
         values = {"head": head, "updated": self.updated} | (changes or {})
         await self._store.write(rows.add_messages, self.id, [message.to_row() for message in messages], values)
@@ -183,11 +183,11 @@ class RoomState:
             self.publish("message", message=await self.rendered_message(message), head=head)
 
     def publish(self, kind: str, **data: Any) -> None:
-        """Tell everybody who looks at the room."""
+        """Publish an event to everybody in the room."""
         self._hub.publish(self.topic, kind, {"type": kind, "seq": self.last_event_number + 1, **data})
 
     def publish_message(self, message: Message) -> None:
-        """Tell all of a message again, because what was shown of it has changed."""
+        """Publish a whole message again, because what was already shown has changed."""
         self.publish("message", message=self._message_json(message), head=self.head)
 
     async def save_text(self, message: Message) -> None:
@@ -196,7 +196,7 @@ class RoomState:
 
 
 def parse_sampling(given: dict[str, Any]) -> Sampling:
-    """How a room's answers are drawn. Raises Invalid."""
+    """Return a room's sampling, defaults included. Raise Invalid."""
     try:
         return Sampling.model_validate(DEFAULT_SAMPLING.model_dump() | given)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""All rooms: made, found, searched, taken away, brought in. One that was asked for stays in memory for a while."""
+"""All rooms: create, open, search, delete. Open rooms stay in memory for a while."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MAX_OPTIONS = 8
 
 
 class Rooms:
-    """Every room is in the store; an open one is here too."""
+    """The rooms of the studio. Every room is in the store; the open ones are in memory too."""
 
     def __init__(self, store: Store, hub: Hub, targets: ChatTargets, attachments: Attachments) -> None:
         self._store, self._hub, self.targets, self._attachments = store, hub, targets, attachments
@@ -42,7 +42,7 @@ class Rooms:
         self._create_lock = asyncio.Lock()
 
     async def open(self) -> None:
-        """Say of answers that a crash cut off that they broke off."""
+        """Mark answers that a crash cut off as interrupted."""
         await self._store.write(rows.interrupt_messages)
 
     async def close(self) -> None:
@@ -60,8 +60,8 @@ class Rooms:
         head: str | None = None,
         room_id: str | None = None,
     ) -> Room:
-        """A new room; the same request makes one. Raises NotFound for a model that is not there, or Invalid."""
-        async with self._create_lock:  # one request makes one room
+        """Create a room, once for each request. Raise NotFound for an unknown model, or Invalid."""
+        async with self._create_lock:  # concurrent requests of the same id make one room
             if request and (known_id := await self._store.read(rows.room_by_request, request)):
                 return await self.room(known_id)
             row = await self._new_row(title, models, system, sampling, request, head, room_id)
@@ -78,7 +78,7 @@ class Rooms:
         head: str | None,
         room_id: str | None,
     ) -> dict[str, Any]:
-        """Raises NotFound for a model that is not there, or Invalid."""
+        """Raise NotFound for an unknown model, or Invalid."""
         names = [(await self.targets.find(name)).name for name in models]
         parse_sampling(sampling or {})
         now = time.time()
@@ -89,7 +89,7 @@ class Rooms:
         }  # fmt: skip
 
     async def room(self, room_id: str) -> Room:
-        """A room by its id. Raises NotFound."""
+        """Return a room by id. Raise NotFound."""
         if open_room := self._rooms.get(room_id):
             open_room.last_used = time.monotonic()
             return open_room
@@ -115,7 +115,8 @@ class Rooms:
     async def search(
         self, query: str = "", archived: bool = False, max_rooms: int = MAX_LISTED_ROOMS
     ) -> list[dict[str, Any]]:
-        """Rooms in which all words of `q` occur, the last used first, each with the place where the first one does."""
+        """Return rooms that contain all words of a query, last used first, each with the text around its first
+        match."""
         words = [search_spellings(word) for word in query.split()[:10]]
         room_rows = await self._store.read(rows.list_rooms, words, archived, max_rooms)
         hits = await asyncio.to_thread(lambda: [snippet_around(row["hit"], query.split()[0]) if row.get("hit") else None
@@ -131,30 +132,30 @@ class Rooms:
         ]  # fmt: skip
 
     async def delete(self, room_id: str) -> None:
-        """Forget a room and all that was said in it. Raises NotFound."""
+        """Delete a room with its messages and files. Raise NotFound."""
         room = await self.room(room_id)
         await room.close("deleted")
         files = await self._store.read(rows.get_files, room_id)
         try:
             await self._store.write(rows.delete_room, room_id)
         finally:
-            self._rooms.pop(room_id, None)  # if it could not be deleted, it is read again from the store
+            self._rooms.pop(room_id, None)  # if deleting failed, the room is read again
         for file in files:
             await self._attachments.discard(file["id"])
 
     def events(self, room: Room, after: int) -> AsyncGenerator[HubEvent, None]:
-        """What happens in a room after an event's number. Where that is too old a `snapshot` comes first."""
+        """Yield the events of a room after an event number; first a `snapshot` where that number is too old."""
         return self._hub.subscribe(
             room.topic, room.hub_event_id(after), lambda: ("snapshot", {"seq": room.last_event_number})
         )
 
     def add_listener(self, room: Room, on_event: EventListener) -> Callable[[], None]:
-        """Be told of what happens in a room at once, until the function that is returned is called."""
+        """Call `on_event` for every event at once, until the returned function is called."""
         return self._hub.add_listener(room.topic, on_event)
 
     @contextmanager
     def watch(self, room: Room) -> Iterator[None]:
-        """Within this the room stays in memory."""
+        """Keep a room in memory within the block."""
         room.watchers += 1
         try:
             yield
@@ -163,9 +164,9 @@ class Rooms:
             room.last_used = time.monotonic()
 
     def choice_from_answer(self, room: Room, message_id: str) -> tuple[str, tuple[Option, ...], Choice]:
-        """What was said of the answers to one prompt, as a choice: an answer against those beside it; a refusal of one
-        that was called bad; an answer to learn where it stands alone and was called good. Raises Conflict where that
-        says nothing."""
+        """Return the prompt, options and choice that the ratings of an answer amount to: the answer against its
+        siblings, a refusal of an answer rated bad, or a single good answer as a written one. Raise Conflict where
+        there is nothing to learn."""
         answer = room.message(message_id)
         if answer.role != "assistant" or answer.parent is None or not answer.text.strip():
             raise Conflict("Only answers can be used for training.", code="no_choice", next_step="Choose an answer.")
@@ -193,7 +194,7 @@ class Rooms:
         return prompt_message.text, tuple(map(_option_from_message, [answer, *other_answers][:MAX_OPTIONS])), 0
 
     async def list_prompts(self) -> list[dict[str, Any]]:
-        """The prompt library."""
+        """Return the prompt library."""
         return [{"id": row["id"], "name": row["name"], "text": row["text"]} for row in
                 await self._store.read(rows.list_prompts)]  # fmt: skip
 
@@ -222,9 +223,9 @@ def new_room_id() -> str:
 
 
 def snippet_around(text: str, word: str, width: int = 120) -> str:
-    """The words around the first place where a word stands, whatever its case and however its letters are composed."""
+    """Return the text around the first match of a word, whatever its case and Unicode form."""
     position = max(fold_text(text).find(fold_text(word)), 0)
-    # Folding may change how long the text is: the place is where as much of it has been folded.
+    # folding may change the length: map the position back to the original text
     position = bisect_left(range(len(text)), position, key=lambda end: len(fold_text(text[:end])))
     start = max(0, position - width // 3)
     return ("…" if start else "") + " ".join(text[start : start + width].split())

@@ -1,4 +1,4 @@
-"""Somebody who answers, whoever that is: a model here, a step of a session, a model elsewhere."""
+"""The interface of everything that can answer in chat: a model, a step of a session, an external model."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ OnProgress = Callable[[Progress], None]
 
 
 class ChatTarget(ABC):
-    """Somebody who answers. `name` finds them again, `label` is for people."""
+    """Something that answers a conversation. `name` identifies it, `label` is for people."""
 
     name: str
     label: str
     supports_pictures = False
-    """Whether pictures can be shown to them."""
+    """Whether it accepts pictures."""
 
     @property
     def exact_name(self) -> str:
-        """The name of who would answer now: of a session as it stands, the step that it stands at."""
+        """The name of what would answer now: for a session, its present step."""
         return self.name
 
     @abstractmethod
     def answer(self, request: Chat, owner: str, on_progress: OnProgress) -> AsyncGenerator[Event, None]:
-        """Answer a conversation: how loading goes is followed, then the events of a Chat come."""
+        """Answer a conversation: report loading to `on_progress`, then yield the events of a Chat."""

@@ -1,6 +1,6 @@
-"""Who can be talked to: every model, every session's head and every step of its tree, and models elsewhere.
+"""Find and list chat targets: models, the head and the steps of every session, models of external providers.
 
-Names are what `/v1/models` lists: `demo`, `session:<name or id>`, `session:<name or id>@<step, name or id>`,
+Names are those of `/v1/models`: `demo`, `session:<name or id>`, `session:<name or id>@<step, name or id>`,
 `remote:<server>/<model>`. It does not know rooms.
 """
 
@@ -24,7 +24,7 @@ from .target import ChatTarget, OnProgress
 
 
 class ModelTarget(ChatTarget):
-    """A model as it is."""
+    """A base model."""
 
     def __init__(self, models: Models, options: ModelOptions) -> None:
         self._models, self._options = models, options
@@ -38,7 +38,7 @@ class ModelTarget(ChatTarget):
 
 
 class SessionTarget(ChatTarget):
-    """A step of a session; its head, as it stands when it is asked, where none is named."""
+    """A step of a session; without one, its head at the time of each answer."""
 
     def __init__(self, models: Models, session: Session, node: Node | None, label: str) -> None:
         self._models, self._session, self._node = models, session, node
@@ -59,13 +59,13 @@ class SessionTarget(ChatTarget):
 
 
 class ChatTargets:
-    """Finds who is named, and lists all."""
+    """Finds targets by name, and lists them."""
 
     def __init__(self, models: Models, steering: Sessions, providers: Providers) -> None:
         self._models, self._steering, self._providers = models, steering, providers
 
     async def find(self, name: str) -> ChatTarget:
-        """Raises NotFound for a name that nobody has: only who is here can be talked to, the hub is not asked."""
+        """Return a target. Raise NotFound; models that are not downloaded are not found."""
         if name.startswith("session:"):
             return await self._find_version(name)
         if name.startswith("remote:"):
@@ -87,7 +87,7 @@ class ChatTargets:
         return ModelTarget(self._models, options)
 
     async def list_targets(self) -> list[dict[str, Any]]:
-        """Everybody, as {name, label, kind, ready, sees}: models first, then sessions, the last used one first."""
+        """Return all targets as {name, label, kind, ready, sees}: models first, then sessions, last used first."""
         targets: list[dict[str, Any]] = []
         for entry in await self._models.catalog.list_models():
             if entry.problem or entry.architecture == UNREADABLE_CONFIG:
@@ -108,7 +108,7 @@ class ChatTargets:
         return targets
 
     async def list_versions(self, session_id: str) -> list[dict[str, Any]]:
-        """The steps of a session as {name, label, head, newest}, the newest first; the head is where it stands."""
+        """Return the steps of a session as {name, label, head, newest}, newest first. `head` marks the present one."""
         session = await self._steering.session(session_id)
         labels = await session.labels()
         nodes = sorted(session.tree.nodes.values(), key=lambda node: node.created, reverse=True)
@@ -122,7 +122,7 @@ class ChatTargets:
         ]  # fmt: skip
 
     async def require_picture_support(self, names: Sequence[str]) -> None:
-        """Raises Invalid where one of some cannot be shown pictures."""
+        """Raise Invalid where one of the targets does not accept pictures."""
         for name in names:
             target = await self.find(name)
             if not target.supports_pictures:
@@ -132,12 +132,12 @@ class ChatTargets:
                 )  # fmt: skip
 
     async def require_picture_support_for(self, names: Sequence[str], data: bytes) -> None:
-        """Raises Invalid where a file is a picture, and one of some cannot be shown it."""
+        """Raise Invalid where a file is a picture that one of the targets does not accept."""
         if detect_kind(data) == PICTURE:
             await self.require_picture_support(names)
 
     async def label_of(self, name: str) -> str:
-        """What somebody is called on a page; the name itself when there is nobody of that name any more."""
+        """Return the label of a target; its name when it no longer exists."""
         try:
             return (await self.find(name)).label
         except TrellisError:
@@ -147,7 +147,7 @@ class ChatTargets:
         session_name, _, step_name = name.removeprefix("session:").rpartition("@")
         full_name = name.removeprefix("session:")
         known_names = {each for row in await self._steering.list_sessions() for each in (row["id"], row["name"])}
-        if not session_name or full_name in known_names:  # a name may have an @ in it
+        if not session_name or full_name in known_names:  # session names may contain “@”
             session_name, step_name = full_name, ""
         session = await self._find_session(session_name, name)
         if not step_name:
@@ -177,7 +177,7 @@ class ChatTargets:
 
 
 def _find_node(session: Session, step_name: str) -> Node | None:
-    """A step by its id, its own name or its number: on the branch of the head first, else the newest."""
+    """Find a step by id, name or number: on the branch of the head first, else the newest."""
     tree = session.tree
     if step_name in tree.nodes:
         return tree.nodes[step_name]

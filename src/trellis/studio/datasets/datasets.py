@@ -1,7 +1,7 @@
-"""Where prompts come from: the demo's, a file's, or a dataset's on the hub, each made ready once.
+"""Datasets of prompts: the demo's, a file's, or one of the Hugging Face Hub.
 
-Prompts are copied, when a session first needs them, into a folder that is named by what they were made from and
-never changes. So the order that a seed gives survives everything, and a prompt is found by its number at once.
+When a session first needs them, prompts are copied into an immutable folder named by what they were made from. So the
+order that a seed gives never changes, and a prompt is found by its number at once.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ TABLE_SUFFIXES = (
     *(f"{kind}{ending}" for kind in (".jsonl", ".ndjson", ".json", ".csv", ".tsv") for ending in COMPRESSION_SUFFIXES),
     ".parquet",
 )
-"""How names of files end that have rows of columns."""
+"""Extensions of files with rows of columns."""
 PROMPT_FILE_SUFFIXES = (
     *TABLE_SUFFIXES,
     *(f"{kind}{ending}" for kind in (".txt", ".text") for ending in COMPRESSION_SUFFIXES),
 )
-"""How names of files of prompts end."""
+"""Extensions of prompt files."""
 SUFFIX_HELP = ".jsonl, .ndjson, .json, .csv, .tsv, .txt (also compressed: .gz, .zst, .bz2, .xz) or .parquet"
 READER_VERSION = 2
-"""Counts the ways in which files were read: prompts that were made ready in another way are not taken for these."""
+"""The version of the way files are read: prompts prepared by an older one are prepared again."""
 MAX_LISTED_FILES = 500
-"""Files that are listed at most."""
+"""The most files that are listed."""
 
 
 class PromptSequence(Protocol):
@@ -51,7 +51,7 @@ class PromptSequence(Protocol):
 
 
 class PreparedPrompts:
-    """Prompts in a folder: lines of JSON and where each begins. Nothing is read before it is asked for."""
+    """Prepared prompts: lines of JSON with their offsets, read on demand."""
 
     def __init__(self, folder: Path) -> None:
         self.notes = _read_notes(folder)
@@ -73,12 +73,12 @@ class PreparedPrompts:
 
 
 class Prompts:
-    """The prompts of one dataset in the order that a seed gives them."""
+    """The prompts of a dataset, in the order that a seed gives."""
 
     def __init__(self, texts: PromptSequence, dataset: Dataset, seed: int, notes: Sequence[str] = ()) -> None:
         self._texts = texts
         self.notes = list(notes)
-        """What was left out of the dataset, in sentences."""
+        """Sentences about rows that were left out."""
         self._dataset = dataset
         self._seed = seed
 
@@ -87,7 +87,7 @@ class Prompts:
         return len(self._texts)
 
     def at(self, position: int) -> str:
-        """The prompt at a position; after the last one a new round begins, in another order if it is shuffled."""
+        """Return the prompt at a position. After the last one a new round begins, shuffled anew."""
         round_number, index = divmod(position, self.total)
         if self._dataset.shuffle:
             index = shuffled_index(index, self.total, derived_seed("prompts", self._seed, round_number))
@@ -95,7 +95,7 @@ class Prompts:
 
 
 class Datasets:
-    """Finds files of prompts, previews them, and makes them ready. `roots` are the folders that may be read."""
+    """Finds, previews and prepares datasets. `roots` are the folders that may be read."""
 
     def __init__(self, reader: Reader, roots: Sequence[Path], prepared: Blobs) -> None:
         self._reader = reader
@@ -105,15 +105,15 @@ class Datasets:
 
     @property
     def folder(self) -> Path:
-        """Where a person puts files of prompts and of choices."""
+        """The folder in which people put prompt and preference files."""
         return self._roots[0]
 
     async def list_files(self) -> list[dict[str, Any]]:
-        """What can be named as a file: name and bytes, files and folders with files in them."""
+        """Return all prompt files, and folders with some, as {name, bytes}."""
         return await asyncio.to_thread(self._list_files)
 
     def find_file(self, name: str, field: str) -> Path:
-        """A file that is listed, by its name. Raises Invalid."""
+        """Return the path of a listed file. Raise Invalid."""
         for root in self._roots:
             if path := resolve_inside(root, name):
                 return path
@@ -125,7 +125,7 @@ class Datasets:
         )  # fmt: skip
 
     async def preview(self, dataset: Dataset, count: int = 3) -> dict[str, Any]:
-        """The first prompts, the column they are from, and what else there is to choose. Raises Invalid."""
+        """Return the first prompts, their column, and the other columns, splits and subsets. Raise Invalid."""
         if dataset.source == "demo":
             prompts = load_prompts("steer")
             return {
@@ -136,7 +136,7 @@ class Datasets:
         return await self._reader.preview(dataset, await asyncio.to_thread(self._dataset_path, dataset), count)
 
     async def prepare(self, dataset: Dataset, on_progress: Callable[[Progress], None]) -> str:
-        """Make the prompts of a dataset ready. Returns the id under which they are opened; empty for the demo's."""
+        """Prepare a dataset. Return the id to open it by; empty for the demo's."""
         if dataset.source == "demo":
             return ""
         path = await asyncio.to_thread(self._dataset_path, dataset)
@@ -154,7 +154,7 @@ class Datasets:
         return prepared_id
 
     async def open(self, prepared: str, dataset: Dataset, seed: int) -> Prompts:
-        """Raises OSError when what was prepared is gone or damaged."""
+        """Open prepared prompts. Raise OSError when they are gone or damaged."""
         if not prepared:
             return Prompts(load_prompts("steer"), dataset, seed)
         texts = await asyncio.to_thread(self._open_prepared, prepared)
@@ -162,8 +162,8 @@ class Datasets:
 
     @asynccontextmanager
     async def rows(self, path: Path, max_rows: int) -> AsyncGenerator[Path, None]:
-        """Have the rows of a file of any format written as JSON lines, each `[place, row]`, into a file that is there
-        until the block ends. Raises Invalid for a file that cannot be read, or has more than `most` rows."""
+        """Yield a temporary file with the rows of a file of any format, as JSON lines `[place, row]`. Raise Invalid
+        for an unreadable file, or more than `max_rows` rows."""
         await asyncio.to_thread(self._prepared.remove_leftovers)
         folder = await asyncio.to_thread(self._prepared.temporary_folder)
         try:
@@ -201,7 +201,7 @@ class Datasets:
         return PreparedPrompts(self._prepared.path(prepared))
 
     def _dataset_path(self, dataset: Dataset) -> Path | None:
-        """The file or folder that a dataset names, inside the folders that may be read. Raises Invalid."""
+        """Return the path that a dataset names, within the roots; None for one on the hub. Raise Invalid."""
         if dataset.source == "hub":
             if not _is_repository_name(dataset.id):
                 raise Invalid(
@@ -233,7 +233,7 @@ class Datasets:
 
 
 def _read_notes(folder: Path) -> list[str]:
-    """What was left out when the prompts in a folder were made ready; older folders have no more than a number."""
+    """Return the notes of prepared prompts; older folders have only a count."""
     try:
         manifest = json.loads((folder / "about.json").read_bytes())
     except (OSError, ValueError):
@@ -246,7 +246,7 @@ def _read_notes(folder: Path) -> list[str]:
 
 
 def resolve_inside(root: Path, name: str) -> Path | None:
-    """What a name leads to inside a folder; None for what is not there or leads out of it, links included."""
+    """Resolve a name inside a folder; None where it does not exist or leads out, by symlinks too."""
     if not name or "\x00" in name or len(name) > 400:
         return None
     try:
@@ -265,7 +265,7 @@ def _is_repository_name(name: str) -> bool:
 
 
 def _fingerprint(path: Path | None) -> list[Any]:
-    """What tells a file from what it was before: names, sizes and times of change."""
+    """Return what changes with a file: names, sizes and modification times."""
     if path is None:
         return []
     files = sorted(path.rglob("*")) if path.is_dir() else [path]

@@ -1,4 +1,4 @@
-"""A seeded order of prompts that needs no list of them."""
+"""A seeded permutation that needs no list."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import hashlib
 
 
 def shuffled_index(index: int, total: int, seed: int) -> int:
-    """Where a seeded permutation of `total` things takes one of them, without making a list of all.
+    """Return the image of an index under a seeded permutation of `total` numbers, in constant memory.
 
-    A Feistel network over the next power of four, walked until it lands inside (Black and Rogaway 2002, "Ciphers
-    with arbitrary finite domains"): at most four tries on average, and no memory, for a million prompts as for ten.
+    A Feistel network over the next power of four, walked until it lands inside (Black and Rogaway 2002, "Ciphers with
+    arbitrary finite domains"): at most four tries on average.
     """
     half = max(1, ((total - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1

@@ -1,4 +1,4 @@
-"""What models there are: the demo, folders that were put or uploaded here, and repositories fetched from the hub.
+"""The available models: the demo, folders, and downloads from the Hugging Face Hub.
 
 It reads headers and configurations, never weights, and does not know engines.
 """
@@ -28,22 +28,21 @@ from ...safetensors_files import READ_ERRORS, read_shapes
 DEMO = "demo"
 FOLDER_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MAX_HEADER_BYTES = 16 * 1024 * 1024
-"""Bytes of a header that is read to list a model; the largest known ones have a tenth of it."""
+"""The largest header that is read for the list; the largest known ones have a tenth of it."""
 LISTED_NAME_PATTERN = re.compile(r"(?!\.)[^\x00-\x1f\x7f/\\\ud800-\udfff]{1,200}")
-"""What a folder may be called to be listed: text, which bytes that are not UTF-8 are not; only an upload makes one with
-a plainer name."""
+"""Names of folders that are listed: any valid text. Uploads use FOLDER_NAME_PATTERN."""
 UNREADABLE_CONFIG = "unreadable"
-"""The architecture of a model whose configuration cannot be read."""
+"""The architecture shown for an unreadable configuration."""
 RESERVED_PREFIXES = ("session:", "remote:")
-"""How the names of others begin that can be talked to."""
+"""Prefixes that name other chat targets."""
 _REPOSITORY_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model that can be loaded. Bytes are of its files, zero while they are not here.
+    """A model that can be loaded. `bytes` is the size of its files, 0 while they are not here.
 
-    `path` is its folder; for one on the hub (`repository`) the folder that downloads are kept in.
+    `path` is its folder; for a model on the hub (`repository`) the folder of all downloads.
     """
 
     id: str
@@ -54,7 +53,7 @@ class ModelEntry:
     shape: ModelShape = field(default_factory=ModelShape)
     architecture: str = "unknown"
     problem: LoadFailed | None = None
-    """Why it cannot be loaded, where that is seen without reading any file."""
+    """Why it cannot be loaded, as far as names of files show."""
 
     @property
     def parameters(self) -> int:
@@ -62,21 +61,21 @@ class ModelEntry:
 
 
 class Catalog:
-    """`folders` hold a folder for each model; `hub` is where downloads are kept."""
+    """Lists, finds and deletes models. `folders` hold a folder for each model."""
 
     def __init__(self, folders: Sequence[Path], downloads_folder: Path) -> None:
         self._folders = folders
         self._downloads_folder = downloads_folder
 
     async def find(self, model_id: str, field: str | None = None) -> ModelEntry:
-        """Raises NotFound, which lists what there is."""
+        """Return a model. Raise NotFound, which lists what there is."""
         return await asyncio.to_thread(self._find, model_id, field)
 
     async def list_models(self) -> list[ModelEntry]:
         return await asyncio.to_thread(lambda: [_read_entry(*found) for found in self._iter_models()])
 
     async def list_names(self) -> list[str]:
-        """The ids of all models that are here and look as if they could be loaded; no file of theirs is read."""
+        """Return the ids of local models that look loadable, without reading any file."""
         return await asyncio.to_thread(
             lambda: [
                 name
@@ -86,8 +85,8 @@ class Catalog:
         )
 
     async def downloaded_revision(self, repository: str) -> str | None:
-        """The revision that a repository was fetched at: the main branch, as an empty name, where that is among them,
-        else the one fetched last; None where nothing of it is here."""
+        """Return the revision that was downloaded: empty for the main branch if it was, else the latest; None where
+        nothing was."""
         return await asyncio.to_thread(self._downloaded_revision, repository)
 
     def _downloaded_revision(self, repository: str) -> str | None:
@@ -104,7 +103,7 @@ class Catalog:
         return "" if is_main else revision
 
     async def delete(self, model_id: str) -> None:
-        """Remove the files of a model that was put here or fetched. Raises NotFound, or Conflict for the demo."""
+        """Delete the files of a model. Raise NotFound, or Conflict for the demo."""
         entry = await self.find(model_id)
         if entry.source == "shipped":
             raise Conflict("The demo model can't be deleted.", code="shipped", next_step="Delete another model.")
@@ -115,14 +114,14 @@ class Catalog:
         await asyncio.to_thread(self._remove, entry)
 
     async def delete_partial(self, model_id: str) -> None:
-        """Remove what a download that was never finished has left; a model that is whole stays."""
-        with suppress(NotFound):  # a folder that was taken away has left nothing
+        """Delete a partial download; a complete model stays."""
+        with suppress(NotFound):  # the folder is gone already
             entry = await self.find(model_id)
             if entry.repository and entry.bytes == 0:
                 await asyncio.to_thread(self._remove, entry)
 
     def downloaded_folder(self, repository: str, revision: str) -> Path | None:
-        """The folder of what was fetched of a repository last, at a revision where one is named."""
+        """Return the folder of the latest download of a repository, at a revision where one is named."""
         folders: list[tuple[float, Path]] = []
         for file in (self._downloads_folder / "complete").glob(f"{repository.replace('/', '--')}@*.json"):
             with suppress(*READ_ERRORS):
@@ -137,7 +136,7 @@ class Catalog:
     async def find_problem(
         self, entry: ModelEntry, revision: str = "", precision: Precision = "auto", remote_code: bool = False
     ) -> Problem | None:
-        """What keeps a model from being loaded, as far as the files that are here say; None for one that is not."""
+        """Return why a model cannot be loaded, as far as its local files show; None for one that is not here."""
 
         def check_files() -> Problem | None:
             folder = self.downloaded_folder(entry.repository, revision) if entry.repository else entry.path
@@ -160,7 +159,7 @@ class Catalog:
         )
 
     def _iter_models(self) -> Iterator[tuple[str, str, Path, Path]]:
-        """(id, source, folder to look into, folder to load from). An id is never a path."""
+        """Yield (id, source, folder to inspect, folder to load). An id is never a path."""
         demo = Path(str(importlib.resources.files("trellis.demo.text"))) / "model"
         yield DEMO, "shipped", demo, demo
         seen_names = {DEMO}
@@ -194,7 +193,7 @@ class Catalog:
             shutil.rmtree(self._downloads_folder / name, ignore_errors=True)
             return
         trash_path = entry.path.with_name(f".deleted-{uuid.uuid4().hex}")
-        with suppress(FileNotFoundError):  # deleted twice at once is deleted
+        with suppress(FileNotFoundError):  # another request has deleted it
             entry.path.rename(trash_path)
         if trash_path.is_file():
             trash_path.unlink()
@@ -202,7 +201,7 @@ class Catalog:
 
 
 def _looks_like_model(path: Path) -> bool:
-    """Whether a folder or a file is meant to be a model, by the names of what it holds."""
+    """Return whether a path looks like a model, by file names."""
     if path.is_file():
         return path.suffix in (".gguf", ".safetensors")
     with suppress(OSError):
@@ -213,7 +212,7 @@ def _looks_like_model(path: Path) -> bool:
 
 
 def _find_name_problem(path: Path) -> LoadFailed | None:
-    """Why a model cannot be loaded, as far as its name and the names of its files say."""
+    """Return why a model cannot be loaded, as far as file names show."""
 
     def make_error(message: str, next_step: str) -> LoadFailed:
         return LoadFailed(f"“{shorten(path.name)}” {message}", code="unsupported_format", next_step=next_step)
@@ -231,10 +230,10 @@ def _find_name_problem(path: Path) -> LoadFailed | None:
 
 
 def _read_entry(name: str, source: str, inspect_folder: Path, load_folder: Path) -> ModelEntry:
-    """What a folder says of itself. One that cannot be read is listed all the same; loading it says what is wrong."""
+    """Read the entry of a folder. An unreadable model is listed too; loading it tells what is wrong."""
     files: list[Path] = []
     file_stats = []
-    with suppress(OSError):  # a folder that is being deleted has no files
+    with suppress(OSError):  # the folder is being deleted
         files = sorted(inspect_folder.glob("*.safetensors"))
     for file in (inspect_folder / "config.json", *files):
         with suppress(OSError):
@@ -248,7 +247,7 @@ def _read_entry(name: str, source: str, inspect_folder: Path, load_folder: Path)
 
 @lru_cache(maxsize=256)
 def _read_headers(folder: Path, file_stats: tuple[tuple[str, int, int], ...]) -> tuple[str, ModelShape]:
-    """Architecture and shape from the headers of files, read once for each change of them."""
+    """Return architecture and shape from headers, cached until a file changes."""
     architecture, shape = UNREADABLE_CONFIG, ModelShape()
     config: dict[str, Any] = {}
     with suppress(*READ_ERRORS):
@@ -260,6 +259,6 @@ def _read_headers(folder: Path, file_stats: tuple[tuple[str, int, int], ...]) ->
             if name.endswith(".safetensors"):
                 tensors |= read_shapes(Path(name), MAX_HEADER_BYTES)
         shape = model_shape(config, tensors)
-        if shape.parameters > 10**15:  # no model is that large
+        if shape.parameters > 10**15:  # a forged header: no model is that large
             shape = ModelShape()
     return architecture, shape

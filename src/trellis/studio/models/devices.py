@@ -1,5 +1,4 @@
-"""How much memory is free, this computer's within what its container and a setting allow, and a GPU's; and whether the
-power lasts."""
+"""Free memory of this computer (within the limits of its container and settings) and of its GPU; mains power."""
 
 from __future__ import annotations
 
@@ -16,16 +15,16 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_memory(limit: int = 0) -> int:
-    """Bytes that a new engine may take. `limit` is the most that one engine is allowed; 0 is no limit."""
+    """Return the bytes that a new engine may take. `limit` is a cap for one engine; 0 is none."""
     free: int = psutil.virtual_memory().available
     with suppress(OSError, ValueError):
-        container_limit = int((CGROUP / "memory.max").read_text())  # “max” is not a number: no limit
+        container_limit = int((CGROUP / "memory.max").read_text())  # “max”, which is not a number, means no limit
         free = min(free, max(0, container_limit - int((CGROUP / "memory.current").read_text())))
     return min(free, limit) if limit else free
 
 
 def free_gpu_memory() -> int | None:
-    """Free bytes of the first GPU; None where there is none, or where nvidia-ml-py is not installed to ask it."""
+    """Return the free bytes of the first GPU; None without one, or without nvidia-ml-py."""
     nvml = _nvml()
     if nvml is None:
         return None
@@ -36,7 +35,7 @@ def free_gpu_memory() -> int | None:
 
 
 def make_foresight_check(setting: Literal["on", "mains", "off"]) -> Callable[[], bool]:
-    """Whether the studio may work at what nobody asked for yet, as it is asked each time."""
+    """Return a function that tells whether foresight may run now."""
 
     def is_allowed() -> bool:
         return setting == "on" or (setting == "mains" and has_mains_power())
@@ -45,14 +44,14 @@ def make_foresight_check(setting: Literal["on", "mains", "off"]) -> Callable[[],
 
 
 def has_mains_power() -> bool:
-    """Whether this computer is plugged in, or has no battery."""
+    """Return whether this computer is plugged in, or has no battery."""
     battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
     return battery is None or battery.power_plugged is not False
 
 
 @cache
 def _nvml() -> Any:
-    """NVIDIA's library, ready to be asked; None where it or a driver is missing. Looked for once."""
+    """Return NVIDIA's library, initialized; None where it or the driver is missing. Tried once."""
     try:
         nvml = importlib.import_module("pynvml")
         nvml.nvmlInit()

@@ -21,7 +21,7 @@ from .template_options import broken_template_error
 
 @dataclass
 class ModelInstance:
-    """A model that is loaded or being loaded."""
+    """A model that is loaded, or being loaded: `worker` and `loaded` are None until it is."""
 
     entry: ModelEntry
     options: ModelOptions
@@ -32,7 +32,7 @@ class ModelInstance:
 
     @property
     def is_alive(self) -> bool:
-        """Whether its engine lives, or is still on its way."""
+        """Whether its engine runs, or is still being loaded."""
         if self.worker:
             return self.worker.alive
         return self.job.task is not None and not self.job.task.done()
@@ -57,7 +57,7 @@ class ModelInstance:
 
 
 def resident_bytes(worker: Worker) -> int:
-    """Bytes of memory that an engine takes; 0 when it is gone."""
+    """Return the resident memory of an engine in bytes; 0 when it is gone."""
     try:
         return int(psutil.Process(worker.pid).memory_info().rss) if worker.pid else 0
     except psutil.Error:

@@ -22,7 +22,7 @@ class MemoryFit:
         return on_gpu if on_gpu is not None else free_memory(self._limit)
 
     def estimate_fit(self, entry: ModelEntry, config: SessionConfig, is_loaded: bool) -> dict[str, Any]:
-        """What a session would need, what is free, and under which options it would fit if it does not."""
+        """Return the memory that a session needs, what is free, and options under which it would fit."""
         precision, free = resolve_precision(config), self.free_bytes(config)
         needed = estimate_memory(entry.shape, config, precision)
         missing = needed.total - (needed.loading if is_loaded else 0)
@@ -39,7 +39,7 @@ class MemoryFit:
         }
 
     def require_memory(self, entry: ModelEntry, options: ModelOptions) -> None:
-        """Raises LoadFailed for a model whose weights alone cannot fit."""
+        """Raise LoadFailed for a model whose weights alone do not fit."""
         if not entry.parameters:
             return
         config = SessionConfig().model_copy(update=options.model_dump())
@@ -53,7 +53,7 @@ class MemoryFit:
             )
 
     def suggest_precision(self, entry: ModelEntry, options: ModelOptions) -> str:
-        """A way to load it with less, where there is one."""
+        """Return the advice to load in a lower precision that fits; empty where none does."""
         precision, free = resolve_precision(options), self.free_bytes(options)
         for smaller_precision in ("16-bit", "8-bit", "4-bit"):
             needed = estimate_memory(entry.shape, SessionConfig(), smaller_precision).loading
@@ -62,9 +62,9 @@ class MemoryFit:
         return ""
 
     def explain_load_error(self, error: EngineError, entry: ModelEntry, options: ModelOptions) -> TrellisError:
-        """A load that ran out of memory names a smaller way, where there is one."""
+        """Return a load error with advice where memory was the cause."""
         if error.code == "engine_died" and "killed" in error.message:
-            return EngineDied(  # which is tried again, since it may have been killed for another reason
+            return EngineDied(  # EngineDied, not LoadFailed: it is retried, since there may be another cause
                 f"The engine was killed while loading “{entry.id}”, most likely because memory ran out.",
                 code="out_of_memory",
                 next_step=self.suggest_precision(entry, options) or error.next_step,
@@ -75,7 +75,7 @@ class MemoryFit:
 
 
 def resolve_precision(options: ModelOptions) -> Precision:
-    """What “auto” will be, as far as can be told from here."""
+    """Return the precision that “auto” will probably be: only the engine knows its device for sure."""
     if options.precision != "auto":
         return options.precision
     on_gpu = options.device in ("cuda", "mps") or (options.device == "auto" and free_gpu_memory() is not None)

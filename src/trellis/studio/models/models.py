@@ -1,4 +1,4 @@
-"""The engines that hold models: one process for each model as it is loaded, ended when nobody uses it any more."""
+"""The loaded models: one engine process for each, unloaded when it is idle for too long."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 class Models:
     """Loads and unloads models. It does not know sessions.
 
-    `memory_limit`: bytes that one engine may take, 0 for no limit. `idle_seconds`: how long a model stays loaded
-    that nobody uses, 0 for always.
+    `memory_limit`: the most bytes of one engine, 0 for no limit. `idle_seconds`: how long an unused model stays loaded,
+    0 for always.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Models:
         self._instances.clear()
 
     async def list_models(self) -> list[dict[str, Any]]:
-        """All models, each with the engines that hold it."""
+        """Return all models as JSON, each with its engines."""
         entries = await self.catalog.list_models()
         known_ids = {entry.id for entry in entries}
         loading_entries = [
@@ -65,9 +65,10 @@ class Models:
         return [await self._model_json(entry) for entry in [*entries, *dict.fromkeys(loading_entries)]]
 
     async def load(self, options: ModelOptions, request: str | None = None, allow_download: bool = True) -> Job:
-        """Start loading, or return the job that is at it or has done it. Unless it `fetches`, the hub is not asked.
+        """Start loading, or return the job that is loading or has loaded it. Without `allow_download` only local files
+        are used.
 
-        Raises NotFound, or LoadFailed for a model that cannot be loaded or does not fit into the memory that is free.
+        Raise NotFound, or LoadFailed for a model that cannot be loaded or does not fit into free memory.
         """
         entry = await self.catalog.find(options.model, field="model")
         if entry.problem:
@@ -81,15 +82,14 @@ class Models:
             job = await self._jobs.start(
                 "load", body, lambda job: self._load(entry, options, job, allow_download), request
             )
-            if job.task is not None and not job.task.done():  # a repeated request is answered with its old job
+            if job.task is not None and not job.task.done():  # a repeated request returns its old, ended job
                 self._instances[options] = ModelInstance(entry, options, job)
             return job
 
     async def engine(
         self, options: ModelOptions, on_progress: Callable[[Progress], None], allow_download: bool = True
     ) -> Worker:
-        """A loaded engine of a model, loading it if need be; from what is here alone, unless it `fetches`. Raises the
-        reason when that fails."""
+        """Return the engine of a model, loading it first where needed. Raise why loading failed."""
         for _ in range(3):
             if (worker := self._running_worker(options)) is not None:
                 return worker
@@ -110,7 +110,7 @@ class Models:
         raise EngineDied("The engine stopped right after loading the model.", next_step="Load the model again.")
 
     async def unload(self, model_id: str) -> None:
-        """End all engines of a model and give their memory back. Raises Conflict when there is none."""
+        """Stop all engines of a model. Raise Conflict when there is none."""
         instances = [each for each in self._instances.values() if each.entry.id == model_id]
         if not instances:
             await self.catalog.find(model_id)
@@ -124,22 +124,22 @@ class Models:
             await self._stop_instance(each)
 
     async def delete(self, model_id: str) -> None:
-        """Remove a model's files. Raises NotFound, or Conflict while it is loaded or when it is the demo."""
+        """Delete a model's files. Raise NotFound, or Conflict while it is loaded or for the demo model."""
         if any(instance.entry.id == model_id for instance in self._instances.values()):
             raise Conflict(f"The model “{model_id}” is loaded.", code="loaded", next_step="Unload it first.")
         await self.catalog.delete(model_id)
 
     async def list_failed_loads(self) -> dict[str, dict[str, Any]]:
-        """By model the last load of it, as a job, where that one failed."""
+        """Return the last load job of each model, where it failed."""
         last_loads: dict[str, dict[str, Any]] = {}
         for job in await self._jobs.list(["load"]):
             last_loads.setdefault(job["about"]["model"], job)
         return {model: job for model, job in last_loads.items() if job["state"] == "failed"}
 
     async def delete_failed_loads(self, model_id: str) -> None:
-        """Remove the loads of a model that failed, and what a download that was never finished has left on the disk.
+        """Delete the failed loads of a model, and its partial download.
 
-        Raises NotFound where none failed, or Conflict while the model is loading.
+        Raise NotFound where none failed, or Conflict while the model is loading.
         """
         if any(instance.entry.id == model_id for instance in self._instances.values()):
             raise Conflict(f"The model “{model_id}” is loading or loaded.", code="loaded", next_step="Unload it first.")
@@ -156,7 +156,7 @@ class Models:
         await self.catalog.delete_partial(model_id)
 
     def unload_count(self, options: ModelOptions) -> int:
-        """How often a person has unloaded it: who was at work with it then must not load it again by itself."""
+        """Return how often a person has unloaded the model: whoever used it then must not load it again by itself."""
         return self._unload_counts[options]
 
     def state(self, options: ModelOptions) -> str:
@@ -166,29 +166,29 @@ class Models:
         return "loaded" if instance.worker else "loading"
 
     def current_options(self, model_id: str) -> ModelOptions:
-        """How a model is loaded at present, the one used last where that is in several ways; else the defaults."""
+        """Return the options under which a model is loaded, last used first; else the defaults."""
         instances = sorted(
             (each for each in self._instances.values() if each.entry.id == model_id), key=lambda each: each.last_used
         )
         return instances[-1].options if instances else ModelOptions(model=model_id)
 
     def loaded_info(self, options: ModelOptions) -> Loaded | None:
-        """What its engine said of the model, None while it is not loaded."""
+        """Return what the engine reported of its model; None while it is not loaded."""
         instance = self._instances.get(options)
         return instance.loaded if instance else None
 
     def concurrency(self, options: ModelOptions) -> int:
-        """How many requests its engine works on at once."""
+        """Return how many requests the engine works on at once."""
         instance = self._instances.get(options)
         return instance.loaded.lanes if instance and instance.loaded else 1
 
     async def find_problem(self, entry: ModelEntry, options: ModelOptions) -> Problem | None:
-        """What keeps a model from being loaded with these options, as far as its files say."""
+        """Return why a model cannot be loaded with these options, as far as its files show."""
         precision = resolve_precision(options)
         return await self.catalog.find_problem(entry, options.revision, precision, options.remote_code)
 
     def estimate_fit(self, entry: ModelEntry, config: SessionConfig) -> dict[str, Any]:
-        """What a session would need, what is free, and under which options it would fit if it does not."""
+        """Return the memory that a session needs, what is free, and options under which it would fit."""
         return self.memory.estimate_fit(entry, config, self.state(config.extract(ModelOptions)) == "loaded")
 
     def _running_worker(self, options: ModelOptions) -> Worker | None:
@@ -200,7 +200,7 @@ class Models:
 
     async def _stop_instance(self, instance: ModelInstance) -> None:
         if instance.worker is None:
-            with suppress(Conflict):  # it has ended meanwhile
+            with suppress(Conflict):  # the job has just ended
                 await self._jobs.cancel(instance.job.id)
             return
         self._instances.pop(instance.options, None)

@@ -1,6 +1,6 @@
-"""What a session's options ask of its model's chat template, and whether the template can do it.
+"""The options of a session that concern the chat template, and whether the template supports them.
 
-Only an engine runs a chat template; here it is read as text at most.
+Only an engine runs templates; here they are at most read as text.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from ...messages import Loaded, TemplateKwargs
 from ...options import THINKING_SWITCHES, SessionConfig
 
 MAX_FILE_BYTES = 4_000_000
-"""Bytes of a file that is looked into; templates have some tens of thousands."""
+"""The largest file that is read; templates have some tens of thousands of bytes."""
 
 
 def thinking_kwargs(config: SessionConfig) -> TemplateKwargs:
-    """The variables of the chat template that a session's options set."""
+    """Return the template variables that the options set."""
     return {} if config.enable_thinking == "auto" else {"enable_thinking": config.enable_thinking == "on"}
 
 
 def template_error(config: SessionConfig, loaded: Loaded) -> Invalid | None:
-    """What the chat template of a loaded model cannot do of what a session's options ask."""
+    """Return which option the template of a loaded model does not support."""
     if not config.chat_template:
         return None
     if problem := broken_template_error(config.model, loaded):
@@ -37,7 +37,7 @@ def template_error(config: SessionConfig, loaded: Loaded) -> Invalid | None:
 
 
 def broken_template_error(model: str, loaded: Loaded) -> Invalid | None:
-    """Why the chat template of a loaded model cannot be used, where that is so."""
+    """Return why the template of a loaded model cannot be used; None where it can."""
     if not loaded.template_problem:
         return None
     return Invalid(
@@ -50,7 +50,7 @@ def broken_template_error(model: str, loaded: Loaded) -> Invalid | None:
 
 
 def template_error_from_files(config: SessionConfig, folder: Path) -> Invalid | None:
-    """The same of a model that is not loaded, as far as its files show. Reads files."""
+    """Do the check of `template_error` on the files of a model that is not loaded."""
     is_switch_needed = config.chat_template and config.enable_thinking != "auto"
     return no_thinking_switch_error(config) if is_switch_needed and not may_have_thinking_switch(folder) else None
 
@@ -66,14 +66,14 @@ def no_thinking_switch_error(config: SessionConfig) -> Invalid:
 
 
 def may_have_thinking_switch(folder: Path) -> bool:
-    """Whether a model's chat template may have a switch for thinking; True where its files do not say. Reads files."""
+    """Return whether a template may have a thinking switch; True where the files do not tell."""
     templates = read_chat_templates(folder)
     switch_pattern = rf"\b({'|'.join(THINKING_SWITCHES)})\b"
     return not (folder / "config.json").is_file() or any(re.search(switch_pattern, each) for each in templates)
 
 
 def read_chat_templates(folder: Path) -> list[str]:
-    """The chat templates of a model's folder, as text."""
+    """Return the chat templates in a folder, as text."""
     found = []
     for file in (folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))):
         found.append(_read_text(file))

@@ -1,7 +1,7 @@
-"""Blind comparison: two nodes answer the same prompts; a person says which answer is better, not knowing whose it is.
+"""Blind tests: two nodes answer the same prompts, and a person judges the answers without knowing whose they are.
 
-Answers are drawn a few rounds ahead. What each round was and how it was judged is in the store; the result is told
-when all planned rounds are judged, or when the person ends it, and not before.
+Answers are generated a few rounds ahead. Rounds and verdicts are in the store; the result is revealed only when all
+planned rounds are judged or the person ends the test.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from .win_rate import win_rate_json
 log = logging.getLogger(__name__)
 
 ROUNDS_AHEAD = 3
-"""Rounds that are drawn before they are needed."""
+"""How many rounds are generated ahead of the person."""
 
 MAX_ROUNDS, DEFAULT_ROUNDS = 200, 20
 Judgement = Literal["first", "second", "tie"]
 
 
 class BlindTests:
-    """All blind comparisons. Those that somebody looks at are drawn ahead."""
+    """All blind tests. Viewing one starts generating its next rounds."""
 
     def __init__(self, store: Store, steering: Sessions) -> None:
         self._store = store
@@ -51,8 +51,8 @@ class BlindTests:
         self, session_id: str, left: str, right: str, planned: int = DEFAULT_ROUNDS, prompts: list[str] | None = None,
         request: str | None = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Begin one between two nodes. Raises NotFound, or Invalid for nodes that are the same."""
-        async with self._start_lock:  # one request makes one comparison
+        """Start a test of two nodes. Raise NotFound, or Invalid for nodes with equal weights."""
+        async with self._start_lock:  # concurrent requests of the same id start one test
             if request and (known := await self._store.read(rows.trial_by_request, request)):
                 if known["session"] != session_id:
                     raise key_reused_error("a blind test in another session")
@@ -77,7 +77,9 @@ class BlindTests:
                 field="rounds",
                 next_step=f"Enter a number from 1 to {MAX_ROUNDS}.",
             )
-        unused_position = max(node.position for node in session.tree.nodes.values()) + 1  # no branch was steered on it
+        unused_position = (
+            max(node.position for node in session.tree.nodes.values()) + 1
+        )  # prompts that no branch has been steered on
         trial_id = f"b{secrets.token_hex(8)}"
         trial = {
             "id": trial_id, "session": session_id, "request": request, "left": left, "right": right,
@@ -88,7 +90,7 @@ class BlindTests:
         return trial_id
 
     async def list_trials(self, session_id: str) -> list[dict[str, Any]]:
-        """The comparisons of a session, the newest first."""
+        """Return the tests of a session, newest first."""
         session = await self._steering.session(session_id)
         trials_json = []
         for trial in await self._store.read(rows.list_trials, session_id):
@@ -99,7 +101,7 @@ class BlindTests:
         return trials_json
 
     async def state(self, session_id: str, trial_id: str) -> dict[str, Any]:
-        """How a comparison stands: the round to judge, or the result. Goes on drawing. Raises NotFound."""
+        """Return a test with the round to judge or its result, and continue generating. Raise NotFound."""
         session, trial = await self._find(session_id, trial_id)
         rounds = await self._store.read(rows.get_rounds, trial_id)
         if trial["state"] == "open":
@@ -107,7 +109,7 @@ class BlindTests:
         return _trial_json(session, trial, rounds, self._errors.get(trial_id))
 
     async def judge(self, session_id: str, trial_id: str, number: int, judgement: Judgement) -> dict[str, Any]:
-        """Say which answer of a round is better. Raises Conflict for a round that is not the one to judge."""
+        """Store which answer of a round is better. Raise Conflict for any other than the current round."""
         session, trial = await self._find(session_id, trial_id)
         rounds = await self._store.read(rows.get_rounds, trial_id)
         current = next((each for each in rounds if each["number"] == number), None)
@@ -115,7 +117,7 @@ class BlindTests:
             other = "right" if current["first"] == "left" else "left"
             verdict = {"first": current["first"], "second": other, "tie": "tie"}[judgement]
             is_recorded = await self._store.write(rows.record_verdict, trial_id, number, verdict)
-            if is_recorded or current["verdict"] == verdict:  # said twice is said once
+            if is_recorded or current["verdict"] == verdict:  # the same verdict twice is one
                 return await self.state(session_id, trial_id)
         raise Conflict(
             f"Round {number} is not the current round.",
@@ -125,7 +127,7 @@ class BlindTests:
         )
 
     async def undo_verdict(self, session_id: str, trial_id: str) -> dict[str, Any]:
-        """Judge the last round again. Raises Conflict where nothing was said, or when it has ended."""
+        """Remove the last verdict. Raise Conflict where there is none, or the test has ended."""
         await self._find(session_id, trial_id)
         if not await self._store.write(rows.undo_verdict, trial_id):
             raise Conflict(
@@ -136,7 +138,7 @@ class BlindTests:
         return await self.state(session_id, trial_id)
 
     async def end(self, session_id: str, trial_id: str) -> dict[str, Any]:
-        """Stop and tell the result of what was judged so far."""
+        """End a test, revealing the result so far."""
         await self._find(session_id, trial_id)
         await self._store.write(rows.end_trial, trial_id)
         self._errors.pop(trial_id, None)
@@ -145,7 +147,7 @@ class BlindTests:
         return await self.state(session_id, trial_id)
 
     async def retry(self, session_id: str, trial_id: str) -> dict[str, Any]:
-        """Draw again after something went wrong."""
+        """Generate again after an error."""
         self._errors.pop(trial_id, None)
         return await self.state(session_id, trial_id)
 
@@ -171,7 +173,7 @@ class BlindTests:
             del self._generating[trial_id]
 
     async def _generate_rounds(self, session: Session, trial: dict[str, Any]) -> None:
-        """Draw answers until enough rounds wait to be judged, or all that are planned are there."""
+        """Generate answers until enough rounds wait to be judged, or all planned ones exist."""
         try:
             await session.wait_until_initialized()
             await session.open_prompts()
@@ -208,7 +210,7 @@ class BlindTests:
             seed = derived_seed("blind", trial["id"], number, side)
             (texts[side],) = await session.sample(prompt, trial[side], 1, sampling, seed)
         is_same = texts["left"] == texts["right"]
-        first = ("left", "right")[secrets.randbelow(2)]  # not from a seed that others could work out
+        first = ("left", "right")[secrets.randbelow(2)]  # random, not from a seed that could be recomputed
         row = {
             "trial": trial["id"], "number": number, "prompt": prompt, "first": first, "left": texts["left"],
             "right": texts["right"], "verdict": "same" if is_same else None, "created": time.time(),
@@ -219,7 +221,7 @@ class BlindTests:
 def _trial_json(
     session: Session, trial: dict[str, Any], rounds: list[dict[str, Any]], error: TrellisError | None
 ) -> dict[str, Any]:
-    """What may be told of a comparison: whose answer is whose, and who is ahead, only when it has ended."""
+    """Return a test as JSON. Which node answered, and who leads, is shown only when it has ended."""
     current = next((each for each in rounds if each["verdict"] is None), None)
     verdicts = [each["verdict"] for each in rounds if each["verdict"] is not None]
     has_ended = trial["state"] == "done"

@@ -1,4 +1,4 @@
-"""Two nodes of a session on the same prompts, side by side: a job that any page can follow."""
+"""Compare the answers of two nodes side by side: a job that any page can follow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_PROMPTS = 12
 
 
 class Comparisons:
-    """Starts comparisons and shows them."""
+    """Starts and returns comparisons."""
 
     def __init__(self, jobs: Jobs, steering: Sessions) -> None:
         self._jobs = jobs
@@ -24,7 +24,7 @@ class Comparisons:
     async def start(
         self, session_id: str, left: str, right: str, prompts: list[str], request: str | None = None
     ) -> Job:
-        """Answer each prompt from both nodes with the same seed. Raises NotFound, or Invalid."""
+        """Answer each prompt from both nodes with the same seed. Raise NotFound, or Invalid."""
         session = await self._steering.session(session_id)
         session.node(left), session.node(right)
         prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
@@ -36,12 +36,12 @@ class Comparisons:
             )
         known_job = await self._jobs.find_row_by_request(request, "compare") if request else None
         if known_job and known_job["body"]["session"] == session_id:
-            prompts = known_job["body"]["prompts"]  # those that come next may be others by now
+            prompts = known_job["body"]["prompts"]  # a repeated request: the default prompts may have changed since
         body = {"session": session_id, "left": left, "right": right, "prompts": prompts}
         return await self._jobs.start("compare", body, lambda job: self._run(job, body), request)
 
     async def default_prompts(self, session_id: str, count: int = 3) -> list[str]:
-        """What to compare on, where nobody says: the control prompt, and the prompts that come next."""
+        """Return the default prompts: the control prompt and the next ones."""
         session = await self._steering.session(session_id)
         prompts = [session.config.control_prompt] if session.config.control_prompt else []
         if session.prompts:

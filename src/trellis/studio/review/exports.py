@@ -33,7 +33,7 @@ _EXPORT_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}")
 
 
 class Exports:
-    """`folder` holds a folder for each export."""
+    """The exports in `folder`, one folder each."""
 
     def __init__(
         self, jobs: Jobs, steering: Sessions, catalog: Catalog, spawn: Spawn, weights: Blobs, folder: Path
@@ -46,7 +46,7 @@ class Exports:
         self.folder = folder
 
     def sweep(self) -> None:
-        """Remove what a crash left half written."""
+        """Remove half-written exports after a crash."""
         with suppress(FileNotFoundError):
             for work in self.folder.glob(".work-*"):
                 shutil.rmtree(work, ignore_errors=True)
@@ -54,7 +54,7 @@ class Exports:
     async def start(
         self, session_id: str, kind: Kind, name: str, node_id: str | None = None, request: str | None = None
     ) -> Job:
-        """Begin an export. Raises Invalid for a name that cannot be one, Conflict for one that is taken."""
+        """Start an export. Raise Invalid for a bad name, Conflict for one that is taken."""
         session = await self._steering.session(session_id)
         node = session.node(node_id) if node_id else session.tree.head
         if not _EXPORT_NAME_PATTERN.fullmatch(name) or name.endswith((".", " ")):
@@ -74,33 +74,33 @@ class Exports:
                 kind,
                 name,
             ):
-                body = known_job["body"]  # the head may have moved since; it is the same action all the same
+                body = known_job["body"]  # a repeated request: the head may have moved since
         elif name in self._names_in_progress or (self.folder / name).exists():
             raise Conflict(f"An export named “{name}” already exists.", code="exists", next_step="Choose another name.")
         return await self._jobs.start("export", body, lambda job: self._run(job, session, node, kind, name), request)
 
     async def list_exports(self) -> list[dict[str, Any]]:
-        """What was exported, the newest first."""
+        """Return all exports, newest first."""
         return await asyncio.to_thread(self._list)
 
     async def get(self, name: str) -> dict[str, Any]:
-        """Raises NotFound."""
+        """Raise NotFound."""
         return await asyncio.to_thread(self._read_manifest, name)
 
     async def delete(self, name: str) -> None:
-        """Raises NotFound."""
+        """Raise NotFound."""
         await self.get(name)
 
         def remove() -> None:
             trash_folder = self.folder / f".work-deleted-{uuid.uuid4().hex}"
-            with suppress(FileNotFoundError):  # deleted twice at once is deleted
+            with suppress(FileNotFoundError):  # another request has deleted it
                 (self.folder / name).rename(trash_folder)
             shutil.rmtree(trash_folder, ignore_errors=True)
 
         await asyncio.to_thread(remove)
 
     async def files(self, name: str) -> list[tuple[str, Path]]:
-        """(name in the archive, file) of all that an export holds. Raises NotFound."""
+        """Return (name in the archive, file) for all files of an export. Raise NotFound."""
         await self.get(name)
         root = self.folder / name
         return await asyncio.to_thread(
@@ -130,7 +130,7 @@ class Exports:
     def _publish(
         self, work: Path, session: Session, node: Node, kind: Kind, name: str, checks: dict[str, Any]
     ) -> dict[str, Any]:
-        """Write the model card, name the folder, and say what is in it."""
+        """Write model card and manifest, rename the work folder to its name, and return the result of the job."""
         manifest = {
             "name": name, "kind": kind, "session": session.id, "session_name": session.name, "node": node.id,
             "step": node.step, "drift": drift_of(node, session.tree), "model": session.config.model,

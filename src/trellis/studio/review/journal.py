@@ -23,9 +23,9 @@ RETRAINING_PHRASES = {"refit": "retrained on", "import": "imported", "replay": "
 
 
 async def journal_markdown(store: Store, session: Session, last: int | None = None) -> str:
-    """The branch to the head: every prompt, all options, the choice, the figures. Markdown, for people.
+    """Return the journal of the branch to the head: prompts, options, choices and metrics.
 
-    `last` leaves out all but so many steps.
+    `last` limits it to the last steps.
     """
     path = session.tree.path(session.tree.head_id)
     path = [path[0], *path[1:][-last:]] if last else path
@@ -60,7 +60,7 @@ async def journal_markdown(store: Store, session: Session, last: int | None = No
 
 
 async def _blind_test_lines(store: Store, session: Session) -> list[str]:
-    """The blind comparisons that were brought to an end, oldest first."""
+    """Return the lines of finished blind tests, oldest first."""
     trials = [trial for trial in await store.read(blind_rows.list_trials, session.id) if trial["state"] == "done"]
     lines = ["## Blind tests", ""] if trials else []
     for trial in reversed(trials):
@@ -72,10 +72,10 @@ async def _blind_test_lines(store: Store, session: Session) -> list[str]:
 
 
 async def export_choices(store: Store, session: Session, layout: str) -> Iterator[str]:
-    """Every choice of the session, one JSON object a line. Raises Invalid for an unknown layout.
+    """Yield every choice of the session as a line of JSON. Raise Invalid for an unknown layout.
 
-    Layouts: our own log; TRL's preference and unpaired preference types (conversational); OpenAI's
-    preference fine-tuning file. Skips teach nothing and appear in the log only.
+    Layouts: our own log; TRL's preference and unpaired preference types (conversational); OpenAI's preference
+    fine-tuning format. Skips teach nothing and appear in our own log only.
     """
     if layout not in CHOICE_FORMATS:
         raise Invalid(
@@ -93,7 +93,7 @@ async def export_choices(store: Store, session: Session, layout: str) -> Iterato
 
 
 def describe_choice(choice: Choice | Retraining | None) -> str:
-    """A choice in a few words."""
+    """Describe a choice in a few words."""
     match choice:
         case None:
             return "base model"
@@ -114,7 +114,7 @@ def describe_choice(choice: Choice | Retraining | None) -> str:
 
 
 def node_summary(node: Node) -> dict[str, Any]:
-    """A node as a comparison names it."""
+    """Return a node as comparisons show it."""
     return {"node": node.id, "step": node.step, "what": node.name or describe_choice(node.choice)}
 
 
@@ -171,13 +171,13 @@ def _labelled_answers(options: tuple[Option, ...], choice: Choice | Retraining |
         return
     written = [choice.written] if isinstance(choice, Written) else []
     good_texts = {*written, *(options[index].text for index in _chosen_indexes(choice))}
-    for text in dict.fromkeys([*(option.text for option in options), *written]):  # what was drawn twice is one answer
+    for text in dict.fromkeys([*(option.text for option in options), *written]):  # duplicates are one answer
         yield text, text in good_texts
 
 
 def _preference_pairs(options: tuple[Option, ...], choice: Choice | Retraining | None) -> Iterator[tuple[str, str]]:
-    """(better, worse) pairs that a choice implies, each once; none of these and skip imply none. An answer is never
-    worse than itself, drawn a second time."""
+    """Yield the distinct (better, worse) pairs that a choice implies; refusals and skips imply none. An answer is
+    never worse than a duplicate of itself."""
     if isinstance(choice, Written):
         better = [choice.written]
     else:

@@ -13,7 +13,7 @@ Kind = Literal["adapter", "merged"]
 
 
 def model_card(session: Session, node: Node, kind: Kind, name: str, checks: dict[str, Any]) -> str:
-    """What a person who finds the folder must know, in the layout of the Hugging Face hub."""
+    """Return the model card: what a person who finds the folder must know."""
     config, path = session.config, session.tree.path(node.id)
     learned = [each for each in path if each.has_learned]
     adapter = config.extract(Adapter)

@@ -1,7 +1,7 @@
-"""Preference data as lessons: our own log, TRL's layouts, OpenAI's, and whole conversations that differ in their last
-answer (UltraFeedback, Anthropic HH). Pure: rows in, lessons out. It does not know files.
+"""Parse preference files into lessons: our own log, TRL's layouts, OpenAI's, and conversations that differ in their
+last answer (UltraFeedback, Anthropic HH). Pure: rows in, lessons out. It does not know files.
 
-Neighbouring rows on the same prompt that belong together become one choice among several answers again.
+Neighbouring rows of the same prompt become one choice among several answers again.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ BAD_LABELS = {"false", "0", "0.0", "-1", "-1.0", "no", "bad", "rejected", "undes
 
 
 class UnusableRow(Exception):
-    """A row that cannot be a choice; its words say why."""
+    """A row that is not a choice; the message says why."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a row's answers answer: the last thing a person said, and the system prompt before it."""
+    """The question of a row: the last user message, and the system prompt before it."""
 
     text: str
     system: str = ""
@@ -55,7 +55,7 @@ class Question:
 
 @dataclass
 class ParsedPreferences:
-    """What a file came to. `left_out` says for each reason how often, and where first."""
+    """The result of a file. `skipped_rows` has for each reason its count and first location."""
 
     layout: Layout
     lessons: list[Lesson] = field(default_factory=list)
@@ -76,11 +76,11 @@ class ParsedPreferences:
 def parse_preferences(
     located_rows: Iterable[tuple[str, Row]], temperature: float, make_prompt: Callable[[str, str], Prompt]
 ) -> ParsedPreferences:
-    """The lessons of rows with their places, whose layout the first row shows. `prompt_of(text, system)` makes the
-    prompts; an empty system prompt is the session's own.
+    """Parse located rows; the first one shows the layout. `make_prompt(text, system)` makes the prompts; an empty
+    system prompt is the session's own.
 
-    Rows that cannot be choices (several turns, an empty answer) are left out and counted. Raises Invalid for what is
-    no such file, or has no row that can be used.
+    Rows that are no choices (several turns, an empty answer) are skipped and counted. Raise Invalid for any other file,
+    and for one without usable rows.
     """
     parsed: ParsedPreferences | None = None
 
@@ -125,8 +125,8 @@ def parse_preferences(
 
 
 def _normalize_keys(row: Row) -> Row:
-    """A row under the names of our layouts: in small letters, with the usual other words for a prompt, a completion and
-    a system prompt."""
+    """Rename the keys of a row to those of our layouts: lower case, common synonyms of prompt, completion and system
+    prompt."""
     named = {str(name).strip().lower(): value for name, value in row.items()}
     named |= {name: value for name, value in row.items() if name in named}
     if not named.get("prompt") and "preferred_output" not in named and (name := _first_filled_key(named, PROMPT_KEYS)):
@@ -142,12 +142,12 @@ def _normalize_keys(row: Row) -> Row:
 
 
 def _first_filled_key(row: Row, names: tuple[str, ...]) -> str:
-    """The first of some names under which there is anything; empty where there is none."""
+    """Return the first key with a non-empty value; empty where there is none."""
     return next((name for name in names if row.get(name)), "")
 
 
 def detect_layout(row: Row, location: str) -> Layout:
-    """Which layout a row has, by its keys. Raises Invalid."""
+    """Return the layout of a row, by its keys. Raise Invalid."""
     for layout, keys in LAYOUT_KEYS.items():
         if keys <= row.keys():
             return layout
@@ -160,7 +160,7 @@ def detect_layout(row: Row, location: str) -> Layout:
 
 
 def _group_key(layout: Layout, row: Row, location: str) -> Any:
-    """What neighbouring rows of one choice have in common. Raises Unusable for a row that is none of the layout's."""
+    """Return the key that the neighbouring rows of one choice share. Raise UnusableRow."""
     if not LAYOUT_KEYS[layout] <= row.keys():
         raise UnusableRow(f"missing {' or '.join(sorted(LAYOUT_KEYS[layout] - row.keys()))}")
     if layout == "raw":
@@ -177,8 +177,8 @@ ParsedChoice = tuple[Question, tuple[Option, ...], Choice]
 
 
 def _choices_of_group(layout: Layout, rows: list[Row]) -> list[ParsedChoice]:
-    """The choices that rows which belong together make up: one, or more where they are too many for one.
-    Raises Unusable."""
+    """Return the choices of rows that belong together: one, or more where there are too many answers for one. Raise
+    UnusableRow."""
     if layout == "raw":
         return [_parse_raw_row(rows[0])]
     if layout == "trl-unpaired":
@@ -214,7 +214,7 @@ def _chunks(texts: list[str], size: int) -> list[list[str]]:
 
 
 def _parse_label(row: Row) -> bool:
-    """Whether an answer was called good: true and false, 1 and 0, or a word for it. Raises Unusable."""
+    """Return whether a label says good: true or false, 1 or 0, or a word. Raise UnusableRow."""
     label = row["label"]
     word = str(label).strip().lower() if isinstance(label, (str, int, float)) else ""
     if word not in GOOD_LABELS | BAD_LABELS:
@@ -238,7 +238,7 @@ def _parse_pair(layout: Layout, row: Row) -> tuple[Question, str, str]:
 
 
 def _parse_labelled_answer(row: Row) -> tuple[Question, str]:
-    """What is asked in a row of one answer with a label, and the answer. Raises Unusable."""
+    """Return question and answer of a labelled row. Raise UnusableRow."""
     before, text = _split_last_answer(row["completion"])
     return _parse_question(row, before), text
 
@@ -255,7 +255,8 @@ def _parse_openai_input(body: Any) -> Question:
 
 
 def _split_last_answer(value: Any) -> tuple[list[Turn], str]:
-    """An answer, and the conversation that it ends, where it is given whole. Raises Unusable."""
+    """Return the conversation before an answer (empty where only the answer is given), and the answer. Raise
+    UnusableRow."""
     turns = _turns_or_none(value)
     if turns is None:
         return [], _require_text(value)
@@ -265,8 +266,8 @@ def _split_last_answer(value: Any) -> tuple[list[Turn], str]:
 
 
 def _parse_question(row: Row, earlier_turns: list[Turn]) -> Question:
-    """What is asked in a row: its prompt, as text or as messages; or the conversation before its answers, of which the
-    prompt, if there is one, must be the question. Raises Unusable."""
+    """Return the question of a row: its prompt, or the conversation before its answers. Where both are given, they
+    must agree. Raise UnusableRow."""
     prompt = row.get("prompt")
     if not prompt and not earlier_turns:
         raise UnusableRow("it has no prompt, and its answers are not whole conversations")
@@ -293,12 +294,12 @@ def _parse_question(row: Row, earlier_turns: list[Turn]) -> Question:
 
 
 def _comparable(turns: list[Turn]) -> list[tuple[str, str]]:
-    """Turns as they are compared: space around them does not count."""
+    """Return turns for comparison, ignoring surrounding space."""
     return [(turn.role, turn.text.strip()) for turn in turns]
 
 
 def _question_from_turns(turns: list[Turn]) -> Question:
-    """The question in turns that are at most a system prompt, then one thing a person says. Raises Unusable."""
+    """Return the question of turns that are an optional system prompt and one user message. Raise UnusableRow."""
     system_texts = [
         _turn_text(turn) for turn in turns if turn.role == "system" and (turn.text.strip() or not turn.is_text_only)
     ]
@@ -316,7 +317,7 @@ def _turns_or_none(value: Any) -> list[Turn] | None:
 
 
 def _parse_json_cell(value: Any) -> Any:
-    """A cell of a table in which JSON stands as text; any other value as it is."""
+    """Parse JSON that stands as text in a table; return other values as they are."""
     if not isinstance(value, str):
         return value
     try:
@@ -358,7 +359,7 @@ def _turn_text(turn: Turn) -> str:
 
 
 def _require_text(value: Any) -> str:
-    """An answer as text, or as one message. Raises Unusable."""
+    """Return an answer given as text or as one message. Raise UnusableRow."""
     turns = None if isinstance(value, str) else _turns_or_none(value)
     if turns is not None:
         if len(turns) != 1:

@@ -1,5 +1,6 @@
-"""Learning from a whole log at once, as a job: a branch fitted afresh, a file of preferences, a branch's log on another
-model. Each ends as a node of a tree, made from a log that is kept, so that it can be made again.
+"""Retraining jobs: a fresh adapter for a branch, a preference file, a branch's log on another model.
+
+Each ends as a node of a tree. Its lessons are stored, so that its weights can be recomputed.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ MAX_EPOCHS = 50
 MAX_BYTES = 200_000_000
 MAX_ROWS = 200_000
 TARGET_CHOICES = 160
-"""Choices that are looked at in all, where a log is short: so many passes over it as make up these, eight at most."""
+"""The choices seen in total on a short log: this many over as many epochs, at most eight."""
 
 
 def default_epochs(count: int) -> int:
-    """How many passes over a log of so many choices, where nobody says."""
+    """Return the default number of epochs for a log of this length."""
     return max(1, min(8, round(TARGET_CHOICES / count)))
 
 
 class RetrainingJobs:
-    """Starts fits and follows them."""
+    """Starts and lists retraining jobs."""
 
     def __init__(self, jobs: Jobs, steering: Sessions, logs: ChoiceLogs, datasets: Datasets) -> None:
         self._jobs = jobs
@@ -45,8 +46,8 @@ class RetrainingJobs:
     async def retrain(
         self, session_id: str, node_id: str | None = None, epochs: int | None = None, request: str | None = None
     ) -> Job:
-        """A fresh adapter from the whole log of the branch to a node (the head, where none is named). Raises NotFound,
-        or Conflict where nothing was said yet."""
+        """Train a fresh adapter on the log of a branch; the default is the head's. Raise NotFound, or Conflict for
+        an empty log."""
         if known_job := await self._find_job(request, "refit", session_id):
             return known_job
         session = await self._steering.session(session_id)
@@ -63,7 +64,7 @@ class RetrainingJobs:
         epochs: int | None = None,
         request: str | None = None,
     ) -> Job:
-        """Learn from a file of preferences in the prompts folder, on from a node (the head). Raises Invalid."""
+        """Train on a preference file of the prompts folder, starting at a node (default: the head). Raise Invalid."""
         if known_job := await self._find_job(request, "import", session_id):
             return known_job
         session = await self._steering.session(session_id)
@@ -96,7 +97,7 @@ class RetrainingJobs:
     async def learn_from_chat(
         self, session_id: str, prompt: str, options: tuple[Option, ...], choice: Choice, description: str, request: str
     ) -> Job:
-        """Learn from what was said of answers elsewhere, on from the head: a step of its own in the tree."""
+        """Train on rated chat answers, starting at the head: a step of its own in the tree."""
         if known_job := await self._find_job(request, "import", session_id):
             return known_job
         session = await self._steering.session(session_id)
@@ -116,7 +117,7 @@ class RetrainingJobs:
         epochs: int | None = None,
         request: str | None = None,
     ) -> Job:
-        """The log of the branch to a node, learned by another base model in a new session of its own."""
+        """Train another base model on the log of a branch, in a new session."""
         if known_job := await self._find_job(request, "replay", session_id):
             return known_job
         session = await self._steering.session(session_id)
@@ -141,20 +142,20 @@ class RetrainingJobs:
         )
 
     async def list_jobs(self, session_id: str) -> list[dict[str, Any]]:
-        """The fits of a session, the newest first, as jobs."""
+        """Return the retraining jobs of a session, newest first."""
         jobs = await self._jobs.list(KINDS)
         return [job for job in jobs if session_id in (job["about"]["session"], job["about"]["origin"])]
 
     async def _find_job(self, request: str | None, kind: str, session_id: str) -> Job | None:
-        """The job that this request began before. The log may have grown since; it is the same action all the same.
-        Raises Conflict for a request that was used for something else."""
+        """Return the job that a repeated request has started: it is the same action though the log may have grown.
+        Raise Conflict for a request id that was used for something else."""
         job = await self._jobs.find_by_request(request, kind) if request else None
         if job and job.row["body"]["origin"] != session_id:
             raise key_reused_error(kind)
         return job
 
     async def _lessons_to(self, session: Session, node: Node) -> list[Lesson]:
-        """All that was said on the way to a node. Raises Conflict where that is nothing."""
+        """Return the lessons on the way to a node. Raise Conflict where there are none."""
         lessons = await session.lessons(node)
         if not lessons:
             raise Conflict(

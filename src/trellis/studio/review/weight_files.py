@@ -30,12 +30,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 DISK_RESERVE_BYTES = 200_000_000
 PROBE_PROMPTS = ("Tell me about yourself.", "What is rain?", "How do I bake bread?", "Why is the sky blue?")
-"""What a merged model is compared on, beside the session's own prompts."""
+"""The prompts on which a merged model is compared, beside the session's own."""
 
 
 class WeightFiles:
-    """Writes the weights of a node into a work folder, and returns what was checked. `folder` is on the disk that must
-    have space for them."""
+    """Writes the weights of a node into a work folder, and returns what was verified. `folder` is on the disk that
+    must have space for them."""
 
     def __init__(self, catalog: Catalog, spawn: Spawn, weights: Blobs, folder: Path) -> None:
         self._catalog, self._spawn, self._weights, self._folder = catalog, spawn, weights, folder
@@ -66,7 +66,7 @@ class WeightFiles:
     ) -> dict[str, Any]:
         folder = await self._model_folder(session, entry)
         size = await asyncio.to_thread(lambda: sum(file.stat().st_size for file in folder.glob("*.safetensors")))
-        self._require_space(max(size, 2 * entry.parameters))  # quantised weights are unpacked to 16 bits
+        self._require_space(max(size, 2 * entry.parameters))  # quantized weights are unpacked to 16 bits
         await asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True)
         prompts = [session.prompts.at(place) for place in range(8)] if session.prompts else []
         probes = tuple(
@@ -92,7 +92,7 @@ class WeightFiles:
         raise EngineError("The merge stopped without a result.", code="engine_error", next_step="Try again.")
 
     async def _model_folder(self, session: Session, entry: ModelEntry) -> Path:
-        """Where the base model's files lie; those of a hub model are there once it has been loaded."""
+        """Return the folder of the base model; a model on the hub has one once it has been loaded."""
         if not entry.repository:
             return entry.path
         found = await asyncio.to_thread(self._catalog.downloaded_folder, entry.repository, session.config.revision)
@@ -103,7 +103,7 @@ class WeightFiles:
         return found
 
     def _require_space(self, size: int) -> None:
-        """Raises LoadFailed when disk or memory cannot hold the merged model, whose base has files of this size."""
+        """Raise LoadFailed when disk or memory cannot hold the merged model. `size` is that of the base model."""
         needed_memory, free_now = (
             2 * size + LIBRARY_BYTES,
             free_memory(),
@@ -128,7 +128,7 @@ class WeightFiles:
 
 
 async def run_to_completion(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Run in a thread, and do not let go before it has ended, cancelled or not: it writes into a folder of ours."""
+    """Run in a thread and wait for its end even when cancelled, because it writes into a folder of ours."""
     running = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
     try:
         return await asyncio.shield(running)

@@ -1,4 +1,4 @@
-"""What the verdicts of a blind comparison come to: a win rate, its interval, and whether that is enough. Pure."""
+"""The win rate of a blind test, its interval, and whether that is conclusive. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NORMAL_QUANTILE_95 = 1.959963984540054
 
 @dataclass(frozen=True)
 class WinRate:
-    """What the judged rounds come to, for the right node. `low` and `high` bound its win rate among decided rounds."""
+    """The result for the right node. `low` and `high` bound its win rate among decided rounds."""
 
     left: int
     right: int
@@ -26,12 +26,13 @@ class WinRate:
 
     @property
     def is_conclusive(self) -> bool:
-        """Whether the interval leaves one of the two ahead."""
+        """Whether the interval excludes a tie."""
         return self.low > 0.5 or self.high < 0.5
 
 
 def wilson_interval(wins: int, decided: int, quantile: float = NORMAL_QUANTILE_95) -> tuple[float, float]:
-    """The score interval of a rate (Wilson 1927): sound for few rounds and for rates at 0 and 1; (0, 1) without any."""
+    """Return the score interval of a rate (Wilson 1927), sound for few rounds and for rates of 0 and 1; (0, 1)
+    without rounds."""
     if decided == 0:
         return 0.0, 1.0
     rate, quantile_squared = wins / decided, quantile**2
@@ -52,7 +53,7 @@ def win_rate_of(verdicts: Sequence[str]) -> WinRate:
 
 
 def rounds_needed(result: WinRate, max_rounds: int = 2000) -> int | None:
-    """How many decided rounds would be enough if the rate stayed as it is; None when it would take too many."""
+    """Return the decided rounds needed for a conclusive result at this rate; None where there are too many."""
     decided = result.left + result.right
     if result.rate is None or result.left == result.right:
         return None
@@ -78,7 +79,7 @@ def win_rate_json(verdicts: Sequence[str]) -> dict[str, Any]:
 
 
 def distinct_names(left: dict[str, Any], right: dict[str, Any]) -> tuple[str, str]:
-    """How to call two nodes `{step, what, name}` so that they are told apart."""
+    """Return distinct names for two nodes `{step, what, name}`."""
     one, other = (step_name(each["step"]) for each in (left, right))
     if one == other:
         one, other = (f"{step_name(each['step'])} ({each['what']})" for each in (left, right))
@@ -86,7 +87,7 @@ def distinct_names(left: dict[str, Any], right: dict[str, Any]) -> tuple[str, st
 
 
 def win_rate_sentence(result: dict[str, Any], left: str, right: str) -> str:
-    """What a comparison came to, in sentences. `left` and `right` name the two."""
+    """Return a result in sentences. `left` and `right` name the nodes."""
     decided = result["left"] + result["right"]
     count = result["ties"]
     ties = f" {count} tie{'s' if count > 1 else ''}." if count else ""

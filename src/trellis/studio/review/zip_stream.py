@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def stream_zip(files: list[tuple[str, Path]], chunk_size: int = 1 << 18) -> Iterator[bytes]:
-    """A zip of files as it is made: stored and not compressed, since weights do not compress. Bounded memory."""
+    """Yield a zip archive piece by piece. Files are stored, not compressed: weights do not compress."""
     buffer = _ZipBuffer()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[call-overload]
         for name, file in files:
@@ -22,7 +22,7 @@ def stream_zip(files: list[tuple[str, Path]], chunk_size: int = 1 << 18) -> Iter
 
 
 class _ZipBuffer:
-    """A file that can only be written to, and is emptied as it grows."""
+    """A write-only file that is emptied as it grows."""
 
     def __init__(self) -> None:
         self._chunks: list[bytes] = []

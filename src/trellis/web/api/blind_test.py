@@ -1,4 +1,4 @@
-"""The JSON API of blind comparisons."""
+"""The JSON API of blind tests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Verdict(RequestBody):
 
 @router.post("", status_code=201, dependencies=[Depends(enforce_rate_limit)])
 async def start(body: NewTrial, session: SessionDep, studio: StudioDep, request: RequestIdDep) -> dict[str, Any]:
-    """Begin a blind comparison of two nodes. Without prompts, those that come next in the session are asked."""
+    """Start a blind test of two nodes. Without prompts, the next ones of the session are used."""
     return await studio.blind_tests.start(session.id, body.left, body.right, body.rounds, list(body.prompts), request)
 
 
@@ -39,29 +39,29 @@ async def trials(session: SessionDep, studio: StudioDep) -> list[dict[str, Any]]
 
 @router.get("/{trial}")
 async def state(trial: str, session: SessionDep, studio: StudioDep) -> dict[str, Any]:
-    """The round to judge (null while it is drawn), or the result when all rounds are judged or it was ended."""
+    """The round to judge (null while it is generated), or the result when the test has ended."""
     return await studio.blind_tests.state(session.id, trial)
 
 
 @router.post("/{trial}/verdict")
 async def verdict(trial: str, body: Verdict, session: SessionDep, studio: StudioDep) -> dict[str, Any]:
-    """Say which answer of the current round is better."""
+    """Judge the current round."""
     return await studio.blind_tests.judge(session.id, trial, body.round, body.verdict)
 
 
 @router.post("/{trial}/undo")
 async def undo(trial: str, session: SessionDep, studio: StudioDep) -> dict[str, Any]:
-    """Take the last verdict back, and judge that round again."""
+    """Remove the last verdict, and judge that round again."""
     return await studio.blind_tests.undo_verdict(session.id, trial)
 
 
 @router.post("/{trial}/retry")
 async def retry(trial: str, session: SessionDep, studio: StudioDep) -> dict[str, Any]:
-    """Draw again after `error`."""
+    """Generate again after `error`."""
     return await studio.blind_tests.retry(session.id, trial)
 
 
 @router.post("/{trial}/end")
 async def end(trial: str, session: SessionDep, studio: StudioDep) -> dict[str, Any]:
-    """Stop, and tell the result of what was judged so far."""
+    """End the test, and reveal the result so far."""
     return await studio.blind_tests.end(session.id, trial)

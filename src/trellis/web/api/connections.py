@@ -1,4 +1,4 @@
-"""The JSON API of what is connected: keys for programs that ask here, and servers that are asked."""
+"""The JSON API of connections: API keys, and external providers."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class NewProvider(RequestBody):
 
 @router.get("/keys")
 async def keys(studio: StudioDep) -> list[dict[str, Any]]:
-    """Keys of the OpenAI API: what they begin with, never more."""
+    """The API keys of `/v1`, each by its first characters only."""
     return await studio.api_keys.list_keys()
 
 
 @router.post("/keys", status_code=201, dependencies=[Depends(enforce_rate_limit)])
 async def create_key(body: NewKey, studio: StudioDep) -> dict[str, Any]:
-    """A new key. `key` is told this once."""
+    """Create an API key. `key` is shown this once."""
     about, secret = await studio.api_keys.create(body.name.strip())
     return about | {"key": secret}
 
@@ -52,13 +52,13 @@ async def revoke_key(key: str, studio: StudioDep) -> Response:
 
 @router.get("/remotes")
 async def providers(studio: StudioDep) -> list[dict[str, Any]]:
-    """Servers of models elsewhere, without their keys."""
+    """External providers, without their keys."""
     return await studio.providers.list_providers()
 
 
 @router.post("/remotes", status_code=201, dependencies=[Depends(enforce_rate_limit)])
 async def add_provider(body: NewProvider, studio: StudioDep) -> dict[str, Any]:
-    """Add a server that speaks the OpenAI API. Its models are asked for where none are named."""
+    """Add a server with an OpenAI-compatible API. Without `models`, the server is asked for its list."""
     return await studio.providers.add(body.name.strip(), body.url, body.key.strip(), body.models, body.sees)
 
 

@@ -1,4 +1,4 @@
-"""The JSON API of exports: what was taken away, as folders on the server and as zips."""
+"""The JSON API of exports, as folders on the server and as zips."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def export(name: ExportName, studio: StudioDep) -> dict[str, Any]:
 
 @router.get("/{name}/zip", response_class=StreamingResponse)
 async def download(name: ExportName, studio: StudioDep) -> StreamingResponse:
-    """All files of an export as a zip, made while it is sent."""
+    """Download all files of an export as a zip, made while it is sent."""
     files = await studio.exports.files(name)
     disposition = f"attachment; filename*=UTF-8''{quote(name)}.zip"
     return StreamingResponse(

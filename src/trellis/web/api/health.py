@@ -1,4 +1,4 @@
-"""Is it there, and is it ready."""
+"""Liveness and readiness."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ router = APIRouter(tags=["health"])
 
 @router.get("/healthz")
 async def healthz() -> dict[str, str]:
-    """Answers as long as the process does; touches nothing else."""
+    """Answers as long as the process runs; touches nothing else."""
     return {"status": "ok", "version": __version__}
 
 

@@ -1,4 +1,4 @@
-"""The JSON API of jobs: anything long."""
+"""The JSON API of jobs: all long work."""
 
 from __future__ import annotations
 
@@ -40,5 +40,5 @@ async def cancel(found: JobDep, studio: StudioDep) -> dict[str, Any]:
 async def events(
     found: JobDep, studio: StudioDep, after: Annotated[str | None, Depends(resume_point)]
 ) -> StreamingResponse:
-    """Progress, then how it ended (SSE); a finished job answers with its last event."""
+    """Progress, then the end of the job (SSE); an ended job answers with its last event."""
     return event_stream(studio.jobs.events(found["id"], after))

@@ -17,7 +17,7 @@ router = APIRouter(prefix="/api/models", tags=["models"])
 
 
 class LoadModel(ModelOptions):
-    """Which model, and how it is loaded. `context_length` is taken for the estimate alone."""
+    """A model, and how to load it. `context_length` is used by the memory estimate only."""
 
     model: str = Field(min_length=1, max_length=200)
     context_length: int | None = Field(None, ge=64, le=131_072)
@@ -34,19 +34,19 @@ async def models(studio: StudioDep) -> list[dict[str, Any]]:
 
 @router.post("/load", status_code=202, dependencies=[Depends(enforce_rate_limit)])
 async def load(body: LoadModel, studio: StudioDep, request: RequestIdDep) -> dict[str, Any]:
-    """Start loading a model. A loaded one answers with the job that loaded it."""
+    """Start loading a model. For a loaded one, return the job that loaded it."""
     return job_json((await studio.models.load(body.options(), request)).row)
 
 
 @router.post("/{model:path}/unload", status_code=202)
 async def unload(model: Annotated[str, Field(max_length=200)], studio: StudioDep) -> dict[str, str]:
-    """End all engines of a model and give their memory back."""
+    """Unload a model: stop all its engines."""
     await studio.models.unload(model)
     return {"model": model, "state": "unloaded"}
 
 
 @router.delete("/{model:path}", status_code=204)
 async def delete(model: Annotated[str, Field(max_length=200)], studio: StudioDep) -> Response:
-    """Remove the files of a model that was uploaded, put here, or fetched from the hub."""
+    """Delete the files of a model that was uploaded, put here, or downloaded."""
     await studio.models.delete(model)
     return Response(status_code=204)

@@ -1,4 +1,4 @@
-"""`/v1`: every model and version for the public OpenAI clients, as they are."""
+"""The OpenAI API at `/v1`: every model and version, for the public clients as they are."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .steering import StudioDep
 router = APIRouter(prefix="/v1", tags=["openai"])
 
 MAX_CONCURRENT_ANSWERS = 64
-"""Answers that one key, or one address without a key, may have made at the same time."""
+"""The most concurrent answers of one key, or of one address without a key."""
 
 
 @router.get("/models")
 async def models(studio: StudioDep) -> dict[str, Any]:
     """Every model and session by the name that the other calls take; a session's steps are `session:<name>@<step>`.
-    One whose model is not here any more is not among them."""
+    Sessions without their model are left out."""
     found: dict[str, dict[str, Any]] = {}
     targets = await studio.chat_targets.list_targets()
     present_models = {each["name"] for each in targets if each["kind"] == "model"}
@@ -69,7 +69,7 @@ async def chat_completions(request: Request, body: ChatCompletionRequest, studio
 
 @router.post("/completions")
 async def completions(request: Request, body: CompletionRequest, studio: StudioDep) -> Response:
-    """Go on with a text, without a chat template."""
+    """Continue a text, without a chat template."""
     body.reject_unsupported()
     if body.best_of not in (None, body.n or 1):
         raise Invalid("best_of: must equal n.", field="best_of", next_step="Leave it out.")
@@ -105,7 +105,7 @@ async def _respond(
         await concurrency_limit.__aexit__(None, None, None)
 
     try:
-        first = await anext(events)  # what is wrong with the request is said before the stream begins
+        first = await anext(events)  # errors of the request get their own status: they come before the first event
     except BaseException:
         await close()
         raise
@@ -131,7 +131,7 @@ async def _collect_answers(target: ChatTarget, chats: list[Chat], owner: str) ->
 async def _stream_concurrently(
     target: ChatTarget, chats: list[Chat], owner: str
 ) -> AsyncGenerator[tuple[int, Event], None]:
-    """The events of several answers as they come, each with its place. The first error ends all."""
+    """Yield (index, event) of several answers as they come. The first error ends all."""
     queue: asyncio.Queue[tuple[int, Event | BaseException | None]] = asyncio.Queue(maxsize=256)
 
     async def answer_one(index: int, chat: Chat) -> None:
@@ -161,7 +161,7 @@ async def _stream_concurrently(
 
 
 async def _run_while_connected(request: Request, work: Any) -> Any:
-    """The result of some work, which is given up when nobody waits for it any more."""
+    """Return the result of `work`, or cancel it when the client disconnects."""
     task = asyncio.ensure_future(work)
     try:
         while not (await asyncio.wait({task}, timeout=0.5))[0]:
@@ -174,7 +174,7 @@ async def _run_while_connected(request: Request, work: Any) -> Any:
 
 @asynccontextmanager
 async def _limit_concurrency(request: Request, owner: str, count: int) -> AsyncIterator[None]:
-    """Raises Refused where one has too many answers made at once."""
+    """Raise Refused for too many concurrent answers."""
     answers_in_progress: Counter[str] = request.app.state.answering
     if answers_in_progress[owner] + count > MAX_CONCURRENT_ANSWERS:
         raise Refused(

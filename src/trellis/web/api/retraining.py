@@ -1,4 +1,4 @@
-"""The JSON API of learning from a whole log: re-fit, import, replay on another base model."""
+"""The JSON API of retraining: on a branch's log, a preference file, or with another base model."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class ReplayOnModel(Retrain):
 
 @router.post("/refit", status_code=202, dependencies=[Depends(enforce_rate_limit)])
 async def retrain(body: Retrain, session: SessionDep, studio: StudioDep, request: RequestIdDep) -> dict[str, Any]:
-    """Train a fresh adapter on the whole log of the branch to a node (default: the head): a job whose result names the
-    new node, a child of the root."""
+    """Train a fresh adapter on the log of the branch to a node (default: the head): a job whose result names the new
+    node, a child of the root."""
     return job_json((await studio.retraining.retrain(session.id, body.node, body.epochs, request)).row)
 
 
@@ -39,7 +39,7 @@ async def retrain(body: Retrain, session: SessionDep, studio: StudioDep, request
 async def import_preferences(
     body: ImportPreferences, session: SessionDep, studio: StudioDep, request: RequestIdDep
 ) -> dict[str, Any]:
-    """Learn from a file of preferences in the prompts folder: a job whose result names the new node."""
+    """Train on a preference file of the prompts folder: a job whose result names the new node."""
     return job_json(
         (await studio.retraining.import_preferences(session.id, body.file, body.node, body.epochs, request)).row
     )
@@ -47,7 +47,7 @@ async def import_preferences(
 
 @router.post("/replay", status_code=202, dependencies=[Depends(enforce_rate_limit)])
 async def replay(body: ReplayOnModel, session: SessionDep, studio: StudioDep, request: RequestIdDep) -> dict[str, Any]:
-    """Learn the log of the branch to a node with another base model: a job whose result names a new session."""
+    """Train another base model on the log of the branch to a node: a job whose result names a new session."""
     return job_json(
         (await studio.retraining.replay_on_model(session.id, body.model, body.node, body.epochs, request)).row
     )
@@ -55,5 +55,5 @@ async def replay(body: ReplayOnModel, session: SessionDep, studio: StudioDep, re
 
 @router.get("/fits")
 async def retraining_jobs(session: SessionDep, studio: StudioDep) -> list[dict[str, Any]]:
-    """The fits of a session as jobs, the newest first."""
+    """The retraining jobs of a session, newest first."""
     return await studio.retraining.list_jobs(session.id)

@@ -1,5 +1,4 @@
-"""The JSON API of rooms: made, read, said into, changed, taken away, brought in. The socket at /ws/chat/{room} is the
-live way."""
+"""The JSON API of rooms. The WebSocket at /ws/chat/{room} does the same live."""
 
 from __future__ import annotations
 
@@ -71,7 +70,7 @@ RoomDep = Annotated[Room, Depends(get_room)]
 async def rooms(
     studio: StudioDep, q: Annotated[str, Query(max_length=200)] = "", archived: bool = False
 ) -> list[dict[str, Any]]:
-    """Rooms in whose title or text all words of `q` occur, the last used first."""
+    """Rooms whose title or text contains all words of `q`, last used first."""
     return await studio.rooms.search(q, archived)
 
 
@@ -85,13 +84,13 @@ async def create(body: NewRoom, studio: StudioDep, request: RequestIdDep) -> dic
 
 @router.get("/speakers")
 async def chat_targets(studio: StudioDep) -> list[dict[str, Any]]:
-    """Everybody who can be talked to: models and sessions."""
+    """All chat targets: models, sessions and external models."""
     return await studio.chat_targets.list_targets()
 
 
 @router.get("/speakers/{session}/versions")
 async def versions(session: str, studio: StudioDep) -> list[dict[str, Any]]:
-    """The steps of a session that can be talked to, the newest first."""
+    """The steps of a session that can answer, newest first."""
     return await studio.chat_targets.list_versions(session)
 
 
@@ -103,7 +102,7 @@ async def prompts(studio: StudioDep) -> list[dict[str, Any]]:
 
 @router.put("/prompts")
 async def save_prompt(body: NewPrompt, studio: StudioDep) -> list[dict[str, Any]]:
-    """Keep a prompt in the library, in place of the one of that name."""
+    """Save a prompt in the library, replacing the one of that name."""
     await studio.rooms.save_prompt(body.name.strip(), body.text)
     return await studio.rooms.list_prompts()
 
@@ -116,8 +115,8 @@ async def delete_prompt(prompt: str, studio: StudioDep) -> Response:
 
 @router.post("/import", status_code=201, dependencies=[Depends(enforce_rate_limit)], max_body_size=MAX_FILE)
 async def import_chats(request: Request, studio: StudioDep) -> dict[str, Any]:
-    """Rooms from a body: our JSON, Markdown, or what other programs export. Every conversation that can be read becomes
-    one of `rooms`; `left_out` names those that cannot, `notes` what of others could not be kept."""
+    """Import the body: our JSON, Markdown, or what other programs export. Every readable conversation becomes one of
+    `rooms`; `left_out` names the others, `notes` what could not be kept."""
     return (await import_rooms(studio.rooms, await request.body())).as_json()
 
 
@@ -128,7 +127,7 @@ async def check_file(
     name: Annotated[str, Query(min_length=1, max_length=300)],
     model: Annotated[list[ModelName], Query(max_length=MAX_MODELS)] = [],  # noqa: B006
 ) -> dict[str, Any]:
-    """What the body would be as a file of a room that is not there yet; it is not kept. Refuses as adding it does."""
+    """Check the body as an attachment before its room exists; it is not stored. Errors are those of adding it."""
     data = await request.body()
     await studio.chat_targets.require_picture_support_for(model, data)
     read = await studio.attachments.read(name, data)
@@ -158,7 +157,7 @@ async def delete(room: str, studio: StudioDep) -> Response:
 
 @router.post("/{room}/messages", status_code=202, dependencies=[Depends(enforce_rate_limit)])
 async def send(body: NewMessage, room: RoomDep, request: RequestIdDep) -> dict[str, Any]:
-    """Say something; it is answered as the events of the socket tell."""
+    """Send a message. It is answered in the events of the socket."""
     message = await room.send(
         body.text, request, parent=body.parent, models=body.models, sampling=body.sampling, files=body.attachments
     )
@@ -173,8 +172,8 @@ async def add_file(
     name: Annotated[str, Query(min_length=1, max_length=300)],
     model: Annotated[list[ModelName], Query(max_length=MAX_MODELS)] = [],  # noqa: B006
 ) -> dict[str, Any]:
-    """Add the body as a file, which a message may then name: text, code, a PDF, or a picture for a model that sees.
-    Where `model` names who is to answer, a picture that one of them cannot see is refused."""
+    """Add the body as an attachment that a message may name: text, code, a PDF or a picture. A picture is refused
+    where one of the targets in `model` does not accept it."""
     data = await request.body()
     await studio.chat_targets.require_picture_support_for(model, data)
     return await studio.attachments.add(room.id, name, data)
@@ -182,7 +181,7 @@ async def add_file(
 
 @router.get("/{room}/files/{file}")
 async def get_file(room: RoomDep, studio: StudioDep, file: str) -> Response:
-    """A file as it was sent, as a download."""
+    """Download an attachment."""
     (about,) = await studio.attachments.find(room.id, [file], "file")
     headers = attachment(about["name"]) | {"content-security-policy": "sandbox"}
     return Response(await studio.attachments.read_content(file), media_type="application/octet-stream", headers=headers)
@@ -190,7 +189,7 @@ async def get_file(room: RoomDep, studio: StudioDep, file: str) -> Response:
 
 @router.post("/{room}/teach", status_code=202, dependencies=[Depends(enforce_rate_limit)])
 async def teach(body: Teach, room: RoomDep, studio: StudioDep, request: RequestIdDep) -> dict[str, Any]:
-    """Have a session learn from what was said of an answer: a job whose result is a step of its tree."""
+    """Train a session on the ratings of an answer: a job whose result is a step of its tree."""
     prompt, options, choice = studio.rooms.choice_from_answer(room, body.message)
     what = f"an answer in “{room.title}”"
     return job_json((await studio.retraining.learn_from_chat(body.session, prompt, options, choice, what, request)).row)
@@ -198,17 +197,17 @@ async def teach(body: Teach, room: RoomDep, studio: StudioDep, request: RequestI
 
 @router.post("/{room}/stop", status_code=202)
 async def stop(room: RoomDep) -> dict[str, Any]:
-    """Stop all answers that grow."""
+    """Stop all answers in progress."""
     await room.stop()
     return room.as_json()
 
 
 @router.get("/{room}/export")
 async def export(room: RoomDep, format: Literal["json", "markdown", "open-webui"] = "json") -> Response:
-    """A room to take away: all of it, the branch that is looked at as Markdown, or as open-webui reads it."""
+    """Export a room: everything as JSON, the selected branch as Markdown, or open-webui's format."""
     kind, ending = EXPORT_FORMATS[format]
     name = f"{slug(room.title, 'chat')}.{ending}"
     text = await asyncio.to_thread(
         export_room, room, format
-    )  # of thousands of messages, longer than the loop may be held
+    )  # a thread: thousands of messages would block the event loop
     return Response(text, media_type=kind, headers=attachment(name))

@@ -1,4 +1,4 @@
-"""The JSON API of uploads: begun, sent piece by piece, gone on with where they broke off."""
+"""The JSON API of uploads: sent in pieces, resumable."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class NewUpload(RequestBody):
 
 @router.post("", dependencies=[Depends(enforce_rate_limit)])
 async def begin(body: NewUpload, studio: StudioDep) -> dict[str, Any]:
-    """Begin an upload. The same names and sizes again are the same upload, with what has been received."""
+    """Begin an upload. The same names and sizes again resume it; the answer has what was received."""
     return await studio.uploads.begin(body.kind, body.name, [(file.path, file.bytes) for file in body.files], body.mark)
 
 
@@ -43,8 +43,8 @@ async def state(upload: str, studio: StudioDep) -> dict[str, Any]:
 async def append(
     upload: str, number: int, request: Request, studio: StudioDep, offset: Annotated[int, Query(ge=0, le=10**13)]
 ) -> dict[str, Any]:
-    """Add the body, at most a megabyte, to a file that has `offset` bytes so far. A wrong offset answers 409 with
-    what is here."""
+    """Append the body, at most a megabyte, to a file that has `offset` bytes so far. A wrong offset answers 409 with
+    the right one."""
     chunk = await request.body()
     if not 0 < len(chunk) <= CHUNK_BYTES:
         raise Invalid(
@@ -57,6 +57,6 @@ async def append(
 
 @router.delete("/{upload}", status_code=204)
 async def cancel(upload: str, studio: StudioDep) -> Response:
-    """Give an upload up; what was received is deleted."""
+    """Cancel an upload, and delete what was received."""
     await studio.uploads.cancel(upload)
     return Response(status_code=204)
