@@ -376,29 +376,29 @@ class FakeChatBatch:
         with self._lock:
             events, self._pending_events = self._pending_events, []
             now = time.monotonic()
-            due = [seat for seat in self._slots.values() if seat.next_word_at <= now]
-            for seat in due:
-                text = seat.next_word()
-                seat.count += 1
-                seat.next_word_at += seat.pause
+            due = [slot for slot in self._slots.values() if slot.next_word_at <= now]
+            for slot in due:
+                text = slot.next_word()
+                slot.count += 1
+                slot.next_word_at += slot.pause
                 drawn = (
                     (SampledToken(text=text, bytes=tuple(text.encode()), logprob=-1.0),)
-                    if seat.request.top is not None
+                    if slot.request.top is not None
                     else ()
                 )
-                events.append((seat.number, TextDelta(text=text, tokens=seat.count, drawn=drawn), False))
-                if seat.count >= seat.max_words:
-                    seconds = now - seat.started
+                events.append((slot.number, TextDelta(text=text, tokens=slot.count, drawn=drawn), False))
+                if slot.count >= slot.max_words:
+                    seconds = now - slot.started
                     done = AnswerDone(
-                        finish="length" if seat.is_cut else "stop",
-                        tokens=seat.count,
-                        prompt_tokens=seat.prompt_tokens,
+                        finish="length" if slot.is_cut else "stop",
+                        tokens=slot.count,
+                        prompt_tokens=slot.prompt_tokens,
                         seconds_to_first=0.0,
                         seconds=seconds,
                     )
-                    events.append((seat.number, done, True))
-                    del self._slots[seat.number]
-            soonest = min((seat.next_word_at for seat in self._slots.values()), default=now)
+                    events.append((slot.number, done, True))
+                    del self._slots[slot.number]
+            soonest = min((slot.next_word_at for slot in self._slots.values()), default=now)
         if not events:
             time.sleep(min(max(soonest - now, 0.0), STEP_SECONDS))
         return events

@@ -48,14 +48,16 @@ from .learning.merging import merge
 from .learning.retraining import evaluate_choices, retrain
 from .learning.step import TrainingState, learn_choice
 from .scheduler import Handler, RequestBatch, Steps
-from .text.adapters import AdapterSlot, Weights, WeightsStore
+from .text.adapters import AdapterSlot
 from .text.chat_batch import ChatBatch
 from .text.decoding import GrowingOption, decode_group
 from .text.group_forward import group_forward_for
 from .text.kv_cache import SequenceCache, sequence_cache_for
-from .text.loaded_model import LoadedModel, load_model, require_free_memory
+from .text.loaded_model import LoadedModel
+from .text.loading import load_model, require_free_memory
 from .text.quality_metrics import fluency_of, variety_of
 from .text.sampling import MIN_TEMPERATURE, overflow_error
+from .text.weights_store import Weights, WeightsStore
 
 PROGRESS_SECONDS = 0.2
 MAX_REFERENCES = 1024

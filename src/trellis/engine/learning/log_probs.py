@@ -21,7 +21,8 @@ from ...messages import Choice
 from ..parallel import SMALL_MODEL_PARAMETERS
 from ..text.adapters import AdapterSlot
 from ..text.cache_support import has_logits_to_keep, last_logits
-from ..text.fast_forward import FastForward, FusedLinear
+from ..text.fast_forward import FastForward
+from ..text.fused_layers import FusedLinear
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,9 @@ from ...messages import Load, Merge, Merged, Progress
 from ...model_files import weight_files
 from ...safetensors_files import READ_ERRORS, all_finite, read_header
 from ..text.cache_support import ModelCache
-from ..text.loaded_model import LoadedModel, fingerprints, load_model
+from ..text.loaded_model import LoadedModel
+from ..text.loading import load_model
+from ..text.stored_weights import fingerprints
 from .auxiliary_files import copy_auxiliary_files, read_usage, require_same_usage, write_config
 from .log_probs import Group, answer_logprobs
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ...messages import derived_seed
 from ...params import Learning
-from ..text.adapters import AdapterSlot, not_finite_error
+from ..text.adapters import AdapterSlot
 from ..text.sampling import overflow_error
+from ..text.weights_store import not_finite_error
 from .log_probs import GradientPart, Group, schedule_passes, scorer_for
 from .losses import METHODS, Method, answer_rewards
 from .step import TrainingState, adamw_step, scale_imitation

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ...messages import Written
 from ...params import Learning
-from ..text.adapters import AdapterSlot, not_finite_error
+from ..text.adapters import AdapterSlot
 from ..text.quality_metrics import variety_of
+from ..text.weights_store import not_finite_error
 from .log_probs import GradientPart, Group, schedule_passes, scorer_for
 from .losses import BETAS, CLIP, METHODS, ChoiceLoss, k3
 from .targets import chosen_indices

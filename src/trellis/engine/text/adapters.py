@@ -6,28 +6,20 @@ switching weights is one copy and an optimiser step is a few operations. It does
 
 from __future__ import annotations
 
-import json
-import mmap
-import sys
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...blobs import Blobs
-from ...errors import Invalid, TrellisError, WeightsMissing
-from ...messages import Metrics, derived_seed, recipe_id
+from ...errors import Invalid
+from ...messages import derived_seed, recipe_id
 from ...params import Adapter
 from ..parallel import SINGLE_CORE, CorePool
 from .cache_support import CacheSupport, detect_cache_support
@@ -41,46 +33,6 @@ from .target_modules import (
     restored_on_error,
     short_name,
 )
-
-
-@dataclass(frozen=True)
-class Weights:
-    """An adapter and its optimiser state. The tensors are never changed once made.
-
-    flat, first, second: (P,) fp32 on the model's device, the adapter's parameters and AdamW's two moments.
-    """
-
-    id: str
-    adapter: Adapter
-    flat: Tensor
-    first: Tensor
-    second: Tensor
-    steps: int
-
-    @property
-    def is_valid(self) -> bool:
-        """Whether all values are finite and the optimiser's state is one that steps can lead to."""
-        fits = self.first.shape == self.second.shape == self.flat.shape
-        finite = all(bool(each.isfinite().all()) for each in (self.flat, self.first, self.second))
-        return fits and finite and bool((self.second >= 0).all())
-
-    @property
-    def nbytes(self) -> int:
-        return self.flat.nbytes * (3 if self.steps else 1)  # before the first step the moments are everybody's
-
-
-def copy_outside_allocator(tensor: Tensor) -> Tensor:
-    """A copy in memory of its own, where that is the main memory: what is kept for long among what comes and goes would
-    leave the allocator with holes as large as itself."""
-    if tensor.device.type != "cpu":
-        return tensor
-    private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
-    copy = torch.frombuffer(mmap.mmap(-1, tensor.nbytes, **private), dtype=tensor.dtype).view(tensor.shape)
-    return copy.copy_(tensor)
-
-
-DEFAULT_CACHE_BYTES = 500_000_000
-"""Adapters and optimiser states that an engine keeps in memory; at least two, however large they are."""
 
 
 class AdapterSlots:
@@ -371,160 +323,3 @@ def _squared_norm(down: Tensor, up: Tensor, experts: int) -> Tensor:
     a = down.view(experts, -1, down.shape[1])
     b = up.view(len(up), -1, experts).permute(2, 0, 1)
     return ((b.mT @ b) * (a @ a.mT)).sum()
-
-
-def not_finite_error() -> TrellisError:
-    """The error for weights that learning led to and that are no numbers any more."""
-    return TrellisError(
-        "The model's numbers overflowed while it learned, and what it learned was not kept.",
-        code="not_finite",
-        next_step="Undo a few steps, or use a lower learning rate in a new session.",
-    )
-
-
-class WeightsStore:
-    """The weights an engine can name: a bounded cache in memory over folders on disk. Safe to use from any thread."""
-
-    def __init__(self, blobs: Blobs, cache_bytes: int | None = None) -> None:
-        self.blobs = blobs
-        self._cache_bytes = DEFAULT_CACHE_BYTES if cache_bytes is None else cache_bytes
-        self._cache: OrderedDict[str, Weights] = OrderedDict()
-        self._unsaved_metrics: dict[str, Metrics] = {}
-        """What was measured of weights that are in the cache alone."""
-        self._lock = threading.Lock()
-        """Held for looking into memory, never while a disk is waited for."""
-
-    def settings(self, weights_id: str) -> Adapter:
-        """The adapter settings of weights on disk. Raises WeightsMissing."""
-        if (cached := self._cached(weights_id)) is not None:
-            return cached.adapter
-        metadata = self._read_metadata(weights_id)
-        try:
-            return Adapter.model_validate(metadata["adapter"])
-        except (KeyError, ValueError):
-            self.blobs.discard(weights_id)
-            raise WeightsMissing(weights_id) from None
-
-    def create_initial(self, slot: AdapterSlot, weights_id: str, seed: int) -> Weights:
-        """The weights a session starts from: A drawn as LoRA prescribes (Kaiming uniform), B zero."""
-        generator = torch.Generator().manual_seed(seed)
-        flat = torch.zeros(slot.flat.shape)
-        for name, where, shape in slot.slices:
-            if "lora_A" in name:
-                bound = (1 / shape[1]) ** 0.5
-                sampled = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-                flat[where] = sampled.flatten()
-        flat = flat.to(slot.flat.device)
-        weights = Weights(weights_id, slot.settings, flat, slot.zero_moments, slot.zero_moments, 0)
-        return self.add(slot, weights, None, save=True)
-
-    def get(self, slot: AdapterSlot, weights_id: str) -> Weights:
-        """Weights from memory or disk. Raises WeightsMissing where there is no whole folder that fits."""
-        if (cached := self._cached(weights_id)) is not None:
-            return cached
-        metadata = self._read_metadata(weights_id)
-        folder = self.blobs.path(weights_id)
-        try:
-            flat = slot.join(load_file(folder / "adapter_model.safetensors"))
-            state = load_file(folder / "optimizer.safetensors")
-            steps = int(metadata["steps"])
-            first, second = (
-                state[name].to(flat.device) if steps else slot.zero_moments for name in ("first", "second")
-            )
-            weights = Weights(weights_id, slot.settings, flat, first, second, steps)
-            if not weights.is_valid:
-                raise ValueError("some of its values are not finite")
-        except (OSError, KeyError, RuntimeError, ValueError, TypeError, SafetensorError):
-            self.blobs.discard(weights_id)
-            raise WeightsMissing(weights_id) from None
-        return self._add_to_cache(slot, weights)
-
-    def add(self, slot: AdapterSlot, weights: Weights, metrics: Metrics | None, save: bool) -> Weights:
-        """Take new weights, and write them if they are to be kept. Those that are not may have to be made again.
-
-        Raises TrellisError for weights that are not finite: they would be damaged wherever they are read again.
-        """
-        if not weights.is_valid:
-            raise not_finite_error()
-        if save:
-            self._write(slot, weights, metrics)
-        return self._add_to_cache(slot, weights, None if save or weights.id in self.blobs else metrics)
-
-    def save(self, slot: AdapterSlot, weights_id: str) -> None:
-        """Have weights on disk that are there or in memory. Raises WeightsMissing where they are in neither."""
-        if weights_id not in self.blobs:
-            self._write(slot, self.get(slot, weights_id), self._unsaved_metrics.get(weights_id))
-        self._unsaved_metrics.pop(weights_id, None)
-
-    def _write(self, slot: AdapterSlot, weights: Weights, metrics: Metrics | None) -> None:
-        """Write weights in PEFT's own layout with the optimiser's state beside it, whole or not at all."""
-        metadata = {
-            "adapter": weights.adapter.model_dump(mode="json"),
-            "steps": weights.steps,
-            "metrics": metrics.model_dump(mode="json") if metrics else None,
-        }
-        with self.blobs.writing(weights.id) as folder:
-            named = {name: tensor.contiguous().cpu() for name, tensor in slot.split(weights.flat).items()}
-            save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-            state = {"first": weights.first.cpu(), "second": weights.second.cpu().clone()}  # a file shares nothing
-            save_file(state, folder / "optimizer.safetensors")
-            slot.config.save_pretrained(folder)
-            (folder / "weights.json").write_text(json.dumps(metadata, indent=1))
-
-    def is_available(self, slot: AdapterSlot, weights_id: str) -> bool:
-        """Whether the weights are at hand: on disk, whole, or in memory and never written."""
-        if weights_id not in self.blobs and weights_id not in self._unsaved_metrics:
-            return False
-        try:
-            self.get(slot, weights_id)
-        except WeightsMissing:
-            return False
-        return True
-
-    def metrics(self, weights_id: str) -> Metrics | None:
-        """What was measured when the weights were made, if they are at hand."""
-        if (unsaved := self._unsaved_metrics.get(weights_id)) is not None:
-            return unsaved
-        if weights_id not in self.blobs:
-            return None
-        try:
-            found = self._read_metadata(weights_id).get("metrics")
-            return Metrics.model_validate(found) if found else None
-        except (WeightsMissing, ValueError):
-            return None
-
-    def _read_metadata(self, weights_id: str) -> dict[str, Any]:
-        try:
-            metadata = json.loads((self.blobs.path(weights_id) / "weights.json").read_text())
-            if not isinstance(metadata, dict):
-                raise ValueError("it is not an object")
-        except (OSError, ValueError):
-            self.blobs.discard(weights_id)
-            raise WeightsMissing(weights_id) from None
-        return metadata
-
-    def _cached(self, weights_id: str) -> Weights | None:
-        """Weights in memory."""
-        with self._lock:
-            if weights_id in self._cache:
-                self._cache.move_to_end(weights_id)
-            return self._cache.get(weights_id)
-
-    def _add_to_cache(self, slot: AdapterSlot, weights: Weights, unsaved_metrics: Metrics | None = None) -> Weights:
-        """Keep weights in memory; with what was measured of them where they are there alone."""
-        flat, first, second = (
-            each if each is slot.zero_moments else copy_outside_allocator(each)
-            for each in (weights.flat, weights.first, weights.second)
-        )
-        weights = replace(weights, flat=flat, first=first, second=second)
-        with self._lock:
-            if unsaved_metrics is not None:
-                self._unsaved_metrics[weights.id] = unsaved_metrics
-            self._cache[weights.id] = weights
-            self._cache.move_to_end(weights.id)
-            total_bytes = sum(each.nbytes for each in self._cache.values())
-            while total_bytes > self._cache_bytes and len(self._cache) > 2:
-                _, dropped = self._cache.popitem(last=False)
-                self._unsaved_metrics.pop(dropped.id, None)
-                total_bytes -= dropped.nbytes
-        return weights

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...params import Sampling
-from .fast_forward import FastForward, FusedLayer, KVCache
+from .fast_forward import FastForward, KVCache
+from .fused_layers import FusedLayer
 from .sampling import is_greedy, sample_scaled
 
 STEPS_PER_SYNC = 4

@@ -9,14 +9,14 @@ transformers' own is used.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .packed_weights import MAX_PACKED_BYTES, MAX_PACKED_ROWS, has_memory_for_copy, pack_weight, packed_linear
+from .fused_layers import FusedLayer, FusedLinear
+from .packed_weights import MAX_PACKED_BYTES, has_memory_for_copy, pack_weight
 
 SUPPORTED_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma"}
 SUPPORTED_ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
@@ -26,96 +26,6 @@ SUPPORTED_ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
 MAX_MERGED_BYTES = 50_000_000
 """An adapter is merged into a copy of the layers where that copy is no larger: most of a small model's time goes into
 the number of its operations."""
-
-
-class RowAdapters:
-    """Which rows of a batch have which of some adapters. Rows of one adapter are multiplied by it together."""
-
-    def __init__(self, adapters: Sequence[int | None], count: int, device: torch.device) -> None:
-        """The number of each row's adapter, of so many; None for a row that has none."""
-        members: list[list[int]] = [[] for _ in range(count)]
-        for row, adapter in enumerate(adapters):
-            if adapter is not None:
-                members[adapter].append(row)
-        self._count, self._width = count, max(map(len, members))
-        rows = [row for each in members for row in each]
-        slots = [number * self._width + place for number, each in enumerate(members) for place in range(len(each))]
-        self._rows = torch.tensor(rows, device=device, dtype=torch.long)
-        self._slots = torch.tensor(slots, device=device, dtype=torch.long)
-
-    def add_to(self, output: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
-        """found (N, out) and what each row's adapter, of down (K, in, r) and up (K, r, out), makes of x (N, in)."""
-        grouped = x.new_zeros(self._count * self._width, x.shape[1])
-        grouped[self._slots] = x[self._rows]
-        added = torch.bmm(torch.bmm(grouped.view(self._count, self._width, -1), lora_a), lora_b)
-        return output.index_add(0, self._rows, added.view(len(grouped), -1)[self._slots])
-
-
-@dataclass
-class FusedLinear:
-    """Linear layers that read the same input, as one: x Wᵀ + b, and x Aᵀ Bᵀ where an adapter is in it."""
-
-    weight: Tensor
-    bias: Tensor | None
-    parts: tuple[tuple[str, slice], ...]
-    """Which output rows belong to which layer, by the end of its name."""
-    lora_a: Tensor | None = None
-    lora_b: Tensor | None = None
-    packed: Tensor | None = None
-    row_adapters: RowAdapters | None = None
-    """Which row has which of several adapters; `down` is then (K, in, r) and `up` (K, r, out)."""
-
-    @classmethod
-    def fuse(cls, layers: dict[str, nn.Linear]) -> FusedLinear:
-        """Layers as one; their own weights become views into it, so that nothing is held twice."""
-        parts, start = [], 0
-        for name, layer in layers.items():
-            parts.append((name, slice(start, start + layer.out_features)))
-            start += layer.out_features
-        if len(layers) == 1:
-            (layer,) = layers.values()
-            return cls(layer.weight.data, layer.bias, tuple(parts))
-        weight = torch.cat([layer.weight.data for layer in layers.values()])
-        for (_, where), layer in zip(parts, layers.values(), strict=True):
-            layer.weight.data = weight[where]
-        biases = [
-            torch.zeros(layer.out_features).to(weight) if layer.bias is None else layer.bias.data
-            for layer in layers.values()
-        ]
-        has_bias = any(layer.bias is not None for layer in layers.values())
-        return cls(weight, torch.cat(biases) if has_bias else None, tuple(parts))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(N, in) to (N, out)."""
-        if self.packed is not None and len(x) <= MAX_PACKED_ROWS:
-            output = packed_linear(x, self.packed, self.bias)
-        else:
-            output = functional.linear(x, self.weight, self.bias)
-        if self.lora_a is None or self.lora_b is None:
-            return output
-        if self.row_adapters is not None:
-            return self.row_adapters.add_to(output, x, self.lora_a, self.lora_b)
-        return output.addmm_(functional.linear(x, self.lora_a), self.lora_b)
-
-    def add_to(self, x: Tensor, inputs: Tensor) -> Tensor:
-        """x (N, out) and what this makes of `seen` (N, in)."""
-        if self.packed is None and self.bias is None and self.lora_a is None:
-            return torch.addmm(x, inputs, self.weight.T)
-        return x + self(inputs)
-
-
-@dataclass
-class FusedLayer:
-    input_norm: Tensor
-    qkv: FusedLinear
-    qk_norm: Tensor | None
-    attention_out: FusedLinear
-    mlp_norm: Tensor
-    gate_up: FusedLinear
-    down: FusedLinear
-
-    def linears(self) -> tuple[FusedLinear, ...]:
-        return self.qkv, self.attention_out, self.gate_up, self.down
 
 
 class FastForward:

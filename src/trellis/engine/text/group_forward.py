@@ -16,7 +16,8 @@ from ...params import Sampling
 from .adapters import AdapterSlot
 from .cache_support import ModelCache
 from .cuda_graphs import SampledSteps, StepGraphs
-from .fast_forward import FusedLayer, KVCache
+from .fast_forward import KVCache
+from .fused_layers import FusedLayer
 from .sampling import sample
 
 

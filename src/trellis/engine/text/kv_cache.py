@@ -9,34 +9,31 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ...params import Adapter
-from .adapters import AdapterSlot, AdapterSlots, Weights
+from .adapters import AdapterSlots
 from .cache_support import ModelCache
-from .fast_forward import AdaptedLayers, FastForward, FusedLayer, FusedLinear, KVCache, RowAdapters
+from .fast_forward import AdaptedLayers, FastForward, KVCache
+from .fused_layers import FusedLayer
 from .group_forward import GenericGroupForward
+from .stacked_adapters import FindWeights, StackedAdapters
 
 log = logging.getLogger(__name__)
 
 CAPACITY_MULTIPLE = 64
 """Room for positions is taken in steps of this."""
 
-MAX_IDLE_ADAPTERS = 8
-"""Adapters that stay beside the others when nobody talks to them any more, for a next message."""
 
 MAX_SINGLE_TOKEN_STEPS = 64
 """So many tokens are rather read one by one than with all that was before them, where a model knows only these ways."""
 
 MAX_PREFIXES = 64
 """So many conversations at most are kept warm, those that were read last."""
-
-FindWeights = Callable[[str], tuple[AdapterSlot, Weights]]
-"""Weights by id, and the slot that they go into. Raises WeightsMissing."""
 
 
 @dataclass(eq=False)
@@ -115,109 +112,6 @@ class CachedPrefix:
 
     tokens: list[int]
     keys_values: Tensor
-
-
-class StackedAdapters:
-    """The adapters of a batch, each in a place of its own beside the others; only one that is new is written."""
-
-    def __init__(self, fast_forward: FastForward, find_weights: FindWeights) -> None:
-        self._fast_forward, self._find_weights = fast_forward, find_weights
-        self._indices: dict[str, int] = {}
-        self._lora_a: list[list[Tensor]] = []
-        self._lora_b: list[list[Tensor]] = []
-        """Of each linear layer of each layer: (K, in, r) and (K, r, out)."""
-
-    @property
-    def bytes_per_adapter(self) -> int:
-        """What one more adapter takes; 0 where none is known yet."""
-        return sum(each[0].nbytes for both in (self._lora_a, self._lora_b) for layer in both for each in layer)
-
-    def add(self, weights: str, used: Collection[str]) -> int:
-        """The place of some weights, which are put there if need be; `used` stay. Raises WeightsMissing."""
-        if weights in self._indices:  # an id names what never changes
-            return self._indices[weights]
-        slot, found = self._find_weights(weights)
-        with torch.inference_mode():
-            adapted = slot.unmerged_layers(self._fast_forward)
-            adapted.install(found.flat)
-            return self._write(weights, adapted.layers, used)
-
-    def layers(self, weights: Sequence[str]) -> list[FusedLayer]:
-        """The layers for rows with these weights, all of which have a place."""
-        indices = [self._indices[each] if each else None for each in weights]
-        if all(place is None for place in indices):
-            return self._fast_forward.layers
-        with torch.inference_mode():
-            row_adapters = (
-                RowAdapters(indices, len(self._lora_a[0][0]), self._fast_forward.device)
-                if len(set(indices)) > 1
-                else None
-            )
-        single = next(place for place in indices if place is not None)
-        return [
-            self._fused_layer(base, downs, ups, row_adapters, single)
-            for base, downs, ups in zip(self._fast_forward.layers, self._lora_a, self._lora_b, strict=True)
-        ]
-
-    def release_unused(self) -> None:
-        """Nobody uses any of them: many are not kept."""
-        if self._lora_a and len(self._lora_a[0][0]) > MAX_IDLE_ADAPTERS:
-            self.clear()
-
-    def clear(self) -> None:
-        self._indices, self._lora_a, self._lora_b = {}, [], []
-
-    def _fused_layer(
-        self,
-        base: FusedLayer,
-        lora_as: list[Tensor],
-        lora_bs: list[Tensor],
-        row_adapters: RowAdapters | None,
-        index: int,
-    ) -> FusedLayer:
-        linears = []
-        for each, down, up in zip(base.linears(), lora_as, lora_bs, strict=True):
-            lora = (down, up) if row_adapters else (down[index].T, up[index])
-            linears.append(FusedLinear(each.weight, each.bias, each.parts, *lora, each.packed, row_adapters))
-        qkv, out, gate_up, last = linears
-        return FusedLayer(base.input_norm, qkv, base.qk_norm, out, base.mlp_norm, gate_up, last)
-
-    def _write(self, weights: str, layers: Sequence[FusedLayer], used: Collection[str]) -> int:
-        unused = [index for each, index in self._indices.items() if each not in used]
-        capacity, rank = (len(self._lora_a[0][0]), self._lora_a[0][0].shape[2]) if self._lora_a else (0, 0)
-        ranks = max(
-            (len(each.lora_a) for one in layers for each in one.linears() if each.lora_a is not None), default=1
-        )
-        is_full = len(self._indices) == capacity and not (unused and capacity > MAX_IDLE_ADAPTERS)
-        if is_full or ranks > rank:
-            self._reserve(layers, capacity + (max(1, capacity // 4) if is_full else 0), max(ranks, rank))
-            capacity = len(self._lora_a[0][0])
-        place = next((each for each in range(capacity) if each not in self._indices.values()), None)
-        if place is None:
-            place = unused[0]
-            self._indices = {each: at for each, at in self._indices.items() if at != place}
-        for layer, downs, ups in zip(layers, self._lora_a, self._lora_b, strict=True):
-            for each, down, up in zip(layer.linears(), downs, ups, strict=True):
-                down[place].zero_()
-                up[place].zero_()
-                if each.lora_a is not None and each.lora_b is not None:
-                    down[place, :, : len(each.lora_a)] = each.lora_a.T
-                    up[place, : len(each.lora_b)] = each.lora_b
-        self._indices[weights] = place
-        return place
-
-    def _reserve(self, layers: Sequence[FusedLayer], count: int, ranks: int) -> None:
-        """Room for so many adapters of such ranks; those that are there stay."""
-        old_lora_a, old_lora_b = self._lora_a, self._lora_b
-        weights = [[each.weight for each in one.linears()] for one in layers]
-        self._lora_a = [[each.new_zeros(count, each.shape[1], ranks) for each in one] for one in weights]
-        self._lora_b = [[each.new_zeros(count, ranks, each.shape[0]) for each in one] for one in weights]
-        for mine, theirs in zip(self._lora_a, old_lora_a, strict=False):
-            for here, there in zip(mine, theirs, strict=True):
-                here[: len(there), :, : there.shape[2]] = there
-        for mine, theirs in zip(self._lora_b, old_lora_b, strict=False):
-            for here, there in zip(mine, theirs, strict=True):
-                here[: len(there), : there.shape[1]] = there
 
 
 class FastSequenceCache(SequenceCache):
