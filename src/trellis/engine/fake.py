@@ -1,7 +1,7 @@
-"""The same messages without torch: words drawn by hash instead of by a model.
+"""The same messages without torch: words are picked by hash instead of by a model.
 
-For tests of everything above the wire. It keeps the engine's promises (pure, resumable, weights on disk
-whole or not at all), held to them by the same contract suite.
+For tests of everything above the engine. It is held to the real engine's promises (pure, resumable, weights on disk
+complete or absent) by the same contract tests.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ WORDS = [
 STEP_SECONDS = 0.002
 
 CONTEXT_WORDS = 1024
-"""Words of a conversation that are taken."""
+"""The longest accepted conversation, in words."""
 
 REPEAT_PHRASE = "repeat yourself"
-"""Where a prompt says so, the third answer is the first one again."""
+"""A prompt with this phrase makes the third answer repeat the first one."""
 
 SAY_COMMAND = re.compile(r"say (\d{1,6}) (words|times) at (\d{1,6}) a second")
 
@@ -300,8 +300,8 @@ class FakeEngine:
 
 
 class FakeSlot:
-    """One conversation. A last message that says “say N words at M a second” is answered so; “say N times …” by the
-    time on the computer's steady clock, from which a bench reads how long a word was under way."""
+    """One conversation. If the last message is “say N words at M a second”, it is answered so; “say N times …” answers
+    with monotonic clock readings, from which a benchmark computes the latency of a word."""
 
     def __init__(self, number: int, request: Chat) -> None:
         self.number, self.request = number, request

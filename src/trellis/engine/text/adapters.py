@@ -1,7 +1,7 @@
-"""Weights as values: an adapter held as one flat vector, its optimiser state beside it, in PEFT's layout on disk.
+"""LoRA adapters injected into one base model: their layers, values as one flat vector, gradients, drift.
 
-PEFT injects the adapter and defines the files; its parameters are then views into one vector, so that
-switching weights is one copy and an optimiser step is a few operations. It does not know prompts or losses.
+PEFT injects an adapter; its parameters then become views into one vector, so that switching weights is one copy and an
+optimizer step a few operations. It does not know prompts, losses or files.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from .target_modules import (
 
 
 class AdapterSlots:
-    """The adapters injected into one base model, one for each set of settings that a session asked for."""
+    """The adapters injected into one base model, one slot per adapter settings."""
 
     def __init__(self, base: nn.Module, fast_forward: FastForward | None = None, cores: CorePool = SINGLE_CORE) -> None:
-        """`lean` is the base model's lean pass, where it has one; `crew` are the hands for it."""
+        """`fast_forward` is the base model's fast forward pass, if it has one; `cores` runs its parallel halves."""
         self._base = base
         self._fast_forward = fast_forward
         self._cores = cores
         self.unused_rows: Tensor | None = None
-        """Rows of the vocabulary that no token belongs to, which are never drawn."""
+        """Vocabulary rows without a token, which are never sampled."""
         self._model: PeftModel | None = None
         self._slots: dict[Adapter, AdapterSlot] = {}
         self._lock = threading.RLock()
@@ -52,10 +52,10 @@ class AdapterSlots:
         self._cache_support: CacheSupport | None = None
 
     def get(self, settings: Adapter) -> AdapterSlot:
-        """The slot for these settings, injected on first use. Where that fails, the model stays as it was."""
+        """Return the slot for these settings, injecting it on first use. On failure the model stays as it was."""
         with self._lock:
             if settings not in self._slots:
-                targets = self._find_targets(settings)  # what cannot be is refused before anything is touched
+                targets = self._find_targets(settings)  # reject what is impossible before touching anything
                 with restored_on_error(self._model or self._base):
                     self._slots[settings] = self._inject(settings, *targets)
             return self._slots[settings]
@@ -64,13 +64,13 @@ class AdapterSlots:
     def layers(self) -> AdaptableLayers:
         """The layers that adapters can change."""
         with self._lock:
-            if self._layers is None:  # asked for before the first injection
+            if self._layers is None:  # first asked for before the first injection
                 self._layers = find_adaptable_layers(self._base, probe=self._fast_forward is None)
             return self._layers
 
     @property
     def cache_support(self) -> CacheSupport:
-        """How the model goes on with a text, as found out with the adapters off."""
+        """How the model caches, as detected with the adapters off."""
         with self._lock:
             if self._cache_support is None:
                 with self._model.disable_adapter() if self._model else nullcontext():
@@ -106,8 +106,8 @@ class AdapterSlots:
         return isinstance(getattr(module, "base_layer", module), Conv1D)
 
     def _find_targets(self, settings: Adapter) -> tuple[list[str], list[str], tuple[str, ...]]:
-        """Names of the linear layers and of the expert weights that get an adapter, and of what was asked for and does
-        not. Raises Invalid, which lists what there is, for a name that no layer has."""
+        """Return the linear layers and expert weights that get an adapter, and the requested ones that cannot, with
+        reasons. Raises Invalid, listing the available names, for an unknown one."""
         layers = self.layers
         experts = list(layers.experts)
         unsupported = dict(layers.unsupported)
@@ -138,8 +138,8 @@ class AdapterSlots:
 
 
 def _restore_8bit_scales(base: nn.Module) -> None:
-    """Once an 8-bit layer of bitsandbytes has run, its scales stand in its state alone, and PEFT, which moves the
-    weight, would leave them behind: put them back where they came from."""
+    """Put the scales of 8-bit layers back on their weights. Once such a layer of bitsandbytes has run, only its state
+    has them, and PEFT would lose them when it moves the weight."""
     for module in base.modules():
         state: Any = getattr(module, "state", None)
         weight: Any = getattr(module, "weight", None)
@@ -148,23 +148,23 @@ def _restore_8bit_scales(base: nn.Module) -> None:
 
 
 def dequantized_weight(layer: Any) -> Tensor:
-    """The weight of a linear layer, dequantised where it has fewer bits."""
+    """Return the weight of a linear layer, dequantized if necessary."""
     if (own := getattr(layer, "dequantized", None)) is not None:
         return own()
     return dequantize_module_weight(layer).detach()
 
 
 class ThreadState(threading.local):
-    """What each thread has of a slot for itself: the lean layers with its adapter's values in them."""
+    """What each thread has of a slot: layers with the adapter's values, and graphs over them."""
 
     adapted_layers: AdaptedLayers | None = None
     graphs: StepGraphs | None = None
 
 
 class AdapterSlot:
-    """One adapter injected into the base model; the values in it are switched in place.
+    """One adapter injected into the base model; its values are switched in place.
 
-    There is one model for all threads: whoever goes through it holds `turn`. Of the lean layers each has its own.
+    All threads share one model: hold `lock` while using it. Each thread has its own adapted layers.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class AdapterSlot:
         self.lock = lock
         self.cores = cores
         self.left_out = left_out
-        """What “all-linear” stands for and cannot get an adapter, each with the reason."""
+        """Layers that “all-linear” includes but that cannot get an adapter, with reasons."""
         self.config = model.peft_config[name]
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         model.set_adapter(name)
@@ -195,7 +195,7 @@ class AdapterSlot:
         self.flat = torch.zeros(total, device=device)
         self.grad = torch.zeros(total, device=device)
         self.zero_moments = torch.zeros(total, device=device)
-        """What the optimiser's moments are before its first step; never changed, and the same for all."""
+        """The optimizer's moments before its first step; never changed, and shared by all."""
         self.slices: list[tuple[str, slice, torch.Size]] = []
         start = 0
         for path, parameter in parameters:
@@ -216,37 +216,37 @@ class AdapterSlot:
 
     @property
     def cache_support(self) -> CacheSupport:
-        """How the model goes on with a text."""
+        """How the model caches."""
         return self._slots.cache_support
 
     @property
     def unused_rows(self) -> Tensor | None:
-        """Rows of the vocabulary that no token belongs to; the same for all slots, whenever they were made."""
+        """Vocabulary rows without a token; the same for all slots, whenever they were made."""
         return self._slots.unused_rows
 
     @property
     def adapted_layers(self) -> AdaptedLayers | None:
-        """The lean layers of this thread; None where the model or the adapter has none."""
+        """This thread's layers for the fast forward pass; None if the model or the adapter does not support it."""
         if self._thread.adapted_layers is None and self._fast_forward is not None:
             scale = self.settings.lora_alpha / self.settings.lora_rank
             self._thread.adapted_layers = AdaptedLayers(self._fast_forward, self.slices, scale)
         return self._thread.adapted_layers
 
     def unmerged_layers(self, fast_forward: FastForward) -> AdaptedLayers:
-        """Lean layers with the adapter beside the base model's weights, which whoever asks has alone."""
+        """Return layers with the adapter unmerged, owned by the caller."""
         return AdaptedLayers(
             fast_forward, self.slices, self.settings.lora_alpha / self.settings.lora_rank, unmerged=True
         )
 
     @property
     def graphs(self) -> StepGraphs | None:
-        """The captured steps over this thread's lean layers, on a GPU."""
+        """The captured steps over this thread's layers, on a GPU."""
         if self._thread.graphs is None and self.flat.is_cuda and self.adapted_layers is not None:
             self._thread.graphs = StepGraphs(self.adapted_layers.fast_forward, self.adapted_layers.layers)
         return self._thread.graphs
 
     def install(self, flat: Tensor) -> None:
-        """Put values (P,) into the model. Cheap when they are there already."""
+        """Put values (P,) into the model. Cheap if they are there already."""
         if self.model.active_adapter != self.name:
             self.model.set_adapter(self.name)
         if self._installed is not flat:
@@ -255,7 +255,7 @@ class AdapterSlot:
 
     @contextmanager
     def dropout(self, *seed: str | int) -> Iterator[None]:
-        """Within this, the adapter drops some of its inputs, where its settings ask for that; drawn from the seed."""
+        """Context in which LoRA dropout is active, if the settings have any, with random numbers from the seed."""
         if not self.settings.lora_dropout:
             yield
             return
@@ -272,21 +272,21 @@ class AdapterSlot:
                     layer.eval()
 
     def gradient(self, loss: Tensor) -> Tensor:
-        """The gradient (P,) of a scalar loss by what is installed, as a new vector."""
+        """Return the gradient (P,) of a scalar loss by the installed values, as a new vector."""
         self.grad.zero_()
         loss.backward()
         return self.grad.clone()
 
     def without_adapter(self) -> AbstractContextManager[Any]:
-        """Within this, the model is the base model: the adapter is off."""
+        """Context in which the adapter is off: the model is the base model."""
         return self.model.disable_adapter()
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """A flat vector as named tensors, by the names that PEFT's files use."""
+        """Return a flat vector as named tensors, with the names of PEFT's files."""
         return {name: flat[where].view(shape) for name, where, shape in self.slices}
 
     def join(self, tensors: dict[str, Tensor]) -> Tensor:
-        """Named tensors as a flat vector. Raises KeyError or RuntimeError where they do not fit."""
+        """Return named tensors as a flat vector. Raises KeyError or RuntimeError if they do not fit."""
         flat = torch.empty_like(self.flat)
         for name, where, shape in self.slices:
             if tensors[name].shape != shape:
@@ -295,7 +295,7 @@ class AdapterSlot:
         return flat
 
     def drift(self, flat: Tensor) -> float:
-        """How far the weights have moved: the Frobenius norm of all changes over that of what they change.
+        """Return how far the weights moved: the Frobenius norm of all changes over that of the changed weights.
 
         ‖BA‖² is the sum over (BᵀB) ∘ (AAᵀ), two rank-by-rank matrices, so no full matrix is ever made.
         """
@@ -318,8 +318,8 @@ class AdapterSlot:
 
 
 def _squared_norm(down: Tensor, up: Tensor, experts: int) -> Tensor:
-    """‖BA‖² of A (r, in) and B (out, r); of stacked experts the sum over all, in PEFT's layout: A is (experts, r, in)
-    and B (out, r, experts), each as a matrix."""
+    """Return ‖BA‖² of A (r, in) and B (out, r); for stacked experts the sum over all, in PEFT's layout: A is (experts,
+    r, in) and B (out, r, experts), each as a matrix."""
     a = down.view(experts, -1, down.shape[1])
     b = up.view(len(up), -1, experts).permute(2, 0, 1)
     return ((b.mT @ b) * (a @ a.mT)).sum()

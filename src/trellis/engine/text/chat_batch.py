@@ -1,8 +1,7 @@
-"""Many conversations with one model at once: each joins the batch when there is room, its words are read piece by piece
-between the steps of the others, and leaves when its answer is whole or nobody wants it any more.
+"""Continuous batching of chats with one model: a conversation gets a slot when there is room, is prefilled in chunks
+between the decode steps of the others, and leaves when its answer is complete or cancelled.
 
-Who asks for much comes after who asks for little: of those that wait, the one goes next whose owner has the fewest in
-the batch. It does not know rooms or sockets.
+Among waiting conversations, the next one is of the owner with the fewest slots. It does not know rooms or sockets.
 """
 
 from __future__ import annotations
@@ -33,27 +32,28 @@ from .sampling import overflow_error
 from .vocabulary import IncrementalDetokenizer, vocabulary_of
 
 PREFILL_TOKENS = 256
-"""Tokens of a conversation that are read between two steps of those that speak."""
+"""Tokens of a conversation prefilled between two decode steps."""
 
 MAX_SLOTS = 64
 """Conversations in one batch."""
 
 
 PREPARE_SECONDS = 0.01
-"""How long conversations that have come are made ready within one step."""
+"""How long arriving conversations are prepared within one step."""
 
 
 TOKENIZER_THREADS = 2
-"""Threads that make long conversations ready."""
+"""Threads that prepare long conversations."""
 
 IDLE_WAIT_SECONDS = 0.005
-"""How long a step waits for one of those where there is nothing else to do."""
+"""How long an otherwise idle step waits for a conversation being prepared."""
 
 
 class ChatBatch:
-    """The batch of one model: what the loop works on together. Joining and leaving is safe from any thread.
+    """The batch of one model, run by the scheduler. `join` and `leave` are thread-safe.
 
-    `room` are the bytes that keys, values and adapters of a batch may take; one conversation may, however long it is.
+    `get_cache_bytes` limits the KV cache and adapters of the batch; a single conversation may always run, however long
+    it is.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class ChatBatch:
         self._lock = threading.Lock()
         self._arrivals: deque[PendingChat] = deque()
         self._unfinished: set[int] = set()
-        """All that were not told yet how they ended."""
+        """Ids of requests that have not had their last event."""
         self._leaving: set[int] = set()
         self._tokenizer_threads = ThreadPoolExecutor(TOKENIZER_THREADS, "tokenizer", lower_thread_priority)
         self._preparing: set[int] = set()
-        """Those that are made ready on a thread of their own."""
+        """Ids of requests being prepared on a thread of their own."""
         self._prepared: SimpleQueue[tuple[PendingChat, PreparedChat | Exception]] = SimpleQueue()
         self._waiting: list[ChatSlot] = []
         self._slots: list[ChatSlot] = []
@@ -101,7 +101,7 @@ class ChatBatch:
         return numbers
 
     def step(self) -> RequestEvents:
-        """Let come and go, read a piece of one conversation, and have all others say one more token."""
+        """Add and remove conversations, prefill a chunk of one, and decode a token of all others."""
         events: RequestEvents = []
         self._remove_cancelled(events)
         self._prepare_arrivals(events)
@@ -127,8 +127,8 @@ class ChatBatch:
         events += [(number, Cancelled(), True) for number in cancelled]
 
     def _prepare_arrivals(self, events: RequestEvents) -> None:
-        """Those that have come, as tokens, for a moment; long ones on threads of their own. What is wrong with one is
-        said to it alone."""
+        """Tokenize arriving conversations for a moment; long ones on other threads. An error is reported to its own
+        request only."""
         until = time.monotonic() + PREPARE_SECONDS
         while self._arrivals and time.monotonic() < until:
             with self._lock:
@@ -143,7 +143,7 @@ class ChatBatch:
             while self._preparing:
                 arrival, prepared = self._prepared.get(is_idle, IDLE_WAIT_SECONDS)
                 is_idle = False
-                if arrival.number in self._preparing:  # it has not left meanwhile
+                if arrival.number in self._preparing:  # not cancelled meanwhile
                     self._preparing.remove(arrival.number)
                     self._enqueue(arrival, prepared, events)
 
@@ -152,7 +152,7 @@ class ChatBatch:
             return TimeoutError()
         try:
             return self._get_model().prepare_chat(arrival.request)
-        except Exception as error:  # noqa: BLE001 - whatever a template or a tokenizer does; what is not known is logged
+        except Exception as error:  # noqa: BLE001 - from a template or a tokenizer; unknown errors are logged
             return error
 
     def _enqueue(self, arrival: PendingChat, prepared: PreparedChat | Exception, events: RequestEvents) -> None:
@@ -165,7 +165,7 @@ class ChatBatch:
         self._waiting.append(ChatSlot(arrival.number, arrival.owner, request, arrival.arrived, prepared, answer, rng))
 
     def _fill_slots(self, events: RequestEvents) -> None:
-        """Give slots to those that wait, as long as there are any."""
+        """Give free slots to waiting conversations."""
         while self._waiting:
             slots_by_owner = Counter(slot.owner for slot in self._slots)
             slot = min(self._waiting, key=lambda slot: slots_by_owner[slot.owner])
@@ -173,7 +173,7 @@ class ChatBatch:
                 break
             try:
                 slot.sequence = self._get_cache().start(slot.request.weights, slot.prepared.tokens)
-            except Exception as error:  # noqa: BLE001 - of one conversation alone
+            except Exception as error:  # noqa: BLE001 - affects one conversation only
                 events.append((slot.number, explain_error(error), True))
                 self._waiting.remove(slot)
                 continue
@@ -193,14 +193,14 @@ class ChatBatch:
         return len(slots) <= MAX_SLOTS and needed <= self._get_cache_bytes()
 
     def _prefill(self, slot: ChatSlot, events: RequestEvents) -> None:
-        """Read a piece, after the others that read have had their turn; at the end the first token is drawn."""
+        """Prefill a chunk and move the slot to the end of the queue; sample the first token after the last chunk."""
         assert slot.sequence is not None
         tokens = slot.prepared.tokens
         prefilled = len(slot.sequence.tokens)
         try:
             chunk = len(tokens) if self._get_cache().reads_in_one_chunk else PREFILL_TOKENS
             logits = self._get_cache().prefill(slot.sequence, tokens[prefilled : prefilled + chunk])
-        except Exception as error:  # noqa: BLE001 - of one conversation alone: the others have not been touched
+        except Exception as error:  # noqa: BLE001 - affects one conversation only: the others are untouched
             self._fail(slot, error, events)
             return
         self._slots.remove(slot)
@@ -218,13 +218,13 @@ class ChatBatch:
         except Exception as error:
             if len(slots) == 1 or explain_error(error).code != "out_of_memory":
                 raise
-            # Nobody has grown. The one that takes the most ends, the others go on in the room that it leaves.
+            # No sequence has grown. End the one that takes the most memory; the others continue in the room it leaves.
             self._fail(max(slots, key=lambda slot: len(slot.prepared.tokens) + slot.answer_tokens), error, events)
             return
         self._sample(slots, logits, events)
 
     def _sample(self, slots: list[ChatSlot], logits: Tensor, events: RequestEvents) -> None:
-        """The next token of each, from logits (R, V). One whose row holds no numbers ends, and says why."""
+        """Sample each slot's next token from logits (R, V). A slot whose logits are not finite ends with an error."""
         with torch.inference_mode():
             tokens = sample_each(logits, slots, self._get_model().end_tokens)
             for slot, token, row in zip(slots, tokens, logits, strict=True):
@@ -278,7 +278,7 @@ class ChatBatch:
         events.append((slot.number, prompt_read, False))
 
     def _sampled_token(self, slot: ChatSlot, token: int, logits: Tensor) -> SampledToken:
-        """A token with its log-probability at temperature 1, and those of the likeliest with what they would write."""
+        """Return a token with its log-probability at temperature 1, and those of the likeliest candidates."""
         logprobs = torch.log_softmax(logits.float(), dim=-1)
         values, candidates = logprobs.topk(min(slot.request.top or 0, len(logprobs)))
         vocabulary = vocabulary_of(self._get_model().tokenizer)
@@ -290,7 +290,7 @@ class ChatBatch:
         return SampledToken(text="", bytes=(), logprob=float(logprobs[token]), top=tuple(top))
 
     def _fail(self, slot: ChatSlot, error: Exception, events: RequestEvents) -> None:
-        """End one conversation with an error; nothing of what it has read is used again."""
+        """End one conversation with an error; its sequence is not kept as a prefix."""
         events.append((slot.number, explain_error(error), True))
         self._remove(slot, keep_prefix=False)
 

@@ -10,8 +10,7 @@ from .sampling import is_greedy, sample_scaled
 
 
 def sample_each(logits: Tensor, slots: list[ChatSlot], end_tokens: frozenset[int] = frozenset()) -> list[int | None]:
-    """A token for each row of logits (R, V), each by the sampling that was asked for it; None where a row holds NaN or
-    infinity."""
+    """Sample a token for each row of logits (R, V) with its slot's options; None where a row is not finite."""
     device = logits.device
     samplings = [slot.request.sampling for slot in slots]
     if any(slot.request.repetition_penalty != 1 or slot.answer_tokens < slot.request.min_tokens for slot in slots):
@@ -38,8 +37,8 @@ def sample_each(logits: Tensor, slots: list[ChatSlot], end_tokens: frozenset[int
 
 
 def _apply_penalties(logits: Tensor, slot: ChatSlot, end_tokens: frozenset[int]) -> Tensor:
-    """A row of logits (V,) in which what was read or said before is less likely by the repetition penalty (CTRL, arXiv
-    1909.05858), and an end is impossible before the least number of tokens."""
+    """Return logits (V,) with the repetition penalty (CTRL, arXiv 1909.05858) for tokens read or sampled before, and
+    without end tokens until `min_tokens`."""
     logits = logits.float()
     if (penalty := slot.request.repetition_penalty) != 1:
         if slot.seen_tokens is None:

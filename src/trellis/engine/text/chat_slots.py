@@ -14,21 +14,20 @@ from .answer_text import AnswerText
 from .kv_cache import CachedSequence
 
 RESERVED_ANSWER_TOKENS = 1024
-"""Tokens of an answer that room is kept for at least; few answers are as long as they may be."""
+"""Lower bound on the answer tokens that memory is reserved for; few answers reach their maximum."""
 
 
 MAX_INLINE_CHARACTERS = 10_000
-"""Characters of a conversation that is made ready within a step; a longer one is tokenized on a thread of its own,
-while the others go on."""
+"""Longer conversations are tokenized on another thread while the batch continues."""
 
 
 TURN_OVERHEAD = 64
-"""Characters that a turn counts as beside its text, for what a template makes of it."""
+"""Characters counted per turn in addition to its text, for what a template adds."""
 
 
 @dataclass(frozen=True)
 class PreparedChat:
-    """A conversation as tokens. `limit` is how many there may be with the answer, `most` how long that may be."""
+    """A conversation as tokens. `context_length` limits prompt and answer together, `max_new_tokens` the answer."""
 
     tokens: list[int]
     left_out: int
@@ -36,22 +35,22 @@ class PreparedChat:
     max_new_tokens: int
     stop: tuple[str, ...]
     in_thinking: bool = False
-    """Whether the answer begins in a thought that the chat template has opened."""
+    """Whether the chat template opened a thinking block, in which the answer begins."""
 
 
 class ChatModel(Protocol):
-    """What a batch needs of a loaded model beside its lines."""
+    """What a batch needs of a loaded model besides its sequence cache."""
 
     tokenizer: Any
     end_tokens: frozenset[int]
 
     def prepare_chat(self, request: Chat) -> PreparedChat:
-        """A conversation made ready. Raises Invalid for one that does not fit."""
+        """Tokenize a conversation. Raises Invalid if it does not fit."""
 
 
 @dataclass(frozen=True)
 class PendingChat:
-    """A conversation that has come and is not made ready yet."""
+    """A conversation that has arrived and is not tokenized yet."""
 
     number: int
     owner: str
@@ -66,7 +65,7 @@ class PendingChat:
 
 @dataclass(eq=False)
 class ChatSlot:
-    """One conversation in the batch, or on its way there."""
+    """One conversation in the batch, or waiting for it."""
 
     number: int
     owner: str
@@ -79,13 +78,13 @@ class ChatSlot:
     sequence: CachedSequence | None = None
     cached_tokens: int = 0
     answer_tokens: int = 0
-    """Tokens of the answer."""
+    """Number of tokens in the answer."""
     next_token: int | None = None
-    """The token that was drawn and is not read yet."""
+    """The token that was sampled and not read yet."""
     seconds_to_first: float = 0.0
     finish: Literal["stop", "length"] | None = None
     seen_tokens: Tensor | None = None
-    """Which tokens (V,) have been read or drawn, where repeating them is penalized."""
+    """Mask (V,) of the tokens read or sampled, if repetition is penalized."""
 
     @property
     def is_prefilling(self) -> bool:
@@ -93,7 +92,7 @@ class ChatSlot:
 
     @property
     def max_tokens(self) -> int:
-        """So many tokens, as far as can be told."""
+        """Expected maximum length of prompt and answer in tokens."""
         longest = max(min(self.prepared.max_new_tokens, RESERVED_ANSWER_TOKENS), self.answer_tokens)
         return min(self.prepared.context_length, len(self.prepared.tokens) + longest)
 

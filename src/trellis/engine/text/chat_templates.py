@@ -1,7 +1,7 @@
-"""Chat templates: how a conversation is written for a model, and which token ends an assistant's turn.
+"""Chat templates: render a conversation for a model, and find the token that ends an assistant's turn.
 
-A template is code that somebody else wrote. It runs in the sandbox of transformers, is probed once when its model is
-loaded, and whatever it does wrong is said in words. This module does not know weights, sessions or context lengths.
+A template is foreign code. It runs in the sandbox of transformers, is probed once when its model is loaded, and its
+failures are explained in sentences. This module does not know weights, sessions or context lengths.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from .watchdog import WATCHDOG, RenderTimeout
 Role = Literal["system", "user", "assistant"]
 
 RENDER_SECONDS = 5.0
-"""A template that takes longer than this is stopped."""
+"""A template that takes longer is stopped."""
 
 
 MAX_ADDED_CHARACTERS = 1_000_000
-"""So many characters may a template add to what was said."""
+"""The most characters that a template may add to a conversation."""
 
 FIXED_DAY = datetime(2024, 7, 26)
-"""The day on which a session's prompts are written; templates of Llama 3 take it where they are told none."""
+"""The date in a session's prompts; templates of Llama 3 use it if they are given none."""
 
 MARK_START, MARK_END = mark_control_tokens("|", re.compile(r"\|")).split("|")
-"""What transformers marks special tokens with that are to be read as text."""
+"""The marks that transformers puts around special tokens that are to be read as text."""
 
 THINK_START, THINK_END = "<think>", "</think>"
 
@@ -48,17 +48,17 @@ NEXT_STEP = (
 
 
 class TemplateFailed(Exception):
-    """A template could not write a conversation. The message is a whole sentence."""
+    """A template could not render a conversation. The message is a whole sentence."""
 
 
 @dataclass(frozen=True)
 class ControlTokens:
-    """Special tokens, and added tokens that a template is made of; some tokenizers have thousands."""
+    """Special tokens, and added tokens that occur in a template; some tokenizers have thousands."""
 
     tokens: frozenset[str]
     lengths: tuple[int, ...]
     first_characters: re.Pattern[str]
-    """Their first characters."""
+    """Matches their first characters."""
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, source: str) -> ControlTokens:
@@ -72,44 +72,43 @@ class ControlTokens:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template that was probed, with what is peculiar to it."""
+    """A probed chat template with its peculiarities."""
 
     tokenizer: Any
     source: str
     control_tokens: ControlTokens
     extra_arguments: Mapping[str, list[Any]]
-    """Arguments that it needs beside the messages."""
+    """Arguments that it needs besides the messages."""
     roles_with_parts: frozenset[Role] = frozenset()
-    """Roles whose content it wants as a list of parts instead of as text."""
+    """Roles whose content it expects as a list of parts instead of a string."""
     merges_system: bool = False
-    """Whether it has no place for a system prompt, which is then put before the user's first message."""
+    """Whether it does not support a system prompt, which is then prepended to the user's first message."""
     merges_later_system: bool = False
-    """Whether it has no place for a second system turn or one within the conversation."""
+    """Whether it does not support a second system turn, or one within the conversation."""
     merges_same_role: bool = False
-    """Whether two turns of one role in a row must be made one."""
+    """Whether consecutive turns of one role must be merged."""
     single_turn_reason: str = ""
-    """Why it cannot write more than one turn, where that is so."""
+    """Why it cannot render more than one turn; empty if it can."""
     cuts_prompt_from_conversation: bool = False
-    """Whether it ignores `add_generation_prompt`: the beginning of an answer is cut from a whole
-    conversation."""
+    """Whether it ignores `add_generation_prompt`: the prompt is then cut from a whole conversation."""
     prompt_end: str = ""
-    """What it writes after a user's last word where an answer is to follow."""
+    """What it writes between a user's last word and the answer."""
     answer_prefix: str = ""
-    """What it writes between that and an answer: a space, an empty thought, the header of an answer, or nothing."""
+    """What it writes between that and an answer: a space, an empty thinking block, the header of an answer, or
+    nothing."""
     turn_endings: tuple[str, ...] = ()
-    """What it writes after an answer: at the end of a conversation, then before another turn."""
+    """What it writes after an answer: at the end of a conversation, and before another turn."""
     thinking_switch: str | None = None
     """The variable that turns thinking on and off."""
     opens_thinking: bool = False
-    """Whether its generation prompt ends with an opened thought."""
+    """Whether its generation prompt ends with an opened thinking block."""
 
     def render_prompt(
         self, turns: Sequence[Turn], template_kwargs: TemplateKwargs, field: str, fixed_day: bool = False
     ) -> str:
-        """A conversation with the beginning of the assistant's next turn, for `encode`. Raises Invalid, which names
-        `field`.
+        """Render a conversation with the generation prompt, for `encode`. Raises Invalid, naming `field`.
 
-        With `fixed_day` the same conversation is the same text on every day, as what weights are named by must be.
+        With `fixed_day` the same conversation gives the same text on every day, since ids of weights depend on it.
         """
         variables = self._variables(template_kwargs)
         template = replace(self, source=fix_date(self.source)) if fixed_day else self
@@ -127,7 +126,8 @@ class ChatTemplate:
             ) from None
 
     def _render_prompt_or_rearrange(self, turns: Sequence[Turn], variables: Mapping[str, Any]) -> str:
-        """A template may refuse an order of roles that the probes did not have: user and assistant take turns then."""
+        """Render the prompt; if the template rejects an order of roles that was not probed, make user and assistant
+        alternate."""
         arranged = arrange_turns(turns, self.merges_system, self.merges_later_system, self.merges_same_role)
         if self.single_turn_reason and sum(turn.role != "system" for turn in arranged) > 1:
             raise TemplateFailed(f"it takes a single message, not a conversation. {self.single_turn_reason}")
@@ -151,7 +151,7 @@ class ChatTemplate:
     def render(
         self, turns: Sequence[Turn], variables: Mapping[str, Any] | None = None, add_generation_prompt: bool = True
     ) -> str:
-        """A conversation exactly as the template writes it. Raises TemplateFailed."""
+        """Render a conversation exactly as the template writes it. Raises TemplateFailed."""
         messages = [
             {
                 "role": turn.role,
@@ -165,7 +165,7 @@ class ChatTemplate:
                     messages, chat_template=self.source, tokenize=False, add_generation_prompt=add_generation_prompt,
                     **self.extra_arguments, **(variables or {}),
                 )  # fmt: skip
-        except Exception as error:  # noqa: BLE001 - code of others: whatever it raises is its failure
+        except Exception as error:  # noqa: BLE001 - whatever foreign code raises is its failure
             raise TemplateFailed(_explain(error)) from None
         if not isinstance(written, str):
             raise TemplateFailed("it does not write text.")
@@ -174,15 +174,15 @@ class ChatTemplate:
         return written
 
     def encode(self, text: str) -> list[int]:
-        """A text that the template wrote as tokens. Special tokens in what a user or the system said are plain text."""
+        """Tokenize a rendered text. Special tokens within user and system turns are read as plain text."""
         plain = unmark_control_tokens(text)
         if plain != text:
-            with suppress(ValueError):  # a token that the tokenizer makes of plain text as well
+            with suppress(ValueError):  # a token that the tokenizer also produces from plain text
                 return list(encode_marked_chat(self.tokenizer, text))
         return list(self.tokenizer(plain, add_special_tokens=False)["input_ids"])
 
     def _mark_control_tokens(self, turn: Turn) -> Turn:
-        """A turn in which control tokens are marked as text."""
+        """Mark control tokens in a turn as plain text."""
         control_tokens, text = set(), turn.text
         for place in (match.start() for match in self.control_tokens.first_characters.finditer(text)):
             control_tokens |= {
@@ -196,13 +196,13 @@ class ChatTemplate:
         return turn.model_copy(update={"text": mark_control_tokens(text, pattern)})
 
     def continue_answer(self, prompt: str, opening: str) -> str:
-        """A prompt with the beginning of the answer, which the model is to continue."""
+        """Return a prompt with the beginning of the answer, which the model continues."""
         return prompt + self._separator(prompt, opening) + opening_after(prompt, opening)
 
     def format_answer(self, prompt: str, answer: str, ended: bool) -> str:
-        """An answer that the model did not draw itself, as the template writes it after a prompt.
+        """Format an answer that the model did not sample itself as the template writes it after a prompt.
 
-        A thinking model is so taught to answer without a thought, not that the answer is one.
+        A thinking model so learns to answer without thinking, not that the answer is its thinking.
         """
         header = self.answer_prefix.strip() and prompt.endswith(self.prompt_end)
         if (
@@ -219,7 +219,7 @@ class ChatTemplate:
         return " " if spaced and answer and not answer[0].isspace() else ""
 
     def find_end_token(self, end_tokens: Collection[int]) -> int | None:
-        """The first token after an assistant's turn that ends an answer, where the template writes one."""
+        """Return the first token after an assistant's turn that ends an answer, if the template writes one."""
         for text in self.turn_endings:
             for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]:
                 if token in end_tokens:
@@ -227,7 +227,7 @@ class ChatTemplate:
         return None
 
     def _variables(self, template_kwargs: TemplateKwargs) -> dict[str, Any]:
-        """Variables for the template, `enable_thinking` under the template's own name for it."""
+        """Return the template's variables, with `enable_thinking` under the template's own name for it."""
         variables = dict(template_kwargs_from(template_kwargs))
         if self.thinking_switch not in (None, "enable_thinking") and "enable_thinking" in variables:
             variables.setdefault(str(self.thinking_switch), variables.pop("enable_thinking"))
@@ -235,7 +235,7 @@ class ChatTemplate:
 
 
 def fix_date(source: str) -> str:
-    """A template to which it is always the same day: `strftime_now` is a macro that knows how the day is written."""
+    """Give a template a fixed date: a macro `strftime_now` that knows the formats it uses."""
     formats = {match[2] for match in re.finditer(r"""strftime_now\s*\(\s*(['"])(.*?)\1""", source)}
     if "strftime_now" not in source:
         return source
@@ -246,12 +246,12 @@ def fix_date(source: str) -> str:
 
 
 def unmark_control_tokens(text: str) -> str:
-    """A text without the marks around special tokens that are plain text."""
+    """Remove the marks around special tokens that are plain text."""
     return text.replace(MARK_START, "").replace(MARK_END, "")
 
 
 def opening_after(prompt: str, opening: str) -> str:
-    """What follows a prompt so that the answer begins with `opening`; an opened thought is not opened twice."""
+    """Return what follows a prompt so that the answer begins with `opening`; a thinking block is not opened twice."""
     if not is_in_thinking(prompt) or not opening.lstrip().startswith(THINK_START):
         return opening
     rest = opening.lstrip().removeprefix(THINK_START)
@@ -259,13 +259,13 @@ def opening_after(prompt: str, opening: str) -> str:
 
 
 def is_in_thinking(prompt: str) -> bool:
-    """Whether an answer after this begins inside of a thought."""
+    """Whether an answer to this prompt begins inside a thinking block."""
     return prompt.rstrip().endswith(THINK_START)
 
 
 def close_thinking(prompt: str, answer: str) -> str:
-    """A whole answer as it follows a prompt: a thought that the prompt opened, and the answer does not close, is closed
-    first, so that what a person wrote is not learned as a thought."""
+    """Return a complete answer as it follows a prompt. A thinking block that the prompt opened and the answer does not
+    close is closed first, so that a written answer is not learned as thinking."""
     if not is_in_thinking(prompt) or THINK_END in answer:
         return answer
     return ("\n" if prompt.endswith("\n") else "") + f"{THINK_END}\n\n" + answer
@@ -274,8 +274,8 @@ def close_thinking(prompt: str, answer: str) -> str:
 def arrange_turns(
     turns: Sequence[Turn], merge_system: bool, merge_later_system: bool, merge_same_role: bool
 ) -> list[Turn]:
-    """A conversation as a template can take it: what the system says is put before what the user says next, or joined
-    into one turn at the beginning; neighbours of one role are joined."""
+    """Rearrange a conversation so that a template can take it: later system turns are merged into the next user turn or
+    the first system turn, and consecutive turns of one role are merged."""
     arranged: list[Turn] = []
     pending_system: list[str] = []
     has_begun = False
@@ -315,7 +315,7 @@ TIMEOUT_MESSAGE = f"it does not come to an end within {RENDER_SECONDS:.0f} secon
 
 
 def _explain(error: Exception) -> str:
-    """What a template raised, as a sentence."""
+    """Explain what a template raised in a sentence."""
     text = shorten(str(error).strip(), 300).rstrip(".")
     match error:
         case RenderTimeout():

@@ -1,6 +1,6 @@
-"""The layers of a decoder with the linear layers that read the same input fused into one, with or without an adapter.
+"""Decoder layers in which linear layers with the same input are fused into one, with or without an adapter.
 
-They know tensors alone.
+They know only tensors.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from .packed_weights import MAX_PACKED_ROWS, packed_linear
 
 
 class RowAdapters:
-    """Which rows of a batch have which of some adapters. Rows of one adapter are multiplied by it together."""
+    """Which adapter each row of a batch uses. Rows with the same adapter are multiplied together."""
 
     def __init__(self, adapters: Sequence[int | None], count: int, device: torch.device) -> None:
-        """The number of each row's adapter, of so many; None for a row that has none."""
+        """`adapters` has the index of each row's adapter, below `count`; None for a row without."""
         members: list[list[int]] = [[] for _ in range(count)]
         for row, adapter in enumerate(adapters):
             if adapter is not None:
@@ -31,7 +31,8 @@ class RowAdapters:
         self._slots = torch.tensor(slots, device=device, dtype=torch.long)
 
     def add_to(self, output: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
-        """found (N, out) and what each row's adapter, of down (K, in, r) and up (K, r, out), makes of x (N, in)."""
+        """Add what each row's adapter, of lora_a (K, in, r) and lora_b (K, r, out), makes of x (N, in) to output (N,
+        out)."""
         grouped = x.new_zeros(self._count * self._width, x.shape[1])
         grouped[self._slots] = x[self._rows]
         added = torch.bmm(torch.bmm(grouped.view(self._count, self._width, -1), lora_a), lora_b)
@@ -40,21 +41,21 @@ class RowAdapters:
 
 @dataclass
 class FusedLinear:
-    """Linear layers that read the same input, as one: x Wᵀ + b, and x Aᵀ Bᵀ where an adapter is in it."""
+    """Linear layers with the same input as one: x Wᵀ + b, plus x Aᵀ Bᵀ with an adapter."""
 
     weight: Tensor
     bias: Tensor | None
     parts: tuple[tuple[str, slice], ...]
-    """Which output rows belong to which layer, by the end of its name."""
+    """Name suffix and output rows of each fused layer."""
     lora_a: Tensor | None = None
     lora_b: Tensor | None = None
     packed: Tensor | None = None
     row_adapters: RowAdapters | None = None
-    """Which row has which of several adapters; `down` is then (K, in, r) and `up` (K, r, out)."""
+    """Which adapter each row uses; `lora_a` is then (K, in, r) and `lora_b` (K, r, out)."""
 
     @classmethod
     def fuse(cls, layers: dict[str, nn.Linear]) -> FusedLinear:
-        """Layers as one; their own weights become views into it, so that nothing is held twice."""
+        """Fuse layers. Their weights become views into the fused one, so that nothing is stored twice."""
         parts, start = [], 0
         for name, layer in layers.items():
             parts.append((name, slice(start, start + layer.out_features)))
@@ -85,7 +86,7 @@ class FusedLinear:
         return output.addmm_(functional.linear(x, self.lora_a), self.lora_b)
 
     def add_to(self, x: Tensor, inputs: Tensor) -> Tensor:
-        """x (N, out) and what this makes of `seen` (N, in)."""
+        """Return x (N, out) plus this layer's output for `inputs` (N, in)."""
         if self.packed is None and self.bias is None and self.lora_a is None:
             return torch.addmm(x, inputs, self.weight.T)
         return x + self(inputs)

@@ -1,7 +1,6 @@
-"""Which model is loaded: read from a folder with true progress, and what is said to it as tokens.
+"""A loaded model with its tokenizer: prompts, answers and conversations as tokens.
 
-It reads safetensors only, and runs no code from the folder unless that was agreed to. It does not know sessions
-or learning, nor how chat templates work.
+It does not know sessions, learning, or how chat templates work.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from .fast_forward import FastForward
 from .vocabulary import vocabulary_of
 
 DEFAULT_CONTEXT_LENGTH = 8192
-"""What a conversation may take of a model that does not say how far it looks back."""
+"""The context length of a model whose configuration does not give one."""
 
 PLAIN_TURN_PREFIXES = {"system": "", "user": "\n\nUser: ", "assistant": "\n\nAssistant: "}
-"""How a conversation is put to a model without a chat template."""
+"""How turns are written for a model without a chat template."""
 
 
 @dataclass(frozen=True)
 class RenderedPrompt:
-    """A prompt as the model reads it: its text, in the chat template where `templated`, and its tokens."""
+    """A prompt as the model reads it: text, tokens, and whether the chat template was applied."""
 
     text: str
     tokens: list[int]
@@ -37,7 +36,7 @@ class RenderedPrompt:
 
 @dataclass
 class LoadedModel:
-    """A model in memory with what it needs to be spoken to."""
+    """A model in memory with everything needed to prompt it."""
 
     model: Any
     tokenizer: Any
@@ -46,10 +45,10 @@ class LoadedModel:
     end_tokens: frozenset[int]
     info: Loaded
     template: ChatTemplate | None = None
-    """Its chat template, where it has one that works; `about` says what is wrong with one that does not."""
+    """The chat template, if there is one that works; `info` says why one does not."""
 
     def render_prompt(self, prompt: Prompt) -> RenderedPrompt:
-        """A prompt in the model's chat template, or as plain text where it has none or it is off. Raises Invalid."""
+        """Render a prompt in the chat template, or as plain text if there is none or it is off. Raises Invalid."""
         template = self._usable_template() if prompt.template else None
         if template is None:
             text = f"{prompt.system}\n\n{prompt.text}" if prompt.system else prompt.text
@@ -65,23 +64,23 @@ class LoadedModel:
         return RenderedPrompt(text, tokens, template is not None)
 
     def tokenize_prompt(self, prompt: Prompt, new_tokens: int, context_length: int) -> list[int]:
-        """The tokens of a prompt. Raises Invalid when it leaves no room for `room` more tokens in the context."""
+        """Return the tokens of a prompt. Raises Invalid if `new_tokens` more do not fit the context."""
         rendered = self.render_prompt(prompt)
         self.require_fits_context(rendered, new_tokens, context_length)
         return rendered.tokens
 
     def require_fits_context(self, rendered: RenderedPrompt, new_tokens: int, context_length: int) -> None:
-        """Raises Invalid when a prompt leaves no room for `room` more tokens in the context."""
+        """Raise Invalid if a prompt with `new_tokens` more tokens does not fit the context."""
         positions = max_positions(self.model.config)
         if len(rendered.tokens) + new_tokens > min(context_length, positions or context_length):
             raise prompt_too_long_error(len(rendered.tokens), new_tokens, context_length, positions)
 
     def tokenize_answer(self, text: str, is_complete: bool = True, prompt: RenderedPrompt | None = None) -> list[int]:
-        """An answer as tokens, as it is written `after` a prompt; with the token that ends an assistant's turn where
-        the answer ended by itself, so that the model learns to stop.
+        """Return an answer as tokens, as it follows `prompt`. A complete answer gets the token that ends an assistant's
+        turn, so that the model learns to stop.
 
-        A token may depend on what stands before it, as the space of SentencePiece does: prompt and answer are read
-        together, and apart only where the prompt's own tokens would not be the same.
+        A token may depend on what precedes it, like SentencePiece's space: prompt and answer are tokenized together,
+        and separately only if that would change the prompt's own tokens.
         """
         tokens: list[int] | None = None
         text = self._strip_end_tokens(text) if is_complete else text
@@ -100,14 +99,14 @@ class LoadedModel:
         return [*tokens, end] if is_complete and end is not None else tokens
 
     def _strip_end_tokens(self, text: str) -> str:
-        """An answer without an end token at its end, as files have it; it is put there as a token."""
+        """Remove end tokens written out at the end of an answer, as files have them."""
         end_texts = [each for end in self.end_tokens if len(each := str(self.tokenizer.decode([end])).strip()) > 1]
         while cut := next((each for each in end_texts if text.rstrip().endswith(each)), ""):
             text = text.rstrip().removesuffix(cut)
         return text
 
     def require_known_tokens(self, tokens: Sequence[int], field: str) -> None:
-        """Raises Invalid for a text with a token that the model has no row for, such as one for padding."""
+        """Raise Invalid for tokens that the model has no embedding for, such as padding."""
         embedding = getattr(self.model.get_input_embeddings(), "weight", None)
         if embedding is not None and tokens and max(tokens) >= embedding.shape[0]:
             unknown = self.tokenizer.convert_ids_to_tokens(max(tokens))
@@ -119,9 +118,9 @@ class LoadedModel:
             )
 
     def prepare_chat(self, request: Chat) -> PreparedChat:
-        """A conversation as tokens, without its oldest turns where it may be trimmed and does not fit. Raises Invalid.
+        """Tokenize a conversation, dropping its oldest turns if it may be trimmed and does not fit. Raises Invalid.
 
-        A quarter of the context, or the longest answer where that is less, is kept free for the answer.
+        A quarter of the context, or the longest answer if that is less, is reserved for the answer.
         """
         context_length = max_positions(self.model.config) or DEFAULT_CONTEXT_LENGTH
         max_new_tokens = request.sampling.max_new_tokens
@@ -146,7 +145,8 @@ class LoadedModel:
         return PreparedChat(tokens, left_out, context_length, max_new_tokens, stop, in_thinking)
 
     def _trim_chat(self, request: Chat, max_tokens: int, full_length: int) -> tuple[list[int], int]:
-        """The longest end of a conversation that fits, after what the system said, and how many turns it leaves out."""
+        """Return the longest end of a conversation that fits, after the system turns, and the number of turns
+        dropped."""
         system_turns = [turn for turn in request.turns if turn.role == "system"]
         other_turns = [turn for turn in request.turns if turn.role != "system"]
         last = max((place for place, turn in enumerate(other_turns) if turn.role == "user"), default=0)
@@ -154,7 +154,9 @@ class LoadedModel:
         low, high, reach = 0, len(starts) - 1, 1
         best: tuple[list[int], int] | None = None
         while low <= high:
-            middle = max((low + high) // 2, high - reach)  # from the end, so that little more is tokenized than fits
+            middle = max(
+                (low + high) // 2, high - reach
+            )  # search from the end, so that little more is tokenized than fits
             reach *= 2
             tokens, _ = self._tokenize_turns([*system_turns, *other_turns[starts[middle] :]], request)
             if len(tokens) <= max_tokens:
@@ -166,7 +168,7 @@ class LoadedModel:
         return best
 
     def _tokenize_turns(self, turns: Sequence[Turn], request: Chat) -> tuple[list[int], bool]:
-        """Turns as tokens, and whether the answer begins in a thought that the template has opened."""
+        """Tokenize turns. Also returns whether the answer begins in a thinking block opened by the template."""
         opening = ""
         if turns[-1].role == "assistant":
             opening, turns = turns[-1].text, turns[:-1]
@@ -188,7 +190,7 @@ class LoadedModel:
         return self._tokenize(lines + prefix + opening, False), False
 
     def _usable_template(self) -> ChatTemplate | None:
-        """The model's chat template, None where it has none. Raises Invalid where it has one that does not work."""
+        """Return the model's chat template, None if it has none. Raises Invalid if it does not work."""
         if self.info.template_problem:
             raise Invalid(
                 f"The model's chat template cannot be used: {self.info.template_problem}",
@@ -199,29 +201,30 @@ class LoadedModel:
         return self.template
 
     def _tokenize(self, text: str, is_templated: bool) -> list[int]:
-        """Text as tokens: a template writes its special tokens itself; of plain text there is at least one token."""
+        """Tokenize text. Templates write their special tokens themselves; plain text gives at least one token."""
         if is_templated and self.template:
             return self.template.encode(text)
         tokens = list(self.tokenizer(text)["input_ids"])
-        if len(tokens) > 1 and tokens[-1] in self.end_tokens:  # some tokenizers close every text
+        if len(tokens) > 1 and tokens[-1] in self.end_tokens:  # some tokenizers append an end token to every text
             tokens = tokens[:-1]
         return tokens or [self.tokenizer.bos_token_id or self.end_token or 0]
 
     @property
     def end_token(self) -> int | None:
-        """What ends a plain text."""
+        """The token that ends plain text."""
         own = self.tokenizer.eos_token_id
         return own if own is not None else min(self.end_tokens, default=None)
 
     @cached_property
     def end_of_turn_token(self) -> int | None:
-        """What ends an assistant's turn: the end that the chat template writes there, else the tokenizer's own."""
+        """The token that ends an assistant's turn: the one the chat template writes there, else the tokenizer's own."""
         written = self.template.find_end_token(self.end_tokens) if self.template else None
         return self.end_token if written is None else written
 
 
 def prompt_too_long_error(tokens: int, new_tokens: int, context_length: int, positions: int | None) -> Invalid:
-    """Why a prompt does not fit, with the ways out that can work: no option makes a model look back further."""
+    """Return the error for a prompt that does not fit, with remedies that can work: no option extends the model's own
+    limit."""
     limit = min(context_length, positions or context_length)
     left = limit - tokens
     remedies = [f"allow answers of at most {left} tokens"] if left > 0 else []
@@ -239,6 +242,6 @@ def prompt_too_long_error(tokens: int, new_tokens: int, context_length: int, pos
 
 
 def max_positions(config: Any) -> int | None:
-    """How many tokens a model can look back on, where its configuration says so."""
+    """Return the model's context length, if its configuration gives one."""
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None

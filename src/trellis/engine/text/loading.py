@@ -56,16 +56,16 @@ from .template_probe import choose_template, probe_template
 from .vocabulary import vocabulary_of
 
 MAX_LANES = 4
-"""So many requests at most are worked on at once, each on its own thread, where one does not keep all cores busy."""
+"""Most requests that run concurrently, each on its own thread, on models too small to use all cores."""
 
 
 def load_model(
     path: Path, request: Load, kept_dtype: torch.dtype | None = None
 ) -> Generator[Progress | None, None, LoadedModel]:
-    """Load a folder: yields progress of true bytes and tensors, returns the model. `own` is a precision to keep
-    instead of the one that the request names.
+    """Load a model folder. Yields progress in bytes and tensors, returns the model. `kept_dtype` overrides the
+    request's precision.
 
-    Raises LoadFailed with the code of what went wrong and a way out.
+    Raises LoadFailed.
     """
     started = time.monotonic()
     yield Progress(stage="initializing", fraction=INITIALIZING, message="Reading the configuration")
@@ -92,7 +92,7 @@ def load_model(
     del state
     model.requires_grad_(False)
     if device == "cpu" and any(type(module).__name__ == "Linear4bit" for module in model.modules()):
-        from .quantized_linear import replace_4bit_layers  # needs bitsandbytes, which is there if it made such layers
+        from .quantized_linear import replace_4bit_layers  # importable here, since bitsandbytes made the layers
 
         replace_4bit_layers(model)
     if precision in ("32-bit", "16-bit"):
@@ -104,7 +104,7 @@ def load_model(
         lanes = min(MAX_LANES, torch.get_num_threads()) if fast_forward else 1
         torch.set_num_threads(1)
     slots = AdapterSlots(model, fast_forward, CorePool(lanes))
-    if fast_forward is None:  # the lean pass is known to be right
+    if fast_forward is None:  # the supported architectures are known to be causal
         _require_causal_model(slots)
     template, problem = _read_template(path, tokenizer)
     info = Loaded(
@@ -124,7 +124,7 @@ def load_model(
     )
     end_tokens = _find_end_tokens(path, config, tokenizer)
     vocabulary = vocabulary_of(tokenizer)
-    vocabulary.fewest_tokens("")  # looked up here, so that nobody waits for it later
+    vocabulary.fewest_tokens("")  # computed now, so that no request waits for it later
     if unused := sorted(set(vocabulary.unused_rows(logits_size)) - end_tokens):
         slots.unused_rows = torch.tensor(unused, device=device)
         if fast_forward is not None:
@@ -133,7 +133,7 @@ def load_model(
 
 
 def _require_causal_model(slots: AdapterSlots) -> None:
-    """Find out how the model goes on with a text. Raises LoadFailed for one that fills gaps instead."""
+    """Raise LoadFailed for a model that is not causal, such as a masked language model."""
     if not slots.cache_support.is_causal:
         raise LoadFailed(
             "This model reads a text in both directions, as models that fill gaps do, and cannot go on with one.",
@@ -143,8 +143,8 @@ def _require_causal_model(slots: AdapterSlots) -> None:
 
 
 def _read_template(path: Path, tokenizer: Any) -> tuple[ChatTemplate | None, str]:
-    """The chat template after a trial, and what is wrong with one that cannot be used. Models that also see have theirs
-    in a file that their tokenizer does not read."""
+    """Return the chat template, probed, and what is wrong with one that cannot be used. Vision models have theirs in a
+    file that the tokenizer does not read."""
     if not tokenizer.chat_template:
         with suppress(OSError, ValueError, AttributeError):
             tokenizer.chat_template = json.loads((path / "chat_template.json").read_text()).get("chat_template")
@@ -156,7 +156,7 @@ def _read_template(path: Path, tokenizer: Any) -> tuple[ChatTemplate | None, str
 
 
 def choose_device(request: Load) -> str:
-    """The device to load on. Raises LoadFailed for one that is not there."""
+    """Return the device to load on. Raises LoadFailed if it is not available."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if request.device == "auto":
         return "cuda" if available["cuda"] else "cpu"
@@ -195,12 +195,12 @@ def _read_config(path: Path, remote_code: bool) -> tuple[Any, Any]:
     tokenizer = _read_tokenizer(path, options)
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         if getattr(part, "quantization_config", None) is not None:
-            del part.quantization_config  # the weights are unpacked as they are read
+            del part.quantization_config  # weights are dequantized on reading
     return config, tokenizer
 
 
 def _read_tokenizer(path: Path, options: dict[str, Any]) -> Any:
-    """The tokenizer in a folder, after it has read a text once. Raises LoadFailed."""
+    """Read the tokenizer and use it once. Raises LoadFailed."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         tokenizer("Once, so that nothing in it changes when several threads read with it.")
@@ -208,7 +208,7 @@ def _read_tokenizer(path: Path, options: dict[str, Any]) -> Any:
         raise not_readable_error(error) from None
     except ImportError as error:
         raise _library_missing_error(error) from None
-    except Exception as error:  # noqa: BLE001 - the library raises plain exceptions for files that it cannot read
+    except Exception as error:  # noqa: BLE001 - the library raises plain exceptions for files it cannot read
         raise LoadFailed(
             f"The model's tokenizer could not be used: {_first_line(error)}",
             code="corrupt_file",
@@ -227,8 +227,8 @@ def _library_missing_error(error: ImportError) -> LoadFailed:
 
 
 def _require_embedding_rows(files: ModelFiles, tokenizer: Any) -> None:
-    """Raises LoadFailed for a tokenizer with tokens that the model has no row for, where it came in another file than
-    the tokenizer.json that was looked into before."""
+    """Raise LoadFailed if the tokenizer has tokens without an embedding, unless its tokenizer.json was already
+    checked."""
     rows = files.embedding_rows
     if rows is None or files.vocabulary is not None:
         return
@@ -264,7 +264,7 @@ def _build_model(
             model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             if model_class.config_class is config.sub_configs.get(
                 "text_config"
-            ):  # the language model of one that sees, too
+            ):  # the language model inside a vision model
                 config = config.get_text_config()
         elif request.remote_code:
             model_class = _remote_code_class(path, config)
@@ -286,8 +286,7 @@ def _build_model(
 
 
 def _run_once(model: Any, config: Any, device: str, precision: Precision) -> int:
-    """Read a few tokens once, and return how many tokens the model can answer with. Raises LoadFailed for a model that
-    can be put together and cannot be run here."""
+    """Read a few tokens, and return the size of the logits. Raises LoadFailed for a model that cannot run here."""
     ids = torch.zeros((1, 8), dtype=torch.long, device=device)
     try:
         with torch.inference_mode():
@@ -309,11 +308,11 @@ LIBRARY_ERRORS = (
     StrictDataclassError, ImportError, ValueError, LookupError, RuntimeError, TypeError, AttributeError,
     ArithmeticError, AssertionError,
 )  # fmt: skip
-"""What transformers and a model's own code raise for a model that they cannot put together or run."""
+"""What transformers and a model's own code raise for a model they cannot build or run."""
 
 
 def _architecture_error(config: Any, error: Exception, verb: str) -> Exception:
-    """Why an architecture cannot be used, as an error for a person; what is told otherwise is returned as it is."""
+    """Return why an architecture cannot be used as a LoadFailed; memory and device errors unchanged."""
     if isinstance(error, torch.OutOfMemoryError) or re.search(r"memory|CUDA error|CUBLAS|MPS backend", str(error)):
         return error
     if isinstance(error, ImportError):
@@ -326,17 +325,17 @@ def _architecture_error(config: Any, error: Exception, verb: str) -> Exception:
 
 
 def _remote_code_class(path: Path, config: Any) -> Any:
-    """The class of a model that brings its own code, which runs now. Raises ValueError where it brings none."""
+    """Import the model class from the folder, which runs its code. Raises ValueError if there is none."""
     named = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
     if not named:
         raise ValueError("its own code has no causal language model")
     kind = get_class_from_dynamic_module(named, path, local_files_only=True)
-    kind.register_for_auto_class("AutoModelForCausalLM")  # so that its code goes along when it is saved
+    kind.register_for_auto_class("AutoModelForCausalLM")  # so that its code is saved with the model
     return add_generation_mixin_to_remote_model(kind)
 
 
 def _move_to_device(model: Any, device: str) -> Generator[Progress | None, None, None]:
-    """Put a model on its device, module by module, with a true count."""
+    """Move a model to its device, module by module, with progress."""
     modules = [module for module in model.modules() if not any(True for _ in module.children())]
     total = sum(p.nbytes for p in model.parameters())
     done, last_report = 0, 0.0
@@ -353,30 +352,30 @@ def _move_to_device(model: Any, device: str) -> Generator[Progress | None, None,
                 bytes=min(done, total),
                 total_bytes=total,
             )
-    model.to(device)  # what stands in no leaf: buffers, tied weights
+    model.to(device)  # the rest: buffers, tied weights
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of what a library said, with the next one where it is only a heading; a whole sentence."""
+    """Return the first line of an error as a sentence, with the next line if it is only a heading."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     text = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])[:300].rstrip(" .:")
     return f"{text}."
 
 
 def _find_end_tokens(path: Path, config: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end an answer: those listed for generation, the model's own, and the tokenizer's."""
+    """Return the tokens that end an answer: those of the generation config, the model's, and the tokenizer's."""
     listed: list[Any] = [getattr(config.get_text_config(), "eos_token_id", None), tokenizer.eos_token_id]
-    with suppress(OSError, ValueError, AttributeError):  # a model without one, or with one that says nothing
+    with suppress(OSError, ValueError, AttributeError):  # no file, or no such entry
         listed.append(json.loads((path / "generation_config.json").read_text()).get("eos_token_id"))
     flat = [token for tokens in listed for token in (tokens if isinstance(tokens, list) else [tokens])]
     return frozenset(token for token in flat if isinstance(token, int))
 
 
 def require_free_memory(path: Path, request: Load) -> None:
-    """After a download the size is known: raises LoadFailed when it cannot fit, before any of it is read."""
+    """Raise LoadFailed if a downloaded model cannot fit in memory, before it is read."""
     device = choose_device(request)
     if device != "cpu":
-        return  # the device says so itself, with its own figures
+        return  # a GPU reports its own memory when it runs out
     precision = choose_precision(request.precision, device)
     files = require_loadable(path, precision, request.remote_code)
     shape = model_shape(files.config, {name: list(about["shape"]) for name, about in files.tensors.items()})

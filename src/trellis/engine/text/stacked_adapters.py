@@ -1,4 +1,4 @@
-"""The adapters of a batch stacked in one tensor for each linear layer, so that every row can use its own.
+"""The adapters of a batch stacked in one tensor per linear layer, so that every row can use its own.
 
 It does not know conversations or caches.
 """
@@ -16,31 +16,31 @@ from .fused_layers import FusedLayer, FusedLinear, RowAdapters
 from .weights_store import Weights
 
 MAX_IDLE_ADAPTERS = 8
-"""Adapters that stay beside the others when nobody talks to them any more, for a next message."""
+"""How many adapters stay when nobody uses them, for a next message."""
 
 
 FindWeights = Callable[[str], tuple[AdapterSlot, Weights]]
-"""Weights by id, and the slot that they go into. Raises WeightsMissing."""
+"""Return weights by id and the slot they belong to. Raises WeightsMissing."""
 
 
 class StackedAdapters:
-    """The adapters of a batch, each in a place of its own beside the others; only one that is new is written."""
+    """The adapters of a batch, each at its own index; only new ones are written."""
 
     def __init__(self, fast_forward: FastForward, find_weights: FindWeights) -> None:
         self._fast_forward, self._find_weights = fast_forward, find_weights
         self._indices: dict[str, int] = {}
         self._lora_a: list[list[Tensor]] = []
         self._lora_b: list[list[Tensor]] = []
-        """Of each linear layer of each layer: (K, in, r) and (K, r, out)."""
+        """By layer and linear layer: A is (K, in, r), B is (K, r, out)."""
 
     @property
     def bytes_per_adapter(self) -> int:
-        """What one more adapter takes; 0 where none is known yet."""
+        """Memory for one more adapter; 0 if none is known yet."""
         return sum(each[0].nbytes for both in (self._lora_a, self._lora_b) for layer in both for each in layer)
 
     def add(self, weights: str, used: Collection[str]) -> int:
-        """The place of some weights, which are put there if need be; `used` stay. Raises WeightsMissing."""
-        if weights in self._indices:  # an id names what never changes
+        """Return the index of an adapter, adding it if necessary; those in `used` stay. Raises WeightsMissing."""
+        if weights in self._indices:  # weights with the same id never change
             return self._indices[weights]
         slot, found = self._find_weights(weights)
         with torch.inference_mode():
@@ -49,7 +49,7 @@ class StackedAdapters:
             return self._write(weights, adapted.layers, used)
 
     def layers(self, weights: Sequence[str]) -> list[FusedLayer]:
-        """The layers for rows with these weights, all of which have a place."""
+        """Return the layers for rows with these weights, which must all have been added."""
         indices = [self._indices[each] if each else None for each in weights]
         if all(place is None for place in indices):
             return self._fast_forward.layers
@@ -66,7 +66,7 @@ class StackedAdapters:
         ]
 
     def release_unused(self) -> None:
-        """Nobody uses any of them: many are not kept."""
+        """Free the memory if no adapter is used and there are many."""
         if self._lora_a and len(self._lora_a[0][0]) > MAX_IDLE_ADAPTERS:
             self.clear()
 
@@ -113,7 +113,7 @@ class StackedAdapters:
         return place
 
     def _reserve(self, layers: Sequence[FusedLayer], count: int, ranks: int) -> None:
-        """Room for so many adapters of such ranks; those that are there stay."""
+        """Ensure capacity for so many adapters of this rank; existing ones stay."""
         old_lora_a, old_lora_b = self._lora_a, self._lora_b
         weights = [[each.weight for each in one.linears()] for one in layers]
         self._lora_a = [[each.new_zeros(count, each.shape[1], ranks) for each in one] for one in weights]

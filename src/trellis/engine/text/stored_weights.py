@@ -21,19 +21,19 @@ from ...model_files import ModelFiles, canonical_config, inspect_folder
 from ...params import Precision
 
 INITIALIZING, READING, PARSING, PLACING, WARMING = 0.11, 0.15, 0.78, 0.8, 0.95
-"""Where these stages begin as a fraction of a load; reading takes the bulk."""
+"""Where these stages begin as fractions of a load; reading takes the most time."""
 
 
 PROGRESS_SECONDS = 0.05
 
 
 MASK_NAMES = ("masked_bias", "attn.bias", "attention.bias")
-"""Last parts of the names of masks, which older files hold, in which infinite values are meant."""
+"""Name suffixes of the masks in older files, in which infinite values are intended."""
 
 
 def start_digests(path: Path, precision: Precision) -> list[Any]:
-    """Where the fingerprints of a folder begin, the one that new sessions use first: over what matters of config.json,
-    and over its bytes, as sessions from before have it. What is grown on rounded weights is not the same."""
+    """Begin a folder's fingerprints: over the canonical config.json for new sessions, then over its bytes, as older
+    sessions have it. Precisions other than 32 bits have their own."""
     text = (path / "config.json").read_bytes()
     digests = [hashlib.sha256(canonical_config(text)), hashlib.sha256(text)]
     if precision != "32-bit":
@@ -43,7 +43,7 @@ def start_digests(path: Path, precision: Precision) -> list[Any]:
 
 
 def fingerprints(path: Path) -> list[str]:
-    """The fingerprints that a folder has in each precision. Raises LoadFailed."""
+    """Return a folder's fingerprints in every precision. Raises LoadFailed."""
     precisions: tuple[Precision, ...] = ("32-bit", "16-bit", "8-bit", "4-bit")
     digests = [digest for precision in precisions for digest in start_digests(path, precision)]
     for file in inspect_folder(path).weight_paths:
@@ -78,9 +78,9 @@ def not_readable_error(error: PermissionError) -> LoadFailed:
 def read_tensors(
     files: ModelFiles, dtype: torch.dtype | None, digests: list[Any]
 ) -> Generator[Progress | None, None, dict[str, Tensor]]:
-    """All tensors in the precision that is wanted, or as they are stored, each copied out of its file as it is read.
+    """Read all tensors in `dtype`, or as stored if it is None, each copied out of its file, and update the digests.
 
-    Raises LoadFailed for a file that is not whole, and for a value that is not finite.
+    Raises LoadFailed for an incomplete file or a value that is not finite.
     """
     paths = files.weight_paths
     total = sum(file.stat().st_size for file in paths)
@@ -124,7 +124,7 @@ def read_tensors(
 
 
 def is_finite_tensor(name: str, tensor: Tensor) -> bool:
-    """Whether all values of a tensor are numbers, in one pass: its extremes are NaN or infinite where one of them is.
+    """Whether all values are finite, in one pass: minimum and maximum are NaN or infinite if any value is.
 
     It takes a fifth of the time of copying the tensor (docs/log.md).
     """
@@ -150,6 +150,6 @@ def non_finite_tensor_error(name: str, location: str, stored: Tensor) -> LoadFai
 
 
 def _sample_values(tensor: Tensor, pieces: int = 16) -> bytes:
-    """Some values from all over a tensor: enough to tell two models apart without hashing gigabytes."""
+    """Return values from all over a tensor: enough to tell models apart without hashing gigabytes."""
     flat = tensor.flatten()
     return flat[:: max(1, flat.numel() // (pieces * 16))].float().numpy().tobytes()

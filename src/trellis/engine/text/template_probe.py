@@ -35,11 +35,11 @@ SYSTEM_ROLE, USER_ROLE, ASSISTANT_ROLE = (
 
 
 DEFAULT_NAMES = ("chat", "chat_template", "chatml", "instruct")
-"""Names of templates that are taken for the default where none is called that, in this order."""
+"""Names of templates used if none is called “default”, in this order."""
 
 
 SPECIAL_NAME_PREFIXES = ("tool", "rag", "function", "json", "grounded", "fim")
-"""Beginnings of the names of templates that are not for plain conversations."""
+"""Name prefixes of templates that are not for plain conversations."""
 
 
 EXTRA_ARGUMENTS: tuple[dict[str, list[Any]], ...] = (
@@ -48,11 +48,11 @@ EXTRA_ARGUMENTS: tuple[dict[str, list[Any]], ...] = (
     {"documents": []},
     {"tools": [], "documents": []},
 )
-"""Arguments for templates that iterate over tools or documents without asking whether there are any."""
+"""Arguments for templates that iterate over tools or documents without checking whether there are any."""
 
 
 SERIALIZED_MESSAGE = re.compile(r"""\{\s*('role'|'type'|'content'|"type":\s*"text")""")
-"""What a template writes that has put a message or its parts where text belongs."""
+"""Matches the output of a template that serialized a message or its parts instead of their text."""
 
 
 QUESTION_TURN = Turn(role="user", text="Kestrel 7: does <b>tea & bread</b> keep, Zoë?")
@@ -65,13 +65,13 @@ SYSTEM_TURN = Turn(role="system", text="Orchard 2: answer <em>briefly & kindly</
 
 
 LATER_SYSTEM_TURN = Turn(role="system", text="Meadow 5: answer <q>slowly & gladly</q>, Zoë.")
-"""What templates are probed with. Escaped or shortened text is not found again."""
+"""Turns for probing. Escaped or shortened text is not found in the output."""
 
 
 def choose_template(template: Any) -> str | None:
-    """The template for plain conversations among those of a tokenizer, None where it has none.
+    """Return a tokenizer's template for plain conversations, None if it has none.
 
-    Raises TemplateFailed for several of which none is the obvious one.
+    Raises TemplateFailed if there are several and none is the obvious one.
     """
     if not template:
         return None
@@ -90,9 +90,9 @@ def choose_template(template: Any) -> str | None:
 
 
 def probe_template(tokenizer: Any, source: str) -> ChatTemplate:
-    """Try a template with one and several turns, with and without a system prompt, and find out how it is used.
+    """Try a template with one and several turns, with and without a system prompt, and detect how to use it.
 
-    Raises TemplateFailed where what a user says does not come out again.
+    Raises TemplateFailed if a user's message is not in the output.
     """
     _reject_power_operator(source)
     template = _probe_one_turn(tokenizer, source)
@@ -108,9 +108,9 @@ def probe_template(tokenizer: Any, source: str) -> ChatTemplate:
 
 
 def _reject_power_operator(source: str) -> None:
-    """Raises TemplateFailed for a template that raises numbers to powers: one such step may take hours, in which
-    nothing can stop it, and a conversation needs none."""
-    with suppress(TemplateSyntaxError):  # which rendering tells better
+    """Raise TemplateFailed for a template that uses the power operator: a single step may take hours and cannot be
+    stopped, and a conversation needs none."""
+    with suppress(TemplateSyntaxError):  # rendering reports it better
         tokens = Environment(autoescape=True).lex(source)  # nothing is rendered
         if any(kind == "operator" and value == "**" for _, kind, value in tokens):
             raise TemplateFailed("it raises numbers to powers, which may never end.")
@@ -172,7 +172,7 @@ def _probe_role_orders(template: ChatTemplate) -> ChatTemplate:
 
 
 def _probe_answers(template: ChatTemplate) -> ChatTemplate:
-    """How an assistant's turn begins and ends."""
+    """Detect how an assistant's turn begins and ends."""
     try:
         asked = template.render([QUESTION_TURN])
         ignores_generation_prompt = template.render([QUESTION_TURN], add_generation_prompt=False) == asked
@@ -200,7 +200,7 @@ def _probe_answers(template: ChatTemplate) -> ChatTemplate:
 
 
 def _ends_at_turn_boundary(template: ChatTemplate, asked: str) -> bool:
-    """Whether a prompt ends where any turn could begin, so that nothing in it begins an answer."""
+    """Whether a prompt ends where any turn could begin, so that nothing in it starts an answer."""
     try:
         two = template.render([QUESTION_TURN, SECOND_QUESTION_TURN], add_generation_prompt=False)
     except TemplateFailed:
@@ -209,7 +209,7 @@ def _ends_at_turn_boundary(template: ChatTemplate, asked: str) -> bool:
 
 
 def _find_thinking_switch(template: ChatTemplate) -> str | None:
-    """The variable that turns thinking on and off, known by its effect."""
+    """Return the variable that turns thinking on and off, detected by its effect."""
     for name in THINKING_SWITCHES:
         if not re.search(rf"\b{name}\b", template.source):
             continue
@@ -230,8 +230,8 @@ def _renders_all(template: ChatTemplate, turns: Sequence[Turn]) -> bool:
 
 
 def _contains_all(rendered: str, turns: Sequence[Turn]) -> bool:
-    """Whether all that was said is in a text, white space and capitals aside, and not as Python or JSON write a list of
-    messages or parts."""
+    """Whether all turns occur in a text, ignoring white space and case, and not serialized as Python or JSON
+    messages."""
     plain = _normalize(rendered)
     return SERIALIZED_MESSAGE.search(rendered) is None and all(_normalize(turn.text) in plain for turn in turns)
 

@@ -9,26 +9,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 WATCHDOG_INTERVAL, WATCHDOG_IDLE_CHECKS = 0.25, 40
-"""How often it is seen whether a template takes too long, and after how many looks at nothing that ends."""
+"""Seconds between checks, and how many checks without work end the watchdog's thread."""
 
 
 class RenderTimeout(Exception):
-    """Raised from outside in a template that does not come to an end."""
+    """Raised from outside in a template that takes too long."""
 
 
 class Watchdog:
-    """Stops Python code of others that takes too long, by an exception that is raised inside of it. Its thread lives
-    while there is something to watch."""
+    """Stops foreign Python code that takes too long, by raising an exception inside it. Its thread lives while there is
+    something to watch."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._deadlines: dict[int, float] = {}
-        """When what runs in a thread is stopped, by the thread's id."""
+        """When the code in a thread is stopped, by thread id."""
         self._is_watching = False
 
     @contextmanager
     def limit(self, seconds: float) -> Iterator[None]:
-        """Raise an exception in this thread after some seconds, unless what is done here has ended."""
+        """Context that raises RenderTimeout in this thread after some seconds, unless it has ended."""
         thread = threading.get_ident()
         with self._lock:
             self._deadlines[thread] = time.monotonic() + seconds
@@ -38,7 +38,7 @@ class Watchdog:
         try:
             yield
         finally:
-            with self._lock:  # where the exception is on its way, it arrives here at the latest
+            with self._lock:  # an exception on its way arrives here at the latest
                 self._deadlines.pop(thread, None)
 
     def _watch(self) -> None:

@@ -27,7 +27,7 @@ from .adapters import AdapterSlot
 
 @dataclass(frozen=True)
 class Weights:
-    """An adapter and its optimiser state. The tensors are never changed once made.
+    """An adapter's values and optimizer state. The tensors are never changed.
 
     flat, first, second: (P,) fp32 on the model's device, the adapter's parameters and AdamW's two moments.
     """
@@ -41,19 +41,19 @@ class Weights:
 
     @property
     def is_valid(self) -> bool:
-        """Whether all values are finite and the optimiser's state is one that steps can lead to."""
+        """Whether all values are finite and the optimizer state is one that steps can reach."""
         fits = self.first.shape == self.second.shape == self.flat.shape
         finite = all(bool(each.isfinite().all()) for each in (self.flat, self.first, self.second))
         return fits and finite and bool((self.second >= 0).all())
 
     @property
     def nbytes(self) -> int:
-        return self.flat.nbytes * (3 if self.steps else 1)  # before the first step the moments are everybody's
+        return self.flat.nbytes * (3 if self.steps else 1)  # before the first step the moments are shared by all
 
 
 def copy_outside_allocator(tensor: Tensor) -> Tensor:
-    """A copy in memory of its own, where that is the main memory: what is kept for long among what comes and goes would
-    leave the allocator with holes as large as itself."""
+    """Copy a CPU tensor to memory of its own. Long-lived tensors among short-lived ones would fragment the allocator's
+    heap."""
     if tensor.device.type != "cpu":
         return tensor
     private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
@@ -62,11 +62,11 @@ def copy_outside_allocator(tensor: Tensor) -> Tensor:
 
 
 DEFAULT_CACHE_BYTES = 500_000_000
-"""Adapters and optimiser states that an engine keeps in memory; at least two, however large they are."""
+"""Memory for adapters and optimizer states; at least two are cached, however large they are."""
 
 
 def not_finite_error() -> TrellisError:
-    """The error for weights that learning led to and that are no numbers any more."""
+    """Return the error for weights that are no longer finite after learning."""
     return TrellisError(
         "The model's numbers overflowed while it learned, and what it learned was not kept.",
         code="not_finite",
@@ -75,19 +75,19 @@ def not_finite_error() -> TrellisError:
 
 
 class WeightsStore:
-    """The weights an engine can name: a bounded cache in memory over folders on disk. Safe to use from any thread."""
+    """Weights by id: a bounded cache in memory over folders on disk. Thread-safe."""
 
     def __init__(self, blobs: Blobs, cache_bytes: int | None = None) -> None:
         self.blobs = blobs
         self._cache_bytes = DEFAULT_CACHE_BYTES if cache_bytes is None else cache_bytes
         self._cache: OrderedDict[str, Weights] = OrderedDict()
         self._unsaved_metrics: dict[str, Metrics] = {}
-        """What was measured of weights that are in the cache alone."""
+        """Metrics of weights that are only in the cache."""
         self._lock = threading.Lock()
-        """Held for looking into memory, never while a disk is waited for."""
+        """Held for access to memory, never during disk access."""
 
     def settings(self, weights_id: str) -> Adapter:
-        """The adapter settings of weights on disk. Raises WeightsMissing."""
+        """Return the adapter settings of weights. Raises WeightsMissing."""
         if (cached := self._cached(weights_id)) is not None:
             return cached.adapter
         metadata = self._read_metadata(weights_id)
@@ -98,7 +98,7 @@ class WeightsStore:
             raise WeightsMissing(weights_id) from None
 
     def create_initial(self, slot: AdapterSlot, weights_id: str, seed: int) -> Weights:
-        """The weights a session starts from: A drawn as LoRA prescribes (Kaiming uniform), B zero."""
+        """Create the weights a session starts from: A initialized as LoRA prescribes (Kaiming uniform), B zero."""
         generator = torch.Generator().manual_seed(seed)
         flat = torch.zeros(slot.flat.shape)
         for name, where, shape in slot.slices:
@@ -111,7 +111,7 @@ class WeightsStore:
         return self.add(slot, weights, None, save=True)
 
     def get(self, slot: AdapterSlot, weights_id: str) -> Weights:
-        """Weights from memory or disk. Raises WeightsMissing where there is no whole folder that fits."""
+        """Return weights from memory or disk. Raises WeightsMissing if no complete folder fits."""
         if (cached := self._cached(weights_id)) is not None:
             return cached
         metadata = self._read_metadata(weights_id)
@@ -132,9 +132,9 @@ class WeightsStore:
         return self._add_to_cache(slot, weights)
 
     def add(self, slot: AdapterSlot, weights: Weights, metrics: Metrics | None, save: bool) -> Weights:
-        """Take new weights, and write them if they are to be kept. Those that are not may have to be made again.
+        """Cache new weights, and write them with `save`. Unsaved ones may have to be computed again.
 
-        Raises TrellisError for weights that are not finite: they would be damaged wherever they are read again.
+        Raises TrellisError for weights that are not finite: they would count as damaged wherever they are read.
         """
         if not weights.is_valid:
             raise not_finite_error()
@@ -143,13 +143,13 @@ class WeightsStore:
         return self._add_to_cache(slot, weights, None if save or weights.id in self.blobs else metrics)
 
     def save(self, slot: AdapterSlot, weights_id: str) -> None:
-        """Have weights on disk that are there or in memory. Raises WeightsMissing where they are in neither."""
+        """Write weights to disk if they are not there. Raises WeightsMissing if they are not in memory either."""
         if weights_id not in self.blobs:
             self._write(slot, self.get(slot, weights_id), self._unsaved_metrics.get(weights_id))
         self._unsaved_metrics.pop(weights_id, None)
 
     def _write(self, slot: AdapterSlot, weights: Weights, metrics: Metrics | None) -> None:
-        """Write weights in PEFT's own layout with the optimiser's state beside it, whole or not at all."""
+        """Write weights in PEFT's layout with the optimizer state beside it, completely or not at all."""
         metadata = {
             "adapter": weights.adapter.model_dump(mode="json"),
             "steps": weights.steps,
@@ -158,13 +158,16 @@ class WeightsStore:
         with self.blobs.writing(weights.id) as folder:
             named = {name: tensor.contiguous().cpu() for name, tensor in slot.split(weights.flat).items()}
             save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-            state = {"first": weights.first.cpu(), "second": weights.second.cpu().clone()}  # a file shares nothing
+            state = {
+                "first": weights.first.cpu(),
+                "second": weights.second.cpu().clone(),
+            }  # save_file rejects shared memory
             save_file(state, folder / "optimizer.safetensors")
             slot.config.save_pretrained(folder)
             (folder / "weights.json").write_text(json.dumps(metadata, indent=1))
 
     def is_available(self, slot: AdapterSlot, weights_id: str) -> bool:
-        """Whether the weights are at hand: on disk, whole, or in memory and never written."""
+        """Whether the weights are on disk, complete, or in memory and unsaved."""
         if weights_id not in self.blobs and weights_id not in self._unsaved_metrics:
             return False
         try:
@@ -174,7 +177,7 @@ class WeightsStore:
         return True
 
     def metrics(self, weights_id: str) -> Metrics | None:
-        """What was measured when the weights were made, if they are at hand."""
+        """Return the metrics measured when the weights were made, if they are available."""
         if (unsaved := self._unsaved_metrics.get(weights_id)) is not None:
             return unsaved
         if weights_id not in self.blobs:
@@ -196,14 +199,14 @@ class WeightsStore:
         return metadata
 
     def _cached(self, weights_id: str) -> Weights | None:
-        """Weights in memory."""
+        """Return weights from memory."""
         with self._lock:
             if weights_id in self._cache:
                 self._cache.move_to_end(weights_id)
             return self._cache.get(weights_id)
 
     def _add_to_cache(self, slot: AdapterSlot, weights: Weights, unsaved_metrics: Metrics | None = None) -> Weights:
-        """Keep weights in memory; with what was measured of them where they are there alone."""
+        """Cache weights, with their metrics if they are not on disk."""
         flat, first, second = (
             each if each is slot.zero_moments else copy_outside_allocator(each)
             for each in (weights.flat, weights.first, weights.second)
