@@ -25,7 +25,7 @@ class Shown:
         self._text, self._chance = text, chance
         self.html, self.shown, self.told = "", 0, 0
 
-    async def speak(self, message: Message, answering: GrowingAnswer) -> None:
+    async def generate_answer(self, message: Message, answering: GrowingAnswer) -> None:
         at = 0
         while at < len(self._text):
             size = self._chance.randint(1, 12)
