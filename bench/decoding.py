@@ -25,10 +25,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from random_model import SIZES, random_model
 from trellis.blobs import Blobs
-from trellis.engine.text.adapters import AdapterSlots, WeightsStore
+from trellis.engine.text.adapters import AdapterSlots
 from trellis.engine.text.decoding import decode_group
 from trellis.engine.text.fast_forward import FastForward
 from trellis.engine.text.group_forward import group_forward_for
+from trellis.engine.text.weights_store import WeightsStore
 from trellis.options import Adapter, Sampling
 
 DEMO = Path(__file__).resolve().parent.parent / "src" / "trellis" / "demo" / "text" / "model"

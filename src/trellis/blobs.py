@@ -1,4 +1,4 @@
-"""Immutable folders named by id, written whole or not at all: a temporary folder, fsync, rename.
+"""Immutable folders named by id, written completely or not at all: temporary folder, fsync, rename.
 
 It does not know what the folders hold.
 """
@@ -17,13 +17,13 @@ _ID = re.compile(r"[0-9a-z][0-9a-z_-]{0,127}")
 
 
 class Blobs:
-    """Folders under one root. A folder that can be seen is complete, whatever was killed when."""
+    """Folders under one root. A visible folder is complete, whatever was killed when."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def path(self, blob_id: str) -> Path:
-        """Where the folder of an id is or would be. Raises ValueError for what is not an id."""
+        """Return the path of an id's folder, existing or not. Raises ValueError for an invalid id."""
         if not _ID.fullmatch(blob_id):
             raise ValueError(f"not a blob id: {blob_id[:80]!r}")
         return self.root / blob_id
@@ -33,9 +33,9 @@ class Blobs:
 
     @contextmanager
     def writing(self, blob_id: str) -> Iterator[Path]:
-        """A temporary folder that becomes the blob when the block ends, and vanishes if it raises.
+        """Yield a temporary folder that becomes the blob when the block ends, and is removed if it raises.
 
-        When two write the same id, the first to end wins: they hold the same content by definition.
+        If two write the same id, the first to finish wins: the content is the same by definition.
         """
         target = self.path(blob_id)
         temporary = self.temporary_folder()
@@ -55,14 +55,14 @@ class Blobs:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def temporary_folder(self) -> Path:
-        """A new temporary folder, which whoever asks for it removes; `sweep` does after a crash."""
+        """Create a temporary folder, which the caller removes; after a crash, `remove_leftovers` does."""
         self.root.mkdir(parents=True, exist_ok=True)
         work = self.root / f".tmp-{os.getpid()}-{uuid.uuid4().hex}"
         work.mkdir()
         return work
 
     def discard(self, blob_id: str) -> None:
-        """Take a damaged folder out of sight, so that it can be made again. Nothing happens where there is none."""
+        """Remove a damaged folder at once, so that it can be written again. Does nothing if there is none."""
         path = self.path(blob_id)
         aside = self.root / f".tmp-0-{uuid.uuid4().hex}"
         try:
@@ -72,7 +72,7 @@ class Blobs:
         shutil.rmtree(aside, ignore_errors=True)
 
     def remove_leftovers(self) -> int:
-        """Remove what processes that have ended left half written. Returns how many folders went."""
+        """Remove temporary folders of processes that have ended. Returns their number."""
         removed = 0
         for work in self.root.glob(".tmp-*"):
             owner = work.name.split("-")[1]

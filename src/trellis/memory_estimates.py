@@ -1,7 +1,7 @@
-"""How much memory a model needs, before it is loaded: from the shapes in its files and the options of a session.
+"""Estimate how much memory a model needs before it is loaded: from tensor shapes and session options.
 
-Pure numbers; it does not know files, engines or devices. The same rows serve the form, the check before a load
-and the engine's own check after a download.
+Pure arithmetic; it does not know files, engines or devices. The form, the check before a load and the engine's check
+after a download share it.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 from .options import OPENING_TOKEN_BUDGET, Precision, SessionConfig
 
 LIBRARY_BYTES = 510_000_000
-"""Bytes that an engine's libraries take before any model is there (measured, docs/log.md)."""
+"""Memory of an engine's libraries before any model is loaded (measured, docs/log.md)."""
 
 BYTES_PER_WEIGHT: Mapping[Precision, float] = {"32-bit": 4.0, "16-bit": 2.0, "8-bit": 1.03, "4-bit": 0.57}
-"""Bytes for each weight of a linear layer, scales included; embeddings stay in 16 or 32 bits."""
+"""Bytes per weight of a linear layer, scales included; embeddings stay in 16 or 32 bits."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What of a model decides its memory. `linear` counts the weights of linear layers, `reach` is the sum of
-    inputs and outputs over them, from which an adapter's size follows; `expert_reach` is that of the experts' layers,
-    which are read into one tensor for all experts and not quantised."""
+    """The sizes that determine a model's memory. `linear` counts the weights of linear layers; `linear_features` sums
+    their inputs and outputs, from which an adapter's size follows; `expert_features` is the same for expert layers,
+    which are stacked in one tensor and not quantized."""
 
     parameters: int = 0
     linear: int = 0
@@ -38,7 +38,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes. `loading` is what must be free to load at all; the rest comes with the longest prompt and answers."""
+    """Bytes. `loading` must be free to load at all; the rest is needed for the longest prompt and answers."""
 
     weights: int
     adapter: int
@@ -62,9 +62,9 @@ class Estimate:
 
 
 def model_shape(config: Mapping[str, Any], tensors: Mapping[str, list[int]]) -> ModelShape:
-    """A model's shape from its config.json and the shapes of its tensors by name.
+    """Return a model's shape from its config.json and the shapes of its tensors by name.
 
-    Of quantised weights it counts the numbers that they stand for, since they are unpacked as they are read.
+    Quantized weights are counted as the numbers they stand for, since they are dequantized on reading.
     """
 
     def number(*names: str) -> int:
@@ -97,17 +97,17 @@ def model_shape(config: Mapping[str, Any], tensors: Mapping[str, list[int]]) -> 
 
 
 def estimate_memory(shape: ModelShape, config: SessionConfig, precision: Precision) -> Estimate:
-    """Bytes that an engine needs for a session with these options; `precision` is never “auto” here."""
+    """Estimate the bytes an engine needs for a session with these options; `precision` must not be “auto”."""
     unquantized_bytes = 4 if precision == "32-bit" else 2
     per_weight = BYTES_PER_WEIGHT[precision]
     weights = shape.linear * per_weight + (shape.parameters - shape.linear) * unquantized_bytes
     adapter = 4 * config.lora_rank * (shape.linear_features + (shape.expert_features if adapts_experts(config) else 0))
     tokens = config.group_size * min(config.context_length, shape.positions or config.context_length)
-    # Answers: keys and values for each token, and one row of logits for each option; for a moment, of each opening.
+    # Answers: keys and values per token, and one row of logits per option; per opening while openings are generated.
     openings = config.group_size * config.openings
     cached_tokens = max(tokens, min(tokens * config.openings, OPENING_TOKEN_BUDGET))
     answers = cached_tokens * shape.layers * shape.key_value_size * unquantized_bytes + openings * shape.vocabulary * 4
-    # Learning: what the backward pass keeps of each layer (about 17 vectors of the hidden size for a token, after
+    # Learning: activations kept for the backward pass (about 17 hidden-size vectors per token and layer, after
     # Korthikanti et al., arXiv 2205.05198, without attention scores) and three copies of the answers' logits.
     logits = 3 * 4 * config.group_size * config.max_new_tokens * shape.vocabulary
     learning = 17 * unquantized_bytes * tokens * shape.hidden * shape.layers + logits
@@ -117,7 +117,7 @@ def estimate_memory(shape: ModelShape, config: SessionConfig, precision: Precisi
 def changes_that_fit(
     shape: ModelShape, config: SessionConfig, precision: Precision, available: int
 ) -> Iterator[tuple[dict[str, Any], Estimate]]:
-    """Changes of options under which a session would fit, the gentlest first, each with its estimate."""
+    """Yield changes of options with which a session would fit, the mildest first, each with its estimate."""
     ladder: list[Precision] = ["32-bit", "16-bit", "8-bit", "4-bit"]
     changes: list[dict[str, Any]] = []
     shorter = max(64, config.context_length // 2)
@@ -137,7 +137,7 @@ def changes_that_fit(
 
 
 def _unpacked_shapes(tensors: Mapping[str, list[int]], hidden: int) -> dict[str, list[int]]:
-    """Shapes without scales and states of quantisation; two weights of bitsandbytes in 4 bits lie in one byte."""
+    """Return shapes without scales and quantization states; 4-bit bitsandbytes stores two weights in a byte."""
     four_bit = {name.rsplit(".quant_state.", 1)[0] for name in tensors if ".quant_state." in name}
     shapes: dict[str, list[int]] = {}
     for name, shape in tensors.items():
@@ -150,20 +150,20 @@ def _unpacked_shapes(tensors: Mapping[str, list[int]], hidden: int) -> dict[str,
 
 
 def adapts_experts(config: SessionConfig) -> bool:
-    """Whether a session's options give the experts of a model an adapter."""
+    """Whether the session's options give the experts of a model an adapter."""
     named = config.target_modules.split(", ")
     return not config.lora_dropout and ("all-linear" in named or "experts" in named)
 
 
 def _is_expert_layer(name: str, shape: list[int]) -> bool:
-    """Whether a tensor is a layer of experts: of one of many, or of all in one (experts, ., .)."""
+    """Whether a tensor is an expert layer: one of many, or all of them stacked (experts, ., .)."""
     if len(shape) == 2:
         return ".experts." in name
     return len(shape) == 3 and min(shape) > 1 and "conv" not in name
 
 
 def _is_embedding(name: str) -> bool:
-    """Whether a tensor is an embedding or the output layer, which get no adapter and are not quantised."""
+    """Whether a tensor is an embedding or the output layer, which get no adapter and are not quantized."""
     return any(part in name for part in ("embed", "wte", "wpe", "lm_head"))
 
 

@@ -1,4 +1,4 @@
-"""safetensors files, read without the library and without trust: names, shapes, and whether values are numbers."""
+"""Read safetensors files without the library, as untrusted input: names, shapes, finite values."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ MAX_HEADER_BYTES = 100 * 1024 * 1024
 
 READ_ERRORS = (OSError, ValueError, AttributeError, TypeError, KeyError, IndexError, RecursionError, OverflowError,
               struct.error)  # fmt: skip
-"""What reading a file that anyone may have written can raise."""
+"""What reading an untrusted file can raise."""
 
 
 def read_header(file: Path, limit: int = MAX_HEADER_BYTES) -> dict[str, dict[str, Any]]:
-    """What a file says of each tensor (dtype, shape, data_offsets). Raises one of UNREADABLE for what is not one."""
+    """Return a file's header: dtype, shape and data_offsets by tensor name. Raises one of READ_ERRORS."""
     if not file.is_file():
         raise ValueError("it is not a file")
     with file.open("rb") as stream:
@@ -30,7 +30,7 @@ def read_header(file: Path, limit: int = MAX_HEADER_BYTES) -> dict[str, dict[str
 
 
 def read_shapes(file: Path, limit: int = MAX_HEADER_BYTES) -> dict[str, list[int]]:
-    """The shapes of the tensors in a file, by name. Raises one of UNREADABLE."""
+    """Return the shapes of the tensors in a file by name. Raises one of READ_ERRORS."""
     shapes = {name: list(about["shape"]) for name, about in read_header(file, limit).items()}
     if not all(isinstance(side, int) and 0 <= side < 2**40 for shape in shapes.values() for side in shape):
         raise ValueError("a shape is not one")
@@ -38,11 +38,11 @@ def read_shapes(file: Path, limit: int = MAX_HEADER_BYTES) -> dict[str, list[int
 
 
 CHUNK_BYTES = 1 << 18
-"""Bytes that are looked at in one go: few enough for the interpreter to serve other threads in between."""
+"""Bytes checked at a time: few enough for the interpreter to run other threads in between."""
 
 
 def all_finite(file: Path) -> bool:
-    """Whether a file is whole and every F32 value in it is a number. Other types are not looked at."""
+    """Whether a file is complete and every F32 value in it is finite. Other types are not checked."""
     try:
         header = read_header(file)
         with file.open("rb") as stream:
@@ -67,4 +67,4 @@ def _chunk_is_finite(chunk: bytes) -> bool:
     values.frombytes(chunk)
     if sys.byteorder == "big":
         values.byteswap()
-    return math.isfinite(sum(values))  # in double precision, which no sum of so few leaves
+    return math.isfinite(sum(values))  # float64 cannot overflow on so few float32 values

@@ -1,6 +1,6 @@
-"""`python -m trellis.engine --fd 3 --weights FOLDER`: one engine on an inherited socket, while its parent lives.
+"""`python -m trellis.engine --fd 3 --weights FOLDER`: an engine on an inherited socket that ends with its parent.
 
-With `--forks` it is no engine but a process that forks engines, which then start in milliseconds.
+With `--forks` it is a fork server instead, whose engines start in milliseconds.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main(arguments_list: list[str] | None = None) -> None:
         _serve(transport, FakeEngine(blobs))
         return
     _prepare_torch()
-    # torch is only imported from here on, so that a fake engine starts in milliseconds.
+    # Import torch only now, so that a fake engine starts in milliseconds.
     import torch
     import transformers
 
@@ -73,19 +73,19 @@ def main(arguments_list: list[str] | None = None) -> None:
 
 def _serve(transport: Transport, engine: TextEngine | FakeEngine) -> None:
     scheduler = Scheduler(transport.send, engine.handlers(), lambda: engine.lanes, engine.batches())
-    # The socket closes when the parent is gone, however it went: then nobody needs the rest.
+    # The socket closes when the parent is gone for whatever reason: nobody needs the rest then.
     transport.listen(scheduler.receive, on_close=lambda: os._exit(0))
     scheduler.run()
 
 
 def _prepare_torch() -> None:
-    # Threads that wait for each other by spinning are ten times slower on a computer that is also doing something
-    # else; a short spin costs an idle one nothing (docs/log.md). Read by libgomp when torch is first imported.
+    # Spinning OpenMP threads are ten times slower on a busy computer; a short spin costs nothing on an idle one
+    # (docs/log.md). libgomp reads this when torch is first imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # glibc keeps what every thread of an engine once had, each in a place of its own: two places are enough.
+    # glibc keeps freed memory in an arena per thread: limit it to two arenas.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
-    # Nothing here is compiled; bitsandbytes would have the compiler imported, which takes two seconds.
+    # Nothing here is compiled; bitsandbytes would import the compiler, which takes two seconds.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 

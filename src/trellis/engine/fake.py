@@ -1,7 +1,7 @@
-"""The same messages without torch: words drawn by hash instead of by a model.
+"""The same messages without torch: words are picked by hash instead of by a model.
 
-For tests of everything above the wire. It keeps the engine's promises (pure, resumable, weights on disk
-whole or not at all), held to them by the same contract suite.
+For tests of everything above the engine. It is held to the real engine's promises (pure, resumable, weights on disk
+complete or absent) by the same contract tests.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ WORDS = [
 STEP_SECONDS = 0.002
 
 CONTEXT_WORDS = 1024
-"""Words of a conversation that are taken."""
+"""The longest accepted conversation, in words."""
 
 REPEAT_PHRASE = "repeat yourself"
-"""Where a prompt says so, the third answer is the first one again."""
+"""A prompt with this phrase makes the third answer repeat the first one."""
 
 SAY_COMMAND = re.compile(r"say (\d{1,6}) (words|times) at (\d{1,6}) a second")
 
@@ -300,8 +300,8 @@ class FakeEngine:
 
 
 class FakeSlot:
-    """One conversation. A last message that says “say N words at M a second” is answered so; “say N times …” by the
-    time on the computer's steady clock, from which a bench reads how long a word was under way."""
+    """One conversation. If the last message is “say N words at M a second”, it is answered so; “say N times …” answers
+    with monotonic clock readings, from which a benchmark computes the latency of a word."""
 
     def __init__(self, number: int, request: Chat) -> None:
         self.number, self.request = number, request
@@ -376,29 +376,29 @@ class FakeChatBatch:
         with self._lock:
             events, self._pending_events = self._pending_events, []
             now = time.monotonic()
-            due = [seat for seat in self._slots.values() if seat.next_word_at <= now]
-            for seat in due:
-                text = seat.next_word()
-                seat.count += 1
-                seat.next_word_at += seat.pause
+            due = [slot for slot in self._slots.values() if slot.next_word_at <= now]
+            for slot in due:
+                text = slot.next_word()
+                slot.count += 1
+                slot.next_word_at += slot.pause
                 drawn = (
                     (SampledToken(text=text, bytes=tuple(text.encode()), logprob=-1.0),)
-                    if seat.request.top is not None
+                    if slot.request.top is not None
                     else ()
                 )
-                events.append((seat.number, TextDelta(text=text, tokens=seat.count, drawn=drawn), False))
-                if seat.count >= seat.max_words:
-                    seconds = now - seat.started
+                events.append((slot.number, TextDelta(text=text, tokens=slot.count, drawn=drawn), False))
+                if slot.count >= slot.max_words:
+                    seconds = now - slot.started
                     done = AnswerDone(
-                        finish="length" if seat.is_cut else "stop",
-                        tokens=seat.count,
-                        prompt_tokens=seat.prompt_tokens,
+                        finish="length" if slot.is_cut else "stop",
+                        tokens=slot.count,
+                        prompt_tokens=slot.prompt_tokens,
                         seconds_to_first=0.0,
                         seconds=seconds,
                     )
-                    events.append((seat.number, done, True))
-                    del self._slots[seat.number]
-            soonest = min((seat.next_word_at for seat in self._slots.values()), default=now)
+                    events.append((slot.number, done, True))
+                    del self._slots[slot.number]
+            soonest = min((slot.next_word_at for slot in self._slots.values()), default=now)
         if not events:
             time.sleep(min(max(soonest - now, 0.0), STEP_SECONDS))
         return events

@@ -1,8 +1,8 @@
-"""A process that has imported what engines need, and forks one whenever it is asked to.
+"""A process that has imported the libraries engines need, and forks an engine on request.
 
-Importing torch and its friends takes seconds; a fork takes milliseconds and shares their memory. It loads no model
-and starts no threads, and ends when its parent is gone. It speaks JSON over a SOCK_SEQPACKET socket: down come the
-arguments of an engine with its socket, up go `{"started": pid}` and, later, `{"ended": pid, "code": code}`.
+Importing torch takes seconds; a fork takes milliseconds and shares the memory. The process loads no model, starts no
+threads, and ends with its parent. It speaks JSON over a SOCK_SEQPACKET socket: requests carry an engine's arguments and
+its socket; replies are `{"started": pid}` and later `{"ended": pid, "code": code}`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ MAX_MESSAGE_BYTES = 65536
 
 
 def serve(control: socket.socket, run_engine: Callable[[list[str]], None]) -> None:
-    """Fork for every request until the parent closes its end. `engine` runs in the child with its arguments."""
+    """Fork an engine per request until the parent closes its end. `run_engine` runs in the child with its arguments."""
     gc.collect()
-    gc.freeze()  # what is here now is shared with the children, and stays shared when they collect their garbage
-    children: dict[int, int] = {}  # by the file descriptor that tells of their end
+    gc.freeze()  # keep what is loaded now shared with the children, whose garbage collection would copy it
+    children: dict[int, int] = {}  # by pidfd
     with select.epoll() as poll:
         poll.register(control, select.EPOLLIN)
         while True:
@@ -53,7 +53,7 @@ def serve(control: socket.socket, run_engine: Callable[[list[str]], None]) -> No
 
 
 def _run_child(run_engine: Callable[[list[str]], None], arguments: list[str], log: str) -> None:
-    """Be an engine from here on; never comes back."""
+    """Run an engine in this forked child; never returns."""
     code = 1
     try:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -62,7 +62,7 @@ def _run_child(run_engine: Callable[[list[str]], None], arguments: list[str], lo
         os.close(output)
         run_engine(arguments)
         code = 0
-    except BaseException:  # noqa: BLE001 - whatever it is, the child must not go on as its parent
+    except BaseException:  # noqa: BLE001 - the child must never continue as its parent
         traceback.print_exc()
     finally:
         os._exit(code)
@@ -76,5 +76,5 @@ def _send(control: socket.socket, message: dict[str, int]) -> None:
 
 
 def ignore_interrupts() -> None:
-    """Ctrl-C is for the studio, which then closes the socket."""
+    """Ignore Ctrl-C: the studio handles it and closes the socket."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,5 @@
-"""The handlers of a text model: load, plant, offer, learn, status. Each is a generator for the loop."""
+"""Handlers of a text model's requests: load, create adapter, offer, learn, retrain, … Each is a generator for the
+scheduler."""
 
 from __future__ import annotations
 
@@ -48,32 +49,34 @@ from .learning.merging import merge
 from .learning.retraining import evaluate_choices, retrain
 from .learning.step import TrainingState, learn_choice
 from .scheduler import Handler, RequestBatch, Steps
-from .text.adapters import AdapterSlot, Weights, WeightsStore
+from .text.adapters import AdapterSlot
 from .text.chat_batch import ChatBatch
 from .text.decoding import GrowingOption, decode_group
 from .text.group_forward import group_forward_for
 from .text.kv_cache import SequenceCache, sequence_cache_for
-from .text.loaded_model import LoadedModel, load_model, require_free_memory
+from .text.loaded_model import LoadedModel
+from .text.loading import load_model, require_free_memory
 from .text.quality_metrics import fluency_of, variety_of
 from .text.sampling import MIN_TEMPERATURE, overflow_error
+from .text.weights_store import Weights, WeightsStore
 
 PROGRESS_SECONDS = 0.2
 MAX_REFERENCES = 1024
-"""Lessons of which the base model's log-probabilities are kept: a few of each session that learns."""
+"""How many lessons' base log-probabilities are cached: a few for each session that learns."""
 
 CHAT_CACHE_BYTES = 1_000_000_000
-"""Keys, values and adapters that a batch of conversations may take at least; a quarter of what was free, where that is
+"""Lower bound on the memory for the KV cache and adapters of the chat batch; a quarter of the free memory if that is
 more."""
 
 PREFIX_CACHE_BYTES = 256_000_000
-"""Keys and values that are kept of conversations, so that a next message need not have all of them read again."""
+"""Memory for the prefix cache of chats, which saves reading a whole conversation again for its next message."""
 
 DELTA_SECONDS = 0.025
-"""Text goes up in batches of about this long: often enough to look alive, seldom enough to cost nothing."""
+"""Interval between text deltas: short enough to look live, long enough to cost nothing."""
 
 
 class TextEngine:
-    """One text model and the weights grown on it. All state is a cache of files and of pure functions."""
+    """One text model and the weights trained on it. All state is a cache of files and of pure functions."""
 
     def __init__(self, blobs: Blobs, hub_timeout: float = 60.0, cache_bytes: int | None = None) -> None:
         self._weights_store = WeightsStore(blobs, cache_bytes)
@@ -107,7 +110,7 @@ class TextEngine:
 
     @property
     def lanes(self) -> int:
-        """How many requests may be worked on at once."""
+        """How many requests may run concurrently."""
         return self._loaded.info.lanes if self._loaded else 1
 
     @property
@@ -188,7 +191,7 @@ class TextEngine:
         slot, weights = self.weights(request.weights)
         groups = [self._group(request.lesson, request.context_length, request.learning)]
         for lesson in request.replay:
-            with suppress(Invalid):  # one of a log that was too long to be fitted is too long to be replayed
+            with suppress(Invalid):  # a lesson too long to be learned from a log is too long to be replayed
                 groups.append(self._group(lesson, request.context_length, request.learning))
         references = []
         for group in groups:
@@ -223,7 +226,7 @@ class TextEngine:
         for number, lesson in enumerate(read_lessons(Path(request.path))):
             try:
                 groups.append(self._group(lesson, request.context_length, request.learning))
-            except Invalid as error:  # one that does not fit into the context must not cost all the others
+            except Invalid as error:  # one lesson that is too long must not fail all others
                 left_out, too_long = left_out + 1, too_long or error
             if number % 50 == 0:
                 yield None
@@ -288,12 +291,12 @@ class TextEngine:
         )
 
     def weights(self, weights_id: str) -> tuple[AdapterSlot, Weights]:
-        """Weights by id, and the slot that they go into. Raises WeightsMissing."""
+        """Return weights by id and the slot they belong to. Raises WeightsMissing."""
         slot = self.loaded.slots.get(self._weights_store.settings(weights_id))
         return slot, self._weights_store.get(slot, weights_id)
 
     def _already_made(self, weights_id: str, keep: bool = True) -> Learned | None:
-        """What learning once made and is whole in memory or on disk, as it was told then."""
+        """Return the earlier result of the same learning request, if its weights are still available."""
         metrics = self._weights_store.metrics(weights_id)
         if metrics is None:
             return None
@@ -305,7 +308,7 @@ class TextEngine:
         return Learned(weights=weights_id, metrics=metrics)
 
     def _group(self, lesson: Lesson, context_length: int, learning: Learning) -> Group:
-        """A lesson as numbers. An option that has no tokens, as one from another model or a file, gets this model's."""
+        """Return a lesson as tokens. Options without tokens (from another model or a file) are tokenized here."""
         loaded, prompt = self.loaded, self.loaded.render_prompt(lesson.prompt)
         answers = [
             list(option.tokens)
@@ -324,7 +327,7 @@ class TextEngine:
         return Group(prompt.tokens, answers, lesson.choice, temperature)
 
     def _reference(self, slot: AdapterSlot, group: Group) -> Tensor:
-        """The base model's log-probabilities of a lesson's answers. They never change, so they are kept."""
+        """Return the base model's log-probabilities of a lesson's answers. They never change, so they are cached."""
         key = recipe_id("r", [group.prompt, group.answers, group.temperature])
         logprobs = self._references.get(key)
         if logprobs is None:
@@ -339,7 +342,7 @@ class TextEngine:
 
 
 def free_bytes(device: str) -> int:
-    """Memory that is free where a model is."""
+    """Return the free memory of a model's device."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     return int(psutil.virtual_memory().available)
@@ -350,7 +353,7 @@ def _weights_from(weights_id: str, slot: AdapterSlot, state: TrainingState) -> W
 
 
 def read_lessons(folder: Path) -> Iterator[Lesson]:
-    """The lessons of a log. Raises TrellisError when it is gone."""
+    """Read the lessons of a log. Raises TrellisError if it is gone."""
     try:
         with (folder / LOG_FILE).open(encoding="utf-8") as lines:
             for line in lines:
@@ -374,7 +377,7 @@ def _retrain_progress(done: int, total: int, loss: float, seconds: float, lesson
 
 
 def _text_delta(group: list[GrowingOption], sent_lengths: list[int]) -> Delta | None:
-    """What each option grew by since `sent`, which is brought up to date."""
+    """Return the text each option grew by since `sent_lengths`, which is updated."""
     texts = {}
     for index, option in enumerate(group):
         if len(option.text) > sent_lengths[index]:

@@ -1,7 +1,7 @@
-"""A model's files from the Hugging Face hub: listed first, then fetched with true bytes, resumed where they broke off.
+"""Download a model's files from the Hugging Face Hub: list them, fetch them with progress, resume after interruptions.
 
-Address and token come from the environment that huggingface_hub itself reads (HF_ENDPOINT, HF_TOKEN). It does
-not load models.
+Endpoint and token come from the environment that huggingface_hub reads (HF_ENDPOINT, HF_TOKEN). It does not load
+models.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ WANTED_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "gen
           "USE_POLICY*", "README.md", "adapter_config.json", "quantize_config.json", "modules.json",
           "config_sentence_transformers.json"]  # fmt: skip
 TEMPLATES_FOLDER = "additional_chat_templates/"
-"""The one folder of a repository that belongs to a model's tokenizer."""
+"""The only folder of a repository that belongs to a tokenizer."""
 POLL_SECONDS = 0.1
 CHUNK_BYTES = 1 << 18
-"""Bytes that are written at a time: what a broken connection can cost."""
+"""Bytes written at a time: the most that a broken connection can lose."""
 MIN_FREE_DISK_BYTES = 200_000_000
-"""Bytes that a download leaves free on the disk."""
+"""Disk space that a download leaves free."""
 
 
 def completion_marker(cache: Path, repository: str, commit: str) -> Path:
-    """The file that says of a commit that all of it is here."""
+    """Return the file that marks a commit as completely downloaded."""
     return cache / "complete" / f"{repository.replace('/', '--')}@{commit}.json"
 
 
 def download(
     repository: str, revision: str, cache: Path, with_code: bool, timeout: float, may_download: bool = True
 ) -> Generator[Progress | None, None, Path]:
-    """The folder of a repository at a revision, fetched as far as it is not there; or, unless it `fetches`, as it was
-    fetched last. Raises LoadFailed."""
+    """Return the folder of a repository at a revision, downloading what is missing. Without `may_download`, return the
+    latest complete download. Raises LoadFailed."""
     revision = revision or "main"
     if complete := _complete_download(cache, repository, revision, with_code):
         return complete
@@ -81,7 +81,7 @@ def download(
         latest = _latest_download(cache, repository, revision) if error.code in ("network", "timeout") else None
         if latest is None:
             raise
-        return latest  # without the hub, what was fetched before is as good
+        return latest  # without the Hub, an earlier download is as good
     commit, sizes = str(info.sha), _files_to_download(info, patterns)
     if not any(name.endswith(".safetensors") for name in sizes):
         raise LoadFailed(
@@ -103,7 +103,7 @@ def download(
     while thread.is_alive():
         thread.join(POLL_SECONDS)
         now, found = time.monotonic(), _folder_bytes(folder)
-        if found != done or hashing.is_set():  # no byte comes while one file is being checked
+        if found != done or hashing.is_set():  # no bytes arrive while a file is being hashed
             done, last_change = found, now
         if done < total and now - last_change > timeout:
             raise _timeout_error(f"The download of “{repository}” received nothing for {timeout:.0f} seconds.")
@@ -131,9 +131,9 @@ class _HubFile:
 def _download_files(
     repository: str, commit: str, files: dict[str, _HubFile], folder: Path, hashing: threading.Event, with_code: bool
 ) -> None:
-    """Every file that is not whole yet, from where it broke off. The hub's own downloader begins a file again after
-    a failure, so its transfer is used here with a part file that stays. Two engines that want the same wait for
-    each other. The small files come first: gigabytes are not fetched of a model that they say cannot be loaded."""
+    """Download every incomplete file from where it was interrupted. The Hub's own downloader starts a file over after a
+    failure, so only its transfer function is used, with a part file that persists. Engines that want the same commit
+    wait for each other. Small files come first: if they show that the model cannot be loaded, gigabytes are saved."""
     large = {name: about for name, about in files.items() if name.endswith(".safetensors")}
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -147,7 +147,7 @@ def _download_missing(
     repository: str, commit: str, files: dict[str, _HubFile], folder: Path, hashing: threading.Event
 ) -> None:
     headers = build_hf_headers()
-    constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES  # the library's own ten megabytes are lost with every broken connection
+    constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES  # the library's 10 MB chunks would be lost with every broken connection
     for name, about in files.items():
         whole, part = folder / name, folder / f"{name}.part"
         if whole.is_file() and whole.stat().st_size == about.size:
@@ -185,7 +185,7 @@ def _download_missing(
 
 
 class _SilentProgressBar(tqdm):
-    """The library's progress bar, which has nobody to look at it here."""
+    """The library's progress bar, disabled."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         options.pop("name", None)
@@ -198,7 +198,7 @@ def _sha256(file: Path) -> str:
 
 
 class _ResultThread(threading.Thread):
-    """Work beside the loop; its result, or its error as one a person can be shown."""
+    """A thread with a result, or an error that can be shown to a person."""
 
     def __init__(self, work: Any) -> None:
         super().__init__(daemon=True)
@@ -210,7 +210,7 @@ class _ResultThread(threading.Thread):
     def run(self) -> None:
         try:
             self._result = self._work()
-        except Exception as error:  # noqa: BLE001 - carried over to the thread that asked
+        except Exception as error:  # noqa: BLE001 - raised again in the thread that asked
             self._error = error
 
     def result(self, repository: str, revision: str) -> Any:
@@ -235,7 +235,7 @@ def _repository_info(repository: str, revision: str, timeout: float) -> Any:
 
 
 def _files_to_download(info: Any, patterns: list[str]) -> dict[str, _HubFile]:
-    """Files to fetch. Those in folders are other formats of the same model."""
+    """Return the files to download. Subfolders hold other formats of the same model."""
     files = {
         file.rfilename: _HubFile(int(file.size or 0), getattr(file.lfs, "sha256", None)) for file in info.siblings or []
     }
@@ -252,7 +252,7 @@ def _files_to_download(info: Any, patterns: list[str]) -> dict[str, _HubFile]:
 
 
 def _complete_download(cache: Path, repository: str, commit: str, with_code: bool) -> Path | None:
-    """The folder of a commit that was fetched whole before, with the model's own code where that is wanted."""
+    """Return the folder of a completely downloaded commit, with the model's code if it is needed."""
     try:
         about = json.loads(completion_marker(cache, repository, commit).read_text())
     except (OSError, ValueError):
@@ -264,7 +264,7 @@ def _complete_download(cache: Path, repository: str, commit: str, with_code: boo
 
 
 def _latest_download(cache: Path, repository: str, revision: str) -> Path | None:
-    """What was last fetched of a branch."""
+    """Return the latest download of a branch or tag."""
     found: list[tuple[float, Path]] = []
     for file in (cache / "complete").glob(f"{repository.replace('/', '--')}@*.json"):
         about = json.loads(file.read_text())
@@ -291,7 +291,7 @@ def _mark_complete(cache: Path, repository: str, commit: str, revision: str, fol
 def _folder_bytes(folder: Path) -> int:
     total = 0
     for file in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # a part that has just become whole
+        with contextlib.suppress(FileNotFoundError):  # a part file that has just been renamed
             total += file.stat().st_size if file.is_file() else 0
     return total
 
@@ -314,7 +314,7 @@ def _timeout_error(message: str) -> LoadFailed:
 
 
 def _explain(error: Exception, repository: str, revision: str) -> TrellisError:
-    """What the hub's library raised, as the codes that a load can fail with."""
+    """Translate an error of the Hub's library to a LoadFailed with a code."""
     if isinstance(error, TrellisError):
         return error
     if isinstance(error, GatedRepoError) or _status_code(error) in (401, 403):
@@ -352,7 +352,7 @@ def _explain(error: Exception, repository: str, revision: str) -> TrellisError:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, without the number that systems put before it."""
+    """Return the first line of an error, without the errno prefix."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return re.sub(r"^\[Errno -?\d+\] ", "", line)[:200].rstrip(".")
 

@@ -1,6 +1,6 @@
-"""Errors of an engine in words for a person: each known condition once, whichever library raised it.
+"""Errors of an engine explained to a person: each known condition once, whichever library raised it.
 
-It imports no torch: what a library's error is, is told by its name and its words.
+It does not import torch: library errors are recognized by class name and message.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 
 def explain_error(error: Exception) -> Failed:
-    """What went wrong in words for a person: every condition that is known by the kind or the words of an error is told
-    here, once. Anything else is a bug, and logged."""
+    """Explain an error to a person. Known conditions are recognized by type or message; anything else is a bug, and
+    logged."""
     if isinstance(error, TrellisError):
         return failed_event(error)
     if isinstance(error, OSError):
@@ -118,7 +118,7 @@ MESSAGE_PATTERNS: tuple[tuple[re.Pattern[str], Callable[[Exception], TrellisErro
     (re.compile(r"not enough memory|can't allocate memory|cannot allocate memory|bad_alloc", re.I),
      lambda error: out_of_memory_error("this computer's memory")),
     (re.compile(r"out of memory|ALLOC_FAILED", re.I), lambda error: out_of_memory_error("the device's memory")),
-    # safetensors hides the kind of the error in its words
+    # safetensors gives the kind of error only in the message
     (re.compile(r"os error 28\b"), lambda error: disk_error(OSError(errno.ENOSPC, "No space left on device"))),
     (re.compile(r"os error 122\b"), lambda error: disk_error(OSError(errno.EDQUOT, "Disk quota exceeded"))),
     (re.compile(r"os error (\d+)\b"), lambda error: disk_error(OSError(errno.EIO, shorten(error, 200)))),
@@ -126,7 +126,7 @@ MESSAGE_PATTERNS: tuple[tuple[re.Pattern[str], Callable[[Exception], TrellisErro
     (re.compile(r"HeaderTooLarge|HeaderTooSmall|InvalidHeader|MetadataIncompleteBuffer|deserializing header", re.I),
      damaged_file_error),
 )  # fmt: skip
-"""Conditions that libraries name in words alone."""
+"""Conditions that libraries report only in their messages."""
 
 
 def _explain_by_message(error: Exception) -> TrellisError | None:

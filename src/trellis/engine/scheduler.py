@@ -1,8 +1,8 @@
 """The scheduler: requests run as generators, one step at a time, the most urgent first.
 
-A handler yields after every decode step or optimiser step. Between two steps a more urgent request may
-run, or the request may be cancelled. Where the engine can work on several at once, each lane is a thread that does
-one step after another of whatever comes next; what is less urgent rests while somebody waits. It does not know models.
+A handler yields after every decode step or optimizer step. Between two steps a more urgent request may run, or the
+request may be cancelled. If the engine can work on several requests at once, each lane is a thread that runs steps in
+turn; background work pauses while somebody waits. The scheduler does not know models.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ Steps = Generator[Event | None, None, Event]
 """A handler's work: yields an event to send, or None where it may be paused; returns the last event."""
 
 INTERACTIVE_PRIORITY = 0
-"""The priority of what somebody waits for; anything with a higher number can wait."""
+"""Priority of requests that somebody waits for; higher numbers are background work."""
 
 BATCH_PRIORITY = 0.5
-"""The priority of what is worked on together: after who waits for a click, before all that can wait."""
+"""Priority of the chat batch: after requests that somebody waits for, before background work."""
 
 BATCH_MAX_WAIT = 0.1
-"""Seconds after which what is worked on together has a step even while somebody waits: text goes on at the speed at
-which it is read."""
+"""After this many seconds without a step, the chat batch gets one although somebody waits: text keeps flowing at
+reading speed."""
 
 BACKGROUND_MAX_WAIT = 0.5
-"""Seconds after which what can wait has a step even while people talk."""
+"""After this many seconds without a step, background work gets one although a chat is running."""
 
 Handler = Callable[[Any], Steps]
 
 RequestEvents = list[tuple[int, Event, bool]]
-"""Events of several requests: each with its request's number, and whether it is the last."""
+"""Events of several requests: request id, event, and whether it is the request's last."""
 
 
 class RequestBatch(Protocol):
-    """Requests that are worked on together: each step is one for all of them. Any thread may let one join or leave."""
+    """Requests processed as one batch: each step advances all of them. `join` and `leave` are thread-safe."""
 
     def join(self, number: int, owner: str, request: Any) -> None: ...
 
     def leave(self, number: int) -> None:
-        """One is not wanted any more. The next step says so of it, if it is there."""
+        """Cancel a request. The next step reports it as cancelled if it was in the batch."""
 
     @property
     def has_work(self) -> bool:
@@ -55,12 +55,12 @@ class RequestBatch(Protocol):
     def step(self) -> RequestEvents: ...
 
     def abort(self) -> list[int]:
-        """Forget all of them, after a step that failed. Returns their numbers."""
+        """Drop all requests after a failed step. Returns their ids."""
 
 
 @dataclass(eq=False)
 class Task:
-    """A request. `turn` is when it would begin if every owner had a machine of their own, in requests."""
+    """A request, or a batch. `virtual_start` is its start if every owner had a machine of their own, in requests."""
 
     id: int
     priority: float
@@ -76,24 +76,24 @@ class Task:
 
     @property
     def has_work(self) -> bool:
-        """Whether it has work to do: what is done together is there also when nobody takes part."""
+        """Whether it has work to do; a batch may be empty."""
         return isinstance(self.work, Generator) or self.work.has_work
 
     @property
     def current_priority(self) -> float:
-        """How urgent it is by now."""
+        """Its priority now: an overdue batch is interactive."""
         is_overdue = not isinstance(self.work, Generator) and time.monotonic() - self.last_step_time > BATCH_MAX_WAIT
         return INTERACTIVE_PRIORITY if is_overdue else self.priority
 
     @property
     def sort_key(self) -> tuple[float, bool, int, int]:
-        """What is begun is ended first; owners take turns."""
+        """Started tasks first, then owners in turn."""
         return self.current_priority, not self.is_started, self.virtual_start, self.arrival
 
 
 class Scheduler:
-    """Runs handlers for the frames that it is given. `send` raises OSError when nobody listens any more; `lanes` says
-    how many requests may be worked on at once. Safe to use from any thread."""
+    """Runs handlers for the frames it receives. `send` raises OSError when the web process is gone; `lanes` says how
+    many requests may run concurrently. Thread-safe."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class Scheduler:
         self._is_closing = False
 
     def receive(self, frame: RequestFrame) -> None:
-        """A frame has come."""
+        """Accept a frame."""
         with self._changed:
             if isinstance(frame.body, Cancel):
                 for task in self._tasks_of(frame.body.request):
@@ -141,23 +141,23 @@ class Scheduler:
         self._report_queue_positions()
 
     def _assign_start(self, owner: str, priority: int) -> int:
-        """Start-time fair queuing (Goyal, Vin and Cheng 1996), all requests taken for equally long: who has asked for
-        much already comes after who has not, and nobody is put off for ever."""
+        """Start-time fair queuing (Goyal, Vin and Cheng 1996) with equal cost for all requests: owners with many
+        requests come after owners with few, and nobody starves."""
         is_alone = not any(task.priority == priority for task in self._tasks)
-        if is_alone:  # what was had while nobody else waited is forgotten
+        if is_alone:  # forget what was consumed while nobody else waited
             self._next_starts = {who: start for who, start in self._next_starts.items() if who[1] != priority}
         turn = max(self._virtual_time, self._next_starts.get((owner, priority), 0))
         self._next_starts[owner, priority] = turn + 1
         return turn
 
     def close(self) -> None:
-        """No more frames come."""
+        """Accept no more frames."""
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
 
     def run(self) -> None:
-        """Work in this thread, and as many others as there are lanes, until all is done and no more can come."""
+        """Run lanes in this thread and others until all work is done and no more can arrive."""
         with self._changed:
             self._start_lanes()
         self._run_lane(is_first_lane=True)
@@ -167,7 +167,7 @@ class Scheduler:
     def _run_lane(self, is_first_lane: bool) -> None:
         while (task := self._wait_for_task(is_first_lane)) is not None:
             last = False
-            # Sent while the task is held, so that its events leave in their order.
+            # Send while the task is held, so that its events keep their order.
             for number, event, last in self._step(task):
                 if event is not None:
                     self._send(number, event, last)
@@ -183,7 +183,7 @@ class Scheduler:
                 self._report_queue_positions()
 
     def _wait_for_task(self, is_first_lane: bool) -> Task | None:
-        """The next task to do a step of, held by whoever asked; None when there will be none any more."""
+        """Return the next task to step, marked as running; None when there will be no more."""
         with self._changed:
             while (task := self._choose_task(is_first_lane)) is None:
                 if self._is_closing and not any(task.has_work or task.is_running for task in self._tasks):
@@ -198,9 +198,9 @@ class Scheduler:
             return task
 
     def _report_queue_positions(self) -> None:
-        """Tell who waits for a turn their place, where it is a better one: who goes on with a turn may take a lane that
-        another one was next for, and nobody is sent back for that."""
-        with self._queue_report_lock:  # two threads must not tell in another order than they looked in
+        """Tell queued requests their position if it improved: a continued turn may take a lane that another request was
+        next for, and a worse position is not reported."""
+        with self._queue_report_lock:  # two threads must report in the order in which they looked
             with self._changed:
                 interactive = [each for each in self._tasks if each.priority <= INTERACTIVE_PRIORITY]
                 not_started = [task for task in interactive if not task.is_started and not task.continues_turn]
@@ -232,7 +232,7 @@ class Scheduler:
         )
 
     def _starved_task(self, free: list[Task]) -> Task | None:
-        """What can wait and has had no step for long: people who talk without an end must not keep it for ever."""
+        """Return background work that has had no step for long: endless chats must not starve it."""
         now = time.monotonic()
         starved = [
             each for each in free if each.priority > BATCH_PRIORITY and now - each.last_step_time > BACKGROUND_MAX_WAIT
@@ -240,8 +240,8 @@ class Scheduler:
         return min(starved, key=lambda each: each.sort_key, default=None)
 
     def _start_lanes(self) -> None:
-        """Where there are several lanes, each has a thread that leaves the processor to whoever else wants it; the
-        first thread is kept for what is waited for, which so need not wait for the end of a step that is not."""
+        """Start an extra thread per lane, at low scheduling priority. The first thread is reserved for interactive
+        requests, so that these need not wait for the end of a background step."""
         lanes = self._lanes()
         while lanes > 1 and len(self._extra_lanes) < lanes:
             thread = threading.Thread(
@@ -258,7 +258,7 @@ class Scheduler:
         return [task for task in self._tasks if task.id == request]
 
     def _step(self, task: Task) -> list[tuple[int, Event | None, bool]]:
-        """What is to be sent, each with the number of its request and whether it is that one's last."""
+        """Run one step. Returns request id, event, and whether it is the last."""
         try:
             if not isinstance(task.work, Generator):
                 return [*task.work.step()]
@@ -268,7 +268,7 @@ class Scheduler:
             return [(task.id, next(task.work), False)]
         except StopIteration as stop:
             return [(task.id, stop.value, True)]
-        except Exception as error:  # noqa: BLE001 - the engine's loop; what it does not know is logged
+        except Exception as error:  # noqa: BLE001 - the engine's loop; unknown errors are logged
             event = explain_error(error)
             numbers = [task.id] if isinstance(task.work, Generator) else task.work.abort()
             return [(number, event, True) for number in numbers]
@@ -277,7 +277,7 @@ class Scheduler:
         try:
             with self._send_lock:
                 self._send_frame(EventFrame(id=request, last=last, body=event))
-        except OSError:  # nobody listens: there is nobody to work for
+        except OSError:  # the web process is gone, so nobody needs the work
             with self._changed:
                 self._tasks.clear()
                 self._is_closing = True

@@ -1,4 +1,4 @@
-"""The engine's end of the private socket: frames in by a thread of their own, frames out in order.
+"""The engine's end of the private socket: a thread reads frames, frames are sent in order.
 
 It does not know what the frames mean.
 """
@@ -20,11 +20,11 @@ class Transport:
         self._socket = sock
 
     def listen(self, on_frame: Callable[[RequestFrame], None], on_close: Callable[[], None]) -> None:
-        """Have a thread of its own take the frames from now on, and call `closed` when the far end is gone."""
+        """Start a thread that passes frames to `on_frame`, and calls `on_close` when the other end is gone."""
         threading.Thread(target=self._read_frames, args=(on_frame, on_close), name="wire", daemon=True).start()
 
     def send(self, up: EventFrame) -> None:
-        """Raises OSError when the far end is gone."""
+        """Send a frame. Raises OSError when the other end is gone."""
         self._socket.sendall(encode_frame(up))
 
     def close(self) -> None:
@@ -38,6 +38,6 @@ class Transport:
                 while header := stream.read(FRAME_HEADER.size):
                     on_frame(RequestFrame.model_validate_json(stream.read(frame_length(header))))
         except (OSError, ValueError):
-            pass  # a broken frame and a broken socket mean the same: nobody to work for
+            pass  # a broken frame means the same as a broken socket: nobody to work for
         finally:
             on_close()

@@ -1,4 +1,4 @@
-"""The wire between the web process and an engine. Every request names all it needs: an engine only caches."""
+"""Messages between the web process and an engine. Every request names all it needs, so an engine only caches."""
 
 from .chat import AnswerDone, Chat, PromptRead, SampledToken, TextDelta, Turn
 from .frames import (

@@ -1,4 +1,4 @@
-"""Messages of chat: a conversation, and its answer as it grows."""
+"""Chat messages: a conversation, and the events of its answer."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from .template_kwargs import TemplateKwargs
 
 
 class Turn(Message):
-    """What one side said in a conversation."""
+    """One message of a conversation."""
 
     role: Literal["system", "user", "assistant"]
     text: str
     pictures: tuple[str, ...] = ()
-    """As `data:` addresses; for models elsewhere alone."""
+    """As `data:` URLs; only providers receive them."""
 
 
 class Chat(Message):
-    """Answer a conversation, or go on with a text where there are no turns.
+    """Answer a conversation, or continue `text` if there are no turns.
 
-    Many at once share batches, which makes their last bits depend on who else is there: unlike an offer, the same
-    request gives nearly the same answer, and is not named. `weights` may be empty, which is the base model. A last turn
-    of the assistant is gone on with. With `trims`, the oldest turns are left out where they do not all fit.
+    Requests are batched, so the last bits depend on what else is in the batch. Unlike an offer, the same request gives
+    only nearly the same answer, and the result has no id. Empty `weights` mean the base model. If the last turn is the
+    assistant's, it is continued. With `trims`, the oldest turns are dropped when the conversation does not fit.
     """
 
     type: Literal["chat"] = "chat"
@@ -36,23 +36,22 @@ class Chat(Message):
     seed: int
     stop: tuple[str, ...] = ()
     top: int | None = None
-    """So many of the likeliest tokens are told beside each that is drawn, with their log-probabilities."""
+    """Report this many of the likeliest tokens, with log-probabilities, beside each sampled token."""
     top_k: int = 0
-    """Only so many of the likeliest tokens are drawn from; 0 for all."""
+    """Sample from this many of the likeliest tokens; 0 means all."""
     repetition_penalty: float = 1.0
-    """What was read or said before is less likely by this factor (CTRL, arXiv 1909.05858); 1 changes nothing."""
+    """Penalty for tokens already in the prompt or the answer (CTRL, arXiv 1909.05858); 1 disables it."""
     min_tokens: int = 0
-    """Before so many tokens the answer neither ends by itself nor at one of `stop`."""
+    """The answer ends neither by an end token nor at one of `stop` before this many tokens."""
     trims: bool = False
     template_kwargs: TemplateKwargs = Field(default={})
-    """Variables for the chat template beside the messages, such as `enable_thinking`."""
+    """Variables for the chat template in addition to the messages, such as `enable_thinking`."""
     template: bool = True
-    """Whether the conversation is put into the model's chat template, where it has one."""
+    """Apply the model's chat template, if it has one."""
 
 
 class PromptRead(Message):
-    """How much of a conversation has been read. `warm` tokens of it were known from before; `left_out` turns did not
-    fit."""
+    """Progress of the prefill. `warm` tokens came from the prefix cache; `left_out` turns did not fit."""
 
     type: Literal["heard"] = "heard"
     read: int
@@ -61,11 +60,11 @@ class PromptRead(Message):
     left_out: int
     context_length: int
     in_thought: bool = False
-    """Whether the chat template has opened a thought, in which the answer begins."""
+    """Whether the chat template opened a thinking block, so that the answer begins inside it."""
 
 
 class SampledToken(Message):
-    """One token of an answer, with its log-probability and those of the likeliest, in nats."""
+    """One token of an answer, with its log-probability and those of the likeliest tokens, in nats."""
 
     text: str
     bytes: tuple[int, ...]
@@ -74,7 +73,7 @@ class SampledToken(Message):
 
 
 class TextDelta(Message):
-    """Text that an answer grew by, and how many tokens it has now."""
+    """Text appended to an answer, and the number of its tokens so far."""
 
     type: Literal["spoke"] = "spoke"
     text: str
@@ -83,7 +82,7 @@ class TextDelta(Message):
 
 
 class AnswerDone(Message):
-    """An answer is whole. Seconds are counted from when the engine was asked."""
+    """The answer is complete. Seconds are counted from the arrival of the request."""
 
     type: Literal["answered"] = "answered"
     finish: Literal["stop", "length"]

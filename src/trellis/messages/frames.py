@@ -14,14 +14,14 @@ from .steering import AdapterCreated, Assess, Assessed, CreateAdapter, Delta, Le
 
 
 class Cancel(Message):
-    """Stop a request at its next step."""
+    """Cancel a request before its next step."""
 
     type: Literal["cancel"] = "cancel"
     request: int
 
 
 class SetPriority(Message):
-    """Give a request that is waiting or under way another priority."""
+    """Change the priority of a request that is queued or running."""
 
     type: Literal["urge"] = "urge"
     request: int
@@ -32,12 +32,12 @@ Request = Load | CreateAdapter | Offer | Learn | Retrain | Assess | Merge | Chat
 
 
 class RequestFrame(Message):
-    """A frame from the web process: a request with its number; a lower priority number goes first."""
+    """A frame from the web process: a request with its id. Lower priority numbers go first."""
 
     id: int
     priority: int = 0
     owner: str = ""
-    """For whom it is: the requests of several owners take turns."""
+    """On whose behalf it is sent. Owners with several requests take turns."""
     continues_turn: bool = False
     """Whether it is the second half of what its owner has just had a turn for."""
     body: Annotated[Request | Cancel | SetPriority, Field(discriminator="type")]
@@ -48,7 +48,7 @@ Stage = Literal["connecting", "initializing", "downloading", "reading", "parsing
 
 
 class Progress(Message):
-    """How far long work has come. `fraction` is of the whole; bytes and rate are of this stage, as measured."""
+    """Progress of a long request. `fraction` is of the whole; bytes and rate are measured in this stage."""
 
     type: Literal["progress"] = "progress"
     stage: Stage
@@ -61,7 +61,7 @@ class Progress(Message):
 
 
 class QueuePosition(Message):
-    """Others are being worked for. `place` is 1 for who is next."""
+    """Other requests are served first. `place` is 1 for the next one."""
 
     type: Literal["queued"] = "queued"
     place: int
@@ -72,7 +72,7 @@ class Cancelled(Message):
 
 
 class Failed(Message):
-    """The request ended with an error that a person can be shown."""
+    """The request ended with an error that can be shown to a person."""
 
     type: Literal["failed"] = "failed"
     code: str
@@ -102,7 +102,7 @@ Event = (
 
 
 class EventFrame(Message):
-    """A frame from the engine. The last one of a request is marked."""
+    """A frame from the engine; `last` marks the final event of a request."""
 
     id: int
     last: bool
@@ -110,7 +110,7 @@ class EventFrame(Message):
 
 
 FRAME_HEADER = struct.Struct(">I")
-"""A frame is its length in four bytes, then the JSON of a Down or an Up."""
+"""A frame is its length in four bytes, then the JSON of a RequestFrame or an EventFrame."""
 
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
@@ -124,7 +124,7 @@ def encode_frame(message: Message) -> bytes:
 
 
 def frame_length(header: bytes) -> int:
-    """The length that a header announces. Raises ValueError before anything of that size is allocated."""
+    """Return the length from a frame header. Raises ValueError before anything of that size is allocated."""
     (length,) = FRAME_HEADER.unpack(header)
     if length > MAX_FRAME_BYTES:
         raise ValueError(f"a frame of {length} bytes is over the limit of {MAX_FRAME_BYTES}")

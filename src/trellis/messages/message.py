@@ -1,4 +1,4 @@
-"""The base of every message, and ids derived from the content of messages."""
+"""The base class of messages, and ids derived from their content."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class Message(BaseModel):
 
 
 def added_later(default: Any) -> Any:
-    """A field that came after the first recipes: at its default it is left out of the names of weights."""
+    """A field added after ids were first derived: at its default it is left out of recipes."""
     return Field(default, json_schema_extra={"later": True})
 
 
 def recipe_of(message: BaseModel) -> dict[str, Any]:
-    """A message as a recipe: its JSON without what is None, and without later fields that stand at their default.
+    """Return a message as a recipe: its JSON without None values and without `added_later` fields at their default.
 
-    Names outlive versions: a field that is added must leave the names of what was made without it as they were.
+    Ids outlive versions of the program: adding a field must not change the ids of what was made without it.
     """
     recipe = message.model_dump(mode="json", exclude_none=True)
     for name, field in type(message).model_fields.items():
@@ -37,12 +37,12 @@ def recipe_of(message: BaseModel) -> dict[str, Any]:
 
 
 def recipe_id(kind: str, recipe: Any) -> str:
-    """A short name for what a recipe makes: 128 bits of SHA-256 over its canonical JSON."""
+    """Return the id of what a recipe makes: 128 bits of SHA-256 over its canonical JSON."""
     text = json.dumps(recipe, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return f"{kind}{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
 def derived_seed(*parts: str | int) -> int:
-    """A 63-bit seed from what an offer depends on, never from global state."""
+    """Return a 63-bit seed derived from what an offer depends on, never from global state."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -12,9 +12,9 @@ from .steering import CreateAdapter, Prompt
 
 
 class Load(Message):
-    """Load a model folder (safetensors with a Hugging Face config), or the files of a repository on the hub.
+    """Load a model folder (safetensors with a Hugging Face config), or the files of a repository on the Hub.
 
-    With `repository`, `path` is the folder that downloads are kept in.
+    With `repository`, `path` is the folder for downloads.
     """
 
     type: Literal["load"] = "load"
@@ -26,13 +26,13 @@ class Load(Message):
     engine: EngineName = "transformers"
     remote_code: bool = False
     fetches: bool = True
-    """Whether the hub may be asked; else the files that are here are used as they are."""
+    """Whether the Hub may be contacted; if not, the files already downloaded are used."""
 
 
 class Merge(Message):
-    """Merge an adapter into a freshly loaded base in its own precision, write it, and prove it (docs/export.md).
+    """Merge an adapter into a freshly loaded base model, write the result, and verify it (docs/export.md).
 
-    `root` and `plant` name what the adapter grew from: another base than that one is refused.
+    `root` and `plant` identify the base model the adapter was trained on; any other is refused.
     """
 
     type: Literal["merge"] = "merge"
@@ -55,7 +55,7 @@ class Loaded(Message):
     type: Literal["loaded"] = "loaded"
     fingerprint: str
     former_fingerprint: str = ""
-    """What older versions called the same model: sessions that began with it go on."""
+    """The fingerprint that older versions computed for this model; sessions that began with it stay valid."""
     parameters: int
     architecture: str
     device: str
@@ -64,19 +64,20 @@ class Loaded(Message):
     seconds: float
     has_template: bool = True
     template_problem: str = ""
-    """Why the model's chat template cannot be used, where that is so."""
+    """Why the model's chat template cannot be used; empty if it can."""
     can_switch_thinking: bool = False
     """Whether the chat template has a variable that turns thinking on and off."""
     positions: int | None = None
     lanes: int = 1
-    """How many requests the engine works on at once."""
+    """How many requests the engine works on concurrently."""
 
 
 class Merged(Message):
-    """What a merge wrote, and how far its answers are from those of base and adapter.
+    """The written files of a merge, and how far its answers are from those of base and adapter.
 
-    The differences are between log-probabilities of answer tokens in nats: the largest one and the mean. `ends` are the
-    tokens at which base and merged model end an answer; `conversations` is how many both write in the same words.
+    `largest_difference` and `mean_difference` are between log-probabilities of answer tokens, in nats. `ends` are the
+    tokens at which base and merged model end an answer; `conversations` counts the sample conversations that both
+    render identically.
     """
 
     type: Literal["merged"] = "merged"

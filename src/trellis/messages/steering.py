@@ -1,4 +1,4 @@
-"""Messages of steering: offers, choices, and what is learned from them."""
+"""Steering messages: offers, choices, and learning from them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from .template_kwargs import TemplateKwargs
 
 
 class Prompt(Message):
-    """What the model is asked."""
+    """A prompt for the model."""
 
     text: str
     system: str = ""
     template: bool = added_later(True)
-    """Whether it is put into the model's chat template, where it has one."""
+    """Whether the model's chat template is applied, if it has one."""
     opening: str = added_later("")
-    """What every answer begins with, after the template."""
+    """The fixed beginning of every answer, after the template."""
     template_kwargs: TemplateKwargs = added_later({})
-    """Variables for the chat template beside the messages, such as `enable_thinking`."""
+    """Variables for the chat template in addition to the messages, such as `enable_thinking`."""
 
 
 class Option(Message):
-    """One answer, token by token. `logprob` is the sum over `tokens` as it was drawn, in nats."""
+    """One answer. `logprob` is the sum over `tokens` at sampling time, in nats."""
 
     text: str
     tokens: tuple[int, ...]
@@ -53,14 +53,14 @@ Choice = (
     | Ranking
     | Written
 )
-"""What a person said of an offer: one option, several good ones, none, skip, a ranking, or an answer of their own."""
+"""What the person chose in an offer: one option, several, a ranking, none, skip, or a written answer."""
 
 
 CHOICE: TypeAdapter[Choice] = TypeAdapter(Choice)
 
 
 class Lesson(Message):
-    """One choice as it is learned from: the prompt, the options that were shown, what was said of them."""
+    """One choice as it is learned: the prompt, the options shown, and the choice."""
 
     prompt: Prompt
     options: tuple[Option, ...]
@@ -69,33 +69,33 @@ class Lesson(Message):
 
 
 LOG_FILE = "lessons.jsonl"
-"""What the folder of a log holds."""
+"""The file in the folder of a choice log."""
 
 
 class CreateAdapter(Message):
-    """Make the weights a session starts from: an adapter that changes nothing yet."""
+    """Create the weights a session starts from: an adapter that changes nothing yet."""
 
     type: Literal["plant"] = "plant"
     adapter: Adapter
     seed: int
     root: str = added_later("")
-    """The weights that a session began with: made under this name on a model that an older version knew otherwise."""
+    """The initial weights of the session: the id to keep if an older version knew the model by another fingerprint."""
 
     def weights_id(self, fingerprint: str) -> str:
-        """The id of the weights on a model with this fingerprint."""
+        """Return the id of the weights on a model with this fingerprint."""
         return recipe_id("w", {"model": fingerprint, **recipe_of(self.model_copy(update={"root": ""}))})
 
     def weights_id_on(self, fingerprints: Sequence[str]) -> str:
-        """The id on a model that goes by several fingerprints: `root` where one of them leads to it, else the first."""
+        """Return the id on a model with several fingerprints: `root` if one of them leads to it, else the first."""
         made = [self.weights_id(fingerprint) for fingerprint in fingerprints]
         return self.root if self.root in made else made[0]
 
 
 class Offer(Message):
-    """Draw a group of answers. Pure: the same request gives the same answers.
+    """Generate a group of answers. Pure: the same request gives the same answers.
 
-    With several `openings`, so many answers are begun for each that is shown, half of them by the base model, and those
-    that differ most go on.
+    With `openings` > 1, that many answers are begun for each option, half of them by the base model, and the most
+    different ones are continued.
     """
 
     type: Literal["offer"] = "offer"
@@ -109,10 +109,10 @@ class Offer(Message):
 
 
 class Learn(Message):
-    """Make new weights from one choice, with some earlier ones replayed. Pure: named by its own content.
+    """Make new weights from one choice, replaying some earlier ones. Pure: the id follows from the content.
 
-    Unless they are to be kept, the weights are in the engine's memory alone, as long as there is room; asked again to
-    keep them, it writes them. Weights that are not there any more are made again.
+    Without `keep`, the weights stay in the engine's memory as long as there is room. Asking again with `keep` saves
+    them; weights that are gone are computed again.
     """
 
     type: Literal["learn"] = "learn"
@@ -124,16 +124,16 @@ class Learn(Message):
     keep: bool = True
 
     def weights_id(self) -> str:
-        """The id of the weights that this request makes, known before they are computed."""
+        """Return the id of the weights this request makes, known before they are computed."""
         recipe = recipe_of(self)
-        del recipe["keep"]  # where weights lie does not change what they are
+        del recipe["keep"]  # where weights are stored does not change them
         return recipe_id("w", recipe)
 
 
 class Retrain(Message):
-    """Train weights on a whole log of choices: several passes over it in shuffled batches. Pure, as `Learn` is.
+    """Train weights on a whole choice log: several epochs in shuffled batches. Pure, like `Learn`.
 
-    `log` names the log by its content; `path` is the folder that it lies in, with a `Lesson` a line.
+    `log` identifies the log by its content; `path` is its folder, with one `Lesson` per line.
     """
 
     type: Literal["fit"] = "fit"
@@ -146,14 +146,14 @@ class Retrain(Message):
     context_length: int
 
     def weights_id(self) -> str:
-        """The id of the weights that this request makes, known before they are computed."""
+        """Return the id of the weights this request makes, known before they are computed."""
         recipe = recipe_of(self)
-        del recipe["path"]  # where a log lies does not change what it teaches
+        del recipe["path"]  # where a log is stored does not change what it teaches
         return recipe_id("w", recipe)
 
 
 class Assess(Message):
-    """Ask how many of some choices weights agree with: whether they would choose the same."""
+    """Ask with how many of some choices the weights agree, that is, would choose the same."""
 
     type: Literal["assess"] = "assess"
     weights: str
@@ -163,8 +163,8 @@ class Assess(Message):
 
 
 class AdapterCreated(Message):
-    """The weights that a session starts from. `left_out` are layers that were asked for and cannot get an adapter, each
-    with the reason."""
+    """The weights a session starts from. `left_out` are requested layers that cannot get an adapter, with the
+    reasons."""
 
     type: Literal["planted"] = "planted"
     weights: str
@@ -172,7 +172,7 @@ class AdapterCreated(Message):
 
 
 class Delta(Message):
-    """Text that some options grew by since the last delta."""
+    """Text appended to options since the last delta, by option index."""
 
     type: Literal["delta"] = "delta"
     texts: dict[int, str]
@@ -185,11 +185,12 @@ class Offered(Message):
     seconds_to_first: float
     seconds: float
     overflowed: tuple[int, ...] = ()
-    """Options that were cut short because the model gave no numbers for their next token."""
+    """Options cut short because the logits of their next token were not finite."""
 
 
 class Metrics(Message):
-    """What one choice did. Shares are of the choice model with its outside option (docs/learning.md)."""
+    """Measurements of one learning request. Shares are of the choice model with its outside option
+    (docs/learning.md)."""
 
     loss: float
     kl: float
@@ -199,14 +200,14 @@ class Metrics(Message):
     inner_steps: int
     seconds: float
     fluency: float | None = None
-    """Log-probability per token that the base model gives to the options that were shown, in nats."""
+    """Log-probability per token that the base model gives to the options shown, in nats."""
     variety: float | None = None
-    """How different the options that were shown are, 0 to 1 (engine/text/quality_metrics.py)."""
+    """How different the options shown are, 0 to 1 (engine/text/quality_metrics.py)."""
     agreed: int | None = None
-    """With how many of the branch's last `agreed_of` choices the new weights agree; told after the click."""
+    """With how many of the branch's last `agreed_of` choices the new weights agree; measured after the click."""
     agreed_of: int | None = None
     left_out: int | None = None
-    """Choices of a log that were too long for the context, and were not learned from."""
+    """Choices of a log that were too long for the context and were not learned."""
 
 
 class Learned(Message):
@@ -216,7 +217,7 @@ class Learned(Message):
 
 
 class Assessed(Message):
-    """With how many of the choices the weights agree, of how many."""
+    """With how many of the choices the weights agree, out of `of`."""
 
     type: Literal["assessed"] = "assessed"
     agreed: int

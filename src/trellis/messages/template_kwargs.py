@@ -1,4 +1,4 @@
-"""Variables for chat templates, as people may send them."""
+"""Variables for chat templates, as a request may contain them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field, StrictBool, StrictFloat, StrictInt
 from ..errors import Invalid, shorten
 
 TemplateKwargs = dict[Annotated[str, Field(max_length=100)], StrictBool | StrictInt | StrictFloat | str]
-"""Variables that a chat template reads beside the messages: plain values by name."""
+"""Variables that a chat template reads in addition to the messages: plain values by name."""
 
 
 MAX_TEMPLATE_KWARGS = 32
@@ -23,12 +23,12 @@ RESERVED_TEMPLATE_KWARGS = frozenset({
     "raise_exception", "strftime_now", "namespace", "dict", "range", "loop", "caller", "cycler", "joiner", "lipsum",
     "true", "false", "none", "True", "False", "None",
 })  # fmt: skip
-"""Names that a chat template's variables may not have: they are arguments of the function that applies it, or part of
-the language it is written in. Special tokens, which end in `_token` or `_tokens`, are refused as well."""
+"""Names that template variables may not have: arguments of `apply_chat_template`, or part of Jinja. Names of special
+tokens, which end in `_token` or `_tokens`, are rejected as well."""
 
 
 def template_kwargs_from(values: Mapping[str, Any]) -> TemplateKwargs:
-    """Variables for a chat template from what was sent. Raises Invalid for a name or value that cannot be one."""
+    """Return validated variables for a chat template. Raises Invalid for a bad name or value."""
     if len(values) > MAX_TEMPLATE_KWARGS:
         raise _invalid_template_kwargs(f"has {len(values)} variables; {MAX_TEMPLATE_KWARGS} are allowed.")
     for name, value in values.items():

@@ -1,1 +1,1 @@
-"""Engines seen from the web side: start one, ask it, follow a stream of its events, cancel, stop."""
+"""Engines as the web process sees them: start one, ask it, stream its events, cancel, stop."""

@@ -1,6 +1,6 @@
-"""Framed messages to an engine, for asyncio: one socket, requests down, events up.
+"""Framed messages to an engine over a socket, for asyncio: requests down, events up.
 
-Where the far end runs (a process of its own, a thread in a test) makes no difference here.
+The other end may be a process or, in tests, a thread.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..messages import FRAME_HEADER, EventFrame, RequestFrame, encode_frame, fra
 
 
 class Channel:
-    """The web side's end of a private socket."""
+    """The web process's end of a private socket."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -25,12 +25,12 @@ class Channel:
         return cls(*await asyncio.open_connection(sock=sock))
 
     async def send(self, down: RequestFrame) -> None:
-        """Raises ConnectionError when the engine is gone."""
+        """Send a frame. Raises ConnectionError when the engine is gone."""
         self._writer.write(encode_frame(down))
         await self._writer.drain()
 
     async def receive(self) -> EventFrame | None:
-        """The next event; None when the engine is gone or talks nonsense."""
+        """Return the next event; None when the engine is gone or sends an invalid frame."""
         try:
             header = await self._reader.readexactly(FRAME_HEADER.size)
             return EventFrame.model_validate_json(await self._reader.readexactly(frame_length(header)))

@@ -1,4 +1,4 @@
-"""From an engine's exit code to a sentence and a next step."""
+"""From an engine's exit code to an error message with a next step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..errors import EngineDied
 
 
 def explain_exit(code: int | None, log: Path | None) -> EngineDied:
-    """Why an engine's process ended, in words. `code` is negative for a signal, None while unknown."""
+    """Explain why an engine's process ended. `code` is negative for a signal, None if unknown."""
     where = f" Log: {log}" if log else ""
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
         return EngineDied(

@@ -1,4 +1,4 @@
-"""Engines as processes: started by command, or forked off one that has the libraries in memory already."""
+"""Engines as processes: started by command, or forked from a process that has already imported the libraries."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .worker import Engine
 MAX_LOGS = 50
 MAX_MESSAGE_BYTES = 65536
 GPU_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
-"""Where a GPU's driver is, engines are not forked: a driver that has been asked anything does not survive that."""
+"""If a GPU driver is present, engines are not forked: an initialized driver does not survive a fork."""
 
 
 class ProcessEngine:
@@ -45,7 +45,7 @@ class ProcessEngine:
 
 
 class ForkedEngine:
-    """An engine that is a child of the process that forked it, which tells how it ended."""
+    """An engine that is a child of the fork server, which reports its exit code."""
 
     def __init__(self, pid: int, fork_server: ForkServer) -> None:
         self._pid = pid
@@ -59,7 +59,7 @@ class ForkedEngine:
     def wait(self, timeout: float) -> int | None:
         deadline = time.monotonic() + timeout
         if self._fork_server.wait(self._pid, timeout) is None and not self._fork_server.is_alive:
-            while self._is_running() and time.monotonic() < deadline:  # nobody is left to say with which code
+            while self._is_running() and time.monotonic() < deadline:  # nobody is left to report the exit code
                 time.sleep(0.01)
         return self._fork_server.wait(self._pid, 0)
 
@@ -97,7 +97,7 @@ class ForkServer:
         return self._process.pid
 
     def fork(self, arguments: list[str], sock: socket.socket, log: Path) -> ForkedEngine:
-        """Start an engine on its end of a socket; not from two threads at once. Raises OSError when that fails."""
+        """Start an engine on its end of a socket; not thread-safe. Raises OSError on failure."""
         asked = json.dumps({"arguments": arguments, "log": str(log)}).encode()
         socket.send_fds(self._control, [asked], [sock.fileno()])
         if (pid := self._started_pids.get()) is None:
@@ -105,13 +105,13 @@ class ForkServer:
         return ForkedEngine(pid, self)
 
     def wait(self, pid: int, timeout: float) -> int | None:
-        """The exit code of an engine, or None when it has not ended in time or nobody knows."""
+        """Return the exit code of an engine; None if it has not ended in time or the code is unknown."""
         with self._change:
             self._change.wait_for(lambda: pid in self._exit_codes or not self.is_alive, timeout)
             return self._exit_codes.get(pid)
 
     def close(self) -> None:
-        """End it at once, also in the middle of its imports. Its engines go on until their own sockets close."""
+        """Kill it at once, even in the middle of its imports. Its engines run until their own sockets close."""
         self._process.kill()
         self._process.wait()
 
@@ -138,7 +138,7 @@ class ForkServer:
 
 
 class ProcessSpawner:
-    """Starts engines, each with a log of its own. Real ones are forked where that is safe."""
+    """Starts engines, each with its own log. Real ones are forked where that is safe."""
 
     def __init__(
         self,
@@ -163,27 +163,27 @@ class ProcessSpawner:
         self._numbers = itertools.count(1)
 
     def __call__(self, sock: socket.socket) -> tuple[Engine, Path | None]:
-        """Start an engine on its end of a socket. Raises OSError when that fails."""
+        """Start an engine on its end of a socket. Raises OSError on failure."""
         with self._lock:
             log = self._new_log_file()
             if not self._can_fork:
                 return self._run_process(sock, log), log
             try:
                 return self._running_fork_server().fork(self._arguments, sock, log), log
-            except ConnectionError:  # it was killed: once more, with another
+            except ConnectionError:  # the fork server was killed: retry with a new one
                 if self._closed:
                     raise
                 return self._running_fork_server().fork(self._arguments, sock, log), log
 
     def preload(self) -> None:
-        """Import what engines need now, in another process, so that the first model need not wait for it."""
+        """Import the libraries in another process now, so that the first model need not wait for it."""
         with self._lock:
             if self._can_fork:
                 self._logs.mkdir(parents=True, exist_ok=True)
                 self._running_fork_server()
 
     def close(self) -> None:
-        """Start nothing any more. Whoever waits for an engine is let go, so this takes no lock."""
+        """Start no more engines. Takes no lock, so that callers waiting for an engine are released."""
         self._closed = True
         if self._fork_server:
             self._fork_server.close()
@@ -218,7 +218,7 @@ class ProcessSpawner:
 
 
 def _process_creation_time(pid: int) -> float | None:
-    """When a process began; None when it is not there or only waits to be buried."""
+    """Return the start time of a process; None if it is gone or a zombie."""
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()

@@ -1,4 +1,4 @@
-"""The reader of prompts seen from the web side: a process for each request, ended when nobody waits for it."""
+"""The prompt reader as the web process sees it: one process per request, killed when nobody waits for it."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ MAX_LINE_BYTES = 32 * 1024 * 1024
 
 
 class Reader:
-    """Starts `python -m trellis.reader`. `cache` is where the hub's library keeps its files."""
+    """Starts `python -m trellis.reader`. `cache` is the cache folder of the Hub's library."""
 
     def __init__(self, cache: Path, timeout: float) -> None:
         self._cache = cache
-        self._working_folder = cache / "empty"  # the hub's library takes a folder beside it for a dataset of that name
+        self._working_folder = cache / "empty"  # the library takes a subfolder here for a dataset of that name
         self._timeout = timeout
 
     async def preview(self, dataset: Dataset, path: Path | None, count: int = 3) -> dict[str, Any]:
-        """The first prompts, the columns, splits and subsets. Raises Invalid or another error for a person."""
+        """Return the first prompts, the columns, splits and subsets. Raises Invalid or another TrellisError."""
         return await self._final_event(dataset, path, {"do": "preview", "count": count}, lambda data: None)
 
     async def prepare(
         self, dataset: Dataset, path: Path | None, into: Path, on_progress: Callable[[dict[str, Any]], None]
     ) -> dict[str, Any]:
-        """Write all prompts into a folder. Raises as `preview` does."""
+        """Write all prompts into a folder. Raises like `preview`."""
         return await self._final_event(dataset, path, {"do": "prepare", "into": str(into)}, on_progress)
 
     async def rows(self, path: Path, into: Path, limit: int) -> int:
-        """Write the rows of a file as JSON lines into a folder; returns how many. Raises as `preview` does."""
+        """Write the rows of a file as JSON lines into a folder; returns their number. Raises like `preview`."""
         dataset = Dataset(source="file", id=path.name)
         found = await self._final_event(
             dataset, path, {"do": "rows", "into": str(into), "most": limit}, lambda data: None
@@ -66,7 +66,7 @@ class Reader:
         )  # fmt: skip
 
     async def _read_line(self, output: asyncio.StreamReader, body: dict[str, Any]) -> bytes:
-        """The next line, empty at the end. A reader that says nothing, or far too much, is given up."""
+        """Return the next line, empty at the end. Raises TrellisError if the reader is silent for too long."""
         try:
             async with asyncio.timeout(self._timeout):
                 return await output.readline()
@@ -81,7 +81,7 @@ class Reader:
             "HF_HOME": str(self._cache),
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "USE_TORCH": "0",  # the hub's library would import it, which takes seconds, to read text
+            "USE_TORCH": "0",  # the Hub's library would import torch, which takes seconds and is not needed
             "USE_TF": "0",
             "USE_JAX": "0",
         }

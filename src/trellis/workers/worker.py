@@ -1,4 +1,4 @@
-"""One engine seen from the web side: start it, ask it, follow a stream of its events, cancel, stop."""
+"""One engine as the web process sees it: start it, ask it, stream its events, cancel, stop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Engine(Protocol):
     def pid(self) -> int | None: ...
 
     def wait(self, timeout: float) -> int | None:
-        """The exit code, or None when it has not ended in time."""
+        """Return the exit code, or None if it has not ended in time."""
 
     def kill(self) -> None: ...
 
@@ -45,7 +45,7 @@ def _spawn_on_socket(spawn: Spawn) -> tuple[socket.socket, Engine, Path | None]:
 
 
 def _kill_started_engine(starting: asyncio.Future[tuple[socket.socket, Engine, Path | None]]) -> None:
-    """Nobody waits for this engine any more."""
+    """Kill an engine whose start was cancelled."""
     if not starting.cancelled() and starting.exception() is None:
         near, engine, _ = starting.result()
         near.close()
@@ -57,7 +57,7 @@ UNLOADED = EngineStopped("The model was unloaded while it was in use.", next_ste
 
 
 class Worker:
-    """A running engine. When it dies, everything that waits for it gets an EngineDied that says why."""
+    """A running engine. When it dies, every waiting caller gets an EngineDied that says why."""
 
     def __init__(self, channel: Channel, engine: Engine, log: Path | None) -> None:
         self._channel = channel
@@ -91,7 +91,7 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        """Whether somebody waits for an answer."""
+        """Whether a request is unanswered."""
         return bool(self._inboxes)
 
     @property
@@ -99,7 +99,7 @@ class Worker:
         return self._death is None and not self._stopping
 
     async def ask(self, request: Request, priority: int = 0, owner: str = "") -> Event:
-        """The last event of a request. Raises the error that the engine answered with, or EngineDied."""
+        """Return the last event of a request. Raises the engine's error, or EngineDied."""
         async for event in self.stream(request, priority, owner):
             last = event
         return last
@@ -107,8 +107,8 @@ class Worker:
     async def stream(
         self, request: Request, priority: int = 0, owner: str = "", continues_turn: bool = False
     ) -> AsyncGenerator[Event, None]:
-        """All events of a request, the result last. Leaving the loop early cancels the request in the engine. Owners
-        take turns; what goes on with what an owner had a turn for needs no other."""
+        """Yield all events of a request, the result last. Leaving the loop early cancels the request. Owners take
+        turns; `continues_turn` marks a request that needs no new turn."""
         if self._death:
             raise self._death
         number = next(self._numbers)
@@ -138,14 +138,14 @@ class Worker:
                     await self._send(RequestFrame(id=number, body=Cancel(request=number)))
 
     async def set_priority(self, request: Request, priority: int = 0) -> None:
-        """Give a request that is under way another priority, by what it is: nothing happens where it has ended."""
+        """Change the priority of a request, identified by the object; does nothing if it has ended."""
         for number, running in self._requests.items():
             if running is request:
                 await self._send(RequestFrame(id=number, body=SetPriority(request=number, priority=priority)))
                 return
 
     async def stop(self, grace_seconds: float = 5.0) -> None:
-        """End the engine: close its socket, which it takes as its end; kill it if it does not listen."""
+        """End the engine by closing its socket; kill it if it does not exit in time."""
         self._stopping = True
         await self._channel.close()
         if await asyncio.to_thread(self._engine.wait, grace_seconds) is None:
@@ -175,7 +175,7 @@ class Worker:
 
 
 def error_from(failed: Failed) -> TrellisError:
-    """The error that an engine answered with, as the kind that callers tell apart."""
+    """Convert an engine's error event to the exception type that callers handle."""
     if failed.code == WeightsMissing.code:
         return WeightsMissing(str(failed.details.get("weights", "")))
     if failed.field is not None:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from trellis.blobs import Blobs
-from trellis.engine.text.adapters import AdapterSlot, AdapterSlots, Weights, WeightsStore
+from trellis.engine.text.adapters import AdapterSlot, AdapterSlots
+from trellis.engine.text.weights_store import Weights, WeightsStore
 from trellis.errors import TrellisError, WeightsMissing
 from trellis.options import Adapter
 

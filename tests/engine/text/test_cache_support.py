@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny import make_model
 from trellis.engine.text.cache_support import CacheSupport, ModelCache, detect_cache_support, last_logits
-from trellis.engine.text.loaded_model import load_model
+from trellis.engine.text.loading import load_model
 from trellis.errors import LoadFailed
 from trellis.messages import Load
 

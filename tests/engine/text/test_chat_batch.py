@@ -18,7 +18,6 @@ from tests.tiny import make_model
 from trellis.blobs import Blobs
 from trellis.engine.handlers import TextEngine
 from trellis.engine.text import chat_batch
-from trellis.engine.text.adapters import Weights
 from trellis.engine.text.kv_cache import (
     FastSequenceCache,
     GenericSequenceCache,
@@ -26,6 +25,7 @@ from trellis.engine.text.kv_cache import (
     common_prefix_length,
     sequence_cache_for,
 )
+from trellis.engine.text.weights_store import Weights
 from trellis.errors import WeightsMissing
 from trellis.messages import (  # fmt: skip
     AnswerDone,

@@ -20,21 +20,19 @@ from tests.tiny import TEMPLATE, make_llama, make_tokenizer
 from trellis.blobs import Blobs
 from trellis.engine.handlers import TextEngine
 from trellis.engine.learning.log_probs import Group, answer_logprobs
-from trellis.engine.text import chat_templates
+from trellis.engine.text import chat_templates, template_probe
 from trellis.engine.text.chat_templates import (
     ANSWER_TURN,
-    EXTRA_ARGUMENTS,
-    QUESTION_TURN,
     ChatTemplate,
     ControlTokens,
     TemplateFailed,
     arrange_turns,
-    choose_template,
     close_thinking,
     opening_after,
-    probe_template,
 )
-from trellis.engine.text.loaded_model import LoadedModel, load_model
+from trellis.engine.text.loaded_model import LoadedModel
+from trellis.engine.text.loading import load_model
+from trellis.engine.text.template_probe import EXTRA_ARGUMENTS, QUESTION_TURN, choose_template, probe_template
 from trellis.errors import Invalid
 from trellis.messages import (
     RESERVED_TEMPLATE_KWARGS,
@@ -871,8 +869,8 @@ def test_what_templates_are_probed_with_is_told_apart() -> None:
     texts = [
         QUESTION_TURN.text,
         ANSWER_TURN.text,
-        chat_templates.SECOND_QUESTION_TURN.text,
-        chat_templates.SYSTEM_TURN.text,
-        chat_templates.LATER_SYSTEM_TURN.text,
+        template_probe.SECOND_QUESTION_TURN.text,
+        template_probe.SYSTEM_TURN.text,
+        template_probe.LATER_SYSTEM_TURN.text,
     ]
     assert not [(one, other) for one in texts for other in texts if one != other and one in other]

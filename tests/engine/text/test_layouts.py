@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 from tests.engine.text.test_architectures import grown, learn, merge_of, offer, run
 from tests.tiny import EXPERTS, STATEFUL, make_model
 from trellis.engine.handlers import TextEngine
-from trellis.engine.text.adapters import AdapterSlot, Weights
+from trellis.engine.text.adapters import AdapterSlot
 from trellis.engine.text.kv_cache import sequence_cache_for
+from trellis.engine.text.weights_store import Weights
 from trellis.errors import Invalid, LoadFailed
 from trellis.messages import Learned, Merged, Offer, Offered, Prompt
 from trellis.options import Adapter, Sampling

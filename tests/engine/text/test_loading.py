@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tests.tiny import make_llama, make_tokenizer
-from trellis.engine.text.loaded_model import LoadedModel, load_model
+from trellis.engine.text.loaded_model import LoadedModel
+from trellis.engine.text.loading import load_model
 from trellis.errors import Invalid, LoadFailed
 from trellis.messages import Load, Prompt
 
@@ -294,7 +295,7 @@ def test_a_session_from_before_goes_on_and_merges_under_its_former_name(folder: 
 
     from trellis.blobs import Blobs
     from trellis.engine.handlers import TextEngine
-    from trellis.engine.text.loaded_model import _sample_values, fingerprints
+    from trellis.engine.text.stored_weights import _sample_values, fingerprints
     from trellis.messages import CreateAdapter, recipe_id, recipe_of
     from trellis.options import Adapter
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from tests.engine.text.test_chat_batch import GREEDY, WORDS, Room, asks, run, said
 from tests.tiny import make_model
-from trellis.engine.text import chat_batch
-from trellis.engine.text.adapters import Weights
+from trellis.engine.text import chat_batch, chat_slots
 from trellis.engine.text.cuda_graphs import StepGraphs
 from trellis.engine.text.decoding import decode_group
 from trellis.engine.text.group_forward import FastGroupForward, GenericGroupForward, GroupForward
 from trellis.engine.text.kv_cache import GenericSequenceCache
 from trellis.engine.text.sampling import sample, sample_scaled
+from trellis.engine.text.weights_store import Weights
 from trellis.errors import EngineError, TrellisError
 from trellis.messages import (  # fmt: skip
     AnswerDone,
@@ -423,7 +423,7 @@ def slow(room: Room, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     conversation = room.engine.loaded.prepare_chat
 
     def slowly(request: Chat) -> Any:
-        if len(request.turns[-1].text) > chat_batch.MAX_INLINE_CHARACTERS:
+        if len(request.turns[-1].text) > chat_slots.MAX_INLINE_CHARACTERS:
             time.sleep(seconds)
         return conversation(request)
 

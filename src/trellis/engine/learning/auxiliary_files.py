@@ -1,6 +1,6 @@
-"""What stands beside a model's weights: copied with a merged model, and compared as a loader would read it.
+"""The files beside a model's weights: copied with a merged model, and compared as a loader would read them.
 
-A model says in these files how it is spoken to and how it ends. This module does not know weights or adapters.
+They determine how a model is prompted and how its answers end. This module does not know weights or adapters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".vocab", ".bpe", 
 NAME_PREFIXES = (
     "tokenizer", "vocab", "merges", "chat_template", "licen", "notice", "copying", "copyright", "use_policy",
 )  # fmt: skip
-"""Beginnings of names, in small letters: tokenizers may have any ending (`tokenizer.model.v3`), and so may licences."""
+"""Lower-case name prefixes: tokenizers may have any suffix (`tokenizer.model.v3`), and so may licences."""
 
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".ot",
@@ -32,12 +32,12 @@ EXCLUDED_NAMES = {
     "config.json", "trellis.json", "params.json", "adapter_config.json", "quantize_config.json", "quant_config.json",
     "hf_quant_config.json",
 }  # fmt: skip
-"""Files that describe other weights than the merged ones; the configuration is written apart."""
+"""Files that describe weights other than the merged ones; the configuration is written separately."""
 
 FOLDERS = ("additional_chat_templates",)
 README, BASE_README = "README.md", "README.base.md"
 MAX_FILE_BYTES = 200_000_000
-"""No tokenizer is larger: what is, is data of another kind."""
+"""No tokenizer is larger; a larger file is other data."""
 
 CONVERSATIONS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("user", "Why is the sky blue?"),),
@@ -54,14 +54,14 @@ class ModelUsage:
     generation: Mapping[str, Any]
     templates: Any
     rendered: tuple[str | None, ...]
-    """CONVERSATIONS as the chat template writes them; None for one that it refuses."""
+    """CONVERSATIONS rendered with the chat template; None if the template refuses one."""
     tokens: tuple[tuple[int, ...], ...]
 
 
 def copy_auxiliary_files(base: Path, into: Path, with_code: bool) -> None:
-    """Copy what a loader may want beside the weights; the base's own Python files only `with_code`.
+    """Copy the files a loader may want beside the weights; the base model's Python files only `with_code`.
 
-    What was written into the folder before stays, but for the generation settings, which are the base's.
+    Existing files stay, except for the generation settings, which are the base model's.
     """
     (into / "generation_config.json").unlink(missing_ok=True)
     for file in _auxiliary_files(base, with_code):
@@ -72,7 +72,7 @@ def copy_auxiliary_files(base: Path, into: Path, with_code: bool) -> None:
 
 
 def _auxiliary_files(base: Path, with_code: bool) -> Iterator[Path]:
-    """Names within the folder."""
+    """Yield names relative to the folder."""
     for file in sorted(base.iterdir()):
         name = file.name.lower()
         if file.is_dir() and file.name in FOLDERS:
@@ -91,9 +91,9 @@ def _auxiliary_files(base: Path, with_code: bool) -> Iterator[Path]:
 
 
 def write_config(base: Path, into: Path, with_code: bool, changed: Mapping[str, Any]) -> None:
-    """Have the base's own configuration in a merged folder, in the words that its programs know, with what `changed`.
+    """Write the base model's own configuration to a merged folder, with the entries of `changed`.
 
-    The one that transformers writes has names of its newest version, which other programs read as defaults.
+    The one that transformers writes uses names of its newest version, which other programs would ignore.
     """
     config = json.loads((base / "config.json").read_text())
     merged_config = json.loads((into / "config.json").read_text())
@@ -106,13 +106,13 @@ def write_config(base: Path, into: Path, with_code: bool, changed: Mapping[str, 
 
 
 def read_usage(folder: Path, remote_code: bool) -> ModelUsage:
-    """How the model in a folder is used."""
+    """Read how the model in a folder is used."""
     options = {"local_files_only": True, "trust_remote_code": remote_code}
     config = AutoConfig.from_pretrained(folder, **options)
     tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     generation = GenerationConfig.from_model_config(config)
     if (folder / "generation_config.json").is_file():
-        with suppress(OSError, ValueError):  # transformers goes by the configuration then
+        with suppress(OSError, ValueError):  # transformers then uses the configuration
             generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
     settings = {key: value for key, value in generation.to_dict().items() if key not in ("transformers_version",)}
     listed = [config.get_text_config().eos_token_id, tokenizer.eos_token_id, generation.eos_token_id]
@@ -137,12 +137,12 @@ def _render(tokenizer: Any, conversation: tuple[tuple[str, str], ...]) -> str | 
     turns = [{"role": role, "content": text} for role, text in conversation]
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    except (TemplateError, TypeError, ValueError):  # what the base's template refuses, the same one refuses again
+    except (TemplateError, TypeError, ValueError):  # the merged model's template refuses it as well
         return None
 
 
 def require_same_usage(base: ModelUsage, merged: ModelUsage) -> None:
-    """Raises LoadFailed where a merged model would be used otherwise than its base."""
+    """Raise LoadFailed if a merged model would be used differently from its base."""
     compared = {
         f"end-of-answer tokens {sorted(merged.end_tokens)} instead of {sorted(base.end_tokens)}": (
             base.end_tokens == merged.end_tokens

@@ -1,7 +1,7 @@
-"""How likely a model finds answers, with a gradient: through transformers' own forward, or through the lean pass, which
-reads the prompt of a group once.
+"""Log-probabilities of answers, with gradients: through transformers, or through the fast forward pass, which reads the
+prompt of a group once.
 
-It knows prompts and answers as tokens, and the adapter's values; not losses, choices' meaning or optimisers.
+It knows prompts and answers as tokens, and the adapter's values; not losses, choices or optimizers.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from ...messages import Choice
 from ..parallel import SMALL_MODEL_PARAMETERS
 from ..text.adapters import AdapterSlot
 from ..text.cache_support import has_logits_to_keep, last_logits
-from ..text.fast_forward import FastForward, FusedLinear
+from ..text.fast_forward import FastForward
+from ..text.fused_layers import FusedLinear
 
 
 @dataclass(frozen=True)
 class Group:
-    """A lesson as numbers: one prompt, its answers as tokens (each with its end token if it ended), the choice.
+    """A lesson as tokens: one prompt, its answers (each with its end token if it is complete), the choice.
 
-    A written answer stands last among the answers.
+    A written answer comes last.
     """
 
     prompt: list[int]
@@ -37,25 +38,25 @@ class Group:
     temperature: float
 
     def mask(self, device: torch.device) -> Tensor:
-        """(G, T) true where an answer has a token. From lengths, never from token ids."""
+        """Return a mask (G, T), true where an answer has a token: from lengths, never from token ids."""
         lengths = torch.tensor([len(answer) for answer in self.answers], device=device)
         return torch.arange(int(lengths.max()), device=device)[None, :] < lengths[:, None]
 
 
 def answer_logprobs(model: Any, group: Group) -> Tensor:
-    """Log-probabilities (G, T) of each answer's tokens given the prompt, fp32, zero where there is none."""
+    """Return log-probabilities (G, T) of each answer's tokens given the prompt: fp32, zero at padding."""
     return batch_answer_logprobs(model, [group])[0]
 
 
 PADDING_WORTH_A_PASS = 120
-"""Padding, in tokens, that is worth another pass through the model: about what a small one's overhead costs."""
+"""Padding, in tokens, that is worth another forward pass: about the overhead of a small model's pass."""
 
 
 def batch_answer_logprobs(model: Any, groups: Sequence[Group]) -> list[Tensor]:
-    """`answer_logprobs` of several groups, rows of like length in one pass each.
+    """Compute `answer_logprobs` of several groups, with rows of similar length in one pass.
 
-    Rows are padded on the right, which a causal model never looks at, so no attention mask is needed;
-    logits are only made from the first position that predicts an answer.
+    Rows are padded on the right, which causal attention never sees, so no attention mask is needed. Logits are computed
+    only from the first position that predicts an answer token.
     """
     rows = [(group, answer) for group in groups for answer in group.answers]
     logprobs_by_row: list[Tensor] = [torch.empty(0)] * len(rows)
@@ -80,7 +81,7 @@ def batch_answer_logprobs(model: Any, groups: Sequence[Group]) -> list[Tensor]:
 
 
 def _batch_by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Numbers of rows in passes: the longest first, cut where the padding saved is worth a pass of its own."""
+    """Return row numbers by pass: longest first, split where the saved padding is worth another pass."""
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     passes = [order[:1]]
     for place, number in enumerate(order[1:], start=1):
@@ -91,12 +92,12 @@ def _batch_by_length(lengths: Sequence[int]) -> list[list[int]]:
 
 
 MAX_PASS_WORK = 10_000_000_000
-"""Tokens times parameters up to which groups share a pass. That spares a small model its overhead; a large model or a
-long prompt gains nothing by it and would need the memory of all groups at once."""
+"""Tokens times parameters up to which groups share a pass. Sharing saves overhead for a small model; for a large model
+or a long prompt it would only cost memory."""
 
 
 def split_into_passes(groups: Sequence[Group], parameters: int) -> list[range]:
-    """Which groups go through the model together: neighbours, as many as may share a pass; at least one."""
+    """Return which neighbouring groups go through the model together, at least one per pass."""
     planned: list[range] = []
     for number in range(len(groups)):
         begin = planned[-1].start if planned else 0
@@ -111,7 +112,7 @@ def split_into_passes(groups: Sequence[Group], parameters: int) -> list[range]:
 
 
 def schedule_passes(groups: Sequence[Group], parameters: int) -> list[list[range]]:
-    """`passes`, one after the other; where one of a small model would do, two of about the same length at once."""
+    """Return the passes in sequence; for a small model whose groups fit one pass, two halves to run in parallel."""
     planned = split_into_passes(groups, parameters)
     if len(planned) > 1 or len(groups) < 2 or parameters >= SMALL_MODEL_PARAMETERS:
         return [[each] for each in planned]
@@ -121,37 +122,36 @@ def schedule_passes(groups: Sequence[Group], parameters: int) -> list[list[range
 
 
 MAX_PACKED_TOKENS = 2048
-"""Up to so many tokens a group has one mask over all of them; a longer one goes through transformers."""
+"""Up to this many tokens a group gets one attention mask over all of them; longer ones go through transformers."""
 
 
 Seed = tuple[str | int, ...]
 Loss = Callable[[list[Tensor]], Tensor]
-"""A scalar made of log-probabilities (G, T) of some groups."""
+"""A scalar function of the log-probabilities (G, T) of some groups."""
 
 
 GradientPart = tuple[Sequence[Group], Seed, Loss]
 
 
 class Scorer(ABC):
-    """Log-probabilities of groups' answers under an adapter's values, and the gradient by these."""
+    """Computes log-probabilities of groups' answers under an adapter's values, and gradients by these."""
 
     @abstractmethod
     def logprobs(self, groups: Sequence[Group], flat: Tensor | None, seed: Seed = ()) -> list[Tensor]:
-        """(G, T) of each group, fp32, zero where an answer has no token, without a gradient. `flat` (P,) are the
-        adapter's values; without them it is the base model that is asked. `seed` is where dropout's random numbers
-        start from."""
+        """Return (G, T) for each group without a gradient: fp32, zero at padding. `flat` (P,) are the adapter's values;
+        None means the base model. `seed` seeds dropout."""
 
     @abstractmethod
     def gradient(self, groups: Sequence[Group], flat: Tensor, seed: Seed, loss: Loss) -> tuple[Tensor, float]:
-        """The gradient (P,) of what `loss` makes of the groups' log-probabilities, by the adapter's values; and it."""
+        """Return the gradient (P,) of `loss` by the adapter's values, and the loss."""
 
     def gradients(self, parts: Sequence[GradientPart], flat: Tensor) -> list[tuple[Tensor, float]]:
-        """`gradient` of several parts. Two may be worked out at once, each `loss` in a thread of its own."""
+        """Compute `gradient` of several parts. Two may run in parallel, each `loss` in its own thread."""
         return [self.gradient(groups, flat, seed, loss) for groups, seed, loss in parts]
 
 
 def scorer_for(slot: AdapterSlot, groups: Sequence[Group]) -> Scorer:
-    """The quickest way to read these groups."""
+    """Return the fastest scorer that can handle these groups."""
     adapted = slot.adapted_layers
     if adapted is None or slot.settings.lora_dropout or adapted.fast_forward.embedding.dtype != torch.float32:
         return GenericScorer(slot)
@@ -163,7 +163,7 @@ def scorer_for(slot: AdapterSlot, groups: Sequence[Group]) -> Scorer:
 
 
 class GenericScorer(Scorer):
-    """Through transformers' own forward, with PEFT's layers."""
+    """Through transformers' forward pass with PEFT's layers."""
 
     def __init__(self, slot: AdapterSlot) -> None:
         self._slot = slot
@@ -188,8 +188,8 @@ class GenericScorer(Scorer):
 
 
 class FastScorer(Scorer):
-    """Through the lean pass. All tokens stand in one line: of each group the prompt, then the answers, each of which
-    sees the prompt and itself."""
+    """Through the fast forward pass. All tokens are packed in one sequence: of each group the prompt, then the answers,
+    each of which attends to the prompt and itself."""
 
     def __init__(self, slot: AdapterSlot) -> None:
         assert slot.adapted_layers
@@ -224,7 +224,7 @@ class FastScorer(Scorer):
         return [pad_sequence([next(answers) for _ in group.answers], batch_first=True) for group in groups]
 
     def _logits(self, packed: PackedGroups, adapter: list[Tensor] | None) -> Tensor:
-        """(M, V) over the temperatures, where a token of an answer is to be told."""
+        """Return logits (M, V) over the temperatures, at the positions that predict answer tokens."""
         fast_forward = self._fast_forward
         cos, sin = (table[packed.positions, None] for table in fast_forward.rotary_tables(packed.length))
         x = fast_forward.embed(packed.ids)
@@ -235,7 +235,7 @@ class FastScorer(Scorer):
                 [fast_forward.heads, fast_forward.kv_heads], dim=1
             )
             attended = self._attend(packed, queries, keys, v.view(len(x), -1, fast_forward.head_dim))
-            if number == len(fast_forward.layers) - 1:  # what follows is done for each token alone
+            if number == len(fast_forward.layers) - 1:  # the rest of the last layer is per token
                 x, attended = x[packed.predicting], attended[packed.predicting]
             (out,) = self._fused_linear(layer.attention_out, (number, 1), attended, adapter)
             x = x + out
@@ -247,7 +247,7 @@ class FastScorer(Scorer):
         )
 
     def _attend(self, packed: PackedGroups, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """(N, heads D) from (N, heads, D), group by group."""
+        """Attend group by group: (N, heads, D) to (N, heads D)."""
         fast_forward = self._fast_forward
         attended = []
         for span, mask in packed.spans:
@@ -261,7 +261,7 @@ class FastScorer(Scorer):
     def _fused_linear(
         self, base: FusedLinear, place: tuple[int, int], x: Tensor, adapter: list[Tensor] | None
     ) -> tuple[Tensor, ...]:
-        """What each of the layers that read x (N, in) makes of it, with the adapter."""
+        """Apply the fused linear layers and their adapters to x (N, in); one output per layer."""
         parts = functional.linear(x, base.weight, base.bias).split(
             [rows.stop - rows.start for _, rows in base.parts], dim=1
         )
@@ -278,7 +278,7 @@ class FastScorer(Scorer):
 
 
 class PackedGroups:
-    """The tokens of some groups in one line, where each stands in its text, and what is to be told of which."""
+    """The tokens of some groups packed in one sequence, with their positions and prediction targets."""
 
     def __init__(self, groups: Sequence[Group], device: torch.device) -> None:
         ids: list[int] = []
@@ -287,7 +287,7 @@ class PackedGroups:
         targets: list[int] = []
         temperatures: list[float] = []
         self.spans: list[tuple[slice, Tensor]] = []
-        """Where each group stands, and which of its tokens (T, T) see which."""
+        """The slice of each group, and its attention mask (T, T)."""
         for group in groups:
             begin, prompt = len(ids), len(group.prompt)
             owners = [-1] * prompt
@@ -297,7 +297,7 @@ class PackedGroups:
                 predicting += [begin + prompt - 1, *range(len(ids), len(ids) + len(answer) - 1)]
                 targets += answer
                 temperatures += [group.temperature] * len(answer)
-                ids += answer[:-1]  # the last one tells nothing more
+                ids += answer[:-1]  # the last token predicts nothing
                 positions += range(prompt, prompt + len(answer) - 1)
                 owners += [number] * (len(answer) - 1)
             place, owner = torch.tensor(positions[begin:], device=device), torch.tensor(owners, device=device)

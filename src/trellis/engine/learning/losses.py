@@ -1,7 +1,7 @@
-"""What a choice says of a group of answers, as a loss: the methods of learning behind one interface.
+"""Losses of a choice over a group of answers: all learning methods behind one signature.
 
-Each takes log-probabilities of the answers' tokens, the base model's, a mask, and what was said. It does not know
-models, weights or optimisers. The formulas and their sources stand in docs/learning.md.
+Each takes log-probabilities of the answers' tokens, the base model's, a mask, and the choice. It does not know models,
+weights or optimizers. docs/learning.md has the formulas and their sources.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ DPO_BETA = KTO_BETA = APO_BETA = IPO_TAU = 0.1
 SIMPO_BETA, SIMPO_GAMMA = 2.0, 1.0
 CLASSIC_DRIFT_WEIGHT = 0.03
 OPENING_DECAY = 0.7
-"""By this factor a token of an answer's opening counts less than the one before it: most lies on the first five."""
+"""Factor by which the weight of an opening token falls from one to the next: most of it lies on the first five."""
 
 
 @dataclass(frozen=True)
 class ChoiceLoss:
-    """The loss of one group and what it says: all scalars, `loss` with its graph."""
+    """The loss of one group, with its graph, and two measurements."""
 
     loss: Tensor
     share: float
@@ -36,16 +36,15 @@ class ChoiceLoss:
 
 
 def choice_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> ChoiceLoss:
-    """The loss of a choice: a multinomial logit with an outside option, a k3 leash, a pull on the winner.
+    """The default loss: a multinomial logit with an outside option, a k3 penalty, and a likelihood term for the winner.
 
-    logprobs, reference: (G, T) fp32, zero off the mask (G, T). `share` is the probability that the choice
-    model gives to what was chosen. Rewards are means over tokens with more weight on the opening (docs/learning.md).
-    Sources: Luce 1959, Plackett 1975; k3: Schulman 2020; the pull on the
-    winner: arXiv 2402.13228, 2404.19733.
+    logprobs, reference: (G, T) fp32, zero off the mask (G, T). `share` is the probability of the choice under the
+    choice model. Rewards are means over tokens with more weight on the opening (docs/learning.md). Sources: Luce 1959,
+    Plackett 1975; k3: Schulman 2020; the likelihood term: arXiv 2402.13228, 2404.19733.
     """
     lengths = mask.sum(dim=-1)
     rewards = answer_rewards(logprobs, reference, mask, options)
-    utilities = torch.cat([rewards, rewards.new_zeros(1)])  # the outside option last, at zero
+    utilities = torch.cat([rewards, rewards.new_zeros(1)])  # the outside option is last, with utility 0
     outside = len(rewards)
     chosen = chosen_indices(choice, outside)
     winners = chosen[:1] if isinstance(choice, Ranking) else chosen
@@ -65,13 +64,13 @@ def choice_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choic
 
 
 def answer_rewards(logprobs: Tensor, reference: Tensor, mask: Tensor, options: Learning) -> Tensor:
-    """How much likelier than to the base each answer has become (G,): β times a mean of its tokens' log-ratios."""
+    """Return rewards (G,): β times the weighted mean of each answer's token log-ratios to the base model."""
     return options.choice_beta * ((logprobs - reference) * token_weights(mask, options.opening_weight)).sum(dim=-1)
 
 
 def token_weights(mask: Tensor, opening_weight: float) -> Tensor:
-    """How much each token of an answer counts (G, T), 1 in all: `opening` of it falling from the first token on by a
-    constant factor, the rest spread evenly."""
+    """Return token weights (G, T) that sum to 1 per answer: `opening_weight` of it decays from the first token on, the
+    rest is uniform."""
     uniform = mask / mask.sum(dim=-1, keepdim=True)
     if not opening_weight:
         return uniform
@@ -80,21 +79,21 @@ def token_weights(mask: Tensor, opening_weight: float) -> Tensor:
 
 
 def kl_penalty(kl: Tensor) -> Tensor:
-    """The leash of a choice: its pull grows with the distance, so that a voice is free and gibberish is not."""
+    """The KL penalty of a choice. It grows quadratically, so that a new voice is cheap and gibberish is not."""
     return kl + kl.square()
 
 
 def k3(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-    """Mean over answer tokens of e^(ref−l) − (ref−l) − 1: an estimate of KL that is never negative.
+    """Mean over answer tokens of e^(ref−l) − (ref−l) − 1: a KL estimate that is never negative.
 
-    The difference is held at 20 nats, where the exponential alone would drown everything else.
+    The difference is clamped at 20 nats, where the exponential alone would dominate everything else.
     """
     gap = (reference - logprobs).clamp(max=20.0)
     return ((gap.exp() - gap - 1.0) * mask).sum() / mask.sum()
 
 
 def choice_share(rewards: Tensor, choice: Choice) -> float:
-    """The probability that the choice model gives to what was chosen, from rewards (G,)."""
+    """Return the probability of the choice under the choice model, from rewards (G,)."""
     utilities = torch.cat([rewards.detach(), rewards.new_zeros(1)])
     chosen = chosen_indices(choice, len(rewards))
     winners = chosen[:1] if isinstance(choice, Ranking) else chosen
@@ -102,33 +101,33 @@ def choice_share(rewards: Tensor, choice: Choice) -> float:
 
 
 def dpo_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> ChoiceLoss:
-    """The chosen answer against each other one (DPO, arXiv 2305.18290, β = 0.1), and the leash.
+    """DPO (arXiv 2305.18290, β = 0.1): the chosen answer against each other one, with the KL penalty.
 
-    None of these has no pairs: every answer is then the worse one of a pair whose better one stays as it is.
+    “None of these” has no pairs: every answer is then the rejected one of a pair whose chosen one does not change.
     """
     margins = _pair_margins(DPO_BETA * (logprobs - reference).sum(dim=-1), choice)
     return _with_kl_penalty(-logsigmoid(margins).mean(), logprobs, reference, mask, choice, options)
 
 
 def dpo_norm_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> ChoiceLoss:
-    """DPO on means over tokens instead of sums, so that long answers do not weigh more (arXiv 2411.15124, section 5);
-    β is the choice sharpness."""
+    """DPO on token means instead of sums, so that long answers do not weigh more (arXiv 2411.15124, section 5); β is
+    the choice sharpness."""
     means = (logprobs - reference).sum(dim=-1) / mask.sum(dim=-1)
     margins = _pair_margins(options.choice_beta * means, choice)
     return _with_kl_penalty(-logsigmoid(margins).mean(), logprobs, reference, mask, choice, options)
 
 
 def ipo_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> ChoiceLoss:
-    """Identity preference optimisation (arXiv 2310.12036): the margin of each pair is pulled to 1/2τ, τ = 0.1, and no
-    further. On means over tokens, as its authors run it."""
+    """Identity preference optimization (arXiv 2310.12036): the margin of each pair is pulled to 1/2τ, τ = 0.1, and no
+    further. On token means, as its authors run it."""
     margins = _pair_margins((logprobs - reference).sum(dim=-1) / mask.sum(dim=-1), choice)
     return _with_kl_penalty((margins - 1 / (2 * IPO_TAU)).square().mean(), logprobs, reference, mask, choice, options)
 
 
 def simpo_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> ChoiceLoss:
-    """SimPO (arXiv 2405.14734): mean log-probabilities without a reference, β = 2, with a margin γ = 1 to win by.
+    """SimPO (arXiv 2405.14734): mean log-probabilities without a reference, β = 2, margin γ = 1.
 
-    None of these has no pairs; each answer then has to become less likely than it was at the base.
+    “None of these” has no pairs: each answer has to become less likely than under the base model.
     """
     lengths = mask.sum(dim=-1)
     if preference_pairs(choice, len(lengths)):
@@ -139,8 +138,8 @@ def simpo_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice
 
 
 def kto_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> ChoiceLoss:
-    """Kahneman-Tversky optimisation (arXiv 2402.01306, β = 0.1): each answer by itself is good or bad, against a point
-    of reference z that is 0, since one click has no batch to estimate it from. Mean over all answers."""
+    """Kahneman-Tversky optimization (arXiv 2402.01306, β = 0.1): each answer by itself is good or bad. The reference
+    point z is 0, since one click has no batch to estimate it from. Mean over all answers."""
     log_ratio_reward = KTO_BETA * (logprobs - reference).sum(dim=-1)
     signs = _choice_signs(choice, log_ratio_reward)
     return _with_kl_penalty(
@@ -149,8 +148,8 @@ def kto_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, 
 
 
 def apo_zero_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> ChoiceLoss:
-    """Anchored preference optimisation, the “zero” form (arXiv 2408.06266, β = 0.1): chosen answers up and others down,
-    each side weighing the same."""
+    """Anchored preference optimization, the “zero” variant (arXiv 2408.06266, β = 0.1): chosen answers up and others
+    down, each side with the same weight."""
     log_ratio_reward = APO_BETA * (logprobs - reference).sum(dim=-1)
     signs = _choice_signs(choice, log_ratio_reward)
     parts = [
@@ -162,8 +161,7 @@ def apo_zero_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Cho
 
 
 def sft_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> ChoiceLoss:
-    """What was chosen becomes likelier, nothing else: supervised fine-tuning on the choice. None of these teaches
-    nothing."""
+    """Supervised fine-tuning on the chosen answers. “None of these” teaches nothing."""
     means = logprobs.sum(dim=-1) / mask.sum(dim=-1)
     chosen = chosen_indices(choice, len(means))
     loss = -means[chosen].mean() if chosen else 0.0 * means.sum()
@@ -171,16 +169,16 @@ def sft_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, 
 
 
 def grpo_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> ChoiceLoss:
-    """Group-relative policy optimisation (arXiv 2402.03300): each token weighted by its answer's advantage, mean over
-    the answer's tokens, k3 as the leash. Every inner step is on-policy, so the ratio is 1 and is never clipped."""
+    """Group-relative policy optimization (arXiv 2402.03300): each token weighted by its answer's advantage, mean over
+    the answer's tokens, with the k3 penalty. Every inner step is on-policy, so the ratio is 1 and never clipped."""
     gain = _policy_gain(logprobs, choice_advantages(choice, len(logprobs)))
     loss = -((gain * mask).sum(dim=-1) / mask.sum(dim=-1)).mean()
     return _with_kl_penalty(loss, logprobs, reference, mask, choice, options)
 
 
 def dr_grpo_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> ChoiceLoss:
-    """GRPO done right (arXiv 2503.20783): advantages are not divided by their spread, and sums not by an answer's own
-    length but by one length for all, here the longest answer's."""
+    """GRPO done right (arXiv 2503.20783): advantages are not divided by their standard deviation, and sums are divided
+    by one length for all answers, here the longest."""
     gain = _policy_gain(logprobs, choice_advantages(choice, len(logprobs), scaled=False))
     loss = -((gain * mask).sum(dim=-1) / mask.shape[1]).mean()
     return _with_kl_penalty(loss, logprobs, reference, mask, choice, options)
@@ -188,7 +186,7 @@ def dr_grpo_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choi
 
 def rloo_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> ChoiceLoss:
     """REINFORCE with a leave-one-out baseline (arXiv 2402.14740): whole answers, each against the mean reward of the
-    others; the reward of an answer falls with its distance from the base, by the KL strength."""
+    others. The KL strength times the log-ratio to the base model is subtracted from the reward."""
     size = len(logprobs)
     scores = torch.tensor(choice_scores(choice, size), device=logprobs.device)
     rewards = scores - options.kl_beta * (logprobs - reference).sum(dim=-1).detach()
@@ -200,8 +198,8 @@ def rloo_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice,
 
 
 def classic_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning) -> ChoiceLoss:
-    """The rule of the first Trellis: −mean of A·l over the group, l a plain sum over tokens, plus 0.03 times the
-    square of the mean signed log-ratio to the base. Log-probabilities are not divided by the temperature."""
+    """The rule of the first Trellis: −mean of A·l over the group, with l summed over tokens, plus 0.03 times the square
+    of the mean signed log-ratio to the base model. Log-probabilities are not divided by the temperature."""
     advantages = torch.tensor(choice_advantages(choice, len(logprobs)), device=logprobs.device)
     drift = ((logprobs - reference) * mask).sum() / mask.sum()
     loss = -(advantages * logprobs.sum(dim=-1)).mean() + CLASSIC_DRIFT_WEIGHT * drift.square()
@@ -209,8 +207,8 @@ def classic_loss(logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choi
 
 
 def _pair_margins(gains: Tensor, choice: Choice) -> Tensor:
-    """How far the better answer of each pair is ahead (P,). Where there are no pairs, each answer is compared with its
-    own past (G,): how far it has fallen on none of these, how far it has risen where all were called good."""
+    """Return by how much the better answer of each pair is ahead (P,). Without pairs, compare each answer with its own
+    past (G,): how far it fell for “none of these”, how far it rose if all were chosen."""
     pairs = preference_pairs(choice, len(gains))
     if pairs:
         return torch.stack([gains[better] - gains[worse] for better, worse in pairs])
@@ -218,14 +216,14 @@ def _pair_margins(gains: Tensor, choice: Choice) -> Tensor:
 
 
 def _choice_signs(choice: Choice, gains: Tensor) -> Tensor:
-    """1 for what was called good, −1 for the rest (G,)."""
+    """Return 1 for chosen answers, −1 for the rest (G,)."""
     signs = torch.full_like(gains, -1.0)
     signs[chosen_indices(choice, len(gains))] = 1.0
     return signs
 
 
 def _policy_gain(logprobs: Tensor, advantages: list[float]) -> Tensor:
-    """The ratio to the policy that drew, which is this one, times the advantage of the answer (G, T)."""
+    """Return the ratio to the sampling policy, which is this one, times the answer's advantage (G, T)."""
     return (logprobs - logprobs.detach()).exp() * torch.tensor(advantages, device=logprobs.device)[:, None]
 
 
@@ -233,7 +231,7 @@ def _with_kl_penalty(
     loss: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, choice: Choice, options: Learning,
     penalize: bool = True,
 ) -> ChoiceLoss:  # fmt: skip
-    """A loss with its leash, and the share of the choice model, which is told the same for every method."""
+    """Add the KL penalty, and measure the choice model's share, which is reported for every method."""
     kl = k3(logprobs, reference, mask)
     rewards = answer_rewards(logprobs, reference, mask, options)
     total = loss + options.kl_beta * kl if penalize else loss
@@ -245,8 +243,8 @@ LossFunction = Callable[[Tensor, Tensor, Tensor, Choice, Learning], ChoiceLoss]
 
 @dataclass(frozen=True)
 class Method:
-    """A loss and how its optimiser is driven. `single`: one step a click, without replay or step limit;
-    `tempered`: log-probabilities are of logits over the sampling temperature."""
+    """A loss and how the optimizer is run with it. `is_single_step`: one step per click, without replay or step limit;
+    `uses_temperature`: log-probabilities are of logits over the sampling temperature."""
 
     loss: LossFunction
     betas: tuple[float, float] = BETAS

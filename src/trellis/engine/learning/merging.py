@@ -1,6 +1,6 @@
-"""Merge an adapter into its base model: loaded fresh, in the precision of its files, written, read again, compared.
+"""Merge an adapter into its base model: loaded fresh in the precision of its files, written, reloaded, compared.
 
-It is the work of an engine of its own, which holds nothing else. It does not know sessions.
+It is the work of a separate engine that holds nothing else. It does not know sessions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from ...messages import Load, Merge, Merged, Progress
 from ...model_files import weight_files
 from ...safetensors_files import READ_ERRORS, all_finite, read_header
 from ..text.cache_support import ModelCache
-from ..text.loaded_model import LoadedModel, fingerprints, load_model
+from ..text.loaded_model import LoadedModel
+from ..text.loading import load_model
+from ..text.stored_weights import fingerprints
 from .auxiliary_files import copy_auxiliary_files, read_usage, require_same_usage, write_config
 from .log_probs import Group, answer_logprobs
 
@@ -33,17 +35,17 @@ MERGE_DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "U8", "I8"), torch.bfloat16),
 }  # fmt: skip
-"""What a stored tensor is merged in; packed weights are written in 16 bits."""
+"""The dtype in which a stored tensor is merged; quantized weights are written in 16 bits."""
 PROBE_CONTEXT = 4096
 PROBE_TOKENS = 32
 """Tokens of each answer on which the merged model is compared with base and adapter."""
 
 
 def merge(request: Merge, adapter_folder: Path) -> Generator[Progress | None, None, Merged]:
-    """Write a merged model into the folder `request.into`, which must not be there yet, and prove it.
+    """Write a merged model into the new folder `request.into`, and verify it.
 
-    Raises LoadFailed, with the codes of a load, or `not_proved` when the written model answers otherwise;
-    WeightsMissing for an adapter that is damaged.
+    Raises LoadFailed, with the codes of a load, or `not_proved` if the written model answers differently;
+    WeightsMissing for a damaged adapter.
     """
     started = time.monotonic()
     base, into = Path(request.path), Path(request.into)
@@ -70,7 +72,8 @@ def merge(request: Merge, adapter_folder: Path) -> Generator[Progress | None, No
     _restore_precision(merged, base, dtype, changed)
     yield Progress(stage="writing", fraction=0.65, message="Writing the merged model")
     into.mkdir()
-    generation_config, merged.generation_config = merged.generation_config, GenerationConfig()  # the base's are copied
+    # Written by copying the base model's file.
+    generation_config, merged.generation_config = merged.generation_config, GenerationConfig()
     merged.save_pretrained(into, max_shard_size="2GB")
     merged.generation_config = generation_config
     config_changes = {} if merged.config.tie_word_embeddings == tied else {"tie_word_embeddings": not tied}
@@ -116,7 +119,7 @@ def merge(request: Merge, adapter_folder: Path) -> Generator[Progress | None, No
 
 
 def _require_same_base(request: Merge) -> None:
-    """Raises LoadFailed when the folder does not hold the base that the adapter was grown on."""
+    """Raise LoadFailed unless the folder holds the base model that the adapter was trained on."""
     for fingerprint in fingerprints(Path(request.path)):
         if request.plant.weights_id(fingerprint) == request.root:
             return
@@ -128,7 +131,7 @@ def _require_same_base(request: Merge) -> None:
 
 
 def _require_whole_adapter(adapted: PeftModel, adapter: Path) -> None:
-    """Raises LoadFailed where a part of the adapter found no layer in the model: PEFT leaves it out with a warning."""
+    """Raise LoadFailed if a tensor of the adapter has no layer in the model: PEFT skips it with a warning."""
     stored = load_file(adapter / "adapter_model.safetensors")
     held = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     lost = [name for name, values in stored.items() if name not in held or not torch.equal(held[name], values)]
@@ -142,8 +145,8 @@ def _require_whole_adapter(adapted: PeftModel, adapter: Path) -> None:
 
 
 def _restore_precision(merged: Any, base: Path, dtype: torch.dtype, changed: set[str]) -> None:
-    """Put back what is stored in another precision than most of the base and has no adapter, such as norms in 32 bits
-    among weights in 16: it was rounded when the base was read."""
+    """Restore unadapted tensors that are stored in another precision than most of the base model, such as fp32 norms
+    among 16-bit weights: they were rounded on reading."""
     if getattr(merged.config, "quantization_config", None) is not None:
         return
     tensors_by_name = {**dict(merged.named_parameters()), **dict(merged.named_buffers())}
@@ -160,8 +163,8 @@ def _restore_precision(merged: Any, base: Path, dtype: torch.dtype, changed: set
 
 
 def _untie_head(adapted: PeftModel) -> None:
-    """Where the adapter changes the output layer, give that a weight of its own: merged into one that it shares with
-    the embedding, the change would be in both."""
+    """If the adapter changes the output layer, give it a weight of its own: merged into one shared with the embedding,
+    the change would apply to both."""
     model: Any = adapted.get_base_model()
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if isinstance(head, BaseTunerLayer) and head.get_base_layer().weight is embedding.weight:
@@ -171,12 +174,12 @@ def _untie_head(adapted: PeftModel) -> None:
 
 
 def max_mean_difference(dtype: torch.dtype) -> float:
-    """The mean difference in nats that rounding explains: the merged weights are rounded once to their precision."""
+    """The mean difference in nats that rounding explains: merged weights are rounded once to their precision."""
     return 1e-3 if dtype == torch.float32 else 5e-2
 
 
 def stored_dtype(base: Path) -> torch.dtype:
-    """The precision that most of a model's values are stored in; 16 bits for those that are unpacked from fewer."""
+    """Return the precision that most of a model's values are stored in; 16 bits for quantized ones."""
     kinds: dict[str, int] = {}
     try:
         for file in weight_files(base):
@@ -184,7 +187,7 @@ def stored_dtype(base: Path) -> torch.dtype:
                 start, end = about["data_offsets"]
                 kinds[about["dtype"]] = kinds.get(about["dtype"], 0) + end - start
     except READ_ERRORS:
-        return torch.float32  # loading it says what is wrong with it
+        return torch.float32  # loading reports what is wrong
     commonest = max(kinds, key=lambda kind: kinds[kind], default="F32")
     return MERGE_DTYPES.get(commonest, torch.float32)
 
@@ -192,7 +195,7 @@ def stored_dtype(base: Path) -> torch.dtype:
 def _rescale_progress(
     steps: Generator[Progress | None, None, LoadedModel], start: float, end: float
 ) -> Generator[Progress | None, None, LoadedModel]:
-    """A load as the first part of longer work."""
+    """Map the progress of a load to a part of longer work."""
     while True:
         try:
             step = next(steps)
@@ -203,10 +206,10 @@ def _rescale_progress(
 
 
 def _generate_probes(adapted: Any, loaded: LoadedModel, request: Merge) -> Generator[None, None, list[Group]]:
-    """For each probe the likeliest answer of base and adapter: what the two models are compared on."""
+    """Generate a greedy answer of base and adapter for each probe prompt: the models are compared on these."""
     prompts = []
     for probe in request.probes:
-        with suppress(Invalid):  # one that is too long proves no more than the others
+        with suppress(Invalid):  # a prompt that is too long is no loss: the others suffice
             prompts.append(loaded.tokenize_prompt(probe, PROBE_TOKENS, PROBE_CONTEXT))
     probes = []
     for prompt in prompts or [[loaded.end_token or 0]]:
@@ -224,7 +227,7 @@ def _generate_probes(adapted: Any, loaded: LoadedModel, request: Merge) -> Gener
 
 
 def _probe_logprobs(model: Any, probe: Group) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (1, T) of the answer, and the likeliest tokens (1, T) in its places."""
+    """Return log-probabilities (1, T) of the answer, and the likeliest tokens (1, T) at its positions."""
     with torch.inference_mode():
         ids = torch.tensor([probe.prompt + probe.answers[0]])
         likeliest = model(input_ids=ids[:, :-1], use_cache=False).logits[:, -len(probe.answers[0]) :].argmax(-1)

@@ -1,4 +1,4 @@
-"""Training on a whole log of choices: several passes in shuffled batches, with the losses that single clicks have.
+"""Train on a whole choice log: several epochs in shuffled batches, with the losses of single clicks.
 
 It knows groups, log-probabilities and flat vectors; not files or sessions.
 """
@@ -16,27 +16,28 @@ from torch import Tensor
 
 from ...messages import derived_seed
 from ...options import Learning
-from ..text.adapters import AdapterSlot, not_finite_error
+from ..text.adapters import AdapterSlot
 from ..text.sampling import overflow_error
+from ..text.weights_store import not_finite_error
 from .log_probs import GradientPart, Group, schedule_passes, scorer_for
 from .losses import METHODS, Method, answer_rewards
 from .step import TrainingState, adamw_step, scale_imitation
 from .targets import agrees_with_choice
 
 BATCH_SIZE = 4
-"""Choices that share an optimiser step."""
+"""Choices per optimizer step."""
 
 WARMUP_FRACTION = 0.1
-"""The part of all steps over which the rate rises; after it, it falls along a cosine to the floor."""
+"""Fraction of the steps over which the learning rate rises; then it falls along a cosine."""
 
 MIN_RATE_FACTOR = 0.1
 MAX_EVALUATED = 200
-"""So many choices at most are looked at to say what a fit did."""
+"""At most this many choices are evaluated before and after."""
 
 
 @dataclass(frozen=True)
 class RetrainOutcome:
-    """What a fit came to. Shares and agreement are over `judged` choices of the log."""
+    """The result of retraining. Shares and agreement are over `evaluated` choices of the log."""
 
     state: TrainingState
     loss: float
@@ -50,7 +51,7 @@ class RetrainOutcome:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What weights make of some choices: mean share of what was chosen, mean k3 to the base, how many agree."""
+    """How weights rate some choices: mean share of the choice, mean k3 to the base model, number of agreements."""
 
     share: float
     kl: float
@@ -62,7 +63,7 @@ def count_steps(count: int, epochs: int) -> int:
 
 
 def rate_factor(step: int, total: int) -> float:
-    """The part of the rate that a step has, counted from 0: up in a line, then down along a cosine."""
+    """Return the factor of the learning rate at a step, from 0: linear warmup, then cosine decay."""
     warmup = max(1, round(WARMUP_FRACTION * total))
     if step < warmup:
         return (step + 1) / warmup
@@ -80,9 +81,8 @@ def retrain(
     seed: int,
     name: str = "",
 ) -> Generator[tuple[int, int, float], None, RetrainOutcome]:
-    """Train on all groups `epochs` times. Yields (steps done, of how many, loss of the last one) between passes through
-    the model; nothing in the slot outlives a yield. `reference` gives a group's base log-probabilities (G, T).
-    """
+    """Train on all groups for `epochs`. Yields (steps done, total steps, last loss) between forward passes; nothing in
+    the slot outlives a yield. `reference` returns a group's base log-probabilities (G, T)."""
     method = METHODS[options.learning_method]
     rate = options.learning_rate
     if rate is None:
@@ -134,8 +134,8 @@ def _partial_loss(
     batch_size: int,
     logprobs_by_group: Sequence[Tensor],
 ) -> Tensor:
-    """What some groups of a batch of so many add to its mean loss: each with its base log-probabilities (G, T) and
-    the options that it has, and their log-probabilities as found."""
+    """Return what some groups contribute to the mean loss of their batch. An example is a group, its base
+    log-probabilities (G, T) and its options."""
     losses = [
         method.loss(logprobs, known, group.mask(known.device), group.choice, options)
         for logprobs, (group, known, options) in zip(logprobs_by_group, examples, strict=True)
@@ -144,8 +144,8 @@ def _partial_loss(
 
 
 def rescale_moments(state: TrainingState, steps: int, betas: tuple[float, float]) -> TrainingState:
-    """The same optimiser after so many steps in all: clicks that follow settle by these. The moments are scaled so that
-    their correction for a young average comes out the same."""
+    """Return the state as if it had taken this many steps, which sets how fast later clicks settle. The moments are
+    scaled so that their bias correction gives the same result."""
     first, second = ((1 - beta**steps) / (1 - beta**state.steps) for beta in betas)
     return TrainingState(state.flat, state.first * first, state.second * second, steps)
 
@@ -159,8 +159,8 @@ def evaluate_choices(
     total: int = 0,
     done: int = 0,
 ) -> Generator[tuple[int, int, float], None, Evaluation]:
-    """What weights make of some choices, without learning from them. Yields as `fit_steps` does."""
-    # The share is told the same for every method: that of the choice model.
+    """Evaluate weights on some choices without training. Yields like `retrain`."""
+    # The share of the choice model is reported for every method.
     method = METHODS["choice"]
     shares, kls, agreed = 0.0, 0.0, 0
     for group in groups:

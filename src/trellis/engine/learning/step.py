@@ -1,6 +1,6 @@
-"""The learning step: from one choice to new weights. The formulas stand in docs/learning.md.
+"""The learning step: from one choice to new weights. docs/learning.md has the formulas.
 
-It knows log-probabilities and flat vectors; not files, sessions or how answers were drawn.
+It knows log-probabilities and flat vectors; not files, sessions or how answers were sampled.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ...messages import Written
 from ...options import Learning
-from ..text.adapters import AdapterSlot, not_finite_error
+from ..text.adapters import AdapterSlot
 from ..text.quality_metrics import variety_of
+from ..text.weights_store import not_finite_error
 from .log_probs import GradientPart, Group, schedule_passes, scorer_for
 from .losses import BETAS, CLIP, METHODS, ChoiceLoss, k3
 from .targets import chosen_indices
@@ -26,7 +27,7 @@ EPSILON = 1e-8
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where the optimiser stands: flat fp32 vectors (P,) and the count of steps so far."""
+    """Adapter values and optimizer moments as flat fp32 vectors (P,), and the number of steps so far."""
 
     flat: Tensor
     first: Tensor
@@ -37,7 +38,8 @@ class TrainingState:
 def adamw_step(
     state: TrainingState, gradient: Tensor, rate: float, betas: tuple[float, float] = BETAS, clip: float | None = CLIP
 ) -> TrainingState:
-    """One step of Adam with clipping by norm and without decay (arXiv 1412.6980, 1711.05101), as new tensors."""
+    """Take one Adam step with norm clipping and without weight decay (arXiv 1412.6980, 1711.05101); returns new
+    tensors."""
     if clip is not None:
         gradient = gradient * (clip / (gradient.norm() + 1e-6)).clamp(max=1.0)
     steps = state.steps + 1
@@ -59,8 +61,8 @@ class StepOutcome:
 
 
 def scale_imitation(options: Learning, group: Group) -> Learning:
-    """The options with as much pull on the winner as the answers differ. Where all say much the same, whoever is
-    chosen says little, and to imitate it would only make the next ones more alike. What a person wrote never fades."""
+    """Scale the weight of the likelihood term by how much the answers differ. If all are alike, the choice says little,
+    and imitating it would only make the next ones more alike. A written answer is never scaled down."""
     if isinstance(group.choice, Written):
         return options
     return options.model_copy(update={"nll_weight": options.nll_weight * variety_of(group.answers)})
@@ -70,8 +72,8 @@ MIN_RATE_FACTOR = 0.1
 
 
 def settling_factor(steps: int, options: Learning) -> float:
-    """What part of the rate a click has after so many optimiser steps: 1, ½ after `settling` choices, ⅓ after twice
-    as many, and never less than a tenth, so that a change of mind still gets through."""
+    """Return the factor of the learning rate after this many optimizer steps: 1, ½ after `settling` choices, ⅓ after
+    twice as many, and never less than a tenth, so that a change of mind still gets through."""
     if not options.settling:
         return 1.0
     return max(MIN_RATE_FACTOR, 1.0 / (1.0 + steps / (options.settling * options.inner_steps)))
@@ -86,14 +88,12 @@ def learn_choice(
     options: Learning,
     name: str = "",
 ) -> Generator[None, None, StepOutcome]:
-    """Up to `inner_steps` optimiser steps on one choice, with some earlier ones beside it.
+    """Take up to `inner_steps` optimizer steps on one choice, replaying some earlier ones.
 
-    Stops when the chosen answer's share reaches the target; none of these reaches half of it in at most
-    `refusal_steps`. A step that moves the answers further than `step_limit` from where the click began is halved,
-    and is the last. Yields between steps: whoever runs it may meanwhile put other weights into the slot, so nothing
-    in it outlives a yield.
-    `references` are the base model's log-probabilities for the group and then for each replayed one. `name` is
-    where dropout's random numbers start from.
+    Stops when the share of the chosen answer reaches the target; for “none of these”, half of it in at most
+    `refusal_steps`. A step that moves the answers further than `step_limit` from the start is halved, and is the last.
+    Yields between steps: other weights may be put into the slot meanwhile, so nothing in it outlives a yield.
+    `references` are the base model's log-probabilities of the group and of each replayed one. `name` seeds dropout.
     """
     method = METHODS[options.learning_method]
     is_refusal = not chosen_indices(group.choice, len(group.answers))
@@ -111,14 +111,15 @@ def learn_choice(
     passes = schedule_passes(groups, slot.parameters)
     scorer = scorer_for(slot, groups)
     options_by_group = [scale_imitation(options, each) for each in groups]
-    # "None of these" says what is wrong and not what is right: pushed as far, it would tear down more than it teaches.
+    # “None of these” says what is wrong, not what is right: pushed as far as a choice, it would destroy more than it
+    # teaches.
     target = options.target_share * (0.5 if is_refusal else 1.0)
 
     def loss_of(number: int, logprobs: Tensor) -> ChoiceLoss:
         return method.loss(logprobs, references[number], masks[number], groups[number].choice, options_by_group[number])
 
     def evaluate_with_gradient(flat: Tensor) -> Generator[None, None, tuple[Tensor, ChoiceLoss, Tensor]]:
-        """The new group's log-probabilities and verdict, and the gradient of everything."""
+        """Return the new group's log-probabilities and loss, and the gradient over all groups."""
         gradient = torch.zeros_like(flat)
         first_results: dict[int, tuple[Tensor, ChoiceLoss]] = {}
 
@@ -139,7 +140,7 @@ def learn_choice(
         return *first_results[0], gradient
 
     def evaluate(flat: Tensor) -> tuple[Tensor, ChoiceLoss]:
-        """The new group's alone, without a gradient."""
+        """Return the new group's log-probabilities and loss, without a gradient."""
         (logprobs,) = scorer.logprobs(groups[:1], flat, (name, steps, 0))
         return logprobs, loss_of(0, logprobs)
 

@@ -1,6 +1,6 @@
-"""What a choice says of a group of answers, as numbers: who was called good, who is better than whom, rewards.
+"""What a choice means as numbers: chosen options, preference pairs, rewards, advantages.
 
-Plain arithmetic on what the person said; no tensors, no models.
+Plain arithmetic on the choice; no tensors, no models.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from ...messages import Choice, Ranking, Written
 
 
 def chosen_indices(choice: Choice, outside: int) -> list[int]:
-    """The options that a choice calls good, best first; empty for none of these."""
+    """Return the chosen options, best first; empty for “none of these”."""
     match choice:
         case int():
             return [choice]
@@ -26,7 +26,7 @@ def chosen_indices(choice: Choice, outside: int) -> list[int]:
 
 
 def preference_pairs(choice: Choice, size: int) -> list[tuple[int, int]]:
-    """(better, worse) options that a choice implies; none of these implies none."""
+    """Return the (better, worse) pairs a choice implies; “none of these” implies none."""
     chosen = chosen_indices(choice, size)
     if isinstance(choice, Ranking):
         rest = [index for index in range(size) if index not in chosen]
@@ -35,9 +35,9 @@ def preference_pairs(choice: Choice, size: int) -> list[tuple[int, int]]:
 
 
 def agrees_with_choice(rewards: Sequence[float], choice: Choice, answers: Sequence[Sequence[int]] = ()) -> bool:
-    """Whether a model that gives these rewards would choose the same: the best of what was called good is ahead of
-    all the rest. With none of these it agrees when no option is ahead of the outside one, at 0. Answers that are the
-    same as a good one, where `answers` are given, are not held against it."""
+    """Whether a model with these rewards would choose the same: the best chosen option is ahead of all the rest. It
+    agrees with “none of these” if no option is ahead of the outside one, at 0. With `answers`, duplicates of a chosen
+    answer do not count against it."""
     chosen = chosen_indices(choice, len(rewards))
     if isinstance(choice, Ranking):
         chosen = chosen[:1]
@@ -54,7 +54,7 @@ def agrees_with_choice(rewards: Sequence[float], choice: Choice, answers: Sequen
 
 
 def choice_scores(choice: Choice, size: int) -> list[float]:
-    """A reward for each option: 1 for what was called good, 0 for the rest; a ranking falls evenly from 1 to 0."""
+    """Return a reward per option: 1 for chosen, 0 for the rest; a ranking falls linearly from 1 to 0."""
     chosen = chosen_indices(choice, size)
     if isinstance(choice, Ranking):
         return [1.0 - chosen.index(index) / len(chosen) if index in chosen else 0.0 for index in range(size)]
@@ -62,7 +62,8 @@ def choice_scores(choice: Choice, size: int) -> list[float]:
 
 
 def choice_advantages(choice: Choice, size: int, scaled: bool = True) -> list[float]:
-    """(R − mean) / std over the group (population std); −1 for all on none of these. Without `scaled`, R − mean.
+    """Return (R − mean) / std over the group (population std); −1 for all on “none of these”. Without `scaled`, R −
+    mean.
 
     One of four chosen: +1.732 for it, −0.577 for each other.
     """

@@ -1,33 +1,25 @@
-"""Weights as values: an adapter held as one flat vector, its optimiser state beside it, in PEFT's layout on disk.
+"""LoRA adapters injected into one base model: their layers, values as one flat vector, gradients, drift.
 
-PEFT injects the adapter and defines the files; its parameters are then views into one vector, so that
-switching weights is one copy and an optimiser step is a few operations. It does not know prompts or losses.
+PEFT injects an adapter; its parameters then become views into one vector, so that switching weights is one copy and an
+optimizer step a few operations. It does not know prompts, losses or files.
 """
 
 from __future__ import annotations
 
-import json
-import mmap
-import sys
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...blobs import Blobs
-from ...errors import Invalid, TrellisError, WeightsMissing
-from ...messages import Metrics, derived_seed, recipe_id
+from ...errors import Invalid
+from ...messages import derived_seed, recipe_id
 from ...options import Adapter
 from ..parallel import SINGLE_CORE, CorePool
 from .cache_support import CacheSupport, detect_cache_support
@@ -43,56 +35,16 @@ from .target_modules import (
 )
 
 
-@dataclass(frozen=True)
-class Weights:
-    """An adapter and its optimiser state. The tensors are never changed once made.
-
-    flat, first, second: (P,) fp32 on the model's device, the adapter's parameters and AdamW's two moments.
-    """
-
-    id: str
-    adapter: Adapter
-    flat: Tensor
-    first: Tensor
-    second: Tensor
-    steps: int
-
-    @property
-    def is_valid(self) -> bool:
-        """Whether all values are finite and the optimiser's state is one that steps can lead to."""
-        fits = self.first.shape == self.second.shape == self.flat.shape
-        finite = all(bool(each.isfinite().all()) for each in (self.flat, self.first, self.second))
-        return fits and finite and bool((self.second >= 0).all())
-
-    @property
-    def nbytes(self) -> int:
-        return self.flat.nbytes * (3 if self.steps else 1)  # before the first step the moments are everybody's
-
-
-def copy_outside_allocator(tensor: Tensor) -> Tensor:
-    """A copy in memory of its own, where that is the main memory: what is kept for long among what comes and goes would
-    leave the allocator with holes as large as itself."""
-    if tensor.device.type != "cpu":
-        return tensor
-    private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
-    copy = torch.frombuffer(mmap.mmap(-1, tensor.nbytes, **private), dtype=tensor.dtype).view(tensor.shape)
-    return copy.copy_(tensor)
-
-
-DEFAULT_CACHE_BYTES = 500_000_000
-"""Adapters and optimiser states that an engine keeps in memory; at least two, however large they are."""
-
-
 class AdapterSlots:
-    """The adapters injected into one base model, one for each set of settings that a session asked for."""
+    """The adapters injected into one base model, one slot per adapter settings."""
 
     def __init__(self, base: nn.Module, fast_forward: FastForward | None = None, cores: CorePool = SINGLE_CORE) -> None:
-        """`lean` is the base model's lean pass, where it has one; `crew` are the hands for it."""
+        """`fast_forward` is the base model's fast forward pass, if it has one; `cores` runs its parallel halves."""
         self._base = base
         self._fast_forward = fast_forward
         self._cores = cores
         self.unused_rows: Tensor | None = None
-        """Rows of the vocabulary that no token belongs to, which are never drawn."""
+        """Vocabulary rows without a token, which are never sampled."""
         self._model: PeftModel | None = None
         self._slots: dict[Adapter, AdapterSlot] = {}
         self._lock = threading.RLock()
@@ -100,10 +52,10 @@ class AdapterSlots:
         self._cache_support: CacheSupport | None = None
 
     def get(self, settings: Adapter) -> AdapterSlot:
-        """The slot for these settings, injected on first use. Where that fails, the model stays as it was."""
+        """Return the slot for these settings, injecting it on first use. On failure the model stays as it was."""
         with self._lock:
             if settings not in self._slots:
-                targets = self._find_targets(settings)  # what cannot be is refused before anything is touched
+                targets = self._find_targets(settings)  # reject what is impossible before touching anything
                 with restored_on_error(self._model or self._base):
                     self._slots[settings] = self._inject(settings, *targets)
             return self._slots[settings]
@@ -112,13 +64,13 @@ class AdapterSlots:
     def layers(self) -> AdaptableLayers:
         """The layers that adapters can change."""
         with self._lock:
-            if self._layers is None:  # asked for before the first injection
+            if self._layers is None:  # first asked for before the first injection
                 self._layers = find_adaptable_layers(self._base, probe=self._fast_forward is None)
             return self._layers
 
     @property
     def cache_support(self) -> CacheSupport:
-        """How the model goes on with a text, as found out with the adapters off."""
+        """How the model caches, as detected with the adapters off."""
         with self._lock:
             if self._cache_support is None:
                 with self._model.disable_adapter() if self._model else nullcontext():
@@ -154,8 +106,8 @@ class AdapterSlots:
         return isinstance(getattr(module, "base_layer", module), Conv1D)
 
     def _find_targets(self, settings: Adapter) -> tuple[list[str], list[str], tuple[str, ...]]:
-        """Names of the linear layers and of the expert weights that get an adapter, and of what was asked for and does
-        not. Raises Invalid, which lists what there is, for a name that no layer has."""
+        """Return the linear layers and expert weights that get an adapter, and the requested ones that cannot, with
+        reasons. Raises Invalid, listing the available names, for an unknown one."""
         layers = self.layers
         experts = list(layers.experts)
         unsupported = dict(layers.unsupported)
@@ -186,8 +138,8 @@ class AdapterSlots:
 
 
 def _restore_8bit_scales(base: nn.Module) -> None:
-    """Once an 8-bit layer of bitsandbytes has run, its scales stand in its state alone, and PEFT, which moves the
-    weight, would leave them behind: put them back where they came from."""
+    """Put the scales of 8-bit layers back on their weights. Once such a layer of bitsandbytes has run, only its state
+    has them, and PEFT would lose them when it moves the weight."""
     for module in base.modules():
         state: Any = getattr(module, "state", None)
         weight: Any = getattr(module, "weight", None)
@@ -196,23 +148,23 @@ def _restore_8bit_scales(base: nn.Module) -> None:
 
 
 def dequantized_weight(layer: Any) -> Tensor:
-    """The weight of a linear layer, dequantised where it has fewer bits."""
+    """Return the weight of a linear layer, dequantized if necessary."""
     if (own := getattr(layer, "dequantized", None)) is not None:
         return own()
     return dequantize_module_weight(layer).detach()
 
 
 class ThreadState(threading.local):
-    """What each thread has of a slot for itself: the lean layers with its adapter's values in them."""
+    """What each thread has of a slot: layers with the adapter's values, and graphs over them."""
 
     adapted_layers: AdaptedLayers | None = None
     graphs: StepGraphs | None = None
 
 
 class AdapterSlot:
-    """One adapter injected into the base model; the values in it are switched in place.
+    """One adapter injected into the base model; its values are switched in place.
 
-    There is one model for all threads: whoever goes through it holds `turn`. Of the lean layers each has its own.
+    All threads share one model: hold `lock` while using it. Each thread has its own adapted layers.
     """
 
     def __init__(
@@ -233,7 +185,7 @@ class AdapterSlot:
         self.lock = lock
         self.cores = cores
         self.left_out = left_out
-        """What “all-linear” stands for and cannot get an adapter, each with the reason."""
+        """Layers that “all-linear” includes but that cannot get an adapter, with reasons."""
         self.config = model.peft_config[name]
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         model.set_adapter(name)
@@ -243,7 +195,7 @@ class AdapterSlot:
         self.flat = torch.zeros(total, device=device)
         self.grad = torch.zeros(total, device=device)
         self.zero_moments = torch.zeros(total, device=device)
-        """What the optimiser's moments are before its first step; never changed, and the same for all."""
+        """The optimizer's moments before its first step; never changed, and shared by all."""
         self.slices: list[tuple[str, slice, torch.Size]] = []
         start = 0
         for path, parameter in parameters:
@@ -264,37 +216,37 @@ class AdapterSlot:
 
     @property
     def cache_support(self) -> CacheSupport:
-        """How the model goes on with a text."""
+        """How the model caches."""
         return self._slots.cache_support
 
     @property
     def unused_rows(self) -> Tensor | None:
-        """Rows of the vocabulary that no token belongs to; the same for all slots, whenever they were made."""
+        """Vocabulary rows without a token; the same for all slots, whenever they were made."""
         return self._slots.unused_rows
 
     @property
     def adapted_layers(self) -> AdaptedLayers | None:
-        """The lean layers of this thread; None where the model or the adapter has none."""
+        """This thread's layers for the fast forward pass; None if the model or the adapter does not support it."""
         if self._thread.adapted_layers is None and self._fast_forward is not None:
             scale = self.settings.lora_alpha / self.settings.lora_rank
             self._thread.adapted_layers = AdaptedLayers(self._fast_forward, self.slices, scale)
         return self._thread.adapted_layers
 
     def unmerged_layers(self, fast_forward: FastForward) -> AdaptedLayers:
-        """Lean layers with the adapter beside the base model's weights, which whoever asks has alone."""
+        """Return layers with the adapter unmerged, owned by the caller."""
         return AdaptedLayers(
             fast_forward, self.slices, self.settings.lora_alpha / self.settings.lora_rank, unmerged=True
         )
 
     @property
     def graphs(self) -> StepGraphs | None:
-        """The captured steps over this thread's lean layers, on a GPU."""
+        """The captured steps over this thread's layers, on a GPU."""
         if self._thread.graphs is None and self.flat.is_cuda and self.adapted_layers is not None:
             self._thread.graphs = StepGraphs(self.adapted_layers.fast_forward, self.adapted_layers.layers)
         return self._thread.graphs
 
     def install(self, flat: Tensor) -> None:
-        """Put values (P,) into the model. Cheap when they are there already."""
+        """Put values (P,) into the model. Cheap if they are there already."""
         if self.model.active_adapter != self.name:
             self.model.set_adapter(self.name)
         if self._installed is not flat:
@@ -303,7 +255,7 @@ class AdapterSlot:
 
     @contextmanager
     def dropout(self, *seed: str | int) -> Iterator[None]:
-        """Within this, the adapter drops some of its inputs, where its settings ask for that; drawn from the seed."""
+        """Context in which LoRA dropout is active, if the settings have any, with random numbers from the seed."""
         if not self.settings.lora_dropout:
             yield
             return
@@ -320,21 +272,21 @@ class AdapterSlot:
                     layer.eval()
 
     def gradient(self, loss: Tensor) -> Tensor:
-        """The gradient (P,) of a scalar loss by what is installed, as a new vector."""
+        """Return the gradient (P,) of a scalar loss by the installed values, as a new vector."""
         self.grad.zero_()
         loss.backward()
         return self.grad.clone()
 
     def without_adapter(self) -> AbstractContextManager[Any]:
-        """Within this, the model is the base model: the adapter is off."""
+        """Context in which the adapter is off: the model is the base model."""
         return self.model.disable_adapter()
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """A flat vector as named tensors, by the names that PEFT's files use."""
+        """Return a flat vector as named tensors, with the names of PEFT's files."""
         return {name: flat[where].view(shape) for name, where, shape in self.slices}
 
     def join(self, tensors: dict[str, Tensor]) -> Tensor:
-        """Named tensors as a flat vector. Raises KeyError or RuntimeError where they do not fit."""
+        """Return named tensors as a flat vector. Raises KeyError or RuntimeError if they do not fit."""
         flat = torch.empty_like(self.flat)
         for name, where, shape in self.slices:
             if tensors[name].shape != shape:
@@ -343,7 +295,7 @@ class AdapterSlot:
         return flat
 
     def drift(self, flat: Tensor) -> float:
-        """How far the weights have moved: the Frobenius norm of all changes over that of what they change.
+        """Return how far the weights moved: the Frobenius norm of all changes over that of the changed weights.
 
         ‖BA‖² is the sum over (BᵀB) ∘ (AAᵀ), two rank-by-rank matrices, so no full matrix is ever made.
         """
@@ -366,165 +318,8 @@ class AdapterSlot:
 
 
 def _squared_norm(down: Tensor, up: Tensor, experts: int) -> Tensor:
-    """‖BA‖² of A (r, in) and B (out, r); of stacked experts the sum over all, in PEFT's layout: A is (experts, r, in)
-    and B (out, r, experts), each as a matrix."""
+    """Return ‖BA‖² of A (r, in) and B (out, r); for stacked experts the sum over all, in PEFT's layout: A is (experts,
+    r, in) and B (out, r, experts), each as a matrix."""
     a = down.view(experts, -1, down.shape[1])
     b = up.view(len(up), -1, experts).permute(2, 0, 1)
     return ((b.mT @ b) * (a @ a.mT)).sum()
-
-
-def not_finite_error() -> TrellisError:
-    """The error for weights that learning led to and that are no numbers any more."""
-    return TrellisError(
-        "The model's numbers overflowed while it learned, and what it learned was not kept.",
-        code="not_finite",
-        next_step="Undo a few steps, or use a lower learning rate in a new session.",
-    )
-
-
-class WeightsStore:
-    """The weights an engine can name: a bounded cache in memory over folders on disk. Safe to use from any thread."""
-
-    def __init__(self, blobs: Blobs, cache_bytes: int | None = None) -> None:
-        self.blobs = blobs
-        self._cache_bytes = DEFAULT_CACHE_BYTES if cache_bytes is None else cache_bytes
-        self._cache: OrderedDict[str, Weights] = OrderedDict()
-        self._unsaved_metrics: dict[str, Metrics] = {}
-        """What was measured of weights that are in the cache alone."""
-        self._lock = threading.Lock()
-        """Held for looking into memory, never while a disk is waited for."""
-
-    def settings(self, weights_id: str) -> Adapter:
-        """The adapter settings of weights on disk. Raises WeightsMissing."""
-        if (cached := self._cached(weights_id)) is not None:
-            return cached.adapter
-        metadata = self._read_metadata(weights_id)
-        try:
-            return Adapter.model_validate(metadata["adapter"])
-        except (KeyError, ValueError):
-            self.blobs.discard(weights_id)
-            raise WeightsMissing(weights_id) from None
-
-    def create_initial(self, slot: AdapterSlot, weights_id: str, seed: int) -> Weights:
-        """The weights a session starts from: A drawn as LoRA prescribes (Kaiming uniform), B zero."""
-        generator = torch.Generator().manual_seed(seed)
-        flat = torch.zeros(slot.flat.shape)
-        for name, where, shape in slot.slices:
-            if "lora_A" in name:
-                bound = (1 / shape[1]) ** 0.5
-                sampled = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-                flat[where] = sampled.flatten()
-        flat = flat.to(slot.flat.device)
-        weights = Weights(weights_id, slot.settings, flat, slot.zero_moments, slot.zero_moments, 0)
-        return self.add(slot, weights, None, save=True)
-
-    def get(self, slot: AdapterSlot, weights_id: str) -> Weights:
-        """Weights from memory or disk. Raises WeightsMissing where there is no whole folder that fits."""
-        if (cached := self._cached(weights_id)) is not None:
-            return cached
-        metadata = self._read_metadata(weights_id)
-        folder = self.blobs.path(weights_id)
-        try:
-            flat = slot.join(load_file(folder / "adapter_model.safetensors"))
-            state = load_file(folder / "optimizer.safetensors")
-            steps = int(metadata["steps"])
-            first, second = (
-                state[name].to(flat.device) if steps else slot.zero_moments for name in ("first", "second")
-            )
-            weights = Weights(weights_id, slot.settings, flat, first, second, steps)
-            if not weights.is_valid:
-                raise ValueError("some of its values are not finite")
-        except (OSError, KeyError, RuntimeError, ValueError, TypeError, SafetensorError):
-            self.blobs.discard(weights_id)
-            raise WeightsMissing(weights_id) from None
-        return self._add_to_cache(slot, weights)
-
-    def add(self, slot: AdapterSlot, weights: Weights, metrics: Metrics | None, save: bool) -> Weights:
-        """Take new weights, and write them if they are to be kept. Those that are not may have to be made again.
-
-        Raises TrellisError for weights that are not finite: they would be damaged wherever they are read again.
-        """
-        if not weights.is_valid:
-            raise not_finite_error()
-        if save:
-            self._write(slot, weights, metrics)
-        return self._add_to_cache(slot, weights, None if save or weights.id in self.blobs else metrics)
-
-    def save(self, slot: AdapterSlot, weights_id: str) -> None:
-        """Have weights on disk that are there or in memory. Raises WeightsMissing where they are in neither."""
-        if weights_id not in self.blobs:
-            self._write(slot, self.get(slot, weights_id), self._unsaved_metrics.get(weights_id))
-        self._unsaved_metrics.pop(weights_id, None)
-
-    def _write(self, slot: AdapterSlot, weights: Weights, metrics: Metrics | None) -> None:
-        """Write weights in PEFT's own layout with the optimiser's state beside it, whole or not at all."""
-        metadata = {
-            "adapter": weights.adapter.model_dump(mode="json"),
-            "steps": weights.steps,
-            "metrics": metrics.model_dump(mode="json") if metrics else None,
-        }
-        with self.blobs.writing(weights.id) as folder:
-            named = {name: tensor.contiguous().cpu() for name, tensor in slot.split(weights.flat).items()}
-            save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-            state = {"first": weights.first.cpu(), "second": weights.second.cpu().clone()}  # a file shares nothing
-            save_file(state, folder / "optimizer.safetensors")
-            slot.config.save_pretrained(folder)
-            (folder / "weights.json").write_text(json.dumps(metadata, indent=1))
-
-    def is_available(self, slot: AdapterSlot, weights_id: str) -> bool:
-        """Whether the weights are at hand: on disk, whole, or in memory and never written."""
-        if weights_id not in self.blobs and weights_id not in self._unsaved_metrics:
-            return False
-        try:
-            self.get(slot, weights_id)
-        except WeightsMissing:
-            return False
-        return True
-
-    def metrics(self, weights_id: str) -> Metrics | None:
-        """What was measured when the weights were made, if they are at hand."""
-        if (unsaved := self._unsaved_metrics.get(weights_id)) is not None:
-            return unsaved
-        if weights_id not in self.blobs:
-            return None
-        try:
-            found = self._read_metadata(weights_id).get("metrics")
-            return Metrics.model_validate(found) if found else None
-        except (WeightsMissing, ValueError):
-            return None
-
-    def _read_metadata(self, weights_id: str) -> dict[str, Any]:
-        try:
-            metadata = json.loads((self.blobs.path(weights_id) / "weights.json").read_text())
-            if not isinstance(metadata, dict):
-                raise ValueError("it is not an object")
-        except (OSError, ValueError):
-            self.blobs.discard(weights_id)
-            raise WeightsMissing(weights_id) from None
-        return metadata
-
-    def _cached(self, weights_id: str) -> Weights | None:
-        """Weights in memory."""
-        with self._lock:
-            if weights_id in self._cache:
-                self._cache.move_to_end(weights_id)
-            return self._cache.get(weights_id)
-
-    def _add_to_cache(self, slot: AdapterSlot, weights: Weights, unsaved_metrics: Metrics | None = None) -> Weights:
-        """Keep weights in memory; with what was measured of them where they are there alone."""
-        flat, first, second = (
-            each if each is slot.zero_moments else copy_outside_allocator(each)
-            for each in (weights.flat, weights.first, weights.second)
-        )
-        weights = replace(weights, flat=flat, first=first, second=second)
-        with self._lock:
-            if unsaved_metrics is not None:
-                self._unsaved_metrics[weights.id] = unsaved_metrics
-            self._cache[weights.id] = weights
-            self._cache.move_to_end(weights.id)
-            total_bytes = sum(each.nbytes for each in self._cache.values())
-            while total_bytes > self._cache_bytes and len(self._cache) > 2:
-                _, dropped = self._cache.popitem(last=False)
-                self._unsaved_metrics.pop(dropped.id, None)
-                total_bytes -= dropped.nbytes
-        return weights

@@ -1,7 +1,7 @@
-"""The text of one answer while it grows: up to the first stop string, in pieces that need never be taken back, each
+"""The text of an answer while it is generated: up to the first stop string, in pieces that are never taken back, each
 with the tokens that wrote it.
 
-It knows tokens and text; not models, sampling or who listens.
+It knows tokens and text; not models, sampling or listeners.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from .vocabulary import IncrementalDetokenizer, TextPiece
 
 @dataclass
 class TokenSpan:
-    """A token as it is told, and which characters of the answer it wrote: from `start` up to `end`. `pending` of its
-    bytes belong to the character after them."""
+    """A token and the characters of the answer that it wrote, from `start` to `end`. The last `pending` of its bytes
+    belong to the next character."""
 
     sampled: SampledToken
     start: int
@@ -26,13 +26,13 @@ class TokenSpan:
 
     @property
     def character_end(self) -> int:
-        """Where the last character ends that it has a part in."""
+        """The end of the last character that the token contributes to."""
         return self.end + bool(self.pending)
 
 
 class AnswerText:
-    """Grows token by token. `stops` are strings that end the answer and are not told; what may yet turn out to begin
-    one is held back, and a token is told with the text that it wrote, or not at all."""
+    """Grows token by token. `stops` end the answer and are not sent; text that may turn out to begin one is held back.
+    A token is sent with the text it wrote, or not at all."""
 
     def __init__(self, detokenizer: IncrementalDetokenizer, stops: Sequence[str]) -> None:
         self.detokenizer = detokenizer
@@ -40,12 +40,12 @@ class AnswerText:
         self.stopped = False
         self._pending = ""
         self._sent = 0
-        """Characters that were told."""
+        """Number of characters sent."""
         self._spans: deque[TokenSpan] = deque()
 
     def add(self, token: int, sampled: SampledToken | None = None, check_stops: bool = True) -> None:
-        """Go on with a token. `drawn` is how it is told; its text and bytes are filled in here. A special token writes
-        nothing, and is not told."""
+        """Append a token. The text and bytes of `sampled` are filled in here. Special tokens write nothing and are not
+        sent."""
         start = self._sent + len(self._pending)
         piece = self.detokenizer.add(token)
         self._pending += piece.text
@@ -56,7 +56,7 @@ class AnswerText:
             self._apply_stops()
 
     def end(self) -> None:
-        """No more tokens come: half a character is told as what it is."""
+        """Finish: an incomplete character is sent as a replacement character."""
         if self.stopped:
             return
         rest = self.detokenizer.flush()
@@ -69,7 +69,8 @@ class AnswerText:
         self._apply_stops()
 
     def take(self, ended: bool) -> tuple[str, tuple[SampledToken, ...]]:
-        """The text that can be told now, and the tokens that wrote it; all there is, once the answer has ended."""
+        """Return the text that can be sent now and the tokens that wrote it; everything left once the answer has
+        `ended`."""
         end = self._sent + len(self._pending)
         if not ended:
             end -= partial_stop_length(self._pending, self.stops)
@@ -84,7 +85,7 @@ class AnswerText:
         return text, tuple(sampled)
 
     def _apply_stops(self) -> None:
-        """Cut at the first stop string, tokens as well as text."""
+        """Cut text and tokens at the first stop string."""
         if self.stopped:
             return
         text, self.stopped = cut_at_stop(self._pending, self.stops)
@@ -106,7 +107,7 @@ class AnswerText:
 
 
 def _shorten_token(sampled: SampledToken, removed: str, pending: int) -> SampledToken:
-    """A token without the end of its text, and without the bytes of a character that is not whole."""
+    """Return a token without the removed end of its text, and without the bytes of an incomplete character."""
     text, raw = sampled.text[: len(sampled.text) - len(removed)], bytes(sampled.bytes)
     raw, cut = raw[: len(raw) - pending], removed.encode("utf-8", "replace")
     raw = raw[: len(raw) - len(cut)] if raw.endswith(cut) else text.encode("utf-8", "replace")
@@ -114,7 +115,7 @@ def _shorten_token(sampled: SampledToken, removed: str, pending: int) -> Sampled
 
 
 def token_label(piece: TextPiece, name: str, special: bool) -> tuple[str, tuple[int, ...]]:
-    """How a token is told that might have been drawn: its text; where it has none of its own, what tells it apart."""
+    """Return how a candidate token is shown: its text, or what identifies it if it has none of its own."""
     text = piece.text
     if special:
         text = name
@@ -124,13 +125,13 @@ def token_label(piece: TextPiece, name: str, special: bool) -> tuple[str, tuple[
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """Text up to where it is to stop, and whether it is."""
+    """Return the text up to the first stop string, and whether there is one."""
     places = [place for stop in stops if (place := text.find(stop)) >= 0]
     return (text[: min(places)], True) if places else (text, False)
 
 
 def partial_stop_length(text: str, stops: Sequence[str]) -> int:
-    """How many of the last characters may be the beginning of what to stop at."""
+    """Return the length of the longest suffix that may be the beginning of a stop string."""
     longest = 0
     for stop in stops:
         for length in range(min(len(stop) - 1, len(text)), longest, -1):

@@ -1,9 +1,8 @@
-"""How a model goes on with a text that it has read: with which cache, in what pieces, and when it has to read all of it
-again.
+"""Detect how a model can continue a text: with which cache, in which chunks, or only by reading everything again.
 
-It knows transformers' caches and tokens; not adapters, sampling or who asks. Models differ in what their caches can do:
-not every state can be copied for a group of answers, and some models read the second piece of a text as if it were the
-first, without an error. So what a model can do is tried out once, against a pass over the whole text.
+It knows transformers' caches and tokens; not adapters, sampling or requests. Caches differ: not every state can be
+repeated for a group of answers, and some models silently read a second chunk as if it were the first. So what a model
+can do is tried once, against a pass over the whole text.
 """
 
 from __future__ import annotations
@@ -25,33 +24,32 @@ from .target_modules import probe_ids
 log = logging.getLogger(__name__)
 
 ChunkSupport = Literal["any", "single", "none"]
-"""What a model can read after a first piece: any piece, single tokens alone, or nothing: then it reads all again."""
+"""What a model can read after a first chunk: any chunk, single tokens only, or nothing, so that it reads all again."""
 
 CACHE_ARGUMENTS = ("past_key_values", "cache_params", "state")
-"""The names that models give the argument and the output that is their cache."""
+"""The names that models give to their cache as argument and output."""
 
 EXACT_TOLERANCE = 1e-4
-"""Up to this relative difference of logits in 32 bits, two ways of reading are the same."""
+"""Relative difference of fp32 logits up to which two ways of reading are the same."""
 
 CACHED_TOLERANCE = 0.05
-"""Up to this one, as far as transformers' own cached decoding goes: some models round their states."""
+"""The same for cached decoding as far as transformers' own goes: some models round their states."""
 
 ROUNDED_TOLERANCE = 0.3
-"""Where every pass is rounded otherwise (16 bits, or activations in 8), the text that is least far off differs by less
-than this part of the spread of its logits. A model that forgot what it read is far off in all."""
+"""Where every pass is rounded differently (16 bits, or 8-bit activations), the closest text differs by less than this
+fraction of its logits' spread. A model that forgot what it read is far off in all texts."""
 
 FIRST_CHUNK, SECOND_CHUNK, LAST_CHUNK = 7, 4, 1
-"""Tokens in the pieces of the trial."""
+"""Tokens in the chunks of the trial."""
 
 
 @dataclass(frozen=True)
 class CacheSupport:
-    """What was found out about a model.
+    """What was detected for a model.
 
-    `argument` is the name of its cache, None where it has none that can be used; `own` says that only the model can
-    make one. `single_first`: whether a first piece may be of one token. `copies`: whether one row that was read can go
-    on as several. A cache takes `fixed` bytes and `per_token` for each token. `causal` is False where what a token is
-    read as depends on those after it.
+    `argument` is the name of its cache, None if there is no usable one; `made_by_model`: only the model can create it.
+    `single_token_start`: a first chunk may be a single token. `can_repeat`: one row can be continued as several. A
+    cache takes `fixed_bytes` plus `bytes_per_token`. `is_causal` is False if a token's logits depend on later tokens.
     """
 
     argument: str | None = None
@@ -65,23 +63,23 @@ class CacheSupport:
     is_causal: bool = True
 
     def bytes_for(self, tokens: int) -> int:
-        """Bytes that one text of so many tokens takes."""
+        """Return the bytes that the cache of a text with so many tokens takes."""
         return int(self.fixed_bytes + self.bytes_per_token * tokens)
 
 
 class ModelCache:
-    """What a model has read in some rows. Every step names the model, since the adapter in it may have changed."""
+    """What a model has read in some rows. Each step names the model, since the adapter in it may have changed."""
 
     def __init__(self, support: CacheSupport) -> None:
         self._support = support
         self._chunks = support.chunks
         self._cache: Any = None
         self._tokens: Tensor | None = None
-        """The tokens (R, T) read so far, where there is no cache that holds them."""
+        """The tokens (R, T) read so far, if no cache holds them."""
         self._is_started = False
 
     def read(self, model: Any, ids: Tensor, last_only: bool) -> Tensor:
-        """Read tokens (R, T). Returns logits (R, T, V) after each, or (R, 1, V) after the last one alone."""
+        """Read tokens (R, T). Returns logits (R, T, V), or (R, 1, V) with `last_only`."""
         width = ids.shape[1]
         if not self._is_started and width == 1 and not self._support.single_token_start:
             self._chunks = "none"
@@ -99,7 +97,8 @@ class ModelCache:
         return logits
 
     def repeat(self, count: int) -> bool:
-        """Go on with so many copies of the only row. False where the cache cannot be copied: it must be read anew."""
+        """Continue with copies of the only row. Returns False if the cache cannot be copied, so the prompt must be read
+        again."""
         if self._chunks == "none":
             assert self._tokens is not None
             self._tokens = self._tokens.expand(count, -1)
@@ -114,12 +113,12 @@ class ModelCache:
         return True
 
     def crop(self, tokens: int) -> bool:
-        """Forget the last tokens. False where that cannot be done."""
+        """Forget the last tokens. Returns False if that is not possible."""
         if self._chunks == "none":
             assert self._tokens is not None
             self._tokens = self._tokens[:, : self._tokens.shape[1] - tokens]
             return True
-        # Layers that slide, or hold a sum of what they read, have not kept what was before.
+        # Sliding-window layers and recurrent states have not kept what came before.
         if type(self._cache) is not DynamicCache or any(
             type(layer) is not DynamicLayer for layer in self._cache.layers
         ):
@@ -129,7 +128,7 @@ class ModelCache:
 
     @property
     def nbytes(self) -> int:
-        """What the cache takes now."""
+        """The current size of the cache."""
         held = vars(self._cache) if hasattr(self._cache, "__dict__") else self._cache
         return sum(each.nbytes for each in _iter_tensors(held))
 
@@ -151,22 +150,23 @@ class ModelCache:
 
 
 def has_logits_to_keep(model: Any) -> bool:
-    """Whether a model can be asked for its last logits alone."""
+    """Whether a model can compute only its last logits."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
 def last_logits(model: Any, ids: Tensor, keep: int, has_logits_to_keep: bool = True, **options: Any) -> Tensor:
-    """The last `keep` logits (R, keep, V) of whole texts (R, T). Some models take the argument and make all of them."""
+    """Return the last `keep` logits (R, keep, V) of whole texts (R, T). Some models accept the argument but compute all
+    of them."""
     arguments = {"logits_to_keep": keep} if has_logits_to_keep else {}
     logits: Tensor = model(input_ids=ids, **options, **arguments).logits[:, -keep:]
     return logits
 
 
 def detect_cache_support(model: Any) -> CacheSupport:
-    """Find out how a model goes on with a text. Its adapters, where it has any, are off.
+    """Detect how a model can continue a text, with its adapters off.
 
-    It takes four short passes for a model with attention alone, and some fifteen for others.
+    It takes four short passes for a model with attention only, and about fifteen for others.
     """
     parameters = inspect.signature(model.forward).parameters
     no_cache = CacheSupport(has_logits_to_keep=has_logits_to_keep(model))
@@ -186,13 +186,13 @@ def detect_cache_support(model: Any) -> CacheSupport:
 
 
 def _is_deterministic(model: Any, logits: Tensor) -> bool:
-    """Whether the same tokens give the same numbers in any pass. Layers in 8 bits round what they are given by the
-    largest values of all tokens in a pass (LLM.int8(), arXiv 2208.07339)."""
+    """Whether the same tokens give the same numbers in any pass. 8-bit layers round their inputs by the largest values
+    of all tokens in a pass (LLM.int8(), arXiv 2208.07339)."""
     return logits.dtype == torch.float32 and not any("8bit" in type(module).__name__ for module in model.modules())
 
 
 def _looks_ahead(model: Any, ids: Tensor, whole: Tensor, has_logits_to_keep: bool) -> bool:
-    """Whether what a token is read as depends on those after it; where passes are rounded one cannot tell."""
+    """Whether a token's logits depend on later tokens; undecidable where passes are rounded differently."""
     if not _is_deterministic(model, whole):
         return False
     first = last_logits(model, ids[:, :FIRST_CHUNK], FIRST_CHUNK, has_logits_to_keep, use_cache=False)
@@ -200,7 +200,7 @@ def _looks_ahead(model: Any, ids: Tensor, whole: Tensor, has_logits_to_keep: boo
 
 
 def _try_support(model: Any, ids: Tensor, whole: Tensor, support: CacheSupport) -> CacheSupport | None:
-    """`caching`, with what a trial of it on two texts (2, T) at once showed; None where it does not work."""
+    """Try `support` on two texts (2, T) at once. Returns it with what the trial showed; None if it does not work."""
     tolerance = CACHED_TOLERANCE if _is_deterministic(model, whole) else None
     try:
         cache = ModelCache(support)
@@ -248,7 +248,7 @@ def _try_support(model: Any, ids: Tensor, whole: Tensor, support: CacheSupport) 
 
 
 def _repeats_correctly(model: Any, ids: Tensor, whole: Tensor, support: CacheSupport) -> bool:
-    """Whether one row that was read goes on rightly in two."""
+    """Whether one row can be continued correctly as two."""
     cache = ModelCache(replace(support, can_repeat=True))
     cache.read(model, ids[:, :FIRST_CHUNK], last_only=True)
     if not _is_repeatable(cache.cache):
@@ -260,7 +260,7 @@ def _repeats_correctly(model: Any, ids: Tensor, whole: Tensor, support: CacheSup
 
 
 def _isolates_sequences(model: Any, ids: Tensor, support: CacheSupport) -> bool:
-    """Whether a text goes on as if no other had been read in between: some models hold their state in their modules."""
+    """Whether reading another text in between changes nothing: some models hold their state in their modules."""
     found = []
     for is_interleaved in (False, True):
         cache = ModelCache(support)
@@ -272,8 +272,8 @@ def _isolates_sequences(model: Any, ids: Tensor, support: CacheSupport) -> bool:
 
 
 def _reads_chunks(model: Any, ids: Tensor, whole: Tensor, support: CacheSupport) -> bool:
-    """Whether a second piece is read as what follows the first. A model that remembers a sum of what it read may take
-    it for a beginning, which shows little in a few tokens: this is only asked where rounding cannot hide it."""
+    """Whether a second chunk is read as the continuation of the first. A recurrent model may take it for a beginning,
+    which shows little in a few tokens: only call this where rounding cannot hide it."""
     try:
         cache = ModelCache(support)
         cache.read(model, ids[:, :FIRST_CHUNK], last_only=True)
@@ -288,8 +288,8 @@ def _reads_chunks(model: Any, ids: Tensor, whole: Tensor, support: CacheSupport)
 
 
 def _are_close(one: Tensor, other: Tensor, tolerance: float | None) -> bool:
-    """Whether logits (R, T, V) are the same but for rounding; without a tolerance, where every pass is rounded
-    otherwise, whether any text is near."""
+    """Whether logits (R, T, V) are equal within a tolerance; without one, whether any text is close despite
+    rounding."""
     if one.shape != other.shape:
         return False
     one, other = one.float(), other.float()
@@ -300,13 +300,13 @@ def _are_close(one: Tensor, other: Tensor, tolerance: float | None) -> bool:
 
 
 def _are_mostly_close(one: Tensor, other: Tensor) -> bool:
-    """Whether most logits (R, T, V) are the same in 32 bits. A few may not be: experts change places at a tie."""
+    """Whether most logits (R, T, V) are equal in 32 bits. A few may not be: at a tie, other experts are selected."""
     gaps = (one - other).norm(dim=-1) / other.norm(dim=-1)
     return float(gaps.median()) <= EXACT_TOLERANCE
 
 
 def _is_repeatable(cache: Any) -> bool:
-    """Whether every layer of a cache is known to be copied whole: transformers' own, and others that say how."""
+    """Whether every layer of a cache can be copied: transformers' own, and others that implement it."""
     return type(cache) is DynamicCache and all(_is_layer_repeatable(layer) for layer in cache.layers)
 
 

@@ -1,76 +1,45 @@
-"""Chat templates: how a conversation is written for a model, and which token ends an assistant's turn.
+"""Chat templates: render a conversation for a model, and find the token that ends an assistant's turn.
 
-A template is code that somebody else wrote. It runs in the sandbox of transformers, is probed once when its model is
-loaded, and whatever it does wrong is said in words. This module does not know weights, sessions or context lengths.
+A template is foreign code. It runs in the sandbox of transformers, is probed once when its model is loaded, and its
+failures are explained in sentences. This module does not know weights, sessions or context lengths.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import re
-import threading
-import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
 
-from jinja2 import Environment, TemplateError, TemplateSyntaxError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
 from ...errors import Invalid, shorten
 from ...messages import TemplateKwargs, Turn, template_kwargs_from
-from ...options import THINKING_SWITCHES
+from .watchdog import WATCHDOG, RenderTimeout
 
 Role = Literal["system", "user", "assistant"]
-SYSTEM_ROLE, USER_ROLE, ASSISTANT_ROLE = (
-    frozenset[Role](["system"]),
-    frozenset[Role](["user"]),
-    frozenset[Role](["assistant"]),
-)
 
 RENDER_SECONDS = 5.0
-"""A template that takes longer than this is stopped."""
+"""A template that takes longer is stopped."""
 
-WATCHDOG_INTERVAL, WATCHDOG_IDLE_CHECKS = 0.25, 40
-"""How often it is seen whether a template takes too long, and after how many looks at nothing that ends."""
 
 MAX_ADDED_CHARACTERS = 1_000_000
-"""So many characters may a template add to what was said."""
+"""The most characters that a template may add to a conversation."""
 
 FIXED_DAY = datetime(2024, 7, 26)
-"""The day on which a session's prompts are written; templates of Llama 3 take it where they are told none."""
+"""The date in a session's prompts; templates of Llama 3 use it if they are given none."""
 
 MARK_START, MARK_END = mark_control_tokens("|", re.compile(r"\|")).split("|")
-"""What transformers marks special tokens with that are to be read as text."""
+"""The marks that transformers puts around special tokens that are to be read as text."""
 
 THINK_START, THINK_END = "<think>", "</think>"
 
-DEFAULT_NAMES = ("chat", "chat_template", "chatml", "instruct")
-"""Names of templates that are taken for the default where none is called that, in this order."""
 
-SPECIAL_NAME_PREFIXES = ("tool", "rag", "function", "json", "grounded", "fim")
-"""Beginnings of the names of templates that are not for plain conversations."""
-
-EXTRA_ARGUMENTS: tuple[dict[str, list[Any]], ...] = (
-    {},
-    {"tools": []},
-    {"documents": []},
-    {"tools": [], "documents": []},
-)
-"""Arguments for templates that iterate over tools or documents without asking whether there are any."""
-
-SERIALIZED_MESSAGE = re.compile(r"""\{\s*('role'|'type'|'content'|"type":\s*"text")""")
-"""What a template writes that has put a message or its parts where text belongs."""
-
-QUESTION_TURN = Turn(role="user", text="Kestrel 7: does <b>tea & bread</b> keep, Zoë?")
 ANSWER_TURN = Turn(role="assistant", text="Lantern 4: it keeps <i>a week & a day</i>, Zoë.")
-SECOND_QUESTION_TURN = Turn(role="user", text="Harbor 9: and <u>jam & honey</u>, Zoë?")
-SYSTEM_TURN = Turn(role="system", text="Orchard 2: answer <em>briefly & kindly</em>, Zoë.")
-LATER_SYSTEM_TURN = Turn(role="system", text="Meadow 5: answer <q>slowly & gladly</q>, Zoë.")
-"""What templates are probed with. Escaped or shortened text is not found again."""
 
 NEXT_STEP = (
     "Start a session with the option “Chat template” off, put a template that works into the model's folder as "
@@ -79,21 +48,17 @@ NEXT_STEP = (
 
 
 class TemplateFailed(Exception):
-    """A template could not write a conversation. The message is a whole sentence."""
-
-
-class _RenderTimeout(Exception):
-    """Raised from outside in a template that does not come to an end."""
+    """A template could not render a conversation. The message is a whole sentence."""
 
 
 @dataclass(frozen=True)
 class ControlTokens:
-    """Special tokens, and added tokens that a template is made of; some tokenizers have thousands."""
+    """Special tokens, and added tokens that occur in a template; some tokenizers have thousands."""
 
     tokens: frozenset[str]
     lengths: tuple[int, ...]
     first_characters: re.Pattern[str]
-    """Their first characters."""
+    """Matches their first characters."""
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, source: str) -> ControlTokens:
@@ -107,44 +72,43 @@ class ControlTokens:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template that was probed, with what is peculiar to it."""
+    """A probed chat template with its peculiarities."""
 
     tokenizer: Any
     source: str
     control_tokens: ControlTokens
     extra_arguments: Mapping[str, list[Any]]
-    """Arguments that it needs beside the messages."""
+    """Arguments that it needs besides the messages."""
     roles_with_parts: frozenset[Role] = frozenset()
-    """Roles whose content it wants as a list of parts instead of as text."""
+    """Roles whose content it expects as a list of parts instead of a string."""
     merges_system: bool = False
-    """Whether it has no place for a system prompt, which is then put before the user's first message."""
+    """Whether it does not support a system prompt, which is then prepended to the user's first message."""
     merges_later_system: bool = False
-    """Whether it has no place for a second system turn or one within the conversation."""
+    """Whether it does not support a second system turn, or one within the conversation."""
     merges_same_role: bool = False
-    """Whether two turns of one role in a row must be made one."""
+    """Whether consecutive turns of one role must be merged."""
     single_turn_reason: str = ""
-    """Why it cannot write more than one turn, where that is so."""
+    """Why it cannot render more than one turn; empty if it can."""
     cuts_prompt_from_conversation: bool = False
-    """Whether it ignores `add_generation_prompt`: the beginning of an answer is cut from a whole
-    conversation."""
+    """Whether it ignores `add_generation_prompt`: the prompt is then cut from a whole conversation."""
     prompt_end: str = ""
-    """What it writes after a user's last word where an answer is to follow."""
+    """What it writes between a user's last word and the answer."""
     answer_prefix: str = ""
-    """What it writes between that and an answer: a space, an empty thought, the header of an answer, or nothing."""
+    """What it writes between that and an answer: a space, an empty thinking block, the header of an answer, or
+    nothing."""
     turn_endings: tuple[str, ...] = ()
-    """What it writes after an answer: at the end of a conversation, then before another turn."""
+    """What it writes after an answer: at the end of a conversation, and before another turn."""
     thinking_switch: str | None = None
     """The variable that turns thinking on and off."""
     opens_thinking: bool = False
-    """Whether its generation prompt ends with an opened thought."""
+    """Whether its generation prompt ends with an opened thinking block."""
 
     def render_prompt(
         self, turns: Sequence[Turn], template_kwargs: TemplateKwargs, field: str, fixed_day: bool = False
     ) -> str:
-        """A conversation with the beginning of the assistant's next turn, for `encode`. Raises Invalid, which names
-        `field`.
+        """Render a conversation with the generation prompt, for `encode`. Raises Invalid, naming `field`.
 
-        With `fixed_day` the same conversation is the same text on every day, as what weights are named by must be.
+        With `fixed_day` the same conversation gives the same text on every day, since ids of weights depend on it.
         """
         variables = self._variables(template_kwargs)
         template = replace(self, source=fix_date(self.source)) if fixed_day else self
@@ -162,7 +126,8 @@ class ChatTemplate:
             ) from None
 
     def _render_prompt_or_rearrange(self, turns: Sequence[Turn], variables: Mapping[str, Any]) -> str:
-        """A template may refuse an order of roles that the probes did not have: user and assistant take turns then."""
+        """Render the prompt; if the template rejects an order of roles that was not probed, make user and assistant
+        alternate."""
         arranged = arrange_turns(turns, self.merges_system, self.merges_later_system, self.merges_same_role)
         if self.single_turn_reason and sum(turn.role != "system" for turn in arranged) > 1:
             raise TemplateFailed(f"it takes a single message, not a conversation. {self.single_turn_reason}")
@@ -186,7 +151,7 @@ class ChatTemplate:
     def render(
         self, turns: Sequence[Turn], variables: Mapping[str, Any] | None = None, add_generation_prompt: bool = True
     ) -> str:
-        """A conversation exactly as the template writes it. Raises TemplateFailed."""
+        """Render a conversation exactly as the template writes it. Raises TemplateFailed."""
         messages = [
             {
                 "role": turn.role,
@@ -200,7 +165,7 @@ class ChatTemplate:
                     messages, chat_template=self.source, tokenize=False, add_generation_prompt=add_generation_prompt,
                     **self.extra_arguments, **(variables or {}),
                 )  # fmt: skip
-        except Exception as error:  # noqa: BLE001 - code of others: whatever it raises is its failure
+        except Exception as error:  # noqa: BLE001 - whatever foreign code raises is its failure
             raise TemplateFailed(_explain(error)) from None
         if not isinstance(written, str):
             raise TemplateFailed("it does not write text.")
@@ -209,15 +174,15 @@ class ChatTemplate:
         return written
 
     def encode(self, text: str) -> list[int]:
-        """A text that the template wrote as tokens. Special tokens in what a user or the system said are plain text."""
+        """Tokenize a rendered text. Special tokens within user and system turns are read as plain text."""
         plain = unmark_control_tokens(text)
         if plain != text:
-            with suppress(ValueError):  # a token that the tokenizer makes of plain text as well
+            with suppress(ValueError):  # a token that the tokenizer also produces from plain text
                 return list(encode_marked_chat(self.tokenizer, text))
         return list(self.tokenizer(plain, add_special_tokens=False)["input_ids"])
 
     def _mark_control_tokens(self, turn: Turn) -> Turn:
-        """A turn in which control tokens are marked as text."""
+        """Mark control tokens in a turn as plain text."""
         control_tokens, text = set(), turn.text
         for place in (match.start() for match in self.control_tokens.first_characters.finditer(text)):
             control_tokens |= {
@@ -231,13 +196,13 @@ class ChatTemplate:
         return turn.model_copy(update={"text": mark_control_tokens(text, pattern)})
 
     def continue_answer(self, prompt: str, opening: str) -> str:
-        """A prompt with the beginning of the answer, which the model is to continue."""
+        """Return a prompt with the beginning of the answer, which the model continues."""
         return prompt + self._separator(prompt, opening) + opening_after(prompt, opening)
 
     def format_answer(self, prompt: str, answer: str, ended: bool) -> str:
-        """An answer that the model did not draw itself, as the template writes it after a prompt.
+        """Format an answer that the model did not sample itself as the template writes it after a prompt.
 
-        A thinking model is so taught to answer without a thought, not that the answer is one.
+        A thinking model so learns to answer without thinking, not that the answer is its thinking.
         """
         header = self.answer_prefix.strip() and prompt.endswith(self.prompt_end)
         if (
@@ -254,7 +219,7 @@ class ChatTemplate:
         return " " if spaced and answer and not answer[0].isspace() else ""
 
     def find_end_token(self, end_tokens: Collection[int]) -> int | None:
-        """The first token after an assistant's turn that ends an answer, where the template writes one."""
+        """Return the first token after an assistant's turn that ends an answer, if the template writes one."""
         for text in self.turn_endings:
             for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]:
                 if token in end_tokens:
@@ -262,7 +227,7 @@ class ChatTemplate:
         return None
 
     def _variables(self, template_kwargs: TemplateKwargs) -> dict[str, Any]:
-        """Variables for the template, `enable_thinking` under the template's own name for it."""
+        """Return the template's variables, with `enable_thinking` under the template's own name for it."""
         variables = dict(template_kwargs_from(template_kwargs))
         if self.thinking_switch not in (None, "enable_thinking") and "enable_thinking" in variables:
             variables.setdefault(str(self.thinking_switch), variables.pop("enable_thinking"))
@@ -270,7 +235,7 @@ class ChatTemplate:
 
 
 def fix_date(source: str) -> str:
-    """A template to which it is always the same day: `strftime_now` is a macro that knows how the day is written."""
+    """Give a template a fixed date: a macro `strftime_now` that knows the formats it uses."""
     formats = {match[2] for match in re.finditer(r"""strftime_now\s*\(\s*(['"])(.*?)\1""", source)}
     if "strftime_now" not in source:
         return source
@@ -281,12 +246,12 @@ def fix_date(source: str) -> str:
 
 
 def unmark_control_tokens(text: str) -> str:
-    """A text without the marks around special tokens that are plain text."""
+    """Remove the marks around special tokens that are plain text."""
     return text.replace(MARK_START, "").replace(MARK_END, "")
 
 
 def opening_after(prompt: str, opening: str) -> str:
-    """What follows a prompt so that the answer begins with `opening`; an opened thought is not opened twice."""
+    """Return what follows a prompt so that the answer begins with `opening`; a thinking block is not opened twice."""
     if not is_in_thinking(prompt) or not opening.lstrip().startswith(THINK_START):
         return opening
     rest = opening.lstrip().removeprefix(THINK_START)
@@ -294,13 +259,13 @@ def opening_after(prompt: str, opening: str) -> str:
 
 
 def is_in_thinking(prompt: str) -> bool:
-    """Whether an answer after this begins inside of a thought."""
+    """Whether an answer to this prompt begins inside a thinking block."""
     return prompt.rstrip().endswith(THINK_START)
 
 
 def close_thinking(prompt: str, answer: str) -> str:
-    """A whole answer as it follows a prompt: a thought that the prompt opened, and the answer does not close, is closed
-    first, so that what a person wrote is not learned as a thought."""
+    """Return a complete answer as it follows a prompt. A thinking block that the prompt opened and the answer does not
+    close is closed first, so that a written answer is not learned as thinking."""
     if not is_in_thinking(prompt) or THINK_END in answer:
         return answer
     return ("\n" if prompt.endswith("\n") else "") + f"{THINK_END}\n\n" + answer
@@ -309,8 +274,8 @@ def close_thinking(prompt: str, answer: str) -> str:
 def arrange_turns(
     turns: Sequence[Turn], merge_system: bool, merge_later_system: bool, merge_same_role: bool
 ) -> list[Turn]:
-    """A conversation as a template can take it: what the system says is put before what the user says next, or joined
-    into one turn at the beginning; neighbours of one role are joined."""
+    """Rearrange a conversation so that a template can take it: later system turns are merged into the next user turn or
+    the first system turn, and consecutive turns of one role are merged."""
     arranged: list[Turn] = []
     pending_system: list[str] = []
     has_begun = False
@@ -346,191 +311,14 @@ def _append_text(turn: Turn, text: str) -> Turn:
     return turn.model_copy(update={"text": f"{turn.text}\n\n{text}"})
 
 
-# ── At load ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def choose_template(template: Any) -> str | None:
-    """The template for plain conversations among those of a tokenizer, None where it has none.
-
-    Raises TemplateFailed for several of which none is the obvious one.
-    """
-    if not template:
-        return None
-    if isinstance(template, str):
-        return template
-    if not isinstance(template, Mapping) or not all(isinstance(each, str) for each in template.values()):
-        raise TemplateFailed("it is neither text nor a list of templates with names.")
-    for name in ("default", *DEFAULT_NAMES):
-        if template.get(name):
-            return str(template[name])
-    plain = [name for name in template if not str(name).lower().startswith(SPECIAL_NAME_PREFIXES)]
-    if len(plain) == 1:
-        return str(template[plain[0]])
-    names = ", ".join(f"“{shorten(name)}”" for name in template)
-    raise TemplateFailed(f"there are several, named {names}, and none of them is called “default”.")
-
-
-def probe_template(tokenizer: Any, source: str) -> ChatTemplate:
-    """Try a template with one and several turns, with and without a system prompt, and find out how it is used.
-
-    Raises TemplateFailed where what a user says does not come out again.
-    """
-    _reject_power_operator(source)
-    template = _probe_one_turn(tokenizer, source)
-    template = _probe_several_turns(template)
-    template = _probe_system(template)
-    template = _probe_role_orders(template)
-    template = _probe_answers(template)
-    return replace(
-        template,
-        thinking_switch=_find_thinking_switch(template),
-        opens_thinking=is_in_thinking(template.render([QUESTION_TURN])),
-    )
-
-
-def _reject_power_operator(source: str) -> None:
-    """Raises TemplateFailed for a template that raises numbers to powers: one such step may take hours, in which
-    nothing can stop it, and a conversation needs none."""
-    with suppress(TemplateSyntaxError):  # which rendering tells better
-        tokens = Environment(autoescape=True).lex(source)  # nothing is rendered
-        if any(kind == "operator" and value == "**" for _, kind, value in tokens):
-            raise TemplateFailed("it raises numbers to powers, which may never end.")
-
-
-def _probe_one_turn(tokenizer: Any, source: str) -> ChatTemplate:
-    failure, control = None, ControlTokens.from_tokenizer(tokenizer, source)
-    for extras in EXTRA_ARGUMENTS:
-        for parts in (frozenset[Role](), USER_ROLE):
-            template = ChatTemplate(tokenizer, source, control, extras, parts)
-            try:
-                if _contains_all(template.render([QUESTION_TURN]), [QUESTION_TURN]):
-                    return template
-                failure = failure or TemplateFailed("what the user says is not in what it writes, or is changed.")
-            except TemplateFailed as error:
-                failure = failure or error
-                if str(error) == TIMEOUT_MESSAGE:
-                    raise
-    assert failure is not None
-    raise failure
-
-
-def _probe_several_turns(template: ChatTemplate) -> ChatTemplate:
-    turns = [QUESTION_TURN, ANSWER_TURN, SECOND_QUESTION_TURN]
-    failure = ""
-    for parts in (template.roles_with_parts, template.roles_with_parts | ASSISTANT_ROLE):
-        trial = replace(template, roles_with_parts=parts)
-        try:
-            if _contains_all(trial.render(turns), turns):
-                return trial
-            failure = failure or "Earlier messages are not in what it writes."
-        except TemplateFailed as error:
-            failure = failure or f"With several, {error}"
-    return replace(template, single_turn_reason=failure)
-
-
-def _probe_system(template: ChatTemplate) -> ChatTemplate:
-    several = [] if template.single_turn_reason else [[SYSTEM_TURN, QUESTION_TURN, ANSWER_TURN, SECOND_QUESTION_TURN]]
-    for parts in (template.roles_with_parts, template.roles_with_parts | SYSTEM_ROLE):
-        trial = replace(template, roles_with_parts=parts)
-        if all(_renders_all(trial, turns) for turns in ([SYSTEM_TURN, QUESTION_TURN], *several)):
-            return trial
-    return replace(template, merges_system=True)
-
-
-def _probe_role_orders(template: ChatTemplate) -> ChatTemplate:
-    if template.merges_system:
-        later = True
-    else:
-        later = not _renders_all(template, [SYSTEM_TURN, LATER_SYSTEM_TURN, QUESTION_TURN])
-        if not template.single_turn_reason:
-            later = later or not _renders_all(
-                template, [SYSTEM_TURN, QUESTION_TURN, ANSWER_TURN, LATER_SYSTEM_TURN, SECOND_QUESTION_TURN]
-            )
-    return replace(
-        template, merges_later_system=later, merges_same_role=not _renders_all(template, [QUESTION_TURN,
-        SECOND_QUESTION_TURN])
-    )  # fmt: skip
-
-
-def _probe_answers(template: ChatTemplate) -> ChatTemplate:
-    """How an assistant's turn begins and ends."""
-    try:
-        asked = template.render([QUESTION_TURN])
-        ignores_generation_prompt = template.render([QUESTION_TURN], add_generation_prompt=False) == asked
-        whole = template.render([QUESTION_TURN, ANSWER_TURN], add_generation_prompt=False)
-    except TemplateFailed:
-        return template
-    before, found, after = whole.rpartition(ANSWER_TURN.text)
-    if not found:
-        return template
-    ending = [after]
-    with suppress(TemplateFailed):
-        middle = template.render([QUESTION_TURN, ANSWER_TURN, SECOND_QUESTION_TURN]).partition(ANSWER_TURN.text)[2]
-        ending.append(middle.partition(SECOND_QUESTION_TURN.text)[0])
-    if not before.startswith(asked):
-        return replace(template, turn_endings=tuple(ending))
-    between = before.removeprefix(asked)
-    cuts_prompt = ignores_generation_prompt and bool(between.strip()) and _ends_at_turn_boundary(template, asked)
-    prompt = before.rstrip(" ") if cuts_prompt else asked
-    between = before.removeprefix(prompt)
-    return replace(
-        template, turn_endings=tuple(ending), cuts_prompt_from_conversation=cuts_prompt,
-        prompt_end=prompt.rpartition(QUESTION_TURN.text)[2],
-        answer_prefix=between if between.strip() or between == " " else "",
-    )  # fmt: skip
-
-
-def _ends_at_turn_boundary(template: ChatTemplate, asked: str) -> bool:
-    """Whether a prompt ends where any turn could begin, so that nothing in it begins an answer."""
-    try:
-        two = template.render([QUESTION_TURN, SECOND_QUESTION_TURN], add_generation_prompt=False)
-    except TemplateFailed:
-        return False
-    return bool(two.partition(QUESTION_TURN.text)[2].startswith(asked.rpartition(QUESTION_TURN.text)[2]))
-
-
-def _find_thinking_switch(template: ChatTemplate) -> str | None:
-    """The variable that turns thinking on and off, known by its effect."""
-    for name in THINKING_SWITCHES:
-        if not re.search(rf"\b{name}\b", template.source):
-            continue
-        for turns in ([QUESTION_TURN], [SYSTEM_TURN, QUESTION_TURN]):
-            with suppress(TemplateFailed):
-                arranged = arrange_turns(turns, template.merges_system, template.merges_later_system, False)
-                on, off = (template.render(arranged, {name: value}) for value in (True, False))
-                if on != off:
-                    return name
-    return None
-
-
-def _renders_all(template: ChatTemplate, turns: Sequence[Turn]) -> bool:
-    try:
-        return _contains_all(template.render(turns), turns)
-    except TemplateFailed:
-        return False
-
-
-def _contains_all(rendered: str, turns: Sequence[Turn]) -> bool:
-    """Whether all that was said is in a text, white space and capitals aside, and not as Python or JSON write a list of
-    messages or parts."""
-    plain = _normalize(rendered)
-    return SERIALIZED_MESSAGE.search(rendered) is None and all(_normalize(turn.text) in plain for turn in turns)
-
-
-def _normalize(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
-# ── What a template does wrong ─────────────────────────────────────────────────────────────────────
-
 TIMEOUT_MESSAGE = f"it does not come to an end within {RENDER_SECONDS:.0f} seconds."
 
 
 def _explain(error: Exception) -> str:
-    """What a template raised, as a sentence."""
+    """Explain what a template raised in a sentence."""
     text = shorten(str(error).strip(), 300).rstrip(".")
     match error:
-        case _RenderTimeout():
+        case RenderTimeout():
             return TIMEOUT_MESSAGE
         case TemplateSyntaxError():
             return f"line {error.lineno} cannot be read: {shorten(error.message or '', 300).rstrip('.')}."
@@ -544,45 +332,3 @@ def _explain(error: Exception) -> str:
             return (
                 f"it fails with “{text}” ({type(error).__name__})." if text else f"it fails ({type(error).__name__})."
             )
-
-
-class Watchdog:
-    """Stops Python code of others that takes too long, by an exception that is raised inside of it. Its thread lives
-    while there is something to watch."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._deadlines: dict[int, float] = {}
-        """When what runs in a thread is stopped, by the thread's id."""
-        self._is_watching = False
-
-    @contextmanager
-    def limit(self, seconds: float) -> Iterator[None]:
-        """Raise an exception in this thread after some seconds, unless what is done here has ended."""
-        thread = threading.get_ident()
-        with self._lock:
-            self._deadlines[thread] = time.monotonic() + seconds
-            if not self._is_watching:
-                self._is_watching = True
-                threading.Thread(target=self._watch, name="template watchdog", daemon=True).start()
-        try:
-            yield
-        finally:
-            with self._lock:  # where the exception is on its way, it arrives here at the latest
-                self._deadlines.pop(thread, None)
-
-    def _watch(self) -> None:
-        idle = 0
-        while idle < WATCHDOG_IDLE_CHECKS:
-            time.sleep(WATCHDOG_INTERVAL)
-            with self._lock:
-                for thread, deadline in list(self._deadlines.items()):
-                    if time.monotonic() > deadline:
-                        del self._deadlines[thread]
-                        error = ctypes.py_object(_RenderTimeout)
-                        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error)
-                idle = 0 if self._deadlines else idle + 1
-                self._is_watching = idle < WATCHDOG_IDLE_CHECKS
-
-
-WATCHDOG = Watchdog()

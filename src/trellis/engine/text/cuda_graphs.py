@@ -1,8 +1,8 @@
-"""One step of a growing group as a CUDA graph: from a token of every row to the next one, with nothing asked of the
-processor in between.
+"""One decode step of a group as a CUDA graph: from a token of every row to the next one, without synchronizing with the
+CPU.
 
-It knows the lean pass and tensors of fixed shapes; not prompts, text or learning. A graph is captured once for a shape
-and used again for other weights, prompts and temperatures, whose values are put in place.
+It knows the fast forward pass and tensors of fixed shapes; not prompts, text or learning. A graph is captured once per
+shape and reused for other weights, prompts and temperatures, whose values are copied in place.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...options import Sampling
-from .fast_forward import FastForward, FusedLayer, KVCache
+from .fast_forward import FastForward, KVCache
+from .fused_layers import FusedLayer
 from .sampling import is_greedy, sample_scaled
 
 STEPS_PER_SYNC = 4
-"""So many steps are run for each time that the processor waits for their tokens."""
+"""Decode steps per synchronization with the CPU."""
 
 CAPACITY_MULTIPLE = 64
-"""Rooms are rounded up to this, so that prompts of like length share a graph."""
+"""Capacities are rounded up to this, so that prompts of similar length share a graph."""
 
 MAX_GRAPHS = 4
-"""So many graphs are kept, those that were used last; each holds the keys and values of its shape."""
+"""How many graphs are kept, least recently used first out; each holds a KV cache of its shape."""
 
 SampledSteps = list[tuple[list[int], list[float]]]
-"""Some steps: of each, a token for every row and its log-probability."""
+"""For each of some steps: a token per row, and its log-probability."""
 
 
 @dataclass(frozen=True)
 class GraphShape:
-    """What a graph is captured for: rows, room for positions and draws, and which filters it has."""
+    """What a graph is captured for: rows, KV cache capacity, number of steps, and filters."""
 
     rows: int
     capacity: int
@@ -43,14 +44,14 @@ class GraphShape:
 
 
 class CapturedStep:
-    """The tensors that a step reads and writes, all in place. `step` may be captured, or run as it is."""
+    """The tensors a step reads and writes, all in place. `step` may be captured or run directly."""
 
     def __init__(self, fast_forward: FastForward, layers: Sequence[FusedLayer], shape: GraphShape) -> None:
         self._fast_forward, self._layers, self.shape = fast_forward, layers, shape
         device = fast_forward.device
         self.cache = KVCache.empty(fast_forward, shape.rows, shape.capacity)
         for each in (*self.cache.keys, *self.cache.values):
-            each.zero_()  # what is masked must still be a number
+            each.zero_()  # masked values must be finite
         self.rotary_tables = [table[: shape.capacity].clone() for table in fast_forward.rotary_tables(shape.capacity)]
         self.positions = torch.arange(shape.capacity, device=device)
         self.ids = torch.zeros(shape.rows, dtype=torch.long, device=device)
@@ -63,7 +64,7 @@ class CapturedStep:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def load(self, cache: KVCache, sampling: Sampling, uniforms: Tensor, pending: Tensor) -> None:
-        """Take over rows that have grown so far, with a token (R,) of each that is still to be fed."""
+        """Copy the rows generated so far, with a token (R,) of each that is not read yet."""
         for mine, theirs in ((self.cache.keys, cache.keys), (self.cache.values, cache.values)):
             for here, there in zip(mine, theirs, strict=True):
                 here[:, :, : cache.length] = there[:, :, : cache.length]
@@ -108,7 +109,7 @@ class CapturedStep:
         self.step_index.add_(1)
 
     def capture(self) -> None:
-        """Record a step. What it runs meanwhile is undone by `begin`."""
+        """Capture a step. Its side effects are undone by `load`."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -128,7 +129,7 @@ class CapturedStep:
 
 
 class StepGraphs:
-    """The steppers over one adapter's layers. One that is at work is nobody else's: several offers may be under way."""
+    """Captured steps over one adapter's layers. One in use is not shared: several offers may run at once."""
 
     def __init__(self, fast_forward: FastForward, layers: Sequence[FusedLayer]) -> None:
         self._fast_forward, self._layers = fast_forward, layers
@@ -137,8 +138,8 @@ class StepGraphs:
     def sample_steps(
         self, install: Callable[[], object], cache: KVCache, sampling: Sampling, uniforms: Tensor, pending: Tensor
     ) -> Iterator[SampledSteps]:
-        """Draw a token for each row of `uniforms` (S, R), from rows that have grown so far and tokens (R,) that are
-        not fed yet. `install` puts the right weights into the layers; it is called before each few steps."""
+        """Sample a token for each row of `uniforms` (S, R), after the rows in `cache` and tokens (R,) that are not read
+        yet. `install` puts the right weights into the layers; it is called every few steps."""
         if not len(uniforms):
             return
         steps = -(-len(uniforms) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE

@@ -1,6 +1,6 @@
-"""Group generation: the prompt is read once, then all options grow together, one token a step.
+"""Group generation: the prompt is read once, then all options are decoded together, one token per step.
 
-It knows rows that grow and a tokenizer; not models, weights, sessions or learning.
+It knows rows and a tokenizer; not models, weights, sessions or learning.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .sampling import draw_uniforms, is_greedy, overflow_error, sample
 from .vocabulary import IncrementalDetokenizer
 
 OPENING_TOKENS = 6
-"""So many tokens of an answer are drawn before it is known which answers go on."""
+"""Tokens of an opening, after which the answers that continue are selected."""
 
 
 class GrowingOption:
-    """One option while it is drawn. Its text is read from its tokens when somebody asks for it, as what goes on from
-    the prompt's. One whose next token has no probability ends before it, with `overflowed`."""
+    """One option while it is generated. Its tokens are decoded when its text is asked for, as a continuation of the
+    prompt. It ends with `overflowed` if the log-probability of its next token is NaN."""
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()) -> None:
         self.tokens: list[int] = []
@@ -45,7 +45,7 @@ class GrowingOption:
         return self._text
 
     def add_token(self, token: int, logprob: float, end_tokens: frozenset[int], max_new_tokens: int) -> None:
-        """Go on with a token, unless it has ended."""
+        """Append a token, unless the option has ended."""
         if self.finish:
             return
         if math.isnan(logprob):
@@ -71,20 +71,20 @@ def decode_group(
     seed: int,
     openings: int = 1,
 ) -> Iterator[list[GrowingOption]]:
-    """Draw `size` answers to one prompt. Yields the same list after every step, one token further.
+    """Sample `size` answers to one prompt. Yields the same list after every step, one token further.
 
-    Log-probabilities are of the drawn tokens, in fp32, from the logits over the temperature, before any
-    word was filtered out. The same arguments give the same answers: the random numbers are its own.
+    Log-probabilities are of the sampled tokens, in fp32, from the logits over the temperature, before any filter. The
+    same arguments give the same answers: the random numbers are its own.
 
-    With several `openings`, so many answers are begun for each of them, half by the base model, and those that differ
-    most go on: what the adapted model no longer says has its chance again. Until it is known which ones go on, the
-    answers are empty.
+    With several `openings`, that many answers are begun per option, half by the base model, and the most different ones
+    are continued: what the adapted model no longer says gets another chance. The options are empty until the openings
+    are selected.
     """
     generator = torch.Generator().manual_seed(seed)
     max_new_tokens = sampling.max_new_tokens
     group = [GrowingOption(tokenizer, prompt) for _ in range(size)]
     if is_greedy(sampling):
-        openings = 1  # they would all be the same
+        openings = 1  # all openings would be the same
     openings = max(1, min(openings, OPENING_TOKEN_BUDGET // (size * len(prompt))))
     pending: Tensor | None = None
     if openings == 1:
@@ -114,9 +114,9 @@ def _begin_openings(
     forward: GroupForward, prompt: list[int], end_tokens: frozenset[int], sampling: Sampling, size: int, openings: int,
     generator: torch.Generator, waiting: list[GrowingOption],
 ) -> Generator[list[GrowingOption], None, tuple[AnswerRows, list[list[int]], list[list[float]]]]:  # fmt: skip
-    """Begin more answers than are wanted, half of them by the base model, and choose which go on: their rows under the
-    adapted weights, with the last token of each still to be fed, their tokens, and the log-probabilities of these.
-    One that the model gives no numbers for is not among them. Raises EngineError where too few are left."""
+    """Begin more answers than wanted, half of them by the base model, and select which continue. Returns their rows
+    under the adapted weights, with each last token not read yet, their tokens, and the log-probabilities of these.
+    Openings without finite logits are dropped. Raises EngineError if too few are left."""
     total = size * openings
     half = -(-total // 2)
     capacity = len(prompt) + sampling.max_new_tokens
@@ -139,14 +139,14 @@ def _begin_openings(
                 opening.append(token)
         if all(opening[-1] in end_tokens for opening in opening_tokens):
             break
-    # By turns, so that where nothing is alike neither model's come first.
+    # Alternate, so that neither model is preferred when all openings are equally different.
     interleaved = [
         opening_tokens[row] for row in sorted(range(total), key=lambda row: row % half) if row not in failed_rows
     ]
     if len(interleaved) < size:
         raise overflow_error()
     selected = [interleaved[place] for place in select_most_different(interleaved, size)]
-    # What the base began goes on under the adapted weights, and is told by their log-probabilities.
+    # Openings of the base model continue under the adapted weights, and get their log-probabilities.
     rows = own_rows.restart(size)
     width = max(map(len, selected))
     ids = torch.tensor([opening + [0] * (width - len(opening)) for opening in selected], device=forward.device)
@@ -158,8 +158,8 @@ def _begin_openings(
 
 
 def select_most_different(openings: list[list[int]], size: int) -> list[int]:
-    """Which of some openings go on: the first, then always the one that is least like those taken before it
-    (farthest-point selection, Gonzalez 1985), by the overlap of their pairs of neighbouring tokens."""
+    """Select openings: the first one, then always the one least like those selected before (farthest-point selection,
+    Gonzalez 1985), by the overlap of their token bigrams."""
     grams = [token_bigrams(opening) for opening in openings]
     selected = [0]
     nearest_overlap = [bigram_overlap(each, grams[0]) for each in grams]

@@ -1,7 +1,7 @@
-"""Quantised weights as the numbers that they stand for, so that everything that follows has an ordinary model.
+"""Dequantize weights on reading, so that everything else sees an ordinary model.
 
-It knows the layouts that model_files lets through: FP8 with scales (DeepSeek, Qwen, Mistral) and bitsandbytes in 4 and
-8 bits.
+It knows the formats that model_checks accepts: FP8 with scales (DeepSeek, Qwen, Mistral) and bitsandbytes in 4 and 8
+bits.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 from ...model_checks import BITSANDBYTES, BLOCK_FP8, scale_block_shape
 
 INT8_RANGE = 127.0
-"""A weight of bitsandbytes in 8 bits is its whole number times its row's largest value over this."""
+"""An 8-bit weight of bitsandbytes is its integer times its row's largest value over this."""
 
 
 def dequantize(
     stored: dict[str, Tensor], method: str, quantization: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The tensors of a quantised folder as floating point numbers, under their names in the unquantised model.
+    """Return the tensors of a quantized folder as floating point numbers, with their names in the unquantized model.
 
-    `stored` is emptied as it is read, so that no weight is held twice for long.
+    `stored` is emptied meanwhile, so that no weight is held twice for long.
     """
     unpack = {BLOCK_FP8: _dequantize_fp8, BITSANDBYTES: _dequantize_bitsandbytes}[method]
     unpacked: dict[str, Tensor] = {}
@@ -37,7 +37,7 @@ def dequantize(
 
 
 def _dequantize_fp8(name: str, stored: dict[str, Tensor], quantization: Mapping[str, Any]) -> Tensor | None:
-    """A weight (…, N, K) times its scales, one for each block of rows and columns (DeepSeek-V3, arXiv 2412.19437)."""
+    """Multiply a weight (…, N, K) by its scales, one per block of rows and columns (DeepSeek-V3, arXiv 2412.19437)."""
     scale = stored.pop(f"{name}_scale_inv", None)
     if scale is None:
         return None
@@ -53,7 +53,7 @@ def _dequantize_fp8(name: str, stored: dict[str, Tensor], quantization: Mapping[
 
 
 def _dequantize_bitsandbytes(name: str, stored: dict[str, Tensor], quantization: Mapping[str, Any]) -> Tensor | None:
-    """A weight in NF4 or FP4 with its state of quantisation (QLoRA, arXiv 2305.14314), or in 8 bits with a scale a row
+    """Dequantize NF4 or FP4 with its quantization state (QLoRA, arXiv 2305.14314), or 8 bits with a scale per row
     (LLM.int8(), arXiv 2208.07339)."""
     scales = name.removesuffix("weight") + "SCB"
     if scales in stored:
@@ -64,5 +64,5 @@ def _dequantize_bitsandbytes(name: str, stored: dict[str, Tensor], quantization:
         return None
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
-    packed = stored.pop(name).contiguous().view(torch.uint8).reshape(-1, 1)  # some are stored as if they were floats
+    packed = stored.pop(name).contiguous().view(torch.uint8).reshape(-1, 1)  # some files store it as a float dtype
     return dequantize_4bit(packed, QuantState.from_dict(state, device=torch.device("cpu")))

@@ -1,125 +1,34 @@
-"""A lean forward pass for the common decoder layouts: the same numbers as transformers' own to rounding, in fewer and
+"""A fast forward pass for common decoder architectures: the same numbers as transformers to rounding, in fewer and
 larger operations.
 
-It knows the tensors of one loaded model and of the adapters in it; not prompts, sampling or learning. The layouts are
-those of Llama (arXiv 2302.13971), Mistral, Qwen 2 and 3, and Gemma. Whatever differs from them has no lean pass, and
-transformers' own is used.
+It knows the tensors of one loaded model and of its adapters; not prompts, sampling or learning. Supported are Llama
+(arXiv 2302.13971), Mistral, Qwen 2 and 3, and Gemma; all other models use transformers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .packed_weights import MAX_PACKED_BYTES, MAX_PACKED_ROWS, has_memory_for_copy, pack_weight, packed_linear
+from .fused_layers import FusedLayer, FusedLinear
+from .packed_weights import MAX_PACKED_BYTES, has_memory_for_copy, pack_weight
 
 SUPPORTED_FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma"}
 SUPPORTED_ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
-"""Kinds of rotary embedding whose angles depend on the position alone."""
+"""Rotary embeddings whose angles depend only on the position."""
 
 
 MAX_MERGED_BYTES = 50_000_000
-"""An adapter is merged into a copy of the layers where that copy is no larger: most of a small model's time goes into
-the number of its operations."""
-
-
-class RowAdapters:
-    """Which rows of a batch have which of some adapters. Rows of one adapter are multiplied by it together."""
-
-    def __init__(self, adapters: Sequence[int | None], count: int, device: torch.device) -> None:
-        """The number of each row's adapter, of so many; None for a row that has none."""
-        members: list[list[int]] = [[] for _ in range(count)]
-        for row, adapter in enumerate(adapters):
-            if adapter is not None:
-                members[adapter].append(row)
-        self._count, self._width = count, max(map(len, members))
-        rows = [row for each in members for row in each]
-        slots = [number * self._width + place for number, each in enumerate(members) for place in range(len(each))]
-        self._rows = torch.tensor(rows, device=device, dtype=torch.long)
-        self._slots = torch.tensor(slots, device=device, dtype=torch.long)
-
-    def add_to(self, output: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
-        """found (N, out) and what each row's adapter, of down (K, in, r) and up (K, r, out), makes of x (N, in)."""
-        grouped = x.new_zeros(self._count * self._width, x.shape[1])
-        grouped[self._slots] = x[self._rows]
-        added = torch.bmm(torch.bmm(grouped.view(self._count, self._width, -1), lora_a), lora_b)
-        return output.index_add(0, self._rows, added.view(len(grouped), -1)[self._slots])
-
-
-@dataclass
-class FusedLinear:
-    """Linear layers that read the same input, as one: x Wᵀ + b, and x Aᵀ Bᵀ where an adapter is in it."""
-
-    weight: Tensor
-    bias: Tensor | None
-    parts: tuple[tuple[str, slice], ...]
-    """Which output rows belong to which layer, by the end of its name."""
-    lora_a: Tensor | None = None
-    lora_b: Tensor | None = None
-    packed: Tensor | None = None
-    row_adapters: RowAdapters | None = None
-    """Which row has which of several adapters; `down` is then (K, in, r) and `up` (K, r, out)."""
-
-    @classmethod
-    def fuse(cls, layers: dict[str, nn.Linear]) -> FusedLinear:
-        """Layers as one; their own weights become views into it, so that nothing is held twice."""
-        parts, start = [], 0
-        for name, layer in layers.items():
-            parts.append((name, slice(start, start + layer.out_features)))
-            start += layer.out_features
-        if len(layers) == 1:
-            (layer,) = layers.values()
-            return cls(layer.weight.data, layer.bias, tuple(parts))
-        weight = torch.cat([layer.weight.data for layer in layers.values()])
-        for (_, where), layer in zip(parts, layers.values(), strict=True):
-            layer.weight.data = weight[where]
-        biases = [
-            torch.zeros(layer.out_features).to(weight) if layer.bias is None else layer.bias.data
-            for layer in layers.values()
-        ]
-        has_bias = any(layer.bias is not None for layer in layers.values())
-        return cls(weight, torch.cat(biases) if has_bias else None, tuple(parts))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(N, in) to (N, out)."""
-        if self.packed is not None and len(x) <= MAX_PACKED_ROWS:
-            output = packed_linear(x, self.packed, self.bias)
-        else:
-            output = functional.linear(x, self.weight, self.bias)
-        if self.lora_a is None or self.lora_b is None:
-            return output
-        if self.row_adapters is not None:
-            return self.row_adapters.add_to(output, x, self.lora_a, self.lora_b)
-        return output.addmm_(functional.linear(x, self.lora_a), self.lora_b)
-
-    def add_to(self, x: Tensor, inputs: Tensor) -> Tensor:
-        """x (N, out) and what this makes of `seen` (N, in)."""
-        if self.packed is None and self.bias is None and self.lora_a is None:
-            return torch.addmm(x, inputs, self.weight.T)
-        return x + self(inputs)
-
-
-@dataclass
-class FusedLayer:
-    input_norm: Tensor
-    qkv: FusedLinear
-    qk_norm: Tensor | None
-    attention_out: FusedLinear
-    mlp_norm: Tensor
-    gate_up: FusedLinear
-    down: FusedLinear
-
-    def linears(self) -> tuple[FusedLinear, ...]:
-        return self.qkv, self.attention_out, self.gate_up, self.down
+"""Adapters are merged into a copy of the layers up to this size: most of a small model's time is the overhead of its
+operations."""
 
 
 class FastForward:
-    """A loaded model of a known layout. `layers` are those of the model without an adapter."""
+    """A loaded model of a supported architecture. `layers` are without an adapter."""
 
     def __init__(self, model: Any) -> None:
         config = model.config
@@ -135,7 +44,7 @@ class FastForward:
         self.activation: Callable[[Tensor], Tensor] = inner.layers[0].mlp.act_fn
         self.embedding: Tensor = inner.embed_tokens.weight.data
         self.embedding_scale: Tensor | None = None
-        if self.family == "gemma":  # rounded as the embeddings are, and on their device
+        if self.family == "gemma":  # in the embeddings' dtype and device, as transformers rounds it
             self.embedding_scale = torch.tensor(config.hidden_size**0.5).to(self.embedding)
         self.lm_head: Tensor = model.lm_head.weight.data
         self.norm = self._norm_weight(inner.norm)
@@ -147,14 +56,14 @@ class FastForward:
             for each in linears:
                 each.packed = pack_weight(each.weight)
         self.unused_rows: Tensor | None = None
-        """Rows of the vocabulary that no token belongs to."""
+        """Vocabulary rows without a token."""
         self._rotary = inner.rotary_emb
         self._rotary_tables: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def from_model(cls, model: Any) -> FastForward | None:
-        """The lean pass of a model; None where its layout is another one. Made before anything else is made of the
-        model: its weights move."""
+        """Return the fast forward pass of a model; None if its architecture is not supported. Must come before anything
+        else refers to the model's weights: they move."""
         config = model.config
         if config.model_type not in SUPPORTED_FAMILIES or config._attn_implementation == "eager":
             return None
@@ -193,8 +102,8 @@ class FastForward:
         return self.embedding.device
 
     def rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (at least `length`, D) by position; the sines of the first half are negative, so that
-        rotating is x cos + roll(x) sin."""
+        """Return cosines and sines (at least `length`, D) by position. The sines of the first half are negated, so that
+        rotation is x cos + roll(x) sin."""
         tables = self._rotary_tables
         if tables is None or len(tables[0]) < length:
             size = max(256, 1 << (length - 1).bit_length())
@@ -204,16 +113,16 @@ class FastForward:
             tables = cos[0], sin[0] * sign
             if (
                 self._rotary_tables is None or len(self._rotary_tables[0]) < size
-            ):  # another thread may want a longer one
+            ):  # another thread may have made a longer one
                 self._rotary_tables = tables
         return tables
 
     def has_full_attention(self, length: int) -> bool:
-        """Whether every token of so many sees all before it."""
+        """Whether each of so many tokens attends to all before it."""
         return self.window is None or length <= self.window
 
     def forward(self, layers: Sequence[FusedLayer], ids: Tensor, cache: KVCache) -> Tensor:
-        """Read tokens (R, T) after what is in the cache, and put them there. Returns hidden states (R, T, H)."""
+        """Read tokens (R, T) after the cached ones, and cache them. Returns hidden states (R, T, H)."""
         rows, width = ids.shape
         start, end = cache.length, cache.length + width
         cos, sin = (table[start:end, None] for table in self.rotary_tables(end))
@@ -235,9 +144,9 @@ class FastForward:
         return self.rms_norm(x, self.norm).view(rows, width, -1)
 
     def step(self, layers: Sequence[FusedLayer], ids: Tensor, cache: KVCache, lengths: Tensor, capacity: int) -> Tensor:
-        """Read one token (R,) each into rows of different lengths (R,), all below `room`. Returns hidden states (R, H).
+        """Read one token (R,) into rows of different lengths (R,), all below `capacity`. Returns hidden states (R, H).
 
-        The lengths are the caller's to keep.
+        The caller keeps track of the lengths.
         """
         rows = torch.arange(len(ids), device=ids.device)
         cos, sin = (table[lengths][:, None, None] for table in self.rotary_tables(capacity))
@@ -255,7 +164,7 @@ class FastForward:
         return self.rms_norm(x, self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., H) to logits (..., V) to draw from: rows that no token belongs to are impossible."""
+        """Hidden states (..., H) to logits (..., V); vocabulary rows without a token get −inf."""
         logits = self._fused_lm_head(hidden.flatten(0, -2)).view(*hidden.shape[:-1], -1)
         return logits if self.unused_rows is None else logits.index_fill_(-1, self.unused_rows, float("-inf"))
 
@@ -267,7 +176,7 @@ class FastForward:
     def project_qkv(
         self, layer: FusedLayer, x: Tensor, rows: int, width: int, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (R, heads, T, D), the first two turned by their positions."""
+        """Return queries, keys and values, each (R, heads, T, D), the first two rotated."""
         heads, kv = self.heads, self.kv_heads
         projected = layer.qkv(self.rms_norm(x, layer.input_norm))
         projected = projected.view(rows, width, heads + 2 * kv, self.head_dim)
@@ -279,20 +188,20 @@ class FastForward:
         return functional.rms_norm(x, x.shape[-1:], weight, self.norm_eps)
 
     def apply_rotary(self, layer: FusedLayer, queries_keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Queries and keys (..., heads + kv heads, D) after their norm, where there is one, turned by positions."""
+        """Normalize queries and keys (..., heads + kv heads, D) if the model does, and rotate them by position."""
         if layer.qk_norm is not None:
             queries_keys = functional.rms_norm(queries_keys, (self.head_dim,), None, self.norm_eps) * layer.qk_norm
         return torch.addcmul(queries_keys * cos, queries_keys.roll(self.head_dim // 2, -1), sin)
 
     def finish_layer(self, layer: FusedLayer, x: Tensor, attended: Tensor) -> Tensor:
-        """The rest of a layer: x (N, H), and what its heads saw (R, heads, T, D)."""
+        """The rest of a layer: x (N, H), and the attention output (R, heads, T, D)."""
         x = layer.attention_out.add_to(x, attended.transpose(1, 2).reshape(len(x), -1))
         gate, up = layer.gate_up(self.rms_norm(x, layer.mlp_norm)).chunk(2, -1)
         return layer.down.add_to(x, self.activation(gate) * up)
 
 
 class KVCache:
-    """Keys and values (R, kv heads, room, D) of each layer, and how many positions of them are filled."""
+    """Keys and values (R, kv heads, capacity, D) of each layer, and the number of positions filled."""
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], length: int = 0) -> None:
         self.keys, self.values, self.length = keys, values, length
@@ -306,7 +215,7 @@ class KVCache:
         )
 
     def copy_prefix(self, other: KVCache, length: int) -> None:
-        """Take over the first positions of the first row of another cache, into every row."""
+        """Copy the first positions of another cache's first row into every row."""
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for here, there in zip(mine, theirs, strict=True):
                 here[:, :, :length] = there[:1, :, :length]
@@ -314,10 +223,10 @@ class KVCache:
 
 
 class AdaptedLayers:
-    """The layers of a lean model with one slot's adapter in them. Other values are put in place.
+    """The layers of a model with one slot's adapter; its values are replaced in place.
 
-    A small model's layers are merged with the adapter, W + s B A; a large one keeps both apart, as does who wants them
-    `apart`.
+    A small model's layers are merged with the adapter, W + s B A. A large model keeps both separate, as does
+    `unmerged`.
     """
 
     def __init__(
@@ -337,11 +246,11 @@ class AdaptedLayers:
             for number, layer in enumerate(fast_forward.layers)
             for place, each in enumerate(layer.linears())
         }
-        """Of each linear layer, by the layer's number and its place there: where A and B of its parts stand among the
-        slices; None for a part without."""
+        """By layer number and position of the linear layer in it: the indices of A and B of its parts among the slices;
+        None for a part without an adapter."""
         self.layers: list[FusedLayer] = []
         size = sum(each.weight.nbytes for layer in fast_forward.layers for each in layer.linears())
-        # Merged with fewer digits, small changes would be rounded away.
+        # In a lower precision, merging would round small changes away.
         self._is_merged = not unmerged and size <= MAX_MERGED_BYTES and fast_forward.embedding.dtype == torch.float32
         self._writers: list[Callable[[Tensor], None]] = []
         for number, layer in enumerate(fast_forward.layers):
@@ -352,19 +261,19 @@ class AdaptedLayers:
 
     @staticmethod
     def is_supported(fast_forward: FastForward, slices: Sequence[tuple[str, slice, torch.Size]]) -> bool:
-        """Whether the lean pass knows every layer that an adapter changes."""
+        """Whether every layer that an adapter changes is known here."""
         known = {name for layer in fast_forward.layers for each in layer.linears() for name, _ in each.parts}
         return all(".layers." in name and name.split(".")[-3] in known for name, _, _ in slices)
 
     def install(self, flat: Tensor) -> None:
-        """Put an adapter's values (P,) into the layers. Cheap when they are there already."""
+        """Put an adapter's values (P,) into the layers. Cheap if they are there already."""
         if self._installed is not flat:
             for put in self._writers:
                 put(flat)
             self._installed = flat
 
     def _pair_numbers(self, order: dict[str, int], number: int, name: str) -> tuple[int, int] | None:
-        """The numbers of A and B of a layer among the slices, where it has an adapter."""
+        """Return the indices of A and B of a linear layer among the slices; None if it has no adapter."""
         for block in ("self_attn", "mlp"):
             end = f".layers.{number}.{block}.{name}"
             if f"{end}.lora_A.weight" in order:

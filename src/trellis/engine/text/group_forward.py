@@ -1,6 +1,6 @@
-"""How answers to one prompt grow together, a row each: through transformers' own forward, or through the lean one.
+"""Forward passes for a group of answers to one prompt, one row each: through transformers, or the fast forward pass.
 
-It knows models and the weights that are to be in them; not text, sampling's filters or learning.
+It knows models and the weights in them; not text, sampling filters or learning.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ from ...options import Sampling
 from .adapters import AdapterSlot
 from .cache_support import ModelCache
 from .cuda_graphs import SampledSteps, StepGraphs
-from .fast_forward import FusedLayer, KVCache
+from .fast_forward import KVCache
+from .fused_layers import FusedLayer
 from .sampling import sample
 
 
 class AnswerRows(ABC):
-    """Answers to one prompt that grow together. `logits` (R, V) are of each one's next token."""
+    """Answers to one prompt, decoded together. `logits` (R, V) are those of the next tokens."""
 
     logits: Tensor
 
     @abstractmethod
     def feed(self, tokens: Tensor) -> Tensor:
-        """Go on with tokens (R, T), the same count in each row. Returns logits (R, T, V), after each of them."""
+        """Read tokens (R, T), the same number in each row. Returns logits (R, T, V)."""
 
     @abstractmethod
     def restart(self, count: int) -> AnswerRows:
-        """So many rows at the prompt's end, which is not read again."""
+        """Return `count` new rows at the prompt's end, without reading it again."""
 
     def sample_steps(self, sampling: Sampling, uniforms: Tensor, pending: Tensor | None) -> Iterator[SampledSteps]:
-        """Draw token after token, one for each row of `uniforms` (S, R); `drawn` (R,) are not fed yet."""
+        """Sample a token per row for each row of `uniforms` (S, R); `pending` (R,) are not read yet."""
         for line in uniforms:
             if pending is not None:
                 self.feed(pending[:, None])
@@ -44,25 +45,24 @@ class AnswerRows(ABC):
 
 
 class GroupForward(ABC):
-    """A model with some weights in it. Other work may put others there in between: each step has its own put back."""
+    """A model with certain weights. Other work may install others in between, so each step installs its own."""
 
     device: torch.device
 
     @abstractmethod
     def rows(self, prompt: list[int], count: int, capacity: int, base: bool = False) -> AnswerRows:
-        """Rows at the end of a prompt, with room for so many positions in all; of the base model, where that is
-        wanted."""
+        """Return rows at the end of a prompt, with a capacity in positions; of the base model with `base`."""
 
 
 def group_forward_for(slot: AdapterSlot, flat: Tensor, length: int) -> GroupForward:
-    """The quickest way through a model with these values (P,) in its adapter, for texts of up to so many tokens."""
+    """Return the fastest forward pass for these values (P,) in the adapter and texts up to this length."""
     if slot.adapted_layers is not None and slot.adapted_layers.fast_forward.has_full_attention(length):
         return FastGroupForward(slot, flat, slot.graphs)
     return GenericGroupForward(slot, flat)
 
 
 class GenericGroupForward(GroupForward):
-    """Through transformers' own forward: any causal model."""
+    """Through transformers' forward pass: any causal model."""
 
     def __init__(self, slot: AdapterSlot, flat: Tensor) -> None:
         self._slot, self._flat = slot, flat
@@ -72,7 +72,7 @@ class GenericGroupForward(GroupForward):
         return GenericRows(self, prompt, count, base)
 
     def run(self, ids: Tensor, cache: ModelCache, base: bool, last: bool) -> Tensor:
-        """Read tokens (R, T). Returns logits to draw from: rows that no token belongs to are impossible."""
+        """Read tokens (R, T). Returns logits; vocabulary rows without a token get −inf."""
         slot = self._slot
         with slot.lock, torch.inference_mode():
             slot.install(self._flat)
@@ -94,7 +94,7 @@ class GenericRows(AnswerRows):
         first = forward.run(ids, self._cache, base, last=True)
         with torch.inference_mode():
             is_repeated = self._cache.repeat(count)
-        if not is_repeated:  # then the prompt is read in each row
+        if not is_repeated:  # read the prompt in each row instead
             self._cache = forward.new_cache()
             first = forward.run(ids.expand(count, -1), self._cache, base, last=True)
         self.logits = first[:, -1].expand(count, -1)
@@ -109,7 +109,7 @@ class GenericRows(AnswerRows):
 
 
 class FastGroupForward(GroupForward):
-    """Through the lean pass. Each step may be done by another thread, on layers of its own."""
+    """Through the fast forward pass. Each step may run in another thread, on that thread's layers."""
 
     def __init__(self, slot: AdapterSlot, flat: Tensor, graphs: StepGraphs | None = None) -> None:
         assert slot.adapted_layers is not None
@@ -121,7 +121,7 @@ class FastGroupForward(GroupForward):
         return FastRows(self, prompt, count, capacity, base)
 
     def layers(self, base: bool) -> list[FusedLayer]:
-        """The layers with the right values in them, as of now."""
+        """Return the layers with the right values installed."""
         if base:
             return self.fast_forward.layers
         adapted = self._slot.adapted_layers
@@ -171,7 +171,7 @@ class FastRows(AnswerRows):
         if graphs is None or self._base:
             yield from super().sample_steps(sampling, uniforms, pending)
             return
-        if pending is None:  # the first token is there before anything is captured
+        if pending is None:  # sampled before anything is captured
             with torch.inference_mode():
                 pending, logprobs = sample(self.logits, sampling, uniforms[0])
             yield [(pending.tolist(), logprobs.tolist())]

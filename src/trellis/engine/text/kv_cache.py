@@ -1,7 +1,7 @@
-"""The keys and values of many conversations at once: lines of different lengths, each with weights of its own, that
-grow by one token a step together. What a conversation began with is kept warm for its next turn.
+"""The KV cache of a chat batch: sequences of different lengths, each with its own weights, that grow by one token per
+step. Ended conversations are kept as prefixes for their next turn.
 
-It knows models and tokens; not text, sampling or who asks.
+It knows models and tokens; not text, sampling or requests.
 """
 
 from __future__ import annotations
@@ -9,86 +9,84 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ...options import Adapter
-from .adapters import AdapterSlot, AdapterSlots, Weights
+from .adapters import AdapterSlots
 from .cache_support import ModelCache
-from .fast_forward import AdaptedLayers, FastForward, FusedLayer, FusedLinear, KVCache, RowAdapters
+from .fast_forward import AdaptedLayers, FastForward, KVCache
+from .fused_layers import FusedLayer
 from .group_forward import GenericGroupForward
+from .stacked_adapters import FindWeights, StackedAdapters
 
 log = logging.getLogger(__name__)
 
 CAPACITY_MULTIPLE = 64
-"""Room for positions is taken in steps of this."""
+"""Capacities in positions are multiples of this."""
 
-MAX_IDLE_ADAPTERS = 8
-"""Adapters that stay beside the others when nobody talks to them any more, for a next message."""
 
 MAX_SINGLE_TOKEN_STEPS = 64
-"""So many tokens are rather read one by one than with all that was before them, where a model knows only these ways."""
+"""Up to this many tokens are read one by one rather than with all before them, where a model can only do either."""
 
 MAX_PREFIXES = 64
-"""So many conversations at most are kept warm, those that were read last."""
-
-FindWeights = Callable[[str], tuple[AdapterSlot, Weights]]
-"""Weights by id, and the slot that they go into. Raises WeightsMissing."""
+"""How many prefixes are kept, least recently used first out."""
 
 
 @dataclass(eq=False)
 class CachedSequence:
-    """One conversation: the tokens that have been read into it, under which weights (none: the base model's)."""
+    """One conversation: the tokens read, and the weights they were read with (empty: the base model)."""
 
     weights: str
     tokens: list[int] = field(default_factory=list)
     error: Exception | None = None
-    """Why a token could not be read into it, after it was to grow."""
+    """Why the last token could not be read."""
 
 
 class SequenceCache(ABC):
-    """All lines of one model. Not safe to use from two threads at once."""
+    """All sequences of one model. Not thread-safe."""
 
     @property
     def reads_in_one_chunk(self) -> bool:
-        """Whether a text is best read in one piece, since what follows a first piece is read token by token."""
+        """Whether a text should be read in one chunk, since what follows a first chunk is read token by token."""
         return False
 
     @abstractmethod
     def start(self, weights: str, tokens: Sequence[int]) -> CachedSequence:
-        """A line that has read as much of some tokens as is warm, and at least the last one not. Raises
+        """Start a sequence with the longest cached prefix of some tokens, without the last one. Raises
         WeightsMissing."""
 
     @abstractmethod
     def prefill(self, sequence: CachedSequence, tokens: Sequence[int]) -> Tensor:
-        """Read tokens into a line. Returns logits (V,) after the last one."""
+        """Read tokens into a sequence. Returns logits (V,) after the last one."""
 
     @abstractmethod
     def decode(self, sequences: Sequence[CachedSequence], ids: Sequence[int]) -> Tensor:
-        """Read one token into each of some lines. Returns logits (R, V); NaN for a line that could not be read, which
-        says why in its `error`."""
+        """Read one token into each of some sequences. Returns logits (R, V); NaN for a sequence that failed, which then
+        has an `error`."""
 
     @abstractmethod
     def release(self, sequence: CachedSequence, keep_prefix: bool = True) -> None:
-        """A line is not needed any more; what it has read is kept warm as long as there is room, if it is to be
-        kept. What is not may hold NaN, and is wiped."""
+        """End a sequence. Keep what it has read as a prefix while there is room, if `keep_prefix`; else it may hold NaN
+        and is zeroed."""
 
     @abstractmethod
     def clear(self) -> None:
-        """Forget all lines, after something failed in the midst of them. Needs no memory."""
+        """Forget all sequences after a step failed midway. Needs no memory."""
 
     @abstractmethod
     def bytes_for(self, sequences: int, tokens: int, weights: Collection[str]) -> int:
-        """Bytes that so many lines take, the longest of so many tokens, with these weights among them."""
+        """Return the bytes that so many sequences take, the longest of so many tokens, with these weights among
+        them."""
 
 
 def sequence_cache_for(
     slots: AdapterSlots, fast_forward: FastForward | None, find_weights: FindWeights, prefix_bytes: int
 ) -> SequenceCache:
-    """The lines of a loaded model. `warm` bytes are kept of conversations that have ended."""
+    """Return the sequence cache of a loaded model. `prefix_bytes` limits the prefixes of ended conversations."""
     generic = GenericSequenceCache(slots, find_weights)
     return (
         generic
@@ -98,9 +96,9 @@ def sequence_cache_for(
 
 
 def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two texts begin with alike."""
+    """Return how many tokens two texts begin with in common."""
     low, high = 0, min(len(first), len(second))
-    while low < high:  # whole slices are compared much faster than places one by one
+    while low < high:  # binary search: comparing slices is much faster than single tokens
         middle = (low + high + 1) // 2
         if list(first[low:middle]) == list(second[low:middle]):
             low = middle
@@ -111,131 +109,28 @@ def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
 
 @dataclass(eq=False)
 class CachedPrefix:
-    """What was read before. `kept`: (layers, 2, kv heads, T, D)."""
+    """A prefix read before. `keys_values`: (layers, 2, kv heads, T, D)."""
 
     tokens: list[int]
     keys_values: Tensor
 
 
-class StackedAdapters:
-    """The adapters of a batch, each in a place of its own beside the others; only one that is new is written."""
-
-    def __init__(self, fast_forward: FastForward, find_weights: FindWeights) -> None:
-        self._fast_forward, self._find_weights = fast_forward, find_weights
-        self._indices: dict[str, int] = {}
-        self._lora_a: list[list[Tensor]] = []
-        self._lora_b: list[list[Tensor]] = []
-        """Of each linear layer of each layer: (K, in, r) and (K, r, out)."""
-
-    @property
-    def bytes_per_adapter(self) -> int:
-        """What one more adapter takes; 0 where none is known yet."""
-        return sum(each[0].nbytes for both in (self._lora_a, self._lora_b) for layer in both for each in layer)
-
-    def add(self, weights: str, used: Collection[str]) -> int:
-        """The place of some weights, which are put there if need be; `used` stay. Raises WeightsMissing."""
-        if weights in self._indices:  # an id names what never changes
-            return self._indices[weights]
-        slot, found = self._find_weights(weights)
-        with torch.inference_mode():
-            adapted = slot.unmerged_layers(self._fast_forward)
-            adapted.install(found.flat)
-            return self._write(weights, adapted.layers, used)
-
-    def layers(self, weights: Sequence[str]) -> list[FusedLayer]:
-        """The layers for rows with these weights, all of which have a place."""
-        indices = [self._indices[each] if each else None for each in weights]
-        if all(place is None for place in indices):
-            return self._fast_forward.layers
-        with torch.inference_mode():
-            row_adapters = (
-                RowAdapters(indices, len(self._lora_a[0][0]), self._fast_forward.device)
-                if len(set(indices)) > 1
-                else None
-            )
-        single = next(place for place in indices if place is not None)
-        return [
-            self._fused_layer(base, downs, ups, row_adapters, single)
-            for base, downs, ups in zip(self._fast_forward.layers, self._lora_a, self._lora_b, strict=True)
-        ]
-
-    def release_unused(self) -> None:
-        """Nobody uses any of them: many are not kept."""
-        if self._lora_a and len(self._lora_a[0][0]) > MAX_IDLE_ADAPTERS:
-            self.clear()
-
-    def clear(self) -> None:
-        self._indices, self._lora_a, self._lora_b = {}, [], []
-
-    def _fused_layer(
-        self,
-        base: FusedLayer,
-        lora_as: list[Tensor],
-        lora_bs: list[Tensor],
-        row_adapters: RowAdapters | None,
-        index: int,
-    ) -> FusedLayer:
-        linears = []
-        for each, down, up in zip(base.linears(), lora_as, lora_bs, strict=True):
-            lora = (down, up) if row_adapters else (down[index].T, up[index])
-            linears.append(FusedLinear(each.weight, each.bias, each.parts, *lora, each.packed, row_adapters))
-        qkv, out, gate_up, last = linears
-        return FusedLayer(base.input_norm, qkv, base.qk_norm, out, base.mlp_norm, gate_up, last)
-
-    def _write(self, weights: str, layers: Sequence[FusedLayer], used: Collection[str]) -> int:
-        unused = [index for each, index in self._indices.items() if each not in used]
-        capacity, rank = (len(self._lora_a[0][0]), self._lora_a[0][0].shape[2]) if self._lora_a else (0, 0)
-        ranks = max(
-            (len(each.lora_a) for one in layers for each in one.linears() if each.lora_a is not None), default=1
-        )
-        is_full = len(self._indices) == capacity and not (unused and capacity > MAX_IDLE_ADAPTERS)
-        if is_full or ranks > rank:
-            self._reserve(layers, capacity + (max(1, capacity // 4) if is_full else 0), max(ranks, rank))
-            capacity = len(self._lora_a[0][0])
-        place = next((each for each in range(capacity) if each not in self._indices.values()), None)
-        if place is None:
-            place = unused[0]
-            self._indices = {each: at for each, at in self._indices.items() if at != place}
-        for layer, downs, ups in zip(layers, self._lora_a, self._lora_b, strict=True):
-            for each, down, up in zip(layer.linears(), downs, ups, strict=True):
-                down[place].zero_()
-                up[place].zero_()
-                if each.lora_a is not None and each.lora_b is not None:
-                    down[place, :, : len(each.lora_a)] = each.lora_a.T
-                    up[place, : len(each.lora_b)] = each.lora_b
-        self._indices[weights] = place
-        return place
-
-    def _reserve(self, layers: Sequence[FusedLayer], count: int, ranks: int) -> None:
-        """Room for so many adapters of such ranks; those that are there stay."""
-        old_lora_a, old_lora_b = self._lora_a, self._lora_b
-        weights = [[each.weight for each in one.linears()] for one in layers]
-        self._lora_a = [[each.new_zeros(count, each.shape[1], ranks) for each in one] for one in weights]
-        self._lora_b = [[each.new_zeros(count, ranks, each.shape[0]) for each in one] for one in weights]
-        for mine, theirs in zip(self._lora_a, old_lora_a, strict=False):
-            for here, there in zip(mine, theirs, strict=True):
-                here[: len(there), :, : there.shape[2]] = there
-        for mine, theirs in zip(self._lora_b, old_lora_b, strict=False):
-            for here, there in zip(mine, theirs, strict=True):
-                here[: len(there), : there.shape[1]] = there
-
-
 class FastSequenceCache(SequenceCache):
-    """Through the lean pass: one batch, in which each row has a length and an adapter of its own. An adapter that the
-    lean pass does not know goes the general way."""
+    """Through the fast forward pass: one batch, in which each row has its own length and adapter. Sequences with an
+    adapter that it does not support use the generic cache."""
 
     def __init__(
         self, fast_forward: FastForward, find_weights: FindWeights, prefix_bytes: int, generic: GenericSequenceCache
     ) -> None:
         self._fast_forward, self._find_weights, self._generic = fast_forward, find_weights, generic
         self._sequences: list[CachedSequence] = []
-        """The line of each row."""
+        """The sequence of each row."""
         self._cache = KVCache.empty(fast_forward, 0, CAPACITY_MULTIPLE)
         self._rows = 0
         self._capacity = CAPACITY_MULTIPLE
         self._adapters = StackedAdapters(fast_forward, find_weights)
         self._layers: tuple[list[str], list[FusedLayer]] | None = None
-        """The layers for a step of all rows, and for which weights they are."""
+        """The layers for decoding all rows, and the weights they are for."""
         self._max_prefix_bytes = prefix_bytes
         self._prefixes: OrderedDict[tuple[str, int], CachedPrefix] = OrderedDict()
         self._prefix_number = 0
@@ -246,7 +141,7 @@ class FastSequenceCache(SequenceCache):
             if not AdaptedLayers.is_supported(self._fast_forward, slot.slices):
                 return self._generic.start(weights, tokens)
             self._adapters.add(weights, {sequence.weights for sequence in self._sequences})
-            self._layers = None  # one that nobody used may have been put out
+            self._layers = None  # an unused adapter may have been replaced
         line = CachedSequence(weights)
         key, prefix_length, best = None, 0, None
         for (of, number), each in self._prefixes.items():
@@ -262,7 +157,7 @@ class FastSequenceCache(SequenceCache):
                     keys[row, :, :prefix_length] = best.keys_values[number, 0, :, :prefix_length]
                     values[row, :, :prefix_length] = best.keys_values[number, 1, :, :prefix_length]
             line.tokens += tokens[:prefix_length]
-        self._sequences.append(line)  # from now on there is such a row
+        self._sequences.append(line)  # the row exists from now on
         return line
 
     def prefill(self, sequence: CachedSequence, tokens: Sequence[int]) -> Tensor:
@@ -291,7 +186,7 @@ class FastSequenceCache(SequenceCache):
             ]
             order = torch.tensor([*generic_places, *own_places], device=self._fast_forward.device).argsort()
             return torch.cat(parts)[order]
-        # Rows that only wait grow by a token that nobody looks at, in a place that is written over when they go on.
+        # Rows that only wait read a dummy token, in a position that is overwritten when they continue.
         lengths = [len(line.tokens) for line in self._sequences]
         capacity = max(lengths) + 1
         self._reserve(capacity, len(self._sequences))
@@ -318,19 +213,19 @@ class FastSequenceCache(SequenceCache):
         if keep_prefix:
             try:
                 self._keep_prefix(sequence, row)
-            except (MemoryError, RuntimeError):  # no room to remember it; whoever else is here goes on
+            except (MemoryError, RuntimeError):  # no memory for the prefix; all others continue
                 log.warning("a conversation of %d tokens could not be kept warm", len(sequence.tokens), exc_info=True)
-        else:  # masked places count nothing only where they hold numbers: 0 × NaN is NaN
+        else:  # masked positions only count nothing if they are finite: 0 × NaN is NaN
             with torch.inference_mode():
                 for each in (*self._cache.keys, *self._cache.values):
                     each[row].zero_()
         last = self._sequences.pop()
-        if last is not sequence:  # the last row moves into the place that is free now
+        if last is not sequence:  # the last row moves to the free place
             self._sequences[row] = last
             with torch.inference_mode():
                 for each in (*self._cache.keys, *self._cache.values):
                     each[row, :, : len(last.tokens)] = each[len(self._sequences), :, : len(last.tokens)]
-        if not self._sequences:  # what many or long ones needed is given back
+        if not self._sequences:  # give memory back that many or long sequences needed
             self._clear_rows()
             self._adapters.release_unused()
 
@@ -361,7 +256,7 @@ class FastSequenceCache(SequenceCache):
             CAPACITY_MULTIPLE,
             KVCache.empty(self._fast_forward, 0, CAPACITY_MULTIPLE),
         )
-        self._layers = None  # it would hold adapters that have been put out
+        self._layers = None  # it refers to adapters that may have been replaced
 
     def _keep_prefix(self, sequence: CachedSequence, row: int) -> None:
         length = len(sequence.tokens)
@@ -369,7 +264,7 @@ class FastSequenceCache(SequenceCache):
             return
         for key, each in list(self._prefixes.items()):
             if key[0] == sequence.weights and common_prefix_length(each.tokens, sequence.tokens) == len(each.tokens):
-                del self._prefixes[key]  # this one goes on from there
+                del self._prefixes[key]  # a prefix of the new one
         keys_values = torch.stack([
             torch.stack([keys[row, :, :length], values[row, :, :length]])
             for keys, values in zip(self._cache.keys, self._cache.values, strict=True)
@@ -383,7 +278,7 @@ class FastSequenceCache(SequenceCache):
             self._prefixes.popitem(last=False)
 
     def _reserve(self, length: int, rows: int) -> None:
-        """Have room for so many positions in so many rows."""
+        """Ensure capacity for so many positions in so many rows."""
         capacity = self._capacity
         if length > capacity:
             capacity = -(-max(length, capacity + capacity // 2) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
@@ -395,7 +290,7 @@ class FastSequenceCache(SequenceCache):
             filled = max((len(line.tokens) for line in self._sequences), default=0)
             for mine, theirs in ((made.keys, old.keys), (made.values, old.values)):
                 for here, there in zip(mine, theirs, strict=True):
-                    here.zero_()  # what is masked must still be a number
+                    here.zero_()  # masked values must be finite
                     here[: len(self._sequences), :, :filled] = there[: len(self._sequences), :, :filled]
         self._cache, self._rows, self._capacity = made, rows, capacity
 
@@ -406,10 +301,10 @@ class GenericSequence(CachedSequence):
 
 
 class GenericSequenceCache(SequenceCache):
-    """Through transformers' own forward, for any causal model: lines take turns within a step."""
+    """Through transformers' forward pass, for any causal model: sequences take turns within a step."""
 
     MAX_PREFIXES = 4
-    """So many lines that have ended are kept as they are."""
+    """How many ended sequences are kept as they are."""
 
     def __init__(self, slots: AdapterSlots, find_weights: FindWeights) -> None:
         self._slots, self._find_weights = slots, find_weights
@@ -452,7 +347,7 @@ class GenericSequenceCache(SequenceCache):
         for line, token in zip(sequences, ids, strict=True):
             try:
                 rows.append(self.prefill(line, [token]))
-            except Exception as error:  # noqa: BLE001 - of one line alone: it is told to whoever asked for it
+            except Exception as error:  # noqa: BLE001 - of one sequence only: reported to its request
                 line.error = error
                 rows.append(None)
         like = next((row for row in rows if row is not None), None)

@@ -1,5 +1,5 @@
-"""Weights in the order in which a CPU reads them fastest for a few rows: oneDNN's, through the operations that torch's
-own compiler uses. It knows matrices alone."""
+"""Weights in the memory layout that a CPU reads fastest for a few rows: oneDNN's, through operations of torch's
+compiler. It knows only matrices."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 MAX_PACKED_ROWS = 64
-"""Up to so many rows the packed order is quicker."""
+"""Up to this many rows the packed layout is faster."""
 
 MAX_PACKED_BYTES = 2_000_000_000
-"""A packed copy is kept of models up to this size, where there is room for four."""
+"""Models up to this size get a packed copy, if there is memory for four."""
 
 
 def has_memory_for_copy(size: int) -> bool:
-    """Whether there is room for a copy of so many bytes and still as much again for work, three times."""
+    """Whether four times this many bytes are free: for a copy, and for work."""
     free = psutil.virtual_memory().available
-    with suppress(ImportError):  # Windows has no such limits
+    with suppress(ImportError):  # not available on Windows
         import resource
 
         most, _ = resource.getrlimit(resource.RLIMIT_DATA)
@@ -30,7 +30,7 @@ def has_memory_for_copy(size: int) -> bool:
 
 
 def pack_weight(weight: Tensor) -> Tensor | None:
-    """A packed copy of a matrix (out, in); None where this machine or this torch cannot pack it."""
+    """Return a packed copy of a matrix (out, in); None if this machine or torch version cannot pack it."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or not _is_supported():
         return None
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 4)
@@ -45,7 +45,7 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 @cache
 def _is_supported() -> bool:
-    """Whether the operations are there and give the right numbers: torch does not promise them."""
+    """Whether the operations exist and give correct results: torch does not guarantee them."""
     try:
         weight, x = torch.linspace(-1, 1, 40 * 24).view(40, 24), torch.linspace(0, 1, 3 * 24).view(3, 24)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 4)

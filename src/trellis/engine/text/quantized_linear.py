@@ -1,8 +1,8 @@
-"""4-bit linear layers on a CPU: one forward pass for drawing, learning and merging, the same on every processor.
+"""4-bit linear layers on a CPU: the same forward pass for decoding, learning and merging on every processor.
 
-bitsandbytes repacks its weights in evaluation mode for a kernel of processors with AVX512-BF16. That kernel has no
-gradient, rejects small layers and rounds activations to bfloat16. Its other CPU kernel dequantises rows whose length
-is not a multiple of the block size with the wrong scales. This module uses neither; it needs bitsandbytes.
+In evaluation mode, bitsandbytes repacks its weights for an AVX512-BF16 kernel that has no gradient, rejects small
+layers and rounds activations to bfloat16. Its other CPU kernel uses wrong scales for rows whose length is not a
+multiple of the block size. This module uses neither; it needs bitsandbytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 
 class Linear4bit(modules.Linear4bit):
-    """A linear layer over a 4-bit weight. PEFT knows it by the name and base class of bitsandbytes' own layer."""
+    """A linear layer with a 4-bit weight. PEFT recognizes it by the name and base class of bitsandbytes' layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), computed in the layer's compute dtype, returned in that of `x`."""
@@ -27,13 +27,13 @@ class Linear4bit(modules.Linear4bit):
         return made.to(x.dtype)
 
     def dequantized(self) -> Tensor:
-        """The weight (out, in) in the precision that it was quantised from."""
+        """Return the weight (out, in) in the precision it was quantized from."""
         weight: Any = self.weight
         return dequantize_weight(weight, weight.quant_state.dtype)
 
 
 class _Linear4bitFunction(torch.autograd.Function):
-    """x Wᵀ + b. The weight is dequantised again in the backward pass, so that no full copy is kept for it."""
+    """x Wᵀ + b. The backward pass dequantizes the weight again, so that no full copy is kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
@@ -49,9 +49,9 @@ class _Linear4bitFunction(torch.autograd.Function):
 
 
 def dequantize_weight(weight: Any, dtype: torch.dtype) -> Tensor:
-    """The values (out, in) of a 4-bit parameter of bitsandbytes.
+    """Return the values (out, in) of a 4-bit parameter of bitsandbytes.
 
-    Blocks run through a weight without regard to its rows, so it is read as one row a block, and a last shorter one.
+    Blocks span rows, so the weight is read as one row per block, and a shorter last one.
     """
     state: QuantState = weight.quant_state
     scales = state.absmax
@@ -70,7 +70,7 @@ def dequantize_weight(weight: Any, dtype: torch.dtype) -> Tensor:
 def _dequantize_blocks(
     packed: Tensor, scales: Tensor, state: QuantState, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """Blocks of a weight, one a row."""
+    """Dequantize blocks of a weight, one per row."""
     values = packed[: shape[0] * shape[1] // 2]
     found: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
         values, scales[: shape[0]].float().contiguous(), state.blocksize, state.quant_type, shape, dtype

@@ -1,4 +1,4 @@
-"""One token for each row of logits, from numbers that were drawn before. It knows no model."""
+"""Sample one token per row of logits from given uniform numbers. It knows no model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ...errors import EngineError
 from ...options import Sampling
 
 MIN_TEMPERATURE = 1e-4
-"""Below this temperature the likeliest token is drawn: what is divided by less is not a number any more."""
+"""Below this temperature sampling is greedy: dividing by less would overflow."""
 
 
 def overflow_error() -> EngineError:
-    """The error of a row of logits that holds NaN or infinity."""
+    """Return the error for logits that are NaN or infinite."""
     return EngineError(
         "The model gave no number here: its scores for the next token are NaN or infinite.",
         code="not_finite",
@@ -27,19 +27,19 @@ def is_greedy(sampling: Sampling) -> bool:
 
 
 def draw_uniforms(steps: int, rows: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Numbers (S, R) in [0, 1) for as many draws, the same on every device; rounding never makes one of them 1."""
+    """Draw numbers (S, R) in [0, 1), the same on every device; scaled so that rounding never gives 1."""
     return (torch.rand(steps, rows, generator=generator) * (1 - 2**-20)).to(device)
 
 
 def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """One token for each row of logits (R, V): tokens (R,) and their log-probabilities (R,) in fp32, over the
-    temperature, before any was filtered out.
+    """Sample one token per row of logits (R, V). Returns tokens (R,) and their log-probabilities (R,) in fp32, over the
+    temperature, before any filter.
 
-    By inversion: the first token at which the summed probabilities pass a number (R,) in [0, 1) that was drawn for the
-    row. Filters: min-p (arXiv 2407.01082), then top-p (nucleus, arXiv 1904.09751), after the temperature.
+    By inversion: the first token at which the cumulative probability exceeds the row's number in `uniforms` (R,).
+    Filters: min-p (arXiv 2407.01082), then top-p (nucleus, arXiv 1904.09751), after the temperature.
 
-    A row that holds NaN or infinity, or only impossible tokens, has a log-probability of NaN, and its token means
-    nothing; the other rows are as they would be without it.
+    A row with NaN or infinity, or with impossible tokens only, gets a log-probability of NaN and an undefined token;
+    other rows are not affected.
     """
     scaled = logits.float()
     if is_greedy(sampling):
@@ -51,11 +51,11 @@ def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor
 def sample_scaled(
     scaled: Tensor, min_p: float | Tensor, top_p: float | Tensor, uniforms: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`draw` from logits (R, V) over the temperature. A filter that is a tensor on the device may change its value
-    without a change of what is run."""
+    """`sample` from logits (R, V) already divided by the temperature. Filters given as tensors on the device can change
+    their value within a captured graph."""
     top = scaled.amax(dim=-1, keepdim=True)
     scaled = scaled - top
-    probabilities = scaled.exp()  # the likeliest is 1
+    probabilities = scaled.exp()  # relative to the likeliest token
     total = probabilities.sum(dim=-1)
     if isinstance(min_p, Tensor) or min_p > 0:
         probabilities = probabilities.where(probabilities >= min_p, 0.0)
@@ -66,5 +66,5 @@ def sample_scaled(
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
     cumulative = probabilities.cumsum(dim=-1)
     tokens = torch.searchsorted(cumulative, cumulative[:, -1:] * uniforms[:, None], right=True)
-    tokens = tokens.clamp(max=scaled.shape[-1] - 1)  # where nothing is a number, nothing is passed
+    tokens = tokens.clamp(max=scaled.shape[-1] - 1)  # if nothing is finite, the search ends past the last token
     return tokens[:, 0], scaled.gather(-1, tokens)[:, 0] - total.log()

@@ -1,6 +1,6 @@
-"""Which layers of a base model an adapter can change, by the model's own names, and which it cannot and why.
+"""Which layers of a base model an adapter can change, by the model's own names, and which it cannot, and why.
 
-It knows modules and what PEFT can do with them; not adapters' values, prompts or learning.
+It knows modules and PEFT's abilities; not adapters' values, prompts or learning.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 EXPERTS_TARGET = "experts"
-"""The name under which all stacked expert weights of a model are adapted together. Adapters in one model have to agree
-on the parameters that they change (PEFT nests its wrappers), so it is all of them or none."""
+"""The target name for all stacked expert weights of a model. Adapters in one model must agree on the parameters they
+change (PEFT nests its wrappers), so it is all of them or none."""
 
 BYPASSED_REASON = "the model reads its weight directly, past any adapter"
 
@@ -32,9 +32,8 @@ PROBE_TOKENS = 8
 class AdaptableLayers:
     """The layers of a model that an adapter can change.
 
-    `linear` are the names of its linear layers and `experts` those of its stacked expert weights, both in the model's
-    order; `head` is the linear layer that makes the logits. `unfit` gives the last part of the names of linear layers
-    that PEFT cannot adapt, with the reason.
+    `linear` names its linear layers and `experts` its stacked expert weights, both in the model's order; `head` is the
+    output layer. `unsupported` maps short names of linear layers that PEFT cannot adapt to the reason.
     """
 
     linear: tuple[str, ...]
@@ -42,11 +41,11 @@ class AdaptableLayers:
     head: str | None
     unsupported: dict[str, str] = field(default_factory=dict)
     module_counts: Counter[str] = field(default_factory=Counter)
-    """How many modules of any kind have a name that ends like this."""
+    """How many modules of any kind have each short name."""
 
     def shorten_names(self, names: list[str]) -> list[str]:
-        """The usual short names of some linear layers (q_proj), which other programs know, where no other module has
-        them; else the names as they are."""
+        """Return the usual short names of some linear layers (q_proj), which other programs know, if no other module
+        has them; else the names unchanged."""
         short_names = Counter(map(short_name, names))
         return (
             sorted(short_names)
@@ -56,7 +55,7 @@ class AdaptableLayers:
 
     @property
     def target_names(self) -> list[str]:
-        """What may be named as a target: the last part of each layer's name, and “experts” where there are any."""
+        """The names that may be targets: the short name of each layer, and “experts” if there are any."""
         return sorted({short_name(name) for name in self.linear} | ({EXPERTS_TARGET} if self.experts else set()))
 
 
@@ -69,9 +68,9 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def find_adaptable_layers(model: Any, probe: bool = True) -> AdaptableLayers:
-    """The layers of a model into which no adapter has been injected yet.
+    """Find the layers of a model without adapters that can get one.
 
-    With `probe`, a few tokens are sent through the model to see which layers return what a linear layer should.
+    With `probe`, run a few tokens through the model to see which layers return what a linear layer should.
     """
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     stacked = dict(_stacked_experts(model))
@@ -100,7 +99,7 @@ def find_adaptable_layers(model: Any, probe: bool = True) -> AdaptableLayers:
 
 
 def _stacked_experts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Weights (experts, ., .) of all experts of a layer in one parameter, by name."""
+    """Yield parameters (experts, ., .) that stack a layer's expert weights, with their names."""
     for name, module in model.named_modules():
         if "expert" not in f"{name}.{type(module).__name__}".lower() or is_linear(module):
             continue
@@ -110,7 +109,7 @@ def _stacked_experts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _unsupported_by_peft(model: Any, linear: dict[str, nn.Module]) -> dict[str, str]:
-    """Last parts of names that PEFT does not take for linear layers of this model, with the reason."""
+    """Return the short names that PEFT does not treat as linear layers of this model, with reasons."""
     reasons: dict[str, str] = {}
     conversions = get_model_conversion_mapping(model) if hasattr(model, "config") else []
     for name in sorted({short_name(each) for each in linear}):
@@ -122,7 +121,7 @@ def _unsupported_by_peft(model: Any, linear: dict[str, nn.Module]) -> dict[str, 
             continue
         try:
             convert_peft_config_for_transformers(config, model, conversions)
-        except ValueError:  # it would want its neighbours as well
+        except ValueError:  # it would require neighbouring layers as well
             config.target_modules = set()
         if name not in (config.target_modules or ()):
             reasons[name] = "PEFT takes this name for the experts of an older file format"
@@ -130,10 +129,10 @@ def _unsupported_by_peft(model: Any, linear: dict[str, nn.Module]) -> dict[str, 
 
 
 def _probe_modules(model: Any, watched: dict[str, nn.Module]) -> tuple[dict[str, str], set[str]]:
-    """Send a few tokens through the model and watch some modules.
+    """Run a few tokens through the model and watch some modules.
 
-    Returns the linear layers that do not return one tensor (..., out), with the reason why no adapter fits them, and
-    the modules that did not run while the module that holds them did: an adapter around these would never be asked.
+    Returns the linear layers that do not return one tensor (..., out), with reasons, and the modules that did not run
+    although their parent did: an adapter around these would never be called.
     """
     outcomes: dict[nn.Module, str | None] = {}
 
@@ -159,17 +158,17 @@ def _probe_modules(model: Any, watched: dict[str, nn.Module]) -> tuple[dict[str,
 
 
 def probe_ids(model: Any, length: int) -> Tensor:
-    """Some tokens (1, T), none like its neighbours, away from the ends of the vocabulary, where special ones are."""
+    """Return distinct tokens (1, T) from the first half of the vocabulary, away from special ones."""
     size = model.get_input_embeddings().weight.shape[0] if hasattr(model, "get_input_embeddings") else 64
     return (torch.arange(length)[None] * 37 + 11) % max(1, size // 2)
 
 
 @contextmanager
 def restored_on_error(root: nn.Module) -> Iterator[None]:
-    """Where the block raises, put all modules back as they were: their children, parameters, hooks and attributes.
+    """If the block raises, restore all modules: children, parameters, hooks and attributes.
 
-    Nothing that stays is missing for a moment, since other threads look at the model meanwhile; and what is changed in
-    place is put back in place, since several modules may share it, as PEFT's do their settings.
+    Nothing that stays is missing at any moment, since other threads use the model; and containers are restored in
+    place, since modules may share them, as PEFT's share their settings.
     """
     saved_attributes = [(vars(module), dict(vars(module))) for module in root.modules()]
     containers = {
@@ -192,7 +191,7 @@ def _is_container(value: Any) -> bool:
 
 
 def _restore(current: Any, saved: Any) -> None:
-    """Give a container the contents that it had, in their order."""
+    """Restore the contents of a container in place, in their order."""
     if isinstance(current, list):
         current[:] = saved
     elif isinstance(current, set):
@@ -208,7 +207,7 @@ def _restore(current: Any, saved: Any) -> None:
 
 
 def adapted_modules(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
-    """The modules that hold the matrices of an adapter, with their names."""
+    """Yield the modules that hold an adapter's matrices, with their names."""
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and adapter in getattr(module, "lora_A", ()):
             yield name, module

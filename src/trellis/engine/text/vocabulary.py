@@ -1,4 +1,4 @@
-"""What the tokens of a vocabulary write, as bytes, and token sequences as text that comes out the same in any pieces.
+"""The bytes that each token of a vocabulary writes, and incremental detokenization with the same result for any chunks.
 
 It knows tokenizers; not models, sampling or chat templates.
 """
@@ -16,16 +16,16 @@ from typing import Any
 from weakref import WeakKeyDictionary, proxy
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-"""How SentencePiece vocabularies with byte fallback write a single byte."""
+"""A single byte in SentencePiece vocabularies with byte fallback."""
 
 CONTEXT_TOKENS = 8
-"""Tokens before an answer that are decoded with it where the bytes of the vocabulary are not known."""
+"""Tokens before an answer that are decoded with it if the vocabulary's bytes are unknown."""
 
 _vocabularies: WeakKeyDictionary[Any, Vocabulary] = WeakKeyDictionary()
 
 
 def vocabulary_of(tokenizer: Any) -> Vocabulary:
-    """The vocabulary of a tokenizer, read once."""
+    """Return the vocabulary of a tokenizer, read once."""
     if tokenizer not in _vocabularies:
         _vocabularies[tokenizer] = Vocabulary(tokenizer)
     return _vocabularies[tokenizer]
@@ -33,66 +33,66 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a decoder turns entries of the vocabulary into bytes."""
+    """How a decoder turns vocabulary entries into bytes."""
 
     byte_level: bool = False
     replacements: tuple[tuple[str, str], ...] = ()
     byte_fallback: bool = False
     strips_leading_space: bool = False
-    """Whether a space at the beginning of a text is dropped: the tokenizer puts one there."""
+    """Whether a space at the beginning of a text is dropped, because the tokenizer adds one."""
 
 
 class Vocabulary:
-    """The entries of one tokenizer's vocabulary: byte-level BPE, SentencePiece with or without byte fallback. What any
-    other tokenizer writes is not known token by token; `spelling` is None then."""
+    """The entries of a tokenizer's vocabulary: byte-level BPE, SentencePiece with or without byte fallback. For other
+    tokenizers the bytes of a token are unknown, and `spelling` is None."""
 
     def __init__(self, tokenizer: Any) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self.spelling = _find_spelling(backend) if backend is not None else None
         self._backend = backend
-        self._tokenizer = proxy(tokenizer)  # it is known by this one, and would never be let go
+        self._tokenizer = proxy(tokenizer)  # a key of the weak dictionary must not be kept alive by its value
         self._bytes: dict[int, bytes] = {}
         self._special = set(getattr(tokenizer, "all_special_ids", ()))
         added = getattr(tokenizer, "added_tokens_decoder", None) or {}
         self._special |= {token for token, about in added.items() if getattr(about, "special", False)}
 
     def is_special(self, token: int) -> bool:
-        """Whether a token marks something instead of writing text."""
+        """Whether a token is a marker rather than text."""
         return token in self._special
 
     def name(self, token: int) -> str:
-        """The entry itself, as the vocabulary has it."""
+        """Return the entry as it stands in the vocabulary."""
         return str(self._tokenizer.convert_ids_to_tokens(token))
 
     def bytes_of(self, token: int) -> bytes:
-        """What a token adds to a text; nothing for special ones and for rows without an entry. Only where the spelling
-        is known."""
+        """Return what a token adds to a text; nothing for special tokens and rows without an entry. Only if the
+        spelling is known."""
         found = self._bytes.get(token)
         if found is None:
             found = self._bytes[token] = b"" if self.is_special(token) else self._spell(token)
         return found
 
     def unused_rows(self, rows: int) -> list[int]:
-        """Rows of an embedding with so many that no token belongs to: many are padded to a round number."""
+        """Return the rows of an embedding without a token: many are padded to a round number."""
         known: Collection[int] = range(len(self._tokenizer))
         with suppress(NotImplementedError, AttributeError):
             known = set(self._tokenizer.get_vocab().values())
-            if self._backend is None:  # one that is code may give several tokens the same name here
+            if self._backend is None:  # tokenizers in Python may give several tokens the same name
                 known |= set(range(self._tokenizer.vocab_size))
         return [row for row in range(rows) if row not in known]
 
     def fewest_tokens(self, text: str) -> int:
-        """A number of tokens that a text has at least, without tokenizing it; 0 where nothing is certain.
+        """Return a lower bound on the number of tokens of a text without tokenizing it; 0 if unknown.
 
-        No token can stand for more bytes than the longest entry writes. That holds where no byte of the text is
-        dropped or merged before it is looked up: byte-level BPE, or byte fallback, without normalization beyond NFC
-        (which makes UTF-8 at most three times shorter, Unicode FAQ) and without tokens that swallow spaces around them.
+        No token stands for more bytes than the longest entry. This holds if no byte is dropped or merged before lookup:
+        byte-level BPE, or byte fallback, without normalization beyond NFC (which shortens UTF-8 by a factor of at most
+        three, Unicode FAQ) and without tokens that strip spaces around them.
         """
         return len(text.encode("utf-8", "replace")) // self._max_bytes_per_token if self._max_bytes_per_token else 0
 
     @cached_property
     def _max_bytes_per_token(self) -> int:
-        """Bytes of text that one token stands for at most; 0 where that is not certain."""
+        """The most bytes of text that one token stands for; 0 if unknown."""
         if self.spelling is None or self._backend is None or type(self._backend.model).__name__ != "BPE":
             return 0
         vocabulary = self._tokenizer.get_vocab()
@@ -119,7 +119,7 @@ class Vocabulary:
         if self.spelling.byte_level:
             if all(letter in BYTE_LETTERS for letter in entry):
                 return bytes(BYTE_LETTERS[letter] for letter in entry)
-            return str(entry).encode()  # an added token, which is written as it is
+            return str(entry).encode()  # an added token, written literally
         for old, new in self.spelling.replacements:
             entry = entry.replace(old, new)
         if self.spelling.byte_fallback and (byte := BYTE_TOKEN.fullmatch(entry)):
@@ -128,7 +128,7 @@ class Vocabulary:
 
 
 def _make_byte_letters() -> dict[str, int]:
-    """The letters of byte-level BPE and the bytes that they stand for (GPT-2's table)."""
+    """Return the letters of byte-level BPE and the bytes they stand for (GPT-2's table)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     letters = {chr(byte): byte for byte in printable}
     others = [byte for byte in range(256) if byte not in printable]
@@ -139,7 +139,7 @@ BYTE_LETTERS = _make_byte_letters()
 
 
 def _find_spelling(backend: Any) -> Spelling | None:
-    """The spelling that a decoder of `tokenizers` amounts to; None for one that does not work token by token."""
+    """Return the spelling equivalent to a decoder of `tokenizers`; None if it does not work token by token."""
     if backend.decoder is None:
         return None
     about = json.loads(backend.decoder.__getstate__())
@@ -167,7 +167,7 @@ def _find_spelling(backend: Any) -> Spelling | None:
 
 
 def _max_shrink_factor(normalizer: Any) -> int | None:
-    """How many times shorter a normalizer may make a text at most; None where that is not known."""
+    """Return the factor by which a normalizer may shorten a text at most; None if unknown."""
     if normalizer is None:
         return 1
     about = json.loads(normalizer.__getstate__())
@@ -184,7 +184,7 @@ def _max_shrink_factor(normalizer: Any) -> int | None:
 
 
 def _may_drop_text(pre_tokenizer: Any) -> bool:
-    """Whether a pre-tokenizer may leave out parts of a text."""
+    """Whether a pre-tokenizer may drop parts of a text."""
     if pre_tokenizer is None:
         return False
     about = json.loads(pre_tokenizer.__getstate__())
@@ -195,19 +195,18 @@ def _may_drop_text(pre_tokenizer: Any) -> bool:
 
 @dataclass(frozen=True)
 class TextPiece:
-    """What one token adds to a text that has grown so far. Pieces joined are the whole text, `raw` its bytes."""
+    """What one token adds to a text. The pieces joined are the whole text, their `raw` its bytes."""
 
     text: str
     raw: bytes
     pending: int = 0
-    """So many of its last bytes begin a character that is not whole yet; its text comes with the token that ends it."""
+    """How many of its last bytes begin an incomplete character; the text comes with the token that completes it."""
 
 
 class IncrementalDetokenizer:
-    """Tokens to text, some at a time. Half a character is held back until it is whole.
+    """Tokens to text, incrementally. Incomplete characters are held back.
 
-    `before` are the tokens that the text goes on from: a space at its beginning is a part of it only where a text
-    stands before it.
+    `before` are the preceding tokens: a space at the beginning is only part of the text if something precedes it.
     """
 
     def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
@@ -217,19 +216,19 @@ class IncrementalDetokenizer:
         )
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text that these tokens add, up to the last whole character."""
+        """Return the text these tokens add, up to the last complete character."""
         return "".join([self._method.add(token).text for token in tokens])
 
     def add(self, token: int) -> TextPiece:
-        """What a token adds."""
+        """Return what a token adds."""
         return self._method.add(token)
 
     def peek(self, token: int) -> TextPiece:
-        """What a token would add."""
+        """Return what a token would add."""
         return self._method.peek(token)
 
     def flush(self) -> str:
-        """What was held back, at the end."""
+        """Return what was held back, at the end."""
         return self._method.flush()
 
 
@@ -262,7 +261,7 @@ class _ByteDetokenizer:
 
 
 class _WindowDetokenizer:
-    """By decoding the last tokens again with each new one, for tokenizers of which the bytes are not known."""
+    """By decoding the last tokens again with each new one, for tokenizers whose bytes are unknown."""
 
     def __init__(self, tokenizer: Any, before: Sequence[int]) -> None:
         self._tokenizer = tokenizer
