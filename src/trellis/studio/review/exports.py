@@ -127,7 +127,7 @@ class Exports:
         work = self.folder / f".work-{job.id}"
         self._names_in_progress.add(name)
         try:
-            async with session.hold_weights(node, verify=True):
+            async with session.nodes.hold_weights(node, verify=True):
                 entry = await self._catalog.find(session.config.model)
                 if kind == "adapter":
                     checks = await self._export_adapter(job, session, node, entry, work)
@@ -168,7 +168,7 @@ class Exports:
         await asyncio.to_thread(self.folder.mkdir, parents=True, exist_ok=True)
         prompts = [session.prompts.at(place) for place in range(8)] if session.prompts else []
         probes = tuple(
-            session.make_prompt(text)
+            session.requests.prompt(text)
             for text in dict.fromkeys([session.config.control_prompt, *PROBE_PROMPTS, *prompts])
             if text
         )
