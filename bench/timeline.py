@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from tests.conftest import open_studio, ready, until  # noqa: E402
 
 from trellis.messages import Assess, Event, Learn, Offer, Request  # noqa: E402
-from trellis.studio.steering.session import CONTROL_SAMPLING  # noqa: E402
+from trellis.studio.steering.background_work import CONTROL_SAMPLING  # noqa: E402
 from trellis.workers.processes import ProcessSpawner  # noqa: E402
 from trellis.workers.worker import Worker  # noqa: E402
 
@@ -91,7 +91,7 @@ async def click(folder: Path, seen: Seen, foresight: str, reading: float) -> Cli
             await ready(session, 120)
             await asyncio.sleep(1)
             assert session.offer
-            await session.choose(session.offer.id, number % 4, f"r{number}")
+            await session.commands.choose(session.offer.id, number % 4, f"r{number}")
         await ready(session, 120)
         seen.spans.clear()
         await asyncio.sleep(reading)
@@ -105,9 +105,9 @@ async def click(folder: Path, seen: Seen, foresight: str, reading: float) -> Cli
 
         studio.hub.publish = publishing  # type: ignore[method-assign]
         assert session.offer
-        choice = session._likely_choices()[2]
+        choice = session._background.likely_choices()[2]
         started = time.perf_counter()
-        await session.choose(session.offer.id, choice, "click")
+        await session.commands.choose(session.offer.id, choice, "click")
         await until(lambda: session.status == "ready", 60)
         whole = time.perf_counter()
         await asyncio.sleep(0.4)

@@ -91,14 +91,14 @@ async def make_states(studio: Studio) -> States:
     """Everything that may stand in a list. Jobs that run go on until they are cancelled."""
     session = await studio.steering.create("Everything", {"control_prompt": "Who are you?"})
     await ready(session)
-    await session.replace_prompt("Please repeat yourself.", "equal options")
+    await session.commands.replace_prompt("Please repeat yourself.", "equal options")
     for number, choice in enumerate((0, "none", (1, 3), 2)):
         shown = (await ready(session))["offer"]["id"]
-        await session.choose(shown, choice, f"click {number}")  # type: ignore[arg-type]
+        await session.commands.choose(shown, choice, f"click {number}")  # type: ignore[arg-type]
     await ready(session)
-    await session.undo("undo once")
+    await session.commands.undo("undo once")
     await ready(session)
-    await session.name_node(session.tree.head_id, f"A name {LONG_WORD}")
+    await session.commands.name_node(session.tree.head_id, f"A name {LONG_WORD}")
     fresh = await studio.steering.create(f"Fresh {LONG_WORD}", {})
     await ready(fresh)
     failed = await studio.steering.create("Cannot be loaded", {"model": "broken"})

@@ -142,7 +142,7 @@ async def test_several_answer_side_by_side_and_one_is_gone_on_with(studio: Studi
 async def test_every_step_of_a_session_can_be_talked_to(studio: Studio) -> None:
     session = await studio.steering.create("Hop", {})
     state = await ready(session)
-    await session.choose(state["offer"]["id"], 0, "choose-request")
+    await session.commands.choose(state["offer"]["id"], 0, "choose-request")
     await until(lambda: session.tree.head.step == 1)
     await ready(session)
     names = {
@@ -641,11 +641,11 @@ async def test_a_message_that_is_too_long_is_refused_with_what_to_do(studio: Stu
 async def test_steps_are_named_and_the_newest_is_not_where_the_session_stands(studio: Studio) -> None:
     session = await studio.steering.create("Hop", {})
     state = await ready(session)
-    await session.choose(state["offer"]["id"], 0, "choose-request")
+    await session.commands.choose(state["offer"]["id"], 0, "choose-request")
     await until(lambda: session.tree.head.step == 1)
     await ready(session)
-    session._labels[session.tree.head_id] = "  "
-    await session.undo("undo-request")
+    session.nodes._labels[session.tree.head_id] = "  "
+    await session.commands.undo("undo-request")
     await until(lambda: session.tree.head.step == 0)
     versions = await studio.chat_targets.list_versions(session.id)
     assert [each["label"] for each in versions] == ["Hop, step 1", "Hop, Base model"]

@@ -53,12 +53,12 @@ async def test_a_session_tells_what_was_left_out_of_its_prompts(tmp_path: Path, 
         place = tmp_path / "prepared" / str(session.prepared_prompts)
     async with open_studio(tmp_path, fake_spawn) as studio:
         again = await studio.steering.session(session.id)
-        again.wake()
+        again.work.wake()
         assert (await ready(again))["dataset"]["notes"] == told
     (place / "about.json").write_text(json.dumps({"total": 2, "skipped": 4}))
     async with open_studio(tmp_path, fake_spawn) as studio:
         older = await studio.steering.session(session.id)
-        older.wake()
+        older.work.wake()
         assert (await ready(older))["dataset"]["notes"] == [
             "4 rows were left out, which had no text that can be a prompt."
         ]
@@ -94,15 +94,15 @@ async def test_the_order_survives_a_restart_and_the_loss_of_the_file(tmp_path: P
         session = await studio.steering.create(None, {"dataset": FILE, "control_prompt": "", "seed": 7})
         for _ in range(3):
             asked.append((await ready(session))["offer"]["prompt"])
-            await session.skip(f"s{len(asked)}")
+            await session.commands.skip(f"s{len(asked)}")
     file.write_text('{"prompt": "Something else?"}\n')
     file.unlink()
     async with open_studio(tmp_path, fake_spawn) as studio:
         again = await studio.steering.session(session.id)
-        again.wake()
+        again.work.wake()
         for step in range(3):
             asked.append((await ready(again))["offer"]["prompt"])
-            await again.skip(f"t{step}")
+            await again.commands.skip(f"t{step}")
         assert again.prompts is not None
         assert asked == [again.prompts.at(place) for place in range(6)]
         assert len(set(asked)) == 6
@@ -117,10 +117,10 @@ async def test_prompts_that_are_gone_are_read_again(tmp_path: Path, fake_spawn: 
         await studio.datasets.discard(session.prepared_prompts)
     async with open_studio(tmp_path, fake_spawn) as studio:
         again = await studio.steering.session(session.id)
-        again.wake()
-        await again.resume()
+        again.work.wake()
+        await again.commands.resume()
         await ready(again)
-        await again.skip("s1")
+        await again.commands.skip("s1")
         assert (await ready(again))["dataset"]["total"] == 40
 
 
@@ -253,7 +253,7 @@ async def test_damaged_offsets_are_read_again(tmp_path: Path, fake_spawn: Spawn,
         assert again.prompts is None
         studio_discards = studio.datasets.discard(str(session.prepared_prompts))
         await studio_discards
-        again.wake()
+        again.work.wake()
         await until(lambda: again.prompts is not None)
 
 

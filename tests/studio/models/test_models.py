@@ -104,7 +104,7 @@ async def test_a_load_that_fails_says_why_and_can_be_tried_again(tmp_path: Path)
         await until(lambda: session.error)
         assert session.state()["error"]["message"] == "The file is torn."
         Broken.broken = False
-        await session.resume()
+        await session.commands.resume()
         await until(lambda: session.status == "ready")
 
 
@@ -221,7 +221,7 @@ async def test_a_model_that_is_unloaded_under_a_session_stays_unloaded_until_it_
         await until(lambda: session.error)
         assert session.state()["error"]["code"] == "unloaded"
         assert studio.models.state(ModelOptions(model="demo")) == "unloaded"
-        await session.resume()
+        await session.commands.resume()
         await until(lambda: session.status == "ready")
 
 
@@ -232,7 +232,7 @@ async def test_a_model_that_nobody_uses_is_unloaded_and_comes_back_by_itself(tmp
         await until(lambda: studio.models.state(ModelOptions()) == "unloaded")
         assert session.status == "ready", "the session stays as it was"
         assert session.offer is not None
-        await session.choose(session.offer.id, 0, "r1")
+        await session.commands.choose(session.offer.id, 0, "r1")
         await until(lambda: session.status == "ready" and session.tree.head.step == 1)
 
 

@@ -84,7 +84,7 @@ async def test_whether_to_think_goes_with_every_prompt_and_every_chat(
         session = await studio.steering.create("Test", {"model": model, "enable_thinking": wanted})
         await until(lambda: session.status == "ready" and len(asked) >= 2)
         assert session.offer
-        await session.choose(session.offer.id, 0, "r1")
+        await session.commands.choose(session.offer.id, 0, "r1")
         await until(lambda: session.status == "ready" and any(isinstance(each, Learn) for each in asked))
         expected = {} if variables is None else {"enable_thinking": variables}
         prompts = [each.lesson.prompt if isinstance(each, Learn) else each.prompt for each in asked]

@@ -106,7 +106,7 @@ async def test_the_prompts_are_new_to_every_branch_of_the_session(studio: Studio
     head = session.tree.head_id
     await choose(session, 0)
     furthest = session.tree.head.position
-    await session.go_to(head, "back")
+    await session.commands.go_to(head, "back")
     trial = await start(studio, session, planned=1)
     found = await current(studio, trial)
     assert session.prompts
@@ -146,7 +146,7 @@ async def test_answers_that_are_the_same_are_ties_that_nobody_is_asked_about(
     async def same(*arguments: Any) -> list[str]:
         return ["Just so."]
 
-    monkeypatch.setattr(session, "sample", same)
+    monkeypatch.setattr(session.nodes, "sample", same)
     trial = await start(studio, session, planned=4)
     found = await current(studio, trial)
     assert (found["state"], found["judged"], found["result"]["ties"]) == ("done", 4, 4)
@@ -186,7 +186,7 @@ async def test_trouble_is_told_and_can_be_tried_again(
         raise Conflict("No.", code="no", next_step="Again.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(session, "sample", broken)
+        patch.setattr(session.nodes, "sample", broken)
         trial = await start(studio, session, planned=2)
         found = await current(studio, trial)
         assert found["error"]["message"] == "No."

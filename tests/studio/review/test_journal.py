@@ -22,7 +22,7 @@ async def session(studio: Studio) -> Session:
     session = await studio.steering.create("Every\nkind", {"system_prompt": "Be kind."})
     for choice in ALL:
         await choose(session, choice)
-    await session.skip("skip")
+    await session.commands.skip("skip")
     await ready(session)
     return session
 
@@ -82,7 +82,7 @@ def test_every_choice_has_words() -> None:
 async def test_an_answer_is_never_worse_than_itself_in_what_is_taken_away(studio: Studio) -> None:
     session = await studio.steering.create("Twice", {})
     await ready(session)
-    await session.replace_prompt("Please repeat yourself.", "the same twice")
+    await session.commands.replace_prompt("Please repeat yourself.", "the same twice")
     await choose(session, 2)
     await ready(session)
     (raw,) = await lines(studio, session, "raw")

@@ -33,7 +33,7 @@ async def session(studio: Studio) -> Session:
     session = await studio.steering.create("Test", {"seed": 5})
     for choice in (1, "none", (0, 2)):
         await choose(session, choice)
-    await session.skip("skip")
+    await session.commands.skip("skip")
     await ready(session)
     return session
 
@@ -68,7 +68,7 @@ async def test_a_branch_is_fitted_afresh_beside_itself(studio: Studio, session: 
     assert node.metrics
     assert node.metrics.agreed_of == 3
     assert session.tree.head_id == head
-    await session.go_to(node.id, "there")
+    await session.commands.go_to(node.id, "there")
     state = await ready(session)
     assert state["offer"]["options"]
     assert "retrained on 3 choices" in await journal_markdown(studio.store, session)
@@ -98,7 +98,7 @@ async def test_what_comes_after_a_fit_replays_lessons_of_its_log(studio: Studio,
     assert len(drawn) == session.config.replay
     assert len(choices_to_replay(session.config, session.tree.path(node.parent))) == 2
     assert any(each is node and number > 0 for each, number in drawn)
-    await session.go_to(node.id, "there")
+    await session.commands.go_to(node.id, "there")
     state = await choose(session, 0)
     assert state["head"]["step"] == node.step + 1
 
@@ -154,7 +154,7 @@ async def test_choices_are_learned_from_whatever_the_format(studio: Studio, sess
     (note,) = job.row["body"]["notes"]
     assert note.startswith("1 of 2 rows skipped, the first in ")
     assert "multi-turn" in note
-    lessons = await session.lessons(session.node(result["node"]))
+    lessons = await session.requests.lessons(session.tree.path(result["node"]))
     assert lessons[-1].prompt.text == "Why, and how?"
     assert [option.text for option in lessons[-1].options] == ["A; b", "B"]
 
@@ -167,19 +167,19 @@ async def test_weights_of_a_fit_are_kept_and_worked_out_again_when_they_are_lost
     assert node.weights not in prunable_weights(session.tree, session.config)
     (weights,) = tmp_path.rglob(node.weights)
     shutil.rmtree(weights)
-    await session.go_to(node.id, "there")
+    await session.commands.go_to(node.id, "there")
     await ready(session)
     await until(lambda: weights.is_dir())
     (log,) = (tmp_path / "choices").rglob(node.choice.fitted if isinstance(node.choice, Retraining) else "")
     shutil.rmtree(log)
     shutil.rmtree(weights)
-    await session.go_to(session.tree.root.id, "away")
+    await session.commands.go_to(session.tree.root.id, "away")
     await ready(session)
-    await session.go_to(node.id, "back")
+    await session.commands.go_to(node.id, "back")
     await until(lambda: session.status == "failed")
     assert session.error
     assert session.error.code == "log_missing"
-    await session.go_to(session.tree.root.id, "away again")
+    await session.commands.go_to(session.tree.root.id, "away again")
     await ready(session)
 
 
@@ -199,7 +199,7 @@ async def test_a_log_is_replayed_on_another_model(tmp_path: Path, fake_spawn: Sp
         assert state["config"]["model"] == name
         assert state["config"]["system_prompt"] == "Be kind."
         assert state["head"]["node"] == result["node"]
-        lessons = await new.lessons(new.node(result["node"]))
+        lessons = await new.requests.lessons(new.tree.path(result["node"]))
         assert [lesson.choice for lesson in lessons] == [1]
         assert all(option.tokens == () and option.text for option in lessons[0].options)
         assert [each["id"] for each in await studio.retraining.list_jobs(session.id)] == [job.id]
@@ -238,9 +238,9 @@ async def test_a_session_at_work_on_a_fit_stays_in_memory(studio: Studio, sessio
 async def test_undo_from_a_fit_brings_back_what_was_shown(studio: Studio, session: Session) -> None:
     result = await done(await studio.retraining.import_preferences(session.id, preferences(studio)))
     shown = session.state()["offer"]["id"]
-    await session.go_to(result["node"], "there")
+    await session.commands.go_to(result["node"], "there")
     await ready(session)
-    await session.undo("back")
+    await session.commands.undo("back")
     assert (await ready(session))["offer"]["id"] == shown
 
 
@@ -324,7 +324,7 @@ async def test_the_engine_is_asked_for_whole_logs_in_the_sessions_own_words(tmp_
 async def test_the_page_says_how_many_of_the_last_choices_the_model_agrees_with(
     studio: Studio, session: Session
 ) -> None:
-    await session.undo("from the skip")
+    await session.commands.undo("from the skip")
     await until(lambda: session.tree.head.metrics and session.tree.head.metrics.agreed is not None)
     assert session.tree.head.metrics
     assert (session.tree.head.metrics.agreed, session.tree.head.metrics.agreed_of) == (3, 3)
@@ -343,7 +343,7 @@ async def test_a_figure_that_cannot_be_had_stops_nothing(tmp_path: Path) -> None
         await choose(session, 1)
         state = await choose(session, 1)
         assert state["head"]["step"] == 2
-        await until(lambda: session.tree.head_id in session._failed_assessments)
+        await until(lambda: session.tree.head_id in session._background._failed_assessments)
         assert session.status == "ready"
         assert session.current_metrics()["agreed"] is None
 

@@ -31,8 +31,9 @@ from trellis.options import ModelOptions
 from trellis.store.steering import commit_node
 from trellis.store.tables import intents, nodes, offers
 from trellis.studio.models.devices import has_mains_power, make_foresight_check
+from trellis.studio.steering.background_work import CONTROL_SAMPLING
 from trellis.studio.steering.foresight import ForesightRequest, last_event
-from trellis.studio.steering.session import CONTROL_SAMPLING, Session
+from trellis.studio.steering.session import Session
 from trellis.studio.studio import Studio
 from trellis.workers.channel import Channel
 from trellis.workers.processes import ProcessSpawner
@@ -89,12 +90,12 @@ def spawner(folder: Path) -> Spawn:
 
 def foreseen(session: Session) -> bool:
     """Whether everything that may be chosen next is worked out."""
-    return session.status == "ready" and not session._foresight_steps() and (not session._task or session._task.done())
+    return session.status == "ready" and not session._background.foresight_steps() and not session.work.is_running
 
 
 async def choose(session: Session, choice: Any, request: str) -> None:
     assert session.offer is not None
-    await session.choose(session.offer.id, choice, request)
+    await session.commands.choose(session.offer.id, choice, request)
 
 
 async def test_a_choice_that_was_foreseen_asks_the_engine_for_nothing_and_is_there_at_once(
@@ -112,13 +113,13 @@ async def test_a_choice_that_was_foreseen_asks_the_engine_for_nothing_and_is_the
     monkeypatch.setattr(session._hub, "publish", publishing)
     assert listening.of(Learn) == [3] * 5  # four options and none of these
     assert listening.of(Offer) == [3] * 6  # and what follows each of them, and a skip
-    write, writes = session._store.write, []
+    write, writes = session.work._store.write, []
 
     async def writing(work: Any, *args: Any, **kwargs: Any) -> Any:
         writes.append(work)
         return await write(work, *args, **kwargs)
 
-    monkeypatch.setattr(session._store, "write", writing)
+    monkeypatch.setattr(session.work._store, "write", writing)
     for choice, request in ((2, "r1"), ("none", "r2"), ("skip", "r3")):
         listening.asked.clear()
         writes.clear()
@@ -141,13 +142,13 @@ async def test_nothing_is_foreseen_for_a_session_that_nobody_looks_at_or_when_it
 ) -> None:
     await choose(session, 0, "r1")
     await ready(session)
-    await until(lambda: session._task is None or session._task.done())
+    await until(lambda: not session.work.is_running)
     assert 3 not in listening.of(Learn) + listening.of(Offer)
     async with open_studio(tmp_path / "other", spawner(tmp_path / "other"), foresight="off") as studio:
         quiet = await studio.steering.create(None, {})
         quiet.add_watcher()
         await ready(quiet)
-        await until(lambda: quiet._task is None or quiet._task.done())
+        await until(lambda: not quiet.work.is_running)
     assert 3 not in listening.of(Learn) + listening.of(Offer)
 
 
@@ -171,7 +172,7 @@ async def test_what_is_being_worked_out_when_it_is_chosen_goes_on_and_is_urgent(
     monkeypatch.setattr(fake, "STEP_SECONDS", 0.02)
     session.add_watcher()
     await until(lambda: listening.of(stage))
-    first = session._likely_choices()[0]
+    first = session._background.likely_choices()[0]
     await choose(session, first, "r1")
     state = await ready(session)
     assert state["head"]["step"] == 1
@@ -196,7 +197,7 @@ async def test_what_was_not_chosen_gives_way_at_once(
     monkeypatch.setattr(fake, "STEP_SECONDS", 0.02)
     session.add_watcher()
     await until(lambda: len(listening.of(Learn)) >= 2)  # one for each lane
-    last = session._likely_choices()[-2]
+    last = session._background.likely_choices()[-2]
     await choose(session, last, "r1")
     await ready(session)
     assert any(isinstance(told, Cancel) for told in listening.told)
@@ -228,11 +229,11 @@ async def story(studio: Studio, seed: int, looked_at: bool, longest: float = 0.1
             case "written":
                 await choose(session, Written(written="Mine."), f"r{number}")
             case "undo":
-                await session.undo(f"r{number}")
+                await session.commands.undo(f"r{number}")
             case "prompt":
-                await session.replace_prompt(f"Question {number}?", f"r{number}")
+                await session.commands.replace_prompt(f"Question {number}?", f"r{number}")
     await ready(session, 60)
-    await until(lambda: not session._engine_requests.unsaved_nodes, 60)  # weights are written behind the click
+    await until(lambda: not session._engine.unsaved_nodes, 60)  # weights are written behind the click
     return [*seen, await studio.store.read(written_of, session.id)]
 
 
@@ -321,7 +322,7 @@ async def test_a_model_that_is_unloaded_meanwhile_stays_unloaded_until_somebody_
     session.add_watcher()
     await until(lambda: listening.of(Learn))
     await studio.models.unload("demo")
-    await until(lambda: session._task is None or session._task.done())
+    await until(lambda: not session.work.is_running)
     assert session.error is None
     assert session.status == "ready"
     assert studio.models.state(ModelOptions(model="demo")) == "unloaded"

@@ -46,7 +46,7 @@ async def test_who_waits_for_others_is_told_their_place_until_it_is_their_turn(
     async def choose(number: int) -> None:
         session = sessions[number]
         assert session.offer is not None
-        await session.choose(session.offer.id, number % 4, "r1")
+        await session.commands.choose(session.offer.id, number % 4, "r1")
 
     await asyncio.gather(*(choose(number) for number in range(6)))
     # Two are being learned from, and four wait.
@@ -75,7 +75,7 @@ async def test_sessions_that_learn_at_once_are_what_they_are_alone(studio: Studi
             state = await ready(session)
             seen.append([option["text"] for option in state["offer"]["options"]])
             assert session.offer is not None
-            await session.choose(session.offer.id, (seed + number) % 4, f"r{number}")
+            await session.commands.choose(session.offer.id, (seed + number) % 4, f"r{number}")
         await ready(session)
         return [*seen, session.tree.head.weights]
 

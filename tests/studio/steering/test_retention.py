@@ -64,9 +64,9 @@ def test_a_step_with_a_name_is_kept() -> None:
 async def choose(session: Session, count: int) -> None:
     for number in range(count):
         offer = (await ready(session))["offer"]["id"]
-        await session.choose(offer, number % 4, f"r{session.tree.head.step}-{number}")
+        await session.commands.choose(offer, number % 4, f"r{session.tree.head.step}-{number}")
         await until(lambda offer=offer: session.status == "ready" and session.offer and session.offer.id != offer)
-    await until(lambda: session._task is None or session._task.done())  # weights are written behind the click
+    await until(lambda: not session.work.is_running)  # weights are written behind the click
 
 
 KEEP = {"max_undos": 2, "checkpoint_interval": 4, "control_prompt": ""}
@@ -86,7 +86,7 @@ async def test_old_weights_go_and_come_back_with_progress(tmp_path: Path, studio
     target = path[7]
     told: list[str] = []
     watching = studio.hub.subscribe(session.topic, studio.hub.last_event_id(session.topic), lambda: ("state", {}))
-    await session.go_to(target.id, "back")
+    await session.commands.go_to(target.id, "back")
     await until(lambda: session.status == "ready" and target.weights in on_disk(tmp_path))
     async for event in watching:
         if event.name == "load_progress":
@@ -95,7 +95,7 @@ async def test_old_weights_go_and_come_back_with_progress(tmp_path: Path, studio
             break
     assert told == [f"Recomputing step {step}: {step - 4} of 3" for step in (5, 6, 7)]
     await until(lambda: path[10].weights not in on_disk(tmp_path))  # the window of kept steps moves with the head
-    await session.go_to(path[-1].id, "forth")
+    await session.commands.go_to(path[-1].id, "forth")
     assert (await ready(session))["head"]["step"] == 11
     assert session.offer is not None
     assert session.offer.texts == texts
@@ -154,7 +154,7 @@ async def test_weights_that_are_being_taken_away_are_not_pruned(tmp_path: Path, 
     await choose(session, 7)
     old = session.tree.path(session.tree.head_id)[2]
     assert old.weights not in on_disk(tmp_path)
-    async with session.hold_weights(old):
+    async with session.nodes.hold_weights(old):
         assert old.weights in on_disk(tmp_path)
         await choose(session, 2)
         assert old.weights in on_disk(tmp_path)

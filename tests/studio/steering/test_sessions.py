@@ -17,7 +17,8 @@ from trellis.errors import Conflict, Invalid, NotFound, TrellisError
 from trellis.messages import Event, Offer, Ranking, Request, Written
 from trellis.options import ModelOptions, Sampling, default_learning_rate
 from trellis.store import steering as rows
-from trellis.studio.steering.session import CONTROL_SAMPLING, Session
+from trellis.studio.steering.background_work import CONTROL_SAMPLING
+from trellis.studio.steering.session import Session
 from trellis.studio.studio import Studio
 from trellis.workers.processes import ProcessSpawner
 from trellis.workers.worker import Spawn, Worker
@@ -38,7 +39,7 @@ def texts(state: dict[str, Any]) -> list[str]:
 
 async def choose(session: Session, choice: Any, request: str | None = None) -> dict[str, Any]:
     state = await ready(session)
-    await session.choose(state["offer"]["id"], choice, request or uuid.uuid4().hex)
+    await session.commands.choose(state["offer"]["id"], choice, request or uuid.uuid4().hex)
     await until(lambda: not session.is_busy)
     return await ready(session)
 
@@ -87,9 +88,9 @@ async def test_after_a_refusal_options_are_chosen_from_more_openings(
     monkeypatch.setattr(Worker, "stream", listening)
     for choice in (1, "none", "skip", 0):
         await choose(session, choice)
-    await session.sample("Why?", None, 2, Sampling(), 1)
-    await session.undo("u1")
-    await session.replace_prompt("And now?", "p1")
+    await session.nodes.sample("Why?", None, 2, Sampling(), 1)
+    await session.commands.undo("u1")
+    await session.commands.replace_prompt("And now?", "p1")
     await ready(session)
     assert [offer.openings for offer in asked if offer.sampling != CONTROL_SAMPLING] == [1, 3, 1, 1, 1, 1]
     assert all(offer.openings == 1 for offer in asked if offer.sampling == CONTROL_SAMPLING)
@@ -97,12 +98,12 @@ async def test_after_a_refusal_options_are_chosen_from_more_openings(
 
 async def test_skip_moves_on_without_learning(session: Session) -> None:
     before = session.state()
-    await session.skip("skip-1")
+    await session.commands.skip("skip-1")
     after = await ready(session)
     assert after["head"]["step"] == 0
     assert after["offer"]["prompt"] != before["offer"]["prompt"]
     assert session.tree.head.weights == session.tree.root.weights
-    await session.undo("undo-1")
+    await session.commands.undo("undo-1")
     assert texts(await ready(session)) == texts(before)
 
 
@@ -111,20 +112,20 @@ async def test_undo_and_redo_bring_everything_back(session: Session) -> None:
     middle = await choose(session, 0)
     end = await choose(session, 2)
     weights = session.tree.head.weights
-    await session.undo("u1")
+    await session.commands.undo("u1")
     assert texts(session.state()) == texts(middle)
-    await session.undo("u2")
+    await session.commands.undo("u2")
     back = session.state()
     assert (texts(back), back["offer"]["id"], back["head"]) == (texts(start), start["offer"]["id"], start["head"])
-    await session.redo("r1")
-    await session.redo("r2")
+    await session.commands.redo("r1")
+    await session.commands.redo("r2")
     again = await ready(session)
     assert (texts(again), again["head"], session.tree.head.weights) == (texts(end), end["head"], weights)
 
 
 async def test_the_same_choice_after_an_undo_is_the_same_node(session: Session) -> None:
     after = await choose(session, 0)
-    await session.undo("u1")
+    await session.commands.undo("u1")
     again = await choose(session, 0, "another request")
     assert again["head"] == after["head"]
     assert texts(again) == texts(after)
@@ -133,14 +134,14 @@ async def test_the_same_choice_after_an_undo_is_the_same_node(session: Session) 
 
 async def test_another_choice_after_an_undo_is_a_branch_and_loses_nothing(session: Session) -> None:
     first = await choose(session, 0)
-    await session.undo("u1")
+    await session.commands.undo("u1")
     second = await choose(session, 1)
     assert second["head"]["node"] != first["head"]["node"]
     assert len(session.tree.children(session.tree.root.id)) == 2
-    await session.go_to(first["head"]["node"], "g1")
+    await session.commands.go_to(first["head"]["node"], "g1")
     assert texts(await ready(session)) == texts(first)
-    await session.undo("u2")
-    await session.redo("r2")
+    await session.commands.undo("u2")
+    await session.commands.redo("r2")
     assert session.tree.head_id == first["head"]["node"]
 
 
@@ -160,13 +161,13 @@ async def test_two_sessions_with_the_same_seed_and_choices_are_the_same(studio: 
 
 async def test_a_prompt_can_be_replaced(session: Session) -> None:
     before = session.state()
-    await session.replace_prompt("What is rain?", "p1")
+    await session.commands.replace_prompt("What is rain?", "p1")
     after = await ready(session)
     assert after["offer"]["prompt"] == "What is rain?"
     assert texts(after) != texts(before)
     chosen = await choose(session, 0)
     assert chosen["offer"]["prompt"] != "What is rain?"
-    await session.undo("u1")
+    await session.commands.undo("u1")
     assert session.state()["offer"]["prompt"] == "What is rain?"
 
 
@@ -198,7 +199,7 @@ async def test_the_control_prompt_is_answered_before_and_after_each_step(session
 async def test_a_choice_that_does_not_fit_is_refused(session: Session, choice: Any) -> None:
     before = session.state()
     with pytest.raises(Invalid) as raised:
-        await session.choose(before["offer"]["id"], choice, "r1")
+        await session.commands.choose(before["offer"]["id"], choice, "r1")
     assert (raised.value.field or "").startswith("choice")
     # the control prompt's answer may have come meanwhile
     assert session.state() | {"control": None} == before | {"control": None}
@@ -206,17 +207,18 @@ async def test_a_choice_that_does_not_fit_is_refused(session: Session, choice: A
 
 async def test_an_offer_that_is_not_on_the_screen_is_refused_with_the_state(session: Session) -> None:
     with pytest.raises(Conflict) as raised:
-        await session.choose("o123", 0, "r1")
+        await session.commands.choose("o123", 0, "r1")
     assert raised.value.code == "stale_offer"
     assert raised.value.details["state"]["offer"]["id"] == session.state()["offer"]["id"]
 
 
 async def test_nothing_else_is_taken_while_learning(session: Session) -> None:
     offer = session.state()["offer"]["id"]
-    await session.choose(offer, 0, "r1")
+    await session.commands.choose(offer, 0, "r1")
     for again in (
-        session.choose(offer, 1, "r2"), session.skip("r3"), session.undo("r4"), session.replace_prompt("x", "r5"),
-        session.go_to(session.tree.root.id, "r6"),
+        session.commands.choose(offer, 1, "r2"), session.commands.skip("r3"), session.commands.undo("r4"),
+        session.commands.replace_prompt("x", "r5"),
+        session.commands.go_to(session.tree.root.id, "r6"),
     ):  # fmt: skip
         with pytest.raises(Conflict) as raised:
             await again
@@ -229,18 +231,18 @@ async def test_options_that_are_still_growing_cannot_be_chosen_but_skipped(studi
     await until(lambda: session.status == "offering" and session.offer)
     assert session.offer is not None
     with pytest.raises(Conflict, match="still being generated"):
-        await session.choose(session.offer.id, 0, "r1")
-    await session.skip("r2")
+        await session.commands.choose(session.offer.id, 0, "r1")
+    await session.commands.skip("r2")
     assert (await ready(session))["dataset"]["position"] == 1
 
 
 async def test_there_is_no_undo_at_the_beginning_and_no_redo_at_the_end(session: Session) -> None:
     with pytest.raises(Conflict, match="Nothing to undo"):
-        await session.undo("r1")
+        await session.commands.undo("r1")
     with pytest.raises(Conflict, match="Nothing to redo"):
-        await session.redo("r2")
+        await session.commands.redo("r2")
     with pytest.raises(NotFound, match="Node “n123” not found"):
-        await session.go_to("n123", "r3")
+        await session.commands.go_to("n123", "r3")
 
 
 async def test_unknown_things_are_refused(studio: Studio) -> None:
@@ -254,13 +256,13 @@ async def test_unknown_things_are_refused(studio: Studio) -> None:
 
 async def test_the_same_request_is_one_action(studio: Studio, session: Session) -> None:
     offer = session.state()["offer"]["id"]
-    await session.choose(offer, 0, "once")
-    await session.choose(offer, 0, "once")
+    await session.commands.choose(offer, 0, "once")
+    await session.commands.choose(offer, 0, "once")
     await until(lambda: not session.is_busy)
-    await session.choose(offer, 1, "once")
+    await session.commands.choose(offer, 1, "once")
     await ready(session)
-    await session.skip("skip once")
-    await session.skip("skip once")
+    await session.commands.skip("skip once")
+    await session.commands.skip("skip once")
     await ready(session)
     assert len(session.tree.nodes) == 3
     made = await studio.steering.create(None, {}, "new once")
@@ -268,18 +270,18 @@ async def test_the_same_request_is_one_action(studio: Studio, session: Session) 
 
 
 async def test_a_prompt_that_does_not_fit_fails_openly_and_can_be_replaced(session: Session) -> None:
-    await session.replace_prompt("word " * 2000, "p1")
+    await session.commands.replace_prompt("word " * 2000, "p1")
     await until(lambda: session.error)
     state = session.state()
     assert state["status"] == "failed"
     assert state["error"]["code"] == "prompt_too_long"
-    await session.replace_prompt("What is rain?", "p2")
+    await session.commands.replace_prompt("What is rain?", "p2")
     assert (await ready(session))["offer"]["prompt"] == "What is rain?"
 
 
 async def test_a_session_can_be_renamed_and_deleted(studio: Studio, session: Session, tmp_path: Path) -> None:
     await choose(session, 0)
-    await session.rename("Other")
+    await session.commands.rename("Other")
     assert [row["name"] for row in await studio.steering.list_sessions()] == ["Other"]
     twin = await studio.steering.create("Twin", {"seed": 5})
     await ready(twin)
@@ -305,7 +307,7 @@ async def test_after_a_restart_everything_is_where_it_was(tmp_path: Path, fake_s
         session = await studio.steering.create("Kept", {"seed": 3})
         await choose(session, 0)
         await choose(session, 3)
-        await session.undo("u1")
+        await session.commands.undo("u1")
         before = session.state()
     async with open_studio(tmp_path, fake_spawn) as studio:
         again = await studio.steering.session(session.id)
@@ -322,7 +324,7 @@ async def test_a_choice_that_was_acknowledged_is_learned_from_after_a_restart(
     async with open_studio(tmp_path, fake_spawn) as studio:
         session = await studio.steering.create("Kept", {})
         state = await ready(session)
-        await session.choose(state["offer"]["id"], 2, "r1")
+        await session.commands.choose(state["offer"]["id"], 2, "r1")
     async with open_studio(tmp_path, fake_spawn) as studio:
         again = await studio.steering.session(session.id)
         after = await ready(again)
@@ -335,7 +337,7 @@ async def test_weights_that_were_lost_are_worked_out_again_from_the_log(tmp_path
         session = await studio.steering.create(None, {})
         for choice in (0, 1, "none", 2):
             await choose(session, choice)
-        await session.skip("s1")
+        await session.commands.skip("s1")
         await ready(session)
     blobs = Blobs(tmp_path / "weights")
     names = {node.weights for node in session.tree.nodes.values()}
@@ -354,7 +356,7 @@ async def test_an_engine_that_dies_in_mid_step_is_replaced_and_the_step_is_made(
         state = await ready(session)
         worker = await studio.models.engine(ModelOptions(model="demo"), lambda progress: None)
         assert worker.pid is not None
-        await session.choose(state["offer"]["id"], 0, "r1")
+        await session.commands.choose(state["offer"]["id"], 0, "r1")
         worker._engine.kill()
         after = await until(lambda: session.status == "ready" and session.state())
         assert after["head"]["step"] == 1
@@ -378,7 +380,7 @@ async def test_an_engine_that_always_dies_is_told_about_and_can_be_tried_again(t
         await until(lambda: session.error)
         assert session.state()["error"]["code"] == "engine_died"
         Dying.broken = False
-        await session.resume()
+        await session.commands.resume()
         await ready(session)
 
 
@@ -397,10 +399,10 @@ async def test_a_model_that_was_exchanged_is_noticed(tmp_path: Path) -> None:
     async with open_studio(tmp_path, thread_spawner(lambda: Other(Blobs(tmp_path / "weights")))) as two:
         again = await two.steering.session(session.id)
         state = await ready(again)
-        await again.choose(state["offer"]["id"], 0, "r1")
+        await again.commands.choose(state["offer"]["id"], 0, "r1")
         await until(lambda: again.error)
         assert again.state()["error"]["code"] == "model_changed"
-        await again.undo("u1") if again.tree.undo_target else await again.skip("s1")
+        await again.commands.undo("u1") if again.tree.undo_target else await again.commands.skip("s1")
         assert again.error is None or again.error.code == "model_changed"
 
 
@@ -418,7 +420,7 @@ async def test_a_model_that_was_exchanged_is_refused_before_a_choice(how: str, t
         again = await two.steering.session(session.id)
         state = await ready(again)
         if how == "resumed":
-            await again.resume()
+            await again.commands.resume()
         else:
             again.add_watcher()
             again.preload_model()
@@ -429,9 +431,9 @@ async def test_a_model_that_was_exchanged_is_refused_before_a_choice(how: str, t
         assert again.state()["offer"]["id"] == state["offer"]["id"]
     async with open_studio(tmp_path, spawn) as three:  # the original one is back
         session = await three.steering.session(session.id)
-        await session.resume()
+        await session.commands.resume()
         state = await ready(session)
-        await session.choose(state["offer"]["id"], 0, "r2")
+        await session.commands.choose(state["offer"]["id"], 0, "r2")
         await until(lambda: session.tree.head.step == 1)
 
 
@@ -476,13 +478,13 @@ async def test_a_bug_is_shown_as_one_and_the_session_lives(session: Session, mon
     async def broken(*arguments: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(session._engine_requests, "learn", broken)
-    await session.choose(session.state()["offer"]["id"], 0, "r1")
+    monkeypatch.setattr(session._engine, "learn", broken)
+    await session.commands.choose(session.state()["offer"]["id"], 0, "r1")
     await until(lambda: session.error)
     assert session.state()["error"]["code"] == "internal"
     assert isinstance(session.error, TrellisError)
     monkeypatch.undo()
-    await session.resume()
+    await session.commands.resume()
     assert (await ready(session))["head"]["step"] == 1
 
 
@@ -504,8 +506,8 @@ async def test_a_log_that_no_longer_leads_to_the_weights_is_an_error_and_not_a_l
         blobs.discard(node.weights)
     async with open_studio(tmp_path, fake_spawn) as studio:
         again = await studio.steering.session(session.id)
-        again._engine_requests._config = again.config.model_copy(update={"kl_beta": 5.0})
-        await again.skip("s1")
+        again.requests._config = again.config.model_copy(update={"kl_beta": 5.0})
+        await again.commands.skip("s1")
         await until(lambda: again.error)
         assert again.state()["error"]["code"] == "weights_changed"
 
@@ -534,7 +536,7 @@ async def test_a_session_of_another_version_keeps_nobody_else_from_opening(tmp_p
     async with open_studio(tmp_path, fake_spawn) as studio:
         session = await studio.steering.create("Old", {})
         state = await ready(session)
-        await session.choose(state["offer"]["id"], 2, "r1")
+        await session.commands.choose(state["offer"]["id"], 2, "r1")
         await studio.store.write(
             lambda connection: connection.execute(text("UPDATE sessions SET config = '{\"from_the_future\": 1}'"))
         )
@@ -547,12 +549,12 @@ async def test_a_session_of_another_version_keeps_nobody_else_from_opening(tmp_p
 
 async def test_a_command_whose_asker_goes_away_is_done_to_its_end(session: Session) -> None:
     offer = session.state()["offer"]["id"]
-    asking = asyncio.create_task(session.choose(offer, 0, "r1"))
+    asking = asyncio.create_task(session.commands.choose(offer, 0, "r1"))
     await asyncio.sleep(0.001)
     asking.cancel()
     await asyncio.wait([asking])
     assert (await until(lambda: session.status == "ready" and session.state()["head"]["step"] == 1)) is True
-    moving = asyncio.create_task(session.undo("u1"))
+    moving = asyncio.create_task(session.commands.undo("u1"))
     await asyncio.sleep(0)
     moving.cancel()
     await until(lambda: session.tree.head is session.tree.root)
@@ -586,6 +588,6 @@ async def test_sessions_that_nobody_uses_leave_memory_and_come_back(
 async def test_a_deleted_session_can_be_neither_renamed_nor_woken(studio: Studio, session: Session) -> None:
     await studio.steering.delete(session.id)
     with pytest.raises(NotFound):
-        await session.rename("x")
-    session.wake()
+        await session.commands.rename("x")
+    session.work.wake()
     assert session.is_idle

@@ -53,7 +53,7 @@ class SessionTarget(ChatTarget):
     async def answer(self, request: Chat, owner: str, on_progress: OnProgress) -> AsyncGenerator[Event, None]:
         await self._models.engine(self._session.config.extract(ModelOptions), on_progress, allow_download=False)
         node = self._node or self._session.tree.head
-        async with aclosing(self._session.chat(request, node, owner)) as events:
+        async with aclosing(self._session.nodes.chat(request, node, owner)) as events:
             async for event in events:
                 yield event
 
@@ -110,7 +110,7 @@ class ChatTargets:
     async def list_versions(self, session_id: str) -> list[dict[str, Any]]:
         """Return the steps of a session as {name, label, head, newest}, newest first. `head` marks the present one."""
         session = await self._steering.session(session_id)
-        labels = await session.labels()
+        labels = await session.nodes.labels()
         nodes = sorted(session.tree.nodes.values(), key=lambda node: node.created, reverse=True)
         nodes_with_weights = [node for node in nodes if node.weights]
         return [

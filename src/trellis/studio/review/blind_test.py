@@ -175,8 +175,8 @@ class BlindTests:
     async def _generate_rounds(self, session: Session, trial: dict[str, Any]) -> None:
         """Generate answers until enough rounds wait to be judged, or all planned ones exist."""
         try:
-            await session.wait_until_initialized()
-            await session.open_prompts()
+            await session.nodes.wait_until_initialized()
+            await session.work.open_prompts()
             while True:
                 current = await self._store.read(rows.get_trial, trial["id"])
                 rounds = await self._store.read(rows.get_rounds, trial["id"])
@@ -208,7 +208,7 @@ class BlindTests:
         texts = {}
         for side in ("left", "right"):
             seed = derived_seed("blind", trial["id"], number, side)
-            (texts[side],) = await session.sample(prompt, trial[side], 1, sampling, seed)
+            (texts[side],) = await session.nodes.sample(prompt, trial[side], 1, sampling, seed)
         is_same = texts["left"] == texts["right"]
         first = ("left", "right")[secrets.randbelow(2)]  # random, not from a seed that could be recomputed
         row = {

@@ -116,7 +116,7 @@ class Exports:
         work = self.folder / f".work-{job.id}"
         self._names_in_progress.add(name)
         try:
-            async with session.hold_weights(node, verify=True):
+            async with session.nodes.hold_weights(node, verify=True):
                 entry = await self._catalog.find(session.config.model)
                 if kind == "adapter":
                     checks = await self._weight_files.write_adapter(job, session, node, entry, work)

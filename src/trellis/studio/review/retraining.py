@@ -102,7 +102,7 @@ class RetrainingJobs:
             return known_job
         session = await self._steering.session(session_id)
         lesson = Lesson(
-            prompt=session.make_prompt(prompt), options=options, choice=with_equal_options(choice, options),
+            prompt=session.requests.prompt(prompt), options=options, choice=with_equal_options(choice, options),
             temperature=session.config.temperature,
         )  # fmt: skip
         return await self._start(
@@ -156,7 +156,7 @@ class RetrainingJobs:
 
     async def _lessons_to(self, session: Session, node: Node) -> list[Lesson]:
         """Return the lessons on the way to a node. Raise Conflict where there are none."""
-        lessons = await session.lessons(node)
+        lessons = await session.requests.lessons(session.tree.path(node.id))
         if not lessons:
             raise Conflict(
                 "There are no choices on this branch yet.",
@@ -173,7 +173,7 @@ class RetrainingJobs:
 
     def _read_preferences(self, rows: Path, session: Session) -> ParsedPreferences:
         def make_prompt(text: str, system: str) -> Prompt:
-            prompt = session.make_prompt(text)
+            prompt = session.requests.prompt(text)
             return prompt.model_copy(update={"system": system}) if system else prompt
 
         with rows.open(encoding="utf-8") as lines:
@@ -208,11 +208,11 @@ class RetrainingJobs:
 
     async def _run(self, job: Job, session: Session, parent: Node, retraining: Retraining) -> dict[str, Any]:
         job.report_progress(Progress(stage="connecting", fraction=0.0, message="Loading the model"))
-        await session.wait_until_initialized()
+        await session.nodes.wait_until_initialized()
         parent = session.node(parent.id)
-        async with session.hold_weights(parent):
-            learned = await session.retrain(parent, retraining, job.report_progress)
-            node = await session.add_retrained_node(parent, retraining, learned)
+        async with session.nodes.hold_weights(parent):
+            learned = await session.nodes.retrain(parent, retraining, job.report_progress)
+            node = await session.nodes.add_retrained_node(parent, retraining, learned)
         return {
             "session": session.id, "node": node.id, "step": node.step, "lessons": retraining.lessons,
             "epochs": retraining.epochs, "metrics": learned.metrics.model_dump(mode="json"),

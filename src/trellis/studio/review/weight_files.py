@@ -70,7 +70,7 @@ class WeightFiles:
         await asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True)
         prompts = [session.prompts.at(place) for place in range(8)] if session.prompts else []
         probes = tuple(
-            session.make_prompt(text)
+            session.requests.prompt(text)
             for text in dict.fromkeys([session.config.control_prompt, *PROBE_PROMPTS, *prompts])
             if text
         )

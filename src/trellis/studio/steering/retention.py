@@ -1,8 +1,15 @@
-"""Which weights of a session stay on disk, so that it stays bounded. Pure: it decides, and deletes nothing."""
+"""Which weights of a session stay on disk, and pruning the others."""
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
+
+from ...blobs import Blobs
 from ...options import SessionConfig
+from ...store import steering as rows
+from ...store.store import Store
+from .state import SessionState
 from .tree import Retraining, Tree
 
 
@@ -31,3 +38,23 @@ def retained_weights(tree: Tree, config: SessionConfig) -> set[str]:
 def prunable_weights(tree: Tree, config: SessionConfig) -> set[str]:
     """The weights that need not stay."""
     return {node.weights for node in tree.nodes.values() if node.weights} - retained_weights(tree, config)
+
+
+class RetainedWeights:
+    """Deletes a session's weights that need not stay on disk."""
+
+    def __init__(self, store: Store, weights: Blobs, state: SessionState) -> None:
+        self._store = store
+        self._weights = weights
+        self._state = state
+        self.pinned: Counter[str] = Counter()
+        """How many hold each of the weights on disk at the moment."""
+
+    async def prune(self) -> None:
+        """Delete the weights that need not stay on disk and that no other session names."""
+        prunable_now = prunable_weights(self._state.tree, self._state.config) - set(+self.pinned)
+        prunable_on_disk = [weights for weights in prunable_now if weights in self._weights]
+        if prunable_on_disk:
+            used_elsewhere = await self._store.read(rows.weights_in_other_sessions, self._state.id, prunable_on_disk)
+            for weights in set(prunable_on_disk) - used_elsewhere:
+                await asyncio.to_thread(self._weights.discard, weights)

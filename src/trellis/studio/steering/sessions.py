@@ -68,7 +68,7 @@ class Sessions:
                 await asyncio.to_thread(self._logs.discard, log_id)
         for session_id in await self._store.read(rows.sessions_with_open_intents):
             try:
-                (await self.session(session_id)).wake()
+                (await self.session(session_id)).work.wake()
             except Exception:  # one session that cannot be read must not keep the others from opening
                 log.exception("session %s could not be taken up", session_id)
 
@@ -132,9 +132,9 @@ class Sessions:
         }  # fmt: skip
         await self._store.write(rows.add_session, row, node_row(root))
         session = self._make_session(row, [root], None, None)
-        await session.open_prompts()
+        await session.work.open_prompts()
         self._sessions[session_id] = session
-        session.wake()
+        session.work.wake()
         return session
 
     async def check_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,7 +187,7 @@ class Sessions:
                     )
                 await self._close_idle_sessions()
                 opened = self._session_from_rows(*session_rows)
-                await opened.open_prompts()
+                await opened.work.open_prompts()
                 self._sessions[session_id] = opened
         session = self._sessions[session_id]
         session.last_used = time.monotonic()
@@ -272,7 +272,7 @@ class Sessions:
         session = await self.session(session_id)
         config = SessionConfig.parse(session.config.model_dump(mode="json") | dict(sampling))
         seed = derived_seed("sample", config.seed, seed_key or node or session.tree.head_id, prompt)
-        return await session.sample(prompt, node, n, config.extract(Sampling), seed)
+        return await session.nodes.sample(prompt, node, n, config.extract(Sampling), seed)
 
     async def tree_json(self, session_id: str) -> dict[str, Any]:
         session = await self.session(session_id)

@@ -100,7 +100,7 @@ def get_request_id(
 
 async def get_session(session: str, studio: Annotated[Studio, Depends(get_studio)]) -> Session:
     found = await studio.steering.session(session)
-    found.wake()
+    found.work.wake()
     return found
 
 
@@ -163,7 +163,7 @@ async def state(session: SessionDep) -> dict[str, Any]:
 
 @router.patch("/sessions/{session}")
 async def rename(body: Rename, session: SessionDep) -> dict[str, Any]:
-    await session.rename(body.name)
+    await session.commands.rename(body.name)
     return session.state()
 
 
@@ -176,53 +176,53 @@ async def delete(session: str, studio: StudioDep) -> Response:
 @router.post("/sessions/{session}/choose", status_code=202)
 async def choose(body: Choose, session: SessionDep, request: RequestIdDep) -> dict[str, str]:
     """Learn from a choice: an index, several indexes, a ranking, none, or a written answer."""
-    await session.choose(body.offer, body.choice, request)
+    await session.commands.choose(body.offer, body.choice, request)
     return {"request": request}
 
 
 @router.post("/sessions/{session}/skip", status_code=202)
 async def skip(session: SessionDep, request: RequestIdDep) -> dict[str, str]:
-    await session.skip(request)
+    await session.commands.skip(request)
     return {"request": request}
 
 
 @router.post("/sessions/{session}/undo", status_code=202)
 async def undo(session: SessionDep, request: RequestIdDep) -> dict[str, str]:
-    await session.undo(request)
+    await session.commands.undo(request)
     return {"request": request}
 
 
 @router.post("/sessions/{session}/redo", status_code=202)
 async def redo(session: SessionDep, request: RequestIdDep) -> dict[str, str]:
-    await session.redo(request)
+    await session.commands.redo(request)
     return {"request": request}
 
 
 @router.post("/sessions/{session}/resume", status_code=202)
 async def resume(session: SessionDep, request: RequestIdDep) -> dict[str, str]:
     """Try again after a failure."""
-    await session.resume()
+    await session.commands.resume()
     return {"request": request}
 
 
 @router.post("/sessions/{session}/goto", status_code=202)
 async def goto(body: Goto, session: SessionDep, request: RequestIdDep) -> dict[str, str]:
     """Stand at any node; the options that were shown there come back."""
-    await session.go_to(body.node, request)
+    await session.commands.go_to(body.node, request)
     return {"request": request}
 
 
 @router.post("/sessions/{session}/prompt", status_code=202)
 async def prompt(body: NewPrompt, session: SessionDep, request: RequestIdDep) -> dict[str, str]:
     """Replace the current prompt and offer again."""
-    await session.replace_prompt(body.text, request)
+    await session.commands.replace_prompt(body.text, request)
     return {"request": request}
 
 
 @router.patch("/sessions/{session}/nodes/{node}")
 async def name_node(body: NodeName, session: SessionDep, node: str) -> dict[str, Any]:
     """Give a node a name; an empty one takes it away."""
-    await session.name_node(node, body.name.strip())
+    await session.commands.name_node(node, body.name.strip())
     return {"node": node, "name": body.name.strip() or None}
 
 

@@ -53,7 +53,7 @@ async def page(
 async def render_start_page(
     request: Request, session: Session, studio: Studio, values: dict[str, str], error: TrellisError | None = None
 ) -> HTMLResponse:
-    labels = await session.labels()
+    labels = await session.nodes.labels()
     trials = await studio.blind_tests.list_trials(session.id)
     return get_renderer(request).html_response(
         "blind_test/start.html",

@@ -59,7 +59,7 @@ async def render_review_page(
     error: TrellisError | None = None,
     form: ExportForm | None = None,
 ) -> HTMLResponse:
-    await session.open_prompts()
+    await session.work.open_prompts()
     narrative = await write_narrative(studio.store, session, NARRATIVE_STEPS)
     text = await journals.journal_markdown(studio.store, session, last=JOURNAL_STEPS)
     shown = await asyncio.to_thread(to_html, text)
@@ -171,12 +171,12 @@ async def compare_page(
     job: Annotated[str, Query(max_length=100)] = "",
 ) -> HTMLResponse:
     """Choose two nodes and prompts; then both answers to each, side by side."""
-    await session.open_prompts()
+    await session.work.open_prompts()
     running = await studio.jobs.get(job) if job else None
     if running and running["about"].get("session") != session.id:
         running = None
     about = running["about"] if running else {}
-    tree, labels = session.tree, await session.labels()
+    tree, labels = session.tree, await session.nodes.labels()
     lines = about.get("prompts") or await studio.comparisons.default_prompts(session.id)
     return get_renderer(request).html_response(
         "review/compare.html",

@@ -124,7 +124,7 @@ async def side_context(session: Session, all: bool = False) -> dict[str, Any]:
     made = [node.metrics for node in path if node.metrics]
     return {
         "plant": layout_tree(session.tree, None if all else TREE_NODES_SHOWN),
-        "labels": await session.labels(),
+        "labels": await session.nodes.labels(),
         "head_name": session.tree.head.name,
         "describe": describe_choice,
         "report": last_pick_report(path),
@@ -142,56 +142,56 @@ def action_response(request: Request, session: Session) -> Response:
 
 @router.post("/steer/{session}/choose")
 async def choose(request: Request, session: SessionDep, form: Annotated[ChooseForm, Form()]) -> Response:
-    await session.choose(form.offer, form.parse_choice(), form.request)
+    await session.commands.choose(form.offer, form.parse_choice(), form.request)
     return action_response(request, session)
 
 
 @router.post("/steer/{session}/skip")
 async def skip(request: Request, session: SessionDep, form: Annotated[ActionForm, Form()]) -> Response:
-    await session.skip(form.request)
+    await session.commands.skip(form.request)
     return action_response(request, session)
 
 
 @router.post("/steer/{session}/undo")
 async def undo(request: Request, session: SessionDep, form: Annotated[ActionForm, Form()]) -> Response:
-    await session.undo(form.request)
+    await session.commands.undo(form.request)
     return action_response(request, session)
 
 
 @router.post("/steer/{session}/redo")
 async def redo(request: Request, session: SessionDep, form: Annotated[ActionForm, Form()]) -> Response:
-    await session.redo(form.request)
+    await session.commands.redo(form.request)
     return action_response(request, session)
 
 
 @router.post("/steer/{session}/goto")
 async def goto(request: Request, session: SessionDep, form: Annotated[GotoForm, Form()]) -> Response:
-    await session.go_to(form.node, form.request)
+    await session.commands.go_to(form.node, form.request)
     return action_response(request, session)
 
 
 @router.post("/steer/{session}/prompt")
 async def prompt(request: Request, session: SessionDep, form: Annotated[PromptForm, Form()]) -> Response:
-    await session.replace_prompt(form.text, form.request)
+    await session.commands.replace_prompt(form.text, form.request)
     return action_response(request, session)
 
 
 @router.post("/steer/{session}/resume")
 async def resume(request: Request, session: SessionDep) -> Response:
-    await session.resume()
+    await session.commands.resume()
     return action_response(request, session)
 
 
 @router.post("/steer/{session}/rename")
 async def rename(request: Request, session: SessionDep, form: Annotated[RenameForm, Form()]) -> Response:
-    await session.rename(form.name)
+    await session.commands.rename(form.name)
     return action_response(request, session)
 
 
 @router.post("/steer/{session}/name")
 async def name_node(request: Request, session: SessionDep, form: Annotated[NodeNameForm, Form()]) -> Response:
     """Name a node, or remove its name."""
-    await session.name_node(form.node, form.name.strip())
+    await session.commands.name_node(form.node, form.name.strip())
     return action_response(request, session)
 
 
