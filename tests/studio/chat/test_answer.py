@@ -35,7 +35,7 @@ class Shown:
             AnswerDone(finish="stop", tokens=1, prompt_tokens=1, seconds_to_first=0, seconds=0)
         )
 
-    async def save(self, message: Message) -> None:
+    async def save_text(self, message: Message) -> None:
         pass
 
     def publish(self, kind: str, **data: Any) -> None:
@@ -43,7 +43,7 @@ class Shown:
             assert data["shown"] > self.shown
             self.html, self.shown = self.html + data["html"], data["shown"]
 
-    def tell(self, message: Message) -> None:
+    def publish_message(self, message: Message) -> None:
         self.html, self.shown = message.html or "", message.rendered_length
         self.told += 1
 
