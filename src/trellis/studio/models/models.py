@@ -42,7 +42,7 @@ class ModelInstance:
     def is_alive(self) -> bool:
         """Whether its engine lives, or is still on its way."""
         if self.worker:
-            return self.worker.alive
+            return self.worker.is_alive
         return self.job.task is not None and not self.job.task.done()
 
 
@@ -263,7 +263,7 @@ class Models:
 
     def _running_worker(self, options: ModelOptions) -> Worker | None:
         instance = self._instances.get(options)
-        if instance and instance.worker and instance.worker.alive:
+        if instance and instance.worker and instance.worker.is_alive:
             instance.last_used = time.monotonic()
             return instance.worker
         return None
@@ -281,7 +281,7 @@ class Models:
         while True:
             await asyncio.sleep(min(30.0, self._idle_seconds / 4))
             for instance in list(self._instances.values()):
-                if instance.worker and instance.worker.busy:
+                if instance.worker and instance.worker.is_busy:
                     instance.last_used = time.monotonic()
                 elif instance.worker and time.monotonic() - instance.last_used > self._idle_seconds:
                     log.info("unloading %s, which nobody has used for a while", instance.entry.id)
@@ -363,7 +363,7 @@ class Models:
 
     async def _engine_json(self, instance: ModelInstance) -> dict[str, Any]:
         memory = None
-        if instance.worker and instance.worker.alive:
+        if instance.worker and instance.worker.is_alive:
             with suppress(EngineError, asyncio.TimeoutError):
                 report = await asyncio.wait_for(instance.worker.ask(Status(), priority=-1), 0.25)
                 memory = report.resident_bytes if isinstance(report, StatusReport) else None
