@@ -541,7 +541,7 @@ async def test_who_stops_listening_stops_the_answer(worker: Worker) -> None:
             if isinstance(event, TextDelta):
                 break
     assert isinstance(await worker.ask(Status()), StatusReport)
-    assert not worker.busy
+    assert not worker.is_busy
 
 
 async def test_a_chat_with_weights_that_are_not_there_says_so(worker: Worker) -> None:

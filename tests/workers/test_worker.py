@@ -71,7 +71,7 @@ async def test_a_killed_engine_tells_everyone_who_waits(spawn: Spawn) -> None:
     answers = await asyncio.wait_for(asking, 10)
     assert [type(answer) for answer in answers] == [EngineDied] * 3
     assert "was killed" in str(answers[0])
-    assert not worker.alive
+    assert not worker.is_alive
     with pytest.raises(EngineDied):
         await worker.ask(Status())
     await until(lambda: len(deaths) == 1)

@@ -24,7 +24,7 @@ def explain_error(error: Exception) -> Failed:
     if isinstance(error, OSError):
         return failed_event(disk_error(error))
     explanation = next(
-        (told for told in (_explain_by_type(error), _explain_by_message(error)) if told is not None), None
+        (known for known in (_explain_by_type(error), _explain_by_message(error)) if known is not None), None
     )
     if explanation is not None:
         log.warning("a request failed: %s", explanation.message, exc_info=error)
@@ -131,7 +131,7 @@ MESSAGE_PATTERNS: tuple[tuple[re.Pattern[str], Callable[[Exception], TrellisErro
 
 def _explain_by_message(error: Exception) -> TrellisError | None:
     text = str(error)
-    return next((tell(error) for pattern, tell in MESSAGE_PATTERNS if pattern.search(text)), None)
+    return next((explain(error) for pattern, explain in MESSAGE_PATTERNS if pattern.search(text)), None)
 
 
 def failed_event(error: TrellisError) -> Failed:

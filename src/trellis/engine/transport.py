@@ -23,9 +23,9 @@ class Transport:
         """Start a thread that passes frames to `on_frame`, and calls `on_close` when the other end is gone."""
         threading.Thread(target=self._read_frames, args=(on_frame, on_close), name="wire", daemon=True).start()
 
-    def send(self, up: EventFrame) -> None:
+    def send(self, frame: EventFrame) -> None:
         """Send a frame. Raises OSError when the other end is gone."""
-        self._socket.sendall(encode_frame(up))
+        self._socket.sendall(encode_frame(frame))
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

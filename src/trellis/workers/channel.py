@@ -24,9 +24,9 @@ class Channel:
         sock.setblocking(False)
         return cls(*await asyncio.open_connection(sock=sock))
 
-    async def send(self, down: RequestFrame) -> None:
+    async def send(self, frame: RequestFrame) -> None:
         """Send a frame. Raises ConnectionError when the engine is gone."""
-        self._writer.write(encode_frame(down))
+        self._writer.write(encode_frame(frame))
         await self._writer.drain()
 
     async def receive(self) -> EventFrame | None:

@@ -96,8 +96,8 @@ class Reader:
             process.stdin.write(json.dumps(body).encode())
             process.stdin.close()
             while line := await self._read_line(process.stdout, body):
-                said = json.loads(line)
-                yield said["event"], said["data"]
+                event = json.loads(line)
+                yield event["event"], event["data"]
         finally:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()

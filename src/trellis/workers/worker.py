@@ -47,8 +47,8 @@ def _spawn_on_socket(spawn: Spawn) -> tuple[socket.socket, Engine, Path | None]:
 def _kill_started_engine(starting: asyncio.Future[tuple[socket.socket, Engine, Path | None]]) -> None:
     """Kill an engine whose start was cancelled."""
     if not starting.cancelled() and starting.exception() is None:
-        near, engine, _ = starting.result()
-        near.close()
+        our_end, engine, _ = starting.result()
+        our_end.close()
         engine.kill()
         engine.wait(1.0)
 
@@ -90,12 +90,12 @@ class Worker:
         return self._engine.pid
 
     @property
-    def busy(self) -> bool:
+    def is_busy(self) -> bool:
         """Whether a request is unanswered."""
         return bool(self._inboxes)
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         return self._death is None and not self._stopping
 
     async def ask(self, request: Request, priority: int = 0, owner: str = "") -> Event:
@@ -133,7 +133,7 @@ class Worker:
                 yield event
         finally:
             del self._inboxes[number], self._requests[number]
-            if not is_done and self.alive:
+            if not is_done and self.is_alive:
                 with contextlib.suppress(TrellisError):
                     await self._send(RequestFrame(id=number, body=Cancel(request=number)))
 
@@ -153,16 +153,16 @@ class Worker:
             await asyncio.to_thread(self._engine.wait, grace_seconds)
         await self._receive_task
 
-    async def _send(self, down: RequestFrame) -> None:
+    async def _send(self, frame: RequestFrame) -> None:
         try:
-            await self._channel.send(down)
+            await self._channel.send(frame)
         except (ConnectionError, RuntimeError):
             raise self._death or explain_exit(None, self._log) from None
 
     async def _receive(self) -> None:
-        while (up := await self._channel.receive()) is not None:
-            if inbox := self._inboxes.get(up.id):
-                inbox.put_nowait((up.body, up.last))
+        while (frame := await self._channel.receive()) is not None:
+            if inbox := self._inboxes.get(frame.id):
+                inbox.put_nowait((frame.body, frame.last))
         code = await asyncio.to_thread(self._engine.wait, 1.0)
         self._death = UNLOADED if self._stopping else explain_exit(code, self._log)
         for inbox in self._inboxes.values():

@@ -59,11 +59,11 @@ async def test_loading_what_is_loaded_is_the_same_job(studio: Studio) -> None:
 async def test_unloading_ends_the_engine(studio: Studio) -> None:
     worker = await studio.models.engine(ModelOptions(model="demo"), lambda progress: None)
     await studio.models.unload("demo")
-    assert not worker.alive
+    assert not worker.is_alive
     assert studio.models.state(ModelOptions(model="demo")) == "unloaded"
     with pytest.raises(Conflict, match="not loaded"):
         await studio.models.unload("demo")
-    assert (await studio.models.engine(ModelOptions(model="demo"), lambda progress: None)).alive
+    assert (await studio.models.engine(ModelOptions(model="demo"), lambda progress: None)).is_alive
 
 
 class Slow(FakeEngine):
@@ -181,7 +181,7 @@ async def test_an_engine_that_cannot_be_started_once_can_be_started_again(tmp_pa
         events = await follow(studio, job.id)
         assert "out of processes" in events[-1][1]["error"]["message"]
         assert studio.models.state(ModelOptions(model="demo")) == "unloaded"
-        assert (await studio.models.engine(ModelOptions(model="demo"), lambda progress: None)).alive
+        assert (await studio.models.engine(ModelOptions(model="demo"), lambda progress: None)).is_alive
 
 
 async def test_a_load_that_is_cancelled_while_its_engine_starts_leaves_nothing(
@@ -200,7 +200,7 @@ async def test_a_load_that_is_cancelled_while_its_engine_starts_leaves_nothing(
         assert (await studio.jobs.get(job.id))["state"] == "cancelled"
         assert studio.models.state(ModelOptions(model="demo")) == "unloaded"
         await until(lambda: started and started[0][0].wait(0) == 0)
-        assert (await studio.models.engine(ModelOptions(model="demo"), lambda progress: None)).alive
+        assert (await studio.models.engine(ModelOptions(model="demo"), lambda progress: None)).is_alive
 
 
 async def test_a_model_that_is_unloaded_under_a_session_stays_unloaded_until_it_is_resumed(
@@ -243,8 +243,8 @@ async def test_the_same_model_in_another_precision_has_an_engine_of_its_own(stud
     (demo,) = await studio.models.list_models()
     assert [engine["state"] for engine in demo["engines"]] == ["loaded", "loaded"]
     await studio.models.unload("demo")
-    assert not one.alive
-    assert not two.alive
+    assert not one.is_alive
+    assert not two.is_alive
 
 
 @pytest.mark.parametrize(

@@ -305,7 +305,7 @@ async def test_weights_are_written_behind_the_click_and_made_again_where_the_eng
         state = await ready(session)
         worker = await studio.models.engine(ModelOptions(model="demo"), lambda progress: None)
         worker._engine.kill()
-        await until(lambda: not worker.alive)
+        await until(lambda: not worker.is_alive)
         await until(lambda: session.tree.head.weights in blobs and foreseen(session))
         assert session.state()["offer"] == state["offer"]
         await choose(session, 0, "r2")

@@ -34,12 +34,12 @@ class ModelInstance:
     def is_alive(self) -> bool:
         """Whether its engine runs, or is still being loaded."""
         if self.worker:
-            return self.worker.alive
+            return self.worker.is_alive
         return self.job.task is not None and not self.job.task.done()
 
     async def as_json(self) -> dict[str, Any]:
         memory = None
-        if self.worker and self.worker.alive:
+        if self.worker and self.worker.is_alive:
             with suppress(EngineError, asyncio.TimeoutError):
                 report = await asyncio.wait_for(self.worker.ask(Status(), priority=-1), 0.25)
                 memory = report.resident_bytes if isinstance(report, StatusReport) else None

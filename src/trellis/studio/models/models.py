@@ -193,7 +193,7 @@ class Models:
 
     def _running_worker(self, options: ModelOptions) -> Worker | None:
         instance = self._instances.get(options)
-        if instance and instance.worker and instance.worker.alive:
+        if instance and instance.worker and instance.worker.is_alive:
             instance.last_used = time.monotonic()
             return instance.worker
         return None
@@ -211,7 +211,7 @@ class Models:
         while True:
             await asyncio.sleep(min(30.0, self._idle_seconds / 4))
             for instance in list(self._instances.values()):
-                if instance.worker and instance.worker.busy:
+                if instance.worker and instance.worker.is_busy:
                     instance.last_used = time.monotonic()
                 elif instance.worker and time.monotonic() - instance.last_used > self._idle_seconds:
                     log.info("unloading %s, which nobody has used for a while", instance.entry.id)

@@ -90,7 +90,7 @@ class EngineRequests:
     @property
     def is_model_verified(self) -> bool:
         """Whether the engine at hand is known to hold the base model that this session grew on."""
-        return self._verified_on is not None and self._verified_on.alive
+        return self._verified_on is not None and self._verified_on.is_alive
 
     async def verify_model(self) -> None:
         """Load the model and compare it with the one that this session grew on. Raises Conflict for another one."""
@@ -129,7 +129,7 @@ class EngineRequests:
     def learned_ahead(self, node: str) -> Learned | None:
         """What was learned ahead for a node that may come to be, where that is done. What leads elsewhere gives way."""
         for _, event, worker in self._foresight.finished_results(node):
-            if isinstance(event, Learned) and worker.alive:
+            if isinstance(event, Learned) and worker.is_alive:
                 self._foresight.cancel_except({node})
                 self._unsaved_weights[event.weights] = worker
                 return event
@@ -294,7 +294,7 @@ class EngineRequests:
     def is_available(self, weights: str) -> bool:
         """Whether weights are on disk, or were made by an engine that still runs and has not written them yet."""
         worker = self._unsaved_weights.get(weights)
-        return (worker is not None and worker.alive) or weights in self._weights
+        return (worker is not None and worker.is_alive) or weights in self._weights
 
     @property
     def unsaved_nodes(self) -> list[Node]:
