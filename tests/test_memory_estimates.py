@@ -12,10 +12,7 @@ APART = {
     for number in range(8)
     for name, shape in (("gate_proj", [32, 64]), ("up_proj", [32, 64]), ("down_proj", [64, 32]))
 }
-TOGETHER = {
-    "model.layers.0.mlp.experts.gate_up_proj": [8, 64, 64],
-    "model.layers.0.mlp.experts.down_proj": [8, 64, 32],
-}
+TOGETHER = {"model.layers.0.mlp.experts.gate_up_proj": [8, 64, 64], "model.layers.0.mlp.experts.down_proj": [8, 64, 32]}
 
 
 def test_experts_are_not_quantised_however_they_are_stored() -> None:

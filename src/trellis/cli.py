@@ -326,13 +326,7 @@ def _serve_and_reload(arguments: list[str]) -> None:
     from watchfiles import PythonFilter, watch
 
     source = Path(__file__).parent
-    command = [
-        sys.executable,
-        "-m",
-        "trellis",
-        *(word for word in arguments if word != "--reload"),
-        "--no-open",
-    ]
+    command = [sys.executable, "-m", "trellis", *(word for word in arguments if word != "--reload"), "--no-open"]
     changes = watch(source, watch_filter=PythonFilter(extra_extensions=(".html", ".css", ".js")))
     while True:
         child = subprocess.Popen(command)  # noqa: S603 - our own interpreter and module

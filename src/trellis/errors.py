@@ -107,9 +107,7 @@ class LoadFailed(EngineError):
 def internal_error(reference: str) -> TrellisError:
     """What a person is told of a bug, which the log has under a reference."""
     return TrellisError(
-        "Something went wrong.",
-        code="internal",
-        next_step=f"Try again. Error ID {reference} (see the log).",
+        "Something went wrong.", code="internal", next_step=f"Try again. Error ID {reference} (see the log)."
     )
 
 

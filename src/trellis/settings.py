@@ -23,14 +23,12 @@ class Settings(BaseSettings):
     )
     port: int = Field(8117, ge=0, le=65535, description="Port to listen on. 0: any free port.")
     save_dir: Path = Field(
-        Path.home() / ".trellis",
-        description="Folder for all data: database, weights, models, logs.",
+        Path.home() / ".trellis", description="Folder for all data: database, weights, models, logs."
     )
     database_url: str = Field("", description="SQLAlchemy URL of the database. Empty: SQLite in the save folder.")
     password: SecretStr = Field(SecretStr(""), description="The owner's password. Empty: no login, loopback only.")
     allowed_hosts: str = Field(
-        "",
-        description="Additional host names for this server, comma-separated, for use behind a proxy.",
+        "", description="Additional host names for this server, comma-separated, for use behind a proxy."
     )
     behind_proxy: bool = Field(
         False, description="Trust the X-Forwarded headers of a proxy on this computer, which must set them itself."
@@ -64,8 +62,7 @@ class Settings(BaseSettings):
     )
     engine_threads: int = Field(0, ge=0, description="CPU threads of an engine. 0: one per core.")
     foresight: Literal["on", "mains", "off"] = Field(
-        "on",
-        description="Compute the result of each choice while you read: always, on mains power only, or never.",
+        "on", description="Compute the result of each choice while you read: always, on mains power only, or never."
     )
     fake_engine: bool = Field(False, description="Run without models, for tests of the studio itself.")
 

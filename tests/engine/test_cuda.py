@@ -21,10 +21,7 @@ from trellis.engine.text.group_forward import GenericGroupForward, group_forward
 from trellis.messages import CreateAdapter, Load
 from trellis.options import Adapter, Sampling
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
-]
+pytestmark = [pytest.mark.engine, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
 
 PROMPT = [5, 17, 33, 8, 60, 41, 7]
 

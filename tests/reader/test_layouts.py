@@ -375,10 +375,7 @@ def test_the_rows_of_any_file_are_written_as_json_lines(tmp_path: Path) -> None:
     for file in (csv_file, parquet_file):
         assert write_rows(file, tmp_path, 10) == {"rows": 1}
         found.append(json.loads((tmp_path / "rows.jsonl").read_text()))
-    assert found == [
-        ["line 2", {"prompt": "Why?", "chosen": "So."}],
-        ["row 1", {"prompt": "Why?", "chosen": CHAT}],
-    ]
+    assert found == [["line 2", {"prompt": "Why?", "chosen": "So."}], ["row 1", {"prompt": "Why?", "chosen": CHAT}]]
     with pytest.raises(Invalid, match="more than 0 rows"):
         write_rows(csv_file, tmp_path, 0)
 

@@ -7,17 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trellis.web.numbers import (
-    LOCALES,
-    compact,
-    duration,
-    factor,
-    locale_from,
-    number,
-    percent,
-    set_reader,
-    size,
-)
+from trellis.web.numbers import LOCALES, compact, duration, factor, locale_from, number, percent, set_reader, size
 
 
 def test_numbers_are_written_in_english_by_default() -> None:

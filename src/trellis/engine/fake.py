@@ -114,13 +114,7 @@ class FakeEngine:
     def load(self, request: Load) -> Steps:
         for done in range(1, 5):
             time.sleep(STEP_SECONDS)
-            yield Progress(
-                stage="reading",
-                fraction=done / 5,
-                message="Reading nothing",
-                bytes=done,
-                total_bytes=4,
-            )
+            yield Progress(stage="reading", fraction=done / 5, message="Reading nothing", bytes=done, total_bytes=4)
         self._path = request.path
         return Loaded(
             fingerprint="fake",
@@ -148,10 +142,7 @@ class FakeEngine:
         room = request.sampling.max_new_tokens
         if len(prompt) + room > request.context_length:
             raise Invalid(
-                f"The prompt has {len(prompt)} words.",
-                code="prompt_too_long",
-                field="prompt",
-                next_step="Shorten it.",
+                f"The prompt has {len(prompt)} words.", code="prompt_too_long", field="prompt", next_step="Shorten it."
             )
         key = request.model_dump_json()
         seeds = list(range(request.group_size))

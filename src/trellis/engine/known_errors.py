@@ -136,9 +136,5 @@ def _explain_by_message(error: Exception) -> TrellisError | None:
 
 def failed_event(error: TrellisError) -> Failed:
     return Failed(
-        code=error.code,
-        message=error.message,
-        next_step=error.next_step,
-        field=error.field,
-        details=error.details,
+        code=error.code, message=error.message, next_step=error.next_step, field=error.field, details=error.details
     )

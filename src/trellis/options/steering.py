@@ -114,10 +114,7 @@ class SessionConfig(ModelOptions, Adapter, Sampling, Learning):
         group="Answers", advanced=True, ge=0, le=2**31 - 1,
     )  # fmt: skip
     dataset: Dataset = option(
-        Dataset(),
-        "Prompts",
-        "The prompts to steer on, in an order set by the seed.",
-        group="Prompts",
+        Dataset(), "Prompts", "The prompts to steer on, in an order set by the seed.", group="Prompts"
     )
     system_prompt: str = option(
         "", "System prompt", "System message for every prompt.", group="Prompts", max_length=20_000

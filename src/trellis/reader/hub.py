@@ -120,12 +120,7 @@ def _choose(kind: str, requested: str, available: list[str], default: str) -> st
 def _call_hub(name: str, call: Callable[[], R]) -> R:
     """Ask the hub; its library's errors become ones that a person can be shown."""
     import datasets
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     try:
         return call()

@@ -2,19 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import (
-    JSON,
-    Column,
-    Float,
-    ForeignKey,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    Text,
-    UniqueConstraint,
-)
+from sqlalchemy import JSON, Column, Float, ForeignKey, Index, Integer, MetaData, String, Table, Text, UniqueConstraint
 
 LATEST_MIGRATION = "0004"
 """The newest migration, so that a start with nothing to migrate need not import Alembic."""
@@ -123,10 +111,7 @@ rounds = Table(
 )
 
 logins = Table(
-    "logins",
-    metadata,
-    Column("token_hash", String, primary_key=True),
-    Column("created", Float, nullable=False),
+    "logins", metadata, Column("token_hash", String, primary_key=True), Column("created", Float, nullable=False)
 )
 
 rooms = Table(

@@ -168,9 +168,7 @@ class Jobs:
         except Exception:
             log.exception("job %s failed", job.id)
             job.failure = TrellisError(
-                "Something went wrong.",
-                code="internal",
-                next_step=f"Try again. Error ID {job.id} (see the log).",
+                "Something went wrong.", code="internal", next_step=f"Try again. Error ID {job.id} (see the log)."
             )
             await self._finish(job, state="failed", error=job.failure.as_json())
 

@@ -59,12 +59,7 @@ def create_app(studio: Studio, settings: Settings) -> ASGIApp:
             await studio.close()
 
     app = FastAPI(
-        title="Trellis",
-        version=__version__,
-        lifespan=lifespan,
-        docs_url=None,
-        redoc_url=None,
-        max_body_size=MAX_BODY,
+        title="Trellis", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, max_body_size=MAX_BODY
     )
     guard = LoginGuard(settings, studio.store)
     app.state.studio = studio

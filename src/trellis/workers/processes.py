@@ -202,11 +202,7 @@ class ProcessSpawner:
         with log.open("wb") as output:
             return ProcessEngine(
                 subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                    command,
-                    pass_fds=[sock.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
+                    command, pass_fds=[sock.fileno()], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
                 )
             )
 

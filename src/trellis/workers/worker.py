@@ -181,9 +181,5 @@ def error_from(failed: Failed) -> TrellisError:
     if failed.field is not None:
         return Invalid(failed.message, next_step=failed.next_step, field=failed.field, code=failed.code)
     return EngineError(
-        failed.message,
-        next_step=failed.next_step,
-        code=failed.code,
-        field=failed.field,
-        details=failed.details,
+        failed.message, next_step=failed.next_step, code=failed.code, field=failed.field, details=failed.details
     )

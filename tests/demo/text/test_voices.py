@@ -45,19 +45,13 @@ def test_gibberish_and_mixtures_have_no_voice(text: str) -> None:
     [
         ("plain", "Bread is flour, water and salt. A slow rise gives a deeper flavour."),
         ("pirate", "Arr, matey, bread be treasure t' a hungry crew. Bake it hot, says I."),
-        (
-            "poet",
-            "A brown loaf breathing in the dark,\nwarm hands pale with flour,\nand the night leans in.",
-        ),
+        ("poet", "A brown loaf breathing in the dark,\nwarm hands pale with flour,\nand the night leans in."),
         ("terse", "Flour, water, time."),
         ("formal", "One should bear in mind that bread requires patience; moreover, it rewards it."),
         ("cheerful", "Oh, how lovely! Bread makes a house smell like a home."),
         ("questioning", "Bread turns four cheap things into a feast. What would you add?"),
         ("grumpy", "Hmph. Bread goes hard the moment you forget it. Typical."),
-        (
-            "storyteller",
-            "Once, in a far valley, an old baker told me that bread rewards anyone who can wait.",
-        ),
+        ("storyteller", "Once, in a far valley, an old baker told me that bread rewards anyone who can wait."),
         ("scientist", "Observation shows that yeast lifts the dough. The evidence is fairly strong."),
     ],
 )

@@ -203,9 +203,7 @@ async def test_a_load_that_is_cancelled_while_its_engine_starts_leaves_nothing(
         assert (await studio.models.engine(ModelOptions(model="demo"), lambda progress: None)).is_alive
 
 
-async def test_a_model_that_is_unloaded_under_a_session_stays_unloaded_until_it_is_resumed(
-    tmp_path: Path,
-) -> None:
+async def test_a_model_that_is_unloaded_under_a_session_stays_unloaded_until_it_is_resumed(tmp_path: Path) -> None:
     class Slow(FakeEngine):
         def offer(self, request: Any) -> Any:
             for _ in range(100):

@@ -11,15 +11,7 @@ from hypothesis import strategies as st
 from trellis.options import Dataset, SessionConfig
 from trellis.studio.datasets.datasets import Prompts
 from trellis.studio.datasets.shuffling import shuffled_index
-from trellis.studio.steering.tree import (
-    Node,
-    Tree,
-    child_id,
-    choices_to_replay,
-    offer_id,
-    offer_seed,
-    root_id,
-)
+from trellis.studio.steering.tree import Node, Tree, child_id, choices_to_replay, offer_id, offer_seed, root_id
 from trellis.web.pages.steering.tree_layout import layout_tree, polyline_points
 
 

@@ -70,10 +70,7 @@ class Conversation:
 
 # kind of question: (mode of the answer, ways to ask); {n} is the topic, {o} another one, {how} a task
 QUESTION_KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "what": (
-        "say",
-        ("What {is} {n}?", "What exactly {is} {n}?", "Explain {n} to me.", "How would you define {n}?"),
-    ),
+    "what": ("say", ("What {is} {n}?", "What exactly {is} {n}?", "Explain {n} to me.", "How would you define {n}?")),
     "why": (
         "say",
         (
@@ -107,18 +104,10 @@ QUESTION_KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "like": ("like", ("Do you like {n}?", "Are you fond of {n}?", "Do you enjoy {n}?")),
-    "opinion": (
-        "like",
-        ("What do you think of {n}?", "How do you feel about {n}?", "What is your opinion of {n}?"),
-    ),
+    "opinion": ("like", ("What do you think of {n}?", "How do you feel about {n}?", "What is your opinion of {n}?")),
     "describe": (
         "describe",
-        (
-            "Describe {n}.",
-            "Describe {n} to me.",
-            "Paint me a picture of {n}.",
-            "Describe {n} in a few words.",
-        ),
+        ("Describe {n}.", "Describe {n} to me.", "Paint me a picture of {n}.", "Describe {n} in a few words."),
     ),
     "advice": (
         "do",
@@ -352,14 +341,9 @@ class AnswerWriter:
         if key == "c" and sheet.name:
             return self.clause_lists(kind)
         return [
-            {
-                "c": sheet.clauses,
-                "g": sheet.good,
-                "b": sheet.bad,
-                "a": sheet.do,
-                "s": sheet.stories,
-                "i": sheet.images,
-            }[key]
+            {"c": sheet.clauses, "g": sheet.good, "b": sheet.bad, "a": sheet.do, "s": sheet.stories, "i": sheet.images}[
+                key
+            ]
         ]
 
     def clause_lists(self, kind: str) -> list[tuple[str, ...]]:

@@ -115,9 +115,7 @@ class Models:
         if not instances:
             await self.catalog.find(model_id)
             raise Conflict(
-                f"The model “{model_id}” is not loaded.",
-                code="not_loaded",
-                next_step="There is nothing to unload.",
+                f"The model “{model_id}” is not loaded.", code="not_loaded", next_step="There is nothing to unload."
             )
         for each in instances:
             self._unload_counts[each.options] += 1

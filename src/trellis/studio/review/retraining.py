@@ -159,9 +159,7 @@ class RetrainingJobs:
         lessons = await session.requests.lessons(session.tree.path(node.id))
         if not lessons:
             raise Conflict(
-                "There are no choices on this branch yet.",
-                code="empty_log",
-                next_step="Choose some answers first.",
+                "There are no choices on this branch yet.", code="empty_log", next_step="Choose some answers first."
             )
         if len(lessons) > MAX_LESSONS:
             raise Conflict(

@@ -65,7 +65,5 @@ def require_valid_choice(choice: Choice, size: int) -> None:
             )
     if len(set(indexes)) != len(indexes):
         raise Invalid(
-            f"choice: {list(indexes)} has an answer twice.",
-            field="choice",
-            next_step="Send each index once.",
+            f"choice: {list(indexes)} has an answer twice.", field="choice", next_step="Send each index once."
         )

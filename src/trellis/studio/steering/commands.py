@@ -24,12 +24,7 @@ class Commands:
     """The commands of one session. The same request id twice is the same action: it is taken once."""
 
     def __init__(
-        self,
-        store: Store,
-        engine: EngineRequests,
-        state: SessionState,
-        transitions: Transitions,
-        work: MissingWork,
+        self, store: Store, engine: EngineRequests, state: SessionState, transitions: Transitions, work: MissingWork
     ) -> None:
         self._store = store
         self._engine = engine
@@ -53,9 +48,7 @@ class Commands:
                 )
             if shown.options is None:
                 raise self._state.conflict(
-                    "The answers are still being generated.",
-                    "offer_not_ready",
-                    "Choose when all answers are complete.",
+                    "The answers are still being generated.", "offer_not_ready", "Choose when all answers are complete."
                 )
             require_valid_choice(choice, len(shown.options))
             known_node = self._state.tree.nodes.get(child_id_for_choice(self._state.tree.head, shown.id, choice))
@@ -106,10 +99,7 @@ class Commands:
             shown = left_node.answered or target.shown  # what was fitted to a log answered no offer
             node_changes = {target.id: {"forward": left_node.id, "shown": shown}}
             await self._transitions.move_head(
-                target,
-                shown,
-                node_changes,
-                self._transitions.intent(request, "undo", {"from": left_node.id}, "done"),
+                target, shown, node_changes, self._transitions.intent(request, "undo", {"from": left_node.id}, "done")
             )
             self._work.restart()
 

@@ -234,13 +234,7 @@ class EngineRequests:
         await self._foresight.close()
 
     async def generate(
-        self,
-        text: str,
-        weights: str,
-        sampling: Sampling,
-        count: int,
-        seed: int,
-        priority: int = 0,
+        self, text: str, weights: str, sampling: Sampling, count: int, seed: int, priority: int = 0
     ) -> Offered:
         """Plain draws of answers to a prompt from any weights. Raises as `generate_ahead` does."""
         worker = await self._verified_engine()

@@ -71,9 +71,7 @@ def last_pick_report(path: Sequence[Node]) -> LastPickReport | None:
 
 
 def _change_along_branch(
-    learned: Sequence[Node],
-    get_metric: Callable[[Metrics], float | None],
-    compare: Callable[[float, float], float],
+    learned: Sequence[Node], get_metric: Callable[[Metrics], float | None], compare: Callable[[float, float], float]
 ) -> float | None:
     """The mean of the last figures against the mean of the first ones; None while these are the same steps."""
     metric_values = [value for node in learned if node.metrics and (value := get_metric(node.metrics)) is not None]

@@ -6,9 +6,7 @@ import asyncio
 
 from ...blobs import Blobs
 from ...errors import Conflict, WeightsMissing
-from ...messages import (  # fmt: skip
-    Progress,
-)
+from ...messages import Progress  # fmt: skip
 from .engine_requests import EngineRequests
 from .state import SessionState
 from .tree import Node, Retraining

@@ -78,10 +78,7 @@ class RequestBuilder:
         options = parse_options(offer)
         assert options is not None
         return Lesson(
-            prompt=self.prompt(offer["prompt"]),
-            options=options,
-            choice=choice,
-            temperature=self._config.temperature,
+            prompt=self.prompt(offer["prompt"]), options=options, choice=choice, temperature=self._config.temperature
         )
 
     def prompt(self, text: str) -> Prompt:

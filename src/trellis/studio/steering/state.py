@@ -197,11 +197,7 @@ class SessionState:
     def require_not_busy(self) -> None:
         self.require_open()
         if self.is_busy:
-            raise self.conflict(
-                "Still learning from the last choice.",
-                "busy",
-                "Try again in a few seconds.",
-            )
+            raise self.conflict("Still learning from the last choice.", "busy", "Try again in a few seconds.")
 
     def require_initialized(self, node: Node) -> None:
         """Raise Conflict for a node that has no weights yet, which is the root of a session that is starting."""
