@@ -9,24 +9,13 @@ from ..settings import Settings
 from ..store.store import Store
 from ..workers.reader import Reader
 from ..workers.worker import Spawn
-from .chat.api_keys import ApiKeys
-from .chat.attachments import Attachments
-from .chat.local_servers import LocalServers
-from .chat.providers import Providers
-from .chat.rooms import Rooms
-from .chat.targets import ChatTargets
-from .datasets.datasets import Datasets
+from .chat import ApiKeys, Attachments, ChatTargets, LocalServers, Providers, Rooms
+from .datasets import Datasets
 from .hub import Hub
 from .jobs import Jobs
-from .models.catalog import Catalog
-from .models.devices import make_foresight_check
-from .models.models import Models
-from .review.blind_test import BlindTests
-from .review.comparison import Comparisons
-from .review.exports import Exports
-from .review.retraining import RetrainingJobs
-from .steering.choice_logs import ChoiceLogs
-from .steering.sessions import Sessions
+from .models import Catalog, Models, make_foresight_check
+from .review import BlindTests, Comparisons, Exports, RetrainingJobs
+from .steering import ChoiceLogs, Sessions
 from .uploads import Uploads
 
 READER_START_SECONDS = 30.0

@@ -20,8 +20,8 @@ from weakref import WeakValueDictionary
 from ..errors import Conflict, Invalid, NotFound, shorten
 from ..messages import recipe_id
 from ..options import invalid_from_entries
-from .datasets.datasets import PROMPT_FILE_SUFFIXES, SUFFIX_HELP
-from .models.catalog import DEMO, FOLDER_NAME_PATTERN
+from .datasets import PROMPT_FILE_SUFFIXES, SUFFIX_HELP
+from .models import DEMO, FOLDER_NAME_PATTERN
 
 CHUNK_BYTES = 1_000_000
 """Bytes in one piece: what one request may carry."""

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import Refused, shorten
 from ..settings import Settings, is_loopback
-from ..studio.chat.api_keys import KEY_PREFIX, ApiKeys
+from ..studio.chat import KEY_PREFIX, ApiKeys
 from .login_guard import LoginGuard, cookie_token
 from .numbers import set_reader
 from .openai_errors import is_openai_path

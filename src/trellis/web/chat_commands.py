@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from ..errors import Invalid, shorten
 from ..options import invalid_from_details
-from ..studio.chat.room import MAX_MODELS
+from ..studio.chat import MAX_MODELS
 from ..text_rules import PROMPT_LIMIT, require_storable
 
 MAX_KEYS = 60

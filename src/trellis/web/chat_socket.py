@@ -17,7 +17,7 @@ from fastapi import APIRouter, Query, WebSocket
 from starlette.websockets import WebSocketDisconnect
 
 from ..errors import Invalid, Refused, TrellisError, internal_error
-from ..studio.chat.room import MAX_MODELS, Room
+from ..studio.chat import MAX_MODELS, Room
 from ..studio.hub import HubEvent
 from ..studio.studio import Studio
 from .broadcast import WRITE_FRAME_EXTENSION, FrameCache, WriteFrame

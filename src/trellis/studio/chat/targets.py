@@ -13,11 +13,8 @@ from typing import Any
 from ...errors import Invalid, NotFound, TrellisError, shorten
 from ...messages import Chat, Event
 from ...options import ModelOptions
-from ..models.catalog import UNREADABLE_CONFIG
-from ..models.models import Models
-from ..steering.session import Session
-from ..steering.sessions import Sessions
-from ..steering.tree import Node
+from ..models import UNREADABLE_CONFIG, Models
+from ..steering import Node, Session, Sessions
 from .attachments import PICTURE, detect_kind
 from .providers import Providers
 from .target import ChatTarget, OnProgress

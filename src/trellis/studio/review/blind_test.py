@@ -18,8 +18,7 @@ from ...options import Sampling
 from ...store import blind_test as rows
 from ...store.store import Store
 from ..jobs import key_reused_error, timestamp
-from ..steering.session import Session
-from ..steering.sessions import Sessions
+from ..steering import Session, Sessions
 from .journal import node_summary
 from .win_rate import win_rate_json
 

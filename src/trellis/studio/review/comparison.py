@@ -7,8 +7,7 @@ from typing import Any
 from ...errors import Invalid
 from ...messages import Progress
 from ..jobs import Job, Jobs
-from ..steering.sessions import Sessions
-from ..steering.tree import step_name
+from ..steering import Sessions, step_name
 from .journal import node_summary
 
 MAX_PROMPTS = 12

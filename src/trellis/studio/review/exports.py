@@ -21,10 +21,8 @@ from ...errors import Conflict, Invalid, NotFound, shorten
 from ...messages import Progress
 from ...workers.worker import Spawn
 from ..jobs import Job, Jobs, timestamp
-from ..models.catalog import Catalog
-from ..steering.session import Session
-from ..steering.sessions import Sessions
-from ..steering.tree import Node, drift_of
+from ..models import Catalog
+from ..steering import Node, Session, Sessions, drift_of
 from .model_card import Kind, model_card
 from .weight_files import WeightFiles, run_to_completion
 

@@ -12,9 +12,7 @@ from ...store import blind_test as blind_rows
 from ...store import steering as rows
 from ...store.store import Store
 from ..jobs import timestamp
-from ..steering.offer import parse_options
-from ..steering.session import Session
-from ..steering.tree import Node, Retraining, node_row
+from ..steering import Node, Retraining, Session, node_row, parse_options
 from .win_rate import distinct_names, win_rate_json, win_rate_sentence
 
 CHOICE_FORMATS = ("raw", "trl-preference", "trl-unpaired", "openai-dpo")

@@ -6,8 +6,7 @@ from typing import Any, Literal
 
 from ... import __version__
 from ...options import Adapter
-from ..steering.session import Session
-from ..steering.tree import Node, drift_of
+from ..steering import Node, Session, drift_of
 
 Kind = Literal["adapter", "merged"]
 

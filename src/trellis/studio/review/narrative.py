@@ -9,9 +9,7 @@ from typing import Any
 from ...messages import Ranking, Written
 from ...store import steering as rows
 from ...store.store import Store
-from ..steering.offer import answer_preview
-from ..steering.session import Session
-from ..steering.tree import Node, Retraining, drift_of
+from ..steering import Node, Retraining, Session, answer_preview, drift_of
 from .journal import LETTERS
 
 RETRAINING_SENTENCES = {

@@ -18,7 +18,7 @@ from ...conversation_formats import NotJSON, Turn, parse_turns
 from ...errors import Invalid, shorten
 from ...messages import CHOICE, Choice, Lesson, Option, Prompt, Ranking
 from ...text_rules import PROMPT_LIMIT, require_storable
-from ..steering.choices import with_equal_options
+from ..steering import with_equal_options
 
 Layout = Literal["raw", "trl-preference", "trl-unpaired", "openai-dpo"]
 Row = dict[str, Any]

@@ -12,13 +12,19 @@ from typing import Any
 
 from ...errors import Conflict, Invalid, TrellisError
 from ...messages import Choice, Lesson, Option, Progress, Prompt
-from ..datasets.datasets import TABLE_SUFFIXES, Datasets
+from ..datasets import TABLE_SUFFIXES, Datasets
 from ..jobs import Job, Jobs, key_reused_error
-from ..steering.choice_logs import ChoiceLogs, move_refusals_last, without_tokens
-from ..steering.choices import with_equal_options
-from ..steering.session import Session
-from ..steering.sessions import Sessions
-from ..steering.tree import Node, Retraining, RetrainingKind
+from ..steering import (
+    ChoiceLogs,
+    Node,
+    Retraining,
+    RetrainingKind,
+    Session,
+    Sessions,
+    move_refusals_last,
+    with_equal_options,
+    without_tokens,
+)
 from .preference_files import MAX_LESSONS, ParsedPreferences, parse_preferences
 
 KINDS = ("refit", "import", "replay")

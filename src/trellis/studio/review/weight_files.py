@@ -21,10 +21,8 @@ from ...options import Adapter
 from ...safetensors_files import read_shapes
 from ...workers.worker import Spawn, Worker
 from ..jobs import Job
-from ..models.catalog import Catalog, ModelEntry
-from ..models.devices import free_memory
-from ..steering.session import Session
-from ..steering.tree import Node
+from ..models import Catalog, ModelEntry, free_memory
+from ..steering import Node, Session
 
 P = ParamSpec("P")
 R = TypeVar("R")

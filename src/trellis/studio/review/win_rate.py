@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..steering.tree import step_name
+from ..steering import step_name
 
 NORMAL_QUANTILE_95 = 1.959963984540054
 """The normal quantile of a 95 % interval."""

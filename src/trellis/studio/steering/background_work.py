@@ -11,7 +11,7 @@ from ...errors import EngineDied, EngineStopped, TrellisError, WeightsMissing
 from ...options import Sampling
 from ...store import steering as rows
 from ...store.store import Store
-from ..models.models import Models
+from ..models import Models
 from ..tasks import AsyncWork, run_concurrently
 from .engine_requests import EngineRequests
 from .likely_choices import LikelyChoice, likely_choices

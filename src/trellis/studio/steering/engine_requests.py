@@ -25,8 +25,7 @@ from ...messages import (  # fmt: skip
 from ...options import Adapter, Learning, Sampling
 from ...safetensors_files import all_finite
 from ...workers.worker import UNLOADED, Worker
-from ..models.models import Models
-from ..models.template_options import template_error
+from ..models import Models, template_error
 from .foresight import Foresight
 from .request_builder import RequestBuilder
 from .state import SessionState

@@ -15,8 +15,8 @@ from ...errors import EngineDied, EngineStopped, TrellisError, WeightsMissing
 from ...messages import CHOICE
 from ...store import steering as rows
 from ...store.store import Store
-from ..datasets.datasets import Datasets
-from ..models.models import Models
+from ..datasets import Datasets
+from ..models import Models
 from ..tasks import AsyncWork
 from .background_work import BackgroundWork
 from .engine_requests import EngineRequests

@@ -12,7 +12,7 @@ from ...messages import Chat, Event, Learned, Progress, TextDelta
 from ...options import Sampling
 from ...store import steering as rows
 from ...store.store import Store
-from ..models.template_options import thinking_kwargs
+from ..models import thinking_kwargs
 from .engine_requests import EngineRequests
 from .missing_work import MissingWork
 from .offer import answer_preview

@@ -10,7 +10,7 @@ from ...messages import Choice, Learn, Lesson, Offer, Prompt, Retrain
 from ...options import Learning, Sampling, SessionConfig
 from ...store import steering as rows
 from ...store.store import Store
-from ..models.template_options import thinking_kwargs
+from ..models import thinking_kwargs
 from .choice_logs import ChoiceLogs
 from .offer import parse_options
 from .tree import Node, Retraining, Tree, choices_to_replay, offer_seed

@@ -11,9 +11,9 @@ from ...blobs import Blobs
 from ...errors import TrellisError
 from ...options import ModelOptions
 from ...store.store import Store
-from ..datasets.datasets import Datasets
+from ..datasets import Datasets
 from ..hub import Hub
-from ..models.models import Models
+from ..models import Models
 from .background_work import BackgroundWork
 from .choice_logs import ChoiceLogs
 from .commands import Commands

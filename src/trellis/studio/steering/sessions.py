@@ -19,12 +19,10 @@ from ...model_files import Problem
 from ...options import ModelOptions, Sampling, SessionConfig, default_learning_rate, invalid_from
 from ...store import steering as rows
 from ...store.store import Store
-from ..datasets.datasets import Datasets
+from ..datasets import Datasets
 from ..hub import Hub, HubEvent
 from ..jobs import timestamp
-from ..models.catalog import ModelEntry
-from ..models.models import Models
-from ..models.template_options import template_error, template_error_from_files
+from ..models import ModelEntry, Models, template_error, template_error_from_files
 from .choice_logs import ChoiceLogs
 from .session import Session
 from .tree import Node, Tree, choice_json, drift_of, node_from_row, node_row, root_id

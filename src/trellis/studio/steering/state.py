@@ -10,9 +10,9 @@ from typing import Any
 from ...errors import Conflict, NotFound, TrellisError, shorten
 from ...messages import Metrics, Progress
 from ...options import ModelOptions, SessionConfig
-from ..datasets.datasets import Prompts
+from ..datasets import Prompts
 from ..hub import Hub
-from ..models.models import Models
+from ..models import Models
 from .offer import ShownOffer
 from .tree import Node, Tree, drift_of
 

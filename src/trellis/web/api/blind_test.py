@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends
 from pydantic import Field
 
-from ...studio.review.blind_test import DEFAULT_ROUNDS, MAX_ROUNDS
+from ...studio.review import DEFAULT_ROUNDS, MAX_ROUNDS
 from ..rate_limits import enforce_rate_limit
 from .steering import PromptText, RequestBody, RequestIdDep, SessionDep, StudioDep
 

@@ -8,7 +8,7 @@ from urllib.parse import quote
 from fastapi import APIRouter, Path
 from starlette.responses import Response, StreamingResponse
 
-from ...studio.review.zip_stream import stream_zip
+from ...studio.review import stream_zip
 from .steering import StudioDep
 
 router = APIRouter(prefix="/api/exports", tags=["exports"])

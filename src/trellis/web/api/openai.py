@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ...errors import EngineError, Invalid, Refused, TrellisError
 from ...messages import Chat, Event, template_kwargs_from
-from ...studio.chat.target import ChatTarget
+from ...studio.chat import ChatTarget
 from ...studio.studio import Studio
 from ..event_streams import SSE_HEADERS
 from ..openai_requests import MAX_TEXT_LENGTH, BaseCompletionRequest, ChatCompletionRequest, CompletionRequest

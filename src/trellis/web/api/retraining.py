@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends
 from pydantic import Field
 
 from ...studio.jobs import job_json
-from ...studio.review.retraining import MAX_EPOCHS
+from ...studio.review import MAX_EPOCHS
 from ..rate_limits import enforce_rate_limit
 from .steering import RequestBody, RequestIdDep, SessionDep, StudioDep
 

@@ -9,9 +9,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import AfterValidator, Field
 from starlette.responses import Response
 
-from ...studio.chat.exports import EXPORT_FORMATS, export_room
-from ...studio.chat.imports import import_rooms
-from ...studio.chat.room import MAX_MODELS, Room
+from ...studio.chat import EXPORT_FORMATS, MAX_MODELS, Room, export_room, import_rooms
 from ...studio.jobs import job_json
 from ...studio.studio import Studio
 from ...text_rules import PROMPT_LIMIT, require_storable

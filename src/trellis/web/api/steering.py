@@ -14,9 +14,8 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from ...messages import Choice
 from ...options import SessionConfig
 from ...studio.jobs import job_json
-from ...studio.review import journal as journals
-from ...studio.steering.presets import all_presets
-from ...studio.steering.session import Session
+from ...studio.review import export_choices, journal_markdown
+from ...studio.steering import Session, all_presets
 from ...studio.studio import Studio
 from ...text_rules import PROMPT_LIMIT, require_storable
 from ..event_streams import event_stream, resume_point
@@ -257,7 +256,7 @@ async def tree(session: SessionDep, studio: StudioDep) -> Response:
 @router.get("/sessions/{session}/journal", response_class=PlainTextResponse)
 async def journal(session: SessionDep, studio: StudioDep, download: bool = False) -> Response:
     """The branch to the head as Markdown."""
-    text = await journals.journal_markdown(studio.store, session)
+    text = await journal_markdown(studio.store, session)
     headers = {"content-disposition": f'attachment; filename="{session.id}-journal.md"'} if download else {}
     return Response(text, media_type="text/markdown; charset=utf-8", headers=headers)
 
@@ -267,7 +266,7 @@ async def choices(
     session: SessionDep, studio: StudioDep, format: Annotated[str, Query(max_length=40)] = "raw"
 ) -> StreamingResponse:
     """Every choice as JSON lines: raw, trl-preference, trl-unpaired or openai-dpo."""
-    lines = await journals.export_choices(studio.store, session, format)
+    lines = await export_choices(studio.store, session, format)
     disposition = {"content-disposition": f'attachment; filename="{session.id}-{format}.jsonl"'}
     return StreamingResponse(lines, media_type="application/jsonl", headers=disposition)
 

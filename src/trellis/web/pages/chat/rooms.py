@@ -15,10 +15,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ....errors import TrellisError
 from ....options import Sampling
-from ....studio.chat.imports import ImportResult, import_rooms
-from ....studio.chat.message import Message
-from ....studio.chat.room import MAX_MODELS, Room
-from ....studio.chat.room_state import DEFAULT_SAMPLING
+from ....studio.chat import DEFAULT_SAMPLING, MAX_MODELS, ImportResult, Message, Room, import_rooms
 from ....studio.studio import Studio
 from ....text_rules import PROMPT_LIMIT
 from ...access import MAX_FILE

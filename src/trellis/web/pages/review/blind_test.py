@@ -10,10 +10,8 @@ from pydantic import Field
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ....errors import Conflict, Invalid, TrellisError
-from ....studio.review.blind_test import DEFAULT_ROUNDS, MAX_ROUNDS
-from ....studio.review.win_rate import distinct_names, win_rate_sentence
-from ....studio.steering.session import Session
-from ....studio.steering.tree import drift_of
+from ....studio.review import DEFAULT_ROUNDS, MAX_ROUNDS, distinct_names, win_rate_sentence
+from ....studio.steering import Session, drift_of
 from ....studio.studio import Studio
 from ...api.steering import SessionDep, StudioDep
 from ...error_responses import status_of

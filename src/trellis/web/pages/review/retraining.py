@@ -11,12 +11,10 @@ from pydantic import Field
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ....errors import Invalid, TrellisError
-from ....studio.datasets.datasets import TABLE_SUFFIXES
+from ....studio.datasets import TABLE_SUFFIXES
 from ....studio.jobs import Job
-from ....studio.review import journal as journals
-from ....studio.review.retraining import MAX_EPOCHS
-from ....studio.steering.session import Session
-from ....studio.steering.tree import Node, Retraining
+from ....studio.review import CHOICE_FORMATS, MAX_EPOCHS
+from ....studio.steering import Node, Retraining, Session
 from ....studio.studio import Studio
 from ...api.steering import SessionDep, StudioDep
 from ...error_responses import status_of
@@ -69,7 +67,7 @@ async def render_log_page(
         place="steer",
         state=session.state(),
         counts=count_choices(session.tree.path(session.tree.head_id)),
-        formats=journals.CHOICE_FORMATS,
+        formats=CHOICE_FORMATS,
         files=files,
         models=models,
         fits=fits,

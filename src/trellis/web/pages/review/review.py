@@ -15,10 +15,8 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from ....errors import TrellisError
 from ....markdown import to_html
 from ....studio.jobs import timestamp
-from ....studio.review import journal as journals
-from ....studio.review.narrative import write_narrative
-from ....studio.steering.session import Session
-from ....studio.steering.tree import Node, drift_of, step_name
+from ....studio.review import CHOICE_FORMATS, describe_choice, journal_markdown, write_narrative
+from ....studio.steering import Node, Session, drift_of, step_name
 from ....studio.studio import Studio
 from ...api.steering import SessionDep, StudioDep
 from ...error_responses import status_of
@@ -61,7 +59,7 @@ async def render_review_page(
 ) -> HTMLResponse:
     await session.work.open_prompts()
     narrative = await write_narrative(studio.store, session, NARRATIVE_STEPS)
-    text = await journals.journal_markdown(studio.store, session, last=JOURNAL_STEPS)
+    text = await journal_markdown(studio.store, session, last=JOURNAL_STEPS)
     shown = await asyncio.to_thread(to_html, text)
     config = flatten_config(session.config.model_dump(mode="json"))
     return await asyncio.to_thread(
@@ -75,7 +73,7 @@ async def render_review_page(
         charts=make_charts(session),
         journal=Markup(shown),  # noqa: S704 - sanitised by to_html
         journal_cut=max(0, len(session.tree.path(session.tree.head_id)) - 1 - JOURNAL_STEPS),
-        formats=journals.CHOICE_FORMATS,
+        formats=CHOICE_FORMATS,
         groups=group_fields(config),
         error=error.as_json() if error else None,
         sent=form,
@@ -198,7 +196,7 @@ def comparable_nodes(session: Session) -> list[Node]:
 
 
 def node_label(node: Node, labels: dict[str, str]) -> str:
-    what = node.name if node.parent is None else labels[node.id] or journals.describe_choice(node.choice)
+    what = node.name if node.parent is None else labels[node.id] or describe_choice(node.choice)
     return f"{step_name(node.step)}: {what}" if what else step_name(node.step)
 
 

@@ -12,7 +12,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from ....errors import Invalid, TrellisError
 from ....options import SessionConfig, invalid_from
-from ....studio.steering.presets import all_presets, get_preset
+from ....studio.steering import all_presets, get_preset
 from ....studio.studio import Studio
 from ...api.steering import Name, StudioDep
 from ...error_responses import status_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ....studio.steering.tree import Node, Tree
+from ....studio.steering import Node, Tree
 
 ROW_HEIGHT, LANE_WIDTH, MARGIN = 34, 18, 13
 """Pixels: height of a row, width of a lane, distance of the first lane from the edge."""

@@ -13,9 +13,8 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from ....errors import Invalid, shorten
 from ....messages import CHOICE, Choice, Written
 from ....options import TypedNumbers
-from ....studio.review.journal import describe_choice
-from ....studio.steering.last_pick import last_pick_report
-from ....studio.steering.session import Session
+from ....studio.review import describe_choice
+from ....studio.steering import Session, last_pick_report
 from ....text_rules import PROMPT_LIMIT
 from ...api.steering import Name, PromptText, SessionDep, StudioDep
 from ...render import get_renderer
