@@ -28,15 +28,23 @@ def test_the_api_docs_name_every_route(client: httpx.Client) -> None:
         assert last in docs, path
 
 
-def test_the_map_of_the_house_names_what_is_there() -> None:
+def test_the_map_in_the_architecture_is_the_tree_of_files() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text()
     source = ROOT / "src" / "trellis"
-    for layer in ("web", "studio", "workers", "engine"):
-        for file in (source / layer).glob("*.py"):
-            if file.name not in ("__init__.py", "__main__.py"):
-                assert file.name in text, file
-    for name in re.findall(r"`((?:web|studio|store|workers|engine)/[a-z_/]+\.py)", text):
+    files = {str(file.relative_to(source)) for file in source.rglob("*.py") if file.name != "__init__.py"}
+    mapped = re.findall(r"^\| `([a-z_/]+\.py)` \| \S", text, re.MULTILINE)
+    assert sorted(mapped) == sorted(file for file in files if "migrations/versions" not in file)
+    for name in re.findall(r"`((?:web|studio|store|workers|engine|messages|options|reader|demo)/[a-z_/]+\.py)", text):
         assert (source / name).is_file(), name
+
+
+def test_the_glossary_has_the_words_of_the_product() -> None:
+    glossary = (ROOT / "ARCHITECTURE.md").read_text().partition("## Glossary")[2]
+    words = {
+        "session", "prompt", "offer", "option", "choice", "step", "node", "head", "weights", "drift", "control",
+        "foresight", "journal", "room", "message", "job", "preset", "engine", "worker",
+    }  # fmt: skip
+    assert words <= set(re.findall(r"^- \*\*([^*]+)\*\*: \S", glossary, re.MULTILINE))
 
 
 def test_every_test_that_the_cases_name_is_there() -> None:

@@ -11,5 +11,6 @@ from .zip_stream import stream_zip
 
 __all__ = [
     "CHOICE_FORMATS", "DEFAULT_ROUNDS", "MAX_EPOCHS", "MAX_ROUNDS", "BlindTests", "Comparisons", "Exports",
-    "RetrainingJobs", "describe_choice", "distinct_names", "export_choices", "journal_markdown", "stream_zip", "win_rate_sentence", "write_narrative",
+    "RetrainingJobs", "describe_choice", "distinct_names", "export_choices", "journal_markdown", "stream_zip",
+    "win_rate_sentence", "write_narrative",
 ]  # fmt: skip
