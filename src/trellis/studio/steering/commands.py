@@ -139,10 +139,7 @@ class Commands:
             if await self._transitions.is_known_request(request):
                 return
             self._state.require_not_busy()
-            if not self._state.tree.root.weights:
-                raise self._state.conflict(
-                    "The session isn't ready yet.", "offer_not_ready", "Wait for the first answers."
-                )
+            self._state.require_initialized(self._state.tree.root)
             body = {"node": self._state.tree.head_id, "text": text}
             await self._transitions.new_offer(text, self._transitions.intent(request, "prompt", body, "done"))
             self._state.intent, self._state.error = None, None

@@ -62,8 +62,7 @@ class NodeAccess:
 
     async def chat(self, request: Chat, node: Node, owner: str) -> AsyncGenerator[Event, None]:
         """Answer a conversation from any node, without moving the session. Weights that are gone are made again."""
-        if not node.weights:
-            raise self._state.conflict("The session isn't ready yet.", "offer_not_ready", "Wait for the first answers.")
+        self._state.require_initialized(node)
         self._state.last_used = time.monotonic()
         self._engine.allow_loading()
         self._retained_weights.pinned[node.weights] += 1
@@ -93,8 +92,7 @@ class NodeAccess:
     async def sample(self, prompt: str, node: str | None, n: int, sampling: Sampling, seed: int) -> list[str]:
         """Answers from any node without moving the session."""
         start_node = self._state.node(node) if node else self._state.tree.head
-        if not start_node.weights:
-            raise self._state.conflict("The session isn't ready yet.", "offer_not_ready", "Wait for the first answers.")
+        self._state.require_initialized(start_node)
         self._engine.allow_loading()
         async with self.hold_weights(start_node):
             try:
