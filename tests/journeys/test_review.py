@@ -155,7 +155,7 @@ def test_the_review_tells_the_story_and_gives_it_all_away(open_page: Open, serve
     page.once("dialog", lambda dialog: dialog.accept())
     card.get_by_role("button", name="Delete").click()
     expect(card).to_have_count(0)
-    expect(page.locator(".toast")).to_have_text("Export deleted.")
+    expect(page.locator(".toast")).to_have_text("Export deleted")
     page.get_by_role("button", name="New session with these settings").click()
     page.wait_for_url("**/steer/*")
     is_ready(page)

@@ -419,7 +419,7 @@ def test_a_ranking_is_told_as_a_ranking(open_page: Open, server: Server) -> None
     page.goto(f"{page.url}/review")
     expect(page.locator(".story li").first).to_contain_text("you ranked B › A, best first")
     expect(page.locator(".story li").first).to_contain_text(words)
-    expect(page.locator(".story li").nth(1)).to_contain_text("you called C and D good")
+    expect(page.locator(".story li").nth(1)).to_contain_text("you picked C and D")
 
 
 def test_letters_act_on_the_workbench_and_on_no_other_page(open_page: Open, server: Server) -> None:

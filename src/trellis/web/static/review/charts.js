@@ -1,6 +1,6 @@
-// The review page: curves whose values are read by pointer and arrow keys, local times, and notices of what was done.
+// The review page: curves whose values are read by pointer and arrow keys, and local times.
 
-import { $, $$, toast } from "../page.js";
+import { $, $$ } from "../page.js";
 
 class Plot {
   constructor(field) {
@@ -61,8 +61,4 @@ class Plot {
 export function bindCharts() {
   for (const field of $$("[data-points]")) new Plot(field);
   for (const time of $$("time[data-local-time]")) time.textContent = new Date(time.dateTime).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
-  document.addEventListener("htmx:afterRequest", ({ detail }) => {
-    const { done } = detail.requestConfig.elt.dataset; // the form may have been removed by its own response
-    if (detail.successful && done) toast(`${done}.`);
-  });
 }
