@@ -1,4 +1,4 @@
-"""What is done while a person reads the options: weights are saved, figures worked out, likely choices foreseen."""
+"""Work done while a person reads the options: save weights, compute metrics, foresee likely choices."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from .tree import Node, Retraining, child_id_for_choice
 log = logging.getLogger(__name__)
 
 ASSESSED_CHOICES = 10
-"""So many last choices of a branch are looked at to say whether the model still agrees with them."""
+"""Number of last choices of a branch that the agreement metric looks at."""
 
 BACKGROUND_DELAY_SECONDS = 0.12
 """Seconds after something was shown in which nothing is begun that nobody waits for: a browser on the same computer
 has its processor to draw it."""
 
 PRIORITY_FORESIGHT_STEPS = 4
-"""So many of the likeliest choices are worked out before figures that nobody waits for."""
+"""Number of likely choices that are foreseen before metrics are computed."""
 
 CONTROL_SAMPLING = Sampling(temperature=0.0, top_p=1.0, min_p=0.0, max_new_tokens=96)
-"""How the control prompt is answered: the likeliest words, so that only the weights make a difference."""
+"""Greedy, so that only the weights make a difference to the control answer."""
 
 ForesightStep = tuple[LikelyChoice, bool]
-"""A choice that may be made, and whether the options are worked out that would follow it."""
+"""A likely choice, and whether the options that would follow it are generated as well."""
 
 
 class BackgroundWork:
-    """Work that nobody waits for. Each piece that fails leaves the session as it was."""
+    """Work that nobody is waiting for. A failure leaves the session as it was."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class BackgroundWork:
         self._foresight_offer_id = ""
 
     def next_works(self) -> list[AsyncWork]:
-        """What is done while the options are read, the most useful first."""
+        """Return the pieces of work to do now, the most useful first."""
         works: list[AsyncWork] = []
         if self._engine.was_unloaded_by_user:
             return works
@@ -81,12 +81,12 @@ class BackgroundWork:
         ]
 
     async def run(self) -> None:
-        """Do as much of it at once as the engine can."""
+        """Run the pieces concurrently, as far as the engine can."""
         await asyncio.sleep(BACKGROUND_DELAY_SECONDS)
         await run_concurrently(self.next_works(), self._models.concurrency(self._state.model_options))
 
     def cancel_unlikely_foresight(self) -> None:
-        """Cancel what was begun ahead for choices that are no longer among the likely ones."""
+        """Cancel foresight for choices that are no longer likely."""
         if self._state.offer and self.foresight_steps():
             self._engine.cancel_foresight_except(
                 {
@@ -96,12 +96,12 @@ class BackgroundWork:
             )
 
     async def _save_weights(self, node: Node) -> None:
-        """Write weights that are in the engine's memory alone: behind the click, while its options are being read."""
+        """Save weights that are only in the engine's memory."""
         await self._engine.save_weights(node)
         await self._retained_weights.prune()
 
     async def _answer_control_prompt(self, node: Node) -> None:
-        """Answer the control prompt at the head (and, once, at the root), when nobody waits for anything else."""
+        """Answer the control prompt at a node: the head, and once the root."""
         try:
             offered = await self._engine.generate(
                 self._state.config.control_prompt, node.weights, CONTROL_SAMPLING, 1, 0, priority=1
@@ -117,7 +117,7 @@ class BackgroundWork:
             self._state.publish("control", {"node": node.id, "answer": answer})
 
     def _nodes_to_assess(self) -> list[Node]:
-        """The last choices of the branch, where the head does not say yet how many of them it agrees with."""
+        """Return the last choices of the branch, or nothing if the head has been assessed."""
         head = self._state.tree.head
         if head.metrics is None or head.metrics.agreed is not None or head.id in self._failed_assessments:
             return []
@@ -129,14 +129,14 @@ class BackgroundWork:
         return chosen_nodes[-ASSESSED_CHOICES:]
 
     async def _assess(self) -> None:
-        """Say with how many of the last choices the model still agrees, when nobody waits for anything else."""
+        """Store with how many of the last choices the head's weights agree."""
         node, nodes = self._state.tree.head, self._nodes_to_assess()
         assert node.metrics is not None
         try:
             assessed = await self._engine.assess(node.weights, nodes)
         except (EngineDied, EngineStopped, WeightsMissing):
             raise
-        except TrellisError as error:  # a figure that cannot be had must not stop the session
+        except TrellisError as error:  # a metric that cannot be computed must not stop the session
             log.warning("session %s: could not assess %s: %s", self._state.id, node.id, error.message)
             self._failed_assessments.add(node.id)
             return
@@ -147,7 +147,7 @@ class BackgroundWork:
             self._state.publish("assessed", {"node": node.id, "agreed": assessed.agreed, "of": assessed.of})
 
     def foresight_steps(self) -> list[ForesightStep]:
-        """What to work out next while somebody looks: choices, and whether the options are drawn that would follow.
+        """Return the next foresight steps, while somebody watches.
 
         The likeliest one to its end, then the weights of all others: whoever chooses one of these has the first words
         at once, and sees the rest being drawn.
@@ -171,7 +171,7 @@ class BackgroundWork:
         return likely_choices(earlier_choices, self._state.offer.options or ())
 
     async def _foresee(self, head: Node, step: ForesightStep) -> None:
-        """Work out what a choice would lead to, weights and options: a click then finds them made."""
+        """Compute the weights, and perhaps the options, that a choice would lead to."""
         offer, (choice, with_options) = self._state.offer, step
         if offer is None or not self._state.watchers:
             return
@@ -181,6 +181,6 @@ class BackgroundWork:
             if with_options and child.id not in self._state.tree.nodes and self._state.prompts is not None:
                 prompt = await asyncio.to_thread(self._state.prompts.at, child.position)
                 await self._engine.generate_ahead(child, prompt)
-        except TrellisError as error:  # what nobody asked for must not stop the session
+        except TrellisError as error:  # foresight must not stop the session
             log.info("session %s: could not foresee %s: %s", self._state.id, choice, error.message)
         self._finished_foresight.add(step)

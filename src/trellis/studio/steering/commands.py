@@ -21,7 +21,7 @@ from .tree import Node, child_id, child_id_for_choice, node_row
 
 
 class Commands:
-    """The commands of one session. The same request id twice is the same action: it is taken once."""
+    """The commands of one session. The same request id twice is one action."""
 
     def __init__(
         self, store: Store, engine: EngineRequests, state: SessionState, transitions: Transitions, work: MissingWork
@@ -34,7 +34,7 @@ class Commands:
 
     @run_to_completion
     async def choose(self, offer: str, choice: Choice, request: str) -> None:
-        """Learn from a choice. Raises Conflict for an offer that is not on the screen or not whole yet."""
+        """Learn from a choice. Raise Conflict for an offer that is not the current one, or is still being generated."""
         async with self._state.lock:
             if await self._transitions.is_known_request(request):
                 return
@@ -73,7 +73,7 @@ class Commands:
 
     @run_to_completion
     async def skip(self, request: str) -> None:
-        """Move on to the next prompt without learning; also from an offer that is not whole yet."""
+        """Move on to the next prompt without learning, also while an offer is being generated."""
         async with self._state.lock:
             if await self._transitions.is_known_request(request):
                 return
@@ -96,7 +96,7 @@ class Commands:
             if target is None:
                 raise self._state.conflict("Nothing to undo.", "nothing_to_undo", "Choose an answer.")
             left_node = self._state.tree.head
-            shown = left_node.answered or target.shown  # what was fitted to a log answered no offer
+            shown = left_node.answered or target.shown  # a retrained node answers no offer
             node_changes = {target.id: {"forward": left_node.id, "shown": shown}}
             await self._transitions.move_head(
                 target, shown, node_changes, self._transitions.intent(request, "undo", {"from": left_node.id}, "done")
@@ -118,7 +118,7 @@ class Commands:
 
     @run_to_completion
     async def go_to(self, node: str, request: str) -> None:
-        """Stand at any node; the options that were shown there come back. Raises NotFound."""
+        """Move the head to any node and show its offer again. Raise NotFound."""
         async with self._state.lock:
             if await self._transitions.is_known_request(request):
                 return
@@ -134,7 +134,7 @@ class Commands:
 
     @run_to_completion
     async def replace_prompt(self, text: str, request: str) -> None:
-        """Replace the current prompt and offer again."""
+        """Replace the current prompt and generate a new offer."""
         async with self._state.lock:
             if await self._transitions.is_known_request(request):
                 return
@@ -147,7 +147,7 @@ class Commands:
 
     @run_to_completion
     async def resume(self) -> None:
-        """Try again after a failure, or go on after the model was unloaded."""
+        """Try again after a failure, or continue after the model was unloaded."""
         async with self._state.lock:
             self._engine.allow_loading()
             self._state.is_resume_requested = True
@@ -166,7 +166,7 @@ class Commands:
 
     @run_to_completion
     async def name_node(self, node: str, name: str) -> None:
-        """Give a node a name of its own, or take it away; the weights of a node with a name stay on disk."""
+        """Name a node, or remove its name. Weights of named nodes stay on disk."""
         async with self._state.lock:
             self._state.require_open()
             found = self._state.node(node)
@@ -200,12 +200,12 @@ class Commands:
         self._work.restart()
 
     async def _pregenerated_offer_row(self, node: Node) -> dict[str, Any] | None:
-        """The first offer at a new node, if its options are there."""
+        """Return the row of the first offer at a new node, if foresight has generated it."""
         if self._state.prompts is None:
             return None
         try:
             prompt = await asyncio.to_thread(self._state.prompts.at, node.position)
-        except (OSError, ValueError):  # told of when the offer is begun
+        except (OSError, ValueError):  # reported when the offer is started
             return None
         offered = self._engine.generated_ahead(node, prompt)
         if offered is None:

@@ -1,4 +1,4 @@
-"""What one session asks of its engine."""
+"""Send the requests of one session to its engine, or take results that foresight has computed."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from .state import SessionState
 from .tree import Node, Retraining, child_id_for_choice
 
 OnOptionText = Callable[[int, str], None]
-"""Told of text that an option grew by: its index, the text."""
+"""Called with new text of an option: its index, the text."""
 
 
 class EngineRequests:
-    """Runs a session's requests on an engine that holds the model which the session grew on."""
+    """Runs a session's requests on an engine with the base model that the session started from."""
 
     def __init__(self, models: Models, weights: Blobs, builder: RequestBuilder, state: SessionState) -> None:
         self._models = models
@@ -45,22 +45,22 @@ class EngineRequests:
         self._state = state
         self._verified_on: Worker | None = None
         self._unsaved_weights: dict[str, Worker] = {}
-        """Weights that were learned and not written yet, each with the engine that has them."""
+        """Learned weights that are not saved yet, each with the engine that holds them."""
         self._foresight = Foresight(state.id)
         self._unload_count = models.unload_count(state.model_options)
 
     def allow_loading(self) -> None:
-        """A person wants something: a model that was unloaded by hand may be loaded again."""
+        """Allow a model that a person unloaded to be loaded again, since a person wants something."""
         self._unload_count = self._models.unload_count(self._state.model_options)
 
     @property
     def was_unloaded_by_user(self) -> bool:
-        """Whether its model was unloaded by hand since a person last wanted something, and is not back."""
+        """Whether a person unloaded the model since the last command, and it is still unloaded."""
         is_unloaded = self._models.state(self._state.model_options) != "loaded"
         return is_unloaded and self._models.unload_count(self._state.model_options) != self._unload_count
 
     async def load_engine(self) -> Worker:
-        """The loaded engine, loading it if need be."""
+        """Return the engine, loading the model if necessary."""
         if self._models.state(self._state.model_options) == "loaded":
             return await self._models.engine(self._state.model_options, lambda progress: None)
         if self.was_unloaded_by_user:
@@ -72,7 +72,7 @@ class EngineRequests:
             self._state.on_load_progress(None)
 
     async def _verified_engine(self) -> Worker:
-        """The engine, after making sure that it holds the base model that this session grew on."""
+        """Return the engine, verified to hold the base model that this session started from."""
         worker = await self.load_engine()
         if self._verified_on is not worker:
             initial_weights = await self.init_adapter()
@@ -88,15 +88,15 @@ class EngineRequests:
 
     @property
     def is_model_verified(self) -> bool:
-        """Whether the engine at hand is known to hold the base model that this session grew on."""
+        """Whether the running engine has been verified to hold this session's base model."""
         return self._verified_on is not None and self._verified_on.is_alive
 
     async def verify_model(self) -> None:
-        """Load the model and compare it with the one that this session grew on. Raises Conflict for another one."""
+        """Load the model and verify it. Raise Conflict if it is not this session's base model."""
         await self._verified_engine()
 
     async def init_adapter(self) -> str:
-        """Make the weights that the session starts from, if they are not there. Returns their id."""
+        """Create the initial adapter if it does not exist. Return the id of its weights."""
         worker = await self.load_engine()
         self._require_usable_template()
         root = self._state.tree.root.weights
@@ -107,13 +107,13 @@ class EngineRequests:
         return planted.weights
 
     def _require_usable_template(self) -> None:
-        """Raises Invalid where the model's chat template cannot do what the session's options ask of it."""
+        """Raise Invalid if the model's chat template cannot do what the session's options need."""
         loaded = self._models.loaded_info(self._state.model_options)
         if loaded and (problem := template_error(self._state.config, loaded)):
             raise problem
 
     async def learn(self, parent: Node, offer: str, choice: Choice) -> Learned:
-        """Learn from what was said of an offer at a node, or take what was learned ahead. Raises WeightsMissing.
+        """Learn from a choice at a node, or take what foresight has learned. Raise WeightsMissing.
 
         The weights are then in the engine's memory; `keep` has them written.
         """
@@ -126,7 +126,7 @@ class EngineRequests:
         return learned
 
     def learned_ahead(self, node: str) -> Learned | None:
-        """What was learned ahead for a node that may come to be, where that is done. What leads elsewhere gives way."""
+        """Return what foresight has learned for a node, if complete, and cancel foresight for other nodes."""
         for _, event, worker in self._foresight.finished_results(node):
             if isinstance(event, Learned) and worker.is_alive:
                 self._foresight.cancel_except({node})
@@ -135,7 +135,7 @@ class EngineRequests:
         return None
 
     def generated_ahead(self, node: Node, prompt: str) -> Offered | None:
-        """What was drawn ahead of the first offer at a node, where that is done."""
+        """Return the first offer at a node that foresight has generated, if complete."""
         wanted_request = self._builder.offer(node, 0, prompt)
         for request, event, _ in self._foresight.finished_results(node.id):
             if isinstance(event, Offered) and request == wanted_request:
@@ -143,12 +143,12 @@ class EngineRequests:
         return None
 
     async def save_weights(self, node: Node) -> None:
-        """Have the weights of a node written that are in the engine's memory alone; made again where they are gone."""
+        """Save weights of a node that are only in the engine's memory, recomputing them if they are gone."""
         await self.learn_again(node)
         self._unsaved_weights.pop(node.weights, None)
 
     async def learn_again(self, node: Node) -> Learned:
-        """Learn from the choice that led to a node, and have the weights written. Raises WeightsMissing."""
+        """Learn again from the choice that led to a node, and save the weights. Raise WeightsMissing."""
         assert node.parent is not None
         assert node.answered is not None
         assert node.choice is not None
@@ -160,11 +160,11 @@ class EngineRequests:
         return learned
 
     def forget_verification(self) -> None:
-        """Have the model verified again before the next request."""
+        """Verify the model again before the next request."""
         self._verified_on = None
 
     async def learn_ahead(self, parent: Node, offer: str, choice: Choice) -> Learned:
-        """Work out what a choice would lead to, after everything that somebody waits for. Raises WeightsMissing."""
+        """Learn from a choice ahead of time, at low priority. Raise WeightsMissing."""
         request = await self._builder.learn(parent, offer, choice)
         worker = await self._verified_engine()
         learned = await self._foresight.begin(worker, request, child_id_for_choice(parent, offer, choice))
@@ -172,7 +172,7 @@ class EngineRequests:
         return learned
 
     def cancel_foresight_except(self, nodes: Collection[str]) -> None:
-        """Give up what was begun ahead and leads to none of these nodes."""
+        """Cancel foresight that leads to none of these nodes."""
         self._foresight.cancel_except(nodes)
 
     async def generate_ahead(self, node: Node, prompt: str) -> None:
@@ -182,11 +182,11 @@ class EngineRequests:
         await self._foresight.begin(worker, self._builder.offer(node, 0, prompt), node.id)
 
     async def generate_options(self, node: Node, number: int, prompt: str, on_text: OnOptionText) -> Offered:
-        """The options of an offer at a node, or what was drawn of them ahead. Raises as `generate_ahead` does."""
+        """Generate the options of an offer at a node, or take them from foresight. Raise as `generate_ahead` does."""
         request = self._builder.offer(node, number, prompt)
         worker = await self._verified_engine()
         ahead = await self._foresight.claim(request, node.id)
-        is_finished = ahead is not None and ahead.is_finished  # all of it is there, and grows at once
+        is_finished = ahead is not None and ahead.is_finished  # complete: all text is published at once
 
         def on_event(event: Event) -> None:
             if isinstance(event, Delta) and not is_finished:
@@ -205,7 +205,7 @@ class EngineRequests:
     async def _wait_for_result(
         self, events: AsyncGenerator[Event, None], on_event: Callable[[Event], None] = lambda event: None
     ) -> Event:
-        """The result of what a person waits for; its place in the queue is told while it has one."""
+        """Return the result of a request that a person waits for, publishing its place in the queue meanwhile."""
         is_queued = False
         try:
             async with aclosing(events):
@@ -222,20 +222,20 @@ class EngineRequests:
         return event
 
     async def chat(self, request: Chat, owner: str) -> AsyncGenerator[Event, None]:
-        """Answer a conversation. Raises WeightsMissing before anything is said."""
+        """Answer a conversation. Raise WeightsMissing before the first text."""
         worker = await self._verified_engine()
         async with aclosing(worker.stream(request, owner=owner)) as events:
             async for event in events:
                 yield event
 
     async def close(self) -> None:
-        """Give up what was begun ahead."""
+        """Cancel all foresight."""
         await self._foresight.close()
 
     async def generate(
         self, text: str, weights: str, sampling: Sampling, count: int, seed: int, priority: int = 0
     ) -> Offered:
-        """Plain draws of answers to a prompt from any weights. Raises as `generate_ahead` does."""
+        """Sample answers to a prompt with any weights. Raise as `generate_ahead` does."""
         worker = await self._verified_engine()
         request = Offer(
             weights=weights, prompt=self._builder.prompt(text), sampling=sampling, group_size=count, seed=seed,
@@ -248,7 +248,7 @@ class EngineRequests:
     async def retrain(
         self, parent: Node, retraining: Retraining, on_progress: Callable[[Progress], None], priority: int = 2
     ) -> Learned:
-        """Learn from a whole log at a node, after everybody who waits for an answer. Raises WeightsMissing."""
+        """Train on a whole log from a node, at low priority. Raise WeightsMissing."""
         worker = await self._verified_engine()
         request = self._builder.fit(parent, retraining)
         async with aclosing(worker.stream(request, priority)) as events:
@@ -259,7 +259,7 @@ class EngineRequests:
         return event
 
     async def assess(self, weights: str, nodes: Sequence[Node]) -> Assessed:
-        """With how many of the choices at nodes some weights agree; nobody waits for it."""
+        """Return with how many of the choices at nodes some weights agree."""
         lessons = await self._builder.lessons(nodes)
         worker = await self._verified_engine()
         request = Assess(
@@ -271,11 +271,11 @@ class EngineRequests:
         return assessed
 
     def is_on_disk(self, weights: str) -> bool:
-        """Whether weights are on disk, as far as can be seen without reading them."""
+        """Whether the folder of weights is on disk. Its files are not read."""
         return weights in self._weights
 
     def discard_if_damaged(self, weights: str) -> bool:
-        """Discard weights on disk whose adapter is torn or holds values that are no numbers. Returns whether it did.
+        """Discard weights whose adapter file is incomplete or not finite. Return whether it did.
 
         Reads the whole file: for a thread.
         """
@@ -285,13 +285,13 @@ class EngineRequests:
         return True
 
     def is_available(self, weights: str) -> bool:
-        """Whether weights are on disk, or were made by an engine that still runs and has not written them yet."""
+        """Whether weights are on disk, or in the memory of a running engine."""
         worker = self._unsaved_weights.get(weights)
         return (worker is not None and worker.is_alive) or weights in self._weights
 
     @property
     def unsaved_nodes(self) -> list[Node]:
-        """The nodes whose weights are in the engine's memory alone."""
+        """Nodes whose weights are only in the engine's memory."""
         nodes = (
             self._state.tree.first_with_weights(weights)
             for weights in self._unsaved_weights

@@ -31,7 +31,7 @@ R = TypeVar("R")
 
 
 class WorkInterrupted(Exception):
-    """The work in hand is no longer wanted."""
+    """The current work is no longer wanted."""
 
 
 class MissingWork:
@@ -62,23 +62,23 @@ class MissingWork:
         self._current_work: asyncio.Task[Any] | None = None
 
     def wake(self) -> None:
-        """Do what is missing, if anything is. Never waits."""
+        """Start the task if it is not running. Never waits."""
         if not self._state.is_closed and not self.is_running:
             self._task = asyncio.create_task(self._run(), name=f"session {self._state.id}")
 
     async def close(self) -> None:
-        """Stop working."""
+        """Cancel the task."""
         if self._task:
             self._task.cancel()
             await asyncio.wait([self._task])
 
     @property
     def is_running(self) -> bool:
-        """Whether something is being done."""
+        """Whether the task is running."""
         return self._task is not None and not self._task.done()
 
     def restart(self) -> None:
-        """What was wanted has changed: drop work that no longer matters, and do what is missing."""
+        """Cancel the current work and start again, after a command changed what is missing."""
         if self._current_work and not self._current_work.done():
             self._current_work.cancel()
         self._engine.allow_loading()
@@ -119,7 +119,7 @@ class MissingWork:
                 self._state.fail(_internal_error(self._state.id))
 
     def _next_work(self) -> AsyncWork | None:
-        """The next piece of work, most urgent first; None when a person has to say something."""
+        """Return the most urgent piece of work; None when the next move is a person's."""
         if self._state.error or self._state.is_closed:
             return None
         if self._state.prompts is None:
@@ -154,15 +154,15 @@ class MissingWork:
         self._state.is_resume_requested = False
 
     async def _run_background_work(self) -> None:
-        """As much of it at once as the engine can; a command cuts it short."""
+        """Run background work concurrently, as far as the engine can. A command interrupts it."""
         self._background.cancel_unlikely_foresight()
         try:
             await self._run_interruptible(self._background.run())
-        except EngineStopped:  # nobody waits for any of it
+        except EngineStopped:  # nobody is waiting for background work
             log.info("session %s: its model was unloaded while background work was running", self._state.id)
 
     async def open_prompts(self) -> None:
-        """Have the prompts at hand, if they were made ready before."""
+        """Open the prompts if they have been prepared before."""
         if self._state.prepared_prompts is not None and self._state.prompts is None:
             try:
                 self._state.prompts = await self._datasets.open(
@@ -172,7 +172,7 @@ class MissingWork:
                 log.warning("session %s: its prompts are gone and must be read again", self._state.id)
 
     async def _prepare_prompts(self) -> None:
-        """Have the prompts at hand, made ready from where they come from if they are not."""
+        """Open the prompts; prepare them from their source first if necessary."""
         config = self._state.config
         await self.open_prompts()
         if self._state.prompts is not None:
@@ -190,7 +190,7 @@ class MissingWork:
             self._state.publish("state", self._state.state())
 
     async def _recompute_head(self) -> None:
-        """Work out the head's weights again, which were pruned."""
+        """Recompute the head's weights, which were pruned."""
         head = self._state.tree.head
         await self._run_interruptible(self._recomputation.run(WeightsMissing(head.weights)))
         await self._retained_weights.prune()
@@ -228,7 +228,7 @@ class MissingWork:
                 await self._transitions.new_offer(prompt, None)
 
     async def _generate_options(self) -> None:
-        """Draw the options of the offer on the screen, from its beginning: the same seed gives the same text."""
+        """Generate the options of the current offer from the start: the same seed gives the same text."""
         shown, head = self._state.offer, self._state.tree.head
         assert shown is not None
         if any(shown.texts):
@@ -253,7 +253,7 @@ class MissingWork:
                 )
 
     async def _run_interruptible(self, work: Coroutine[Any, Any, R]) -> R:
-        """Run work that a command may cut short; raise WorkInterrupted when one did."""
+        """Run work that a command may interrupt. Raise WorkInterrupted when one did."""
         work_task = asyncio.create_task(work)
         self._current_work = work_task
         try:

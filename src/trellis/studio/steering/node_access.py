@@ -1,4 +1,4 @@
-"""What can be done at any node of a session without moving its head: chat, sample, retrain, keep weights on disk."""
+"""Use any node of a session without moving its head: chat, sample, retrain, hold weights on disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .tree import Node, Retraining, child_id, node_json, node_row
 
 
 class NodeAccess:
-    """The nodes of one session, for other features. Weights that are gone are recomputed first."""
+    """The nodes of one session, for other features. Missing weights are recomputed first."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class NodeAccess:
 
     @asynccontextmanager
     async def hold_weights(self, node: Node, verify: bool = False) -> AsyncIterator[None]:
-        """Have the weights of a node on disk, and keep them there until the block ends.
+        """Keep the weights of a node on disk until the block ends, recomputed if necessary.
 
         `checked` for who reads the files without an engine, which would notice damaged ones: they are made again first.
         """
@@ -61,7 +61,7 @@ class NodeAccess:
             self._retained_weights.pinned[node.weights] -= 1
 
     async def chat(self, request: Chat, node: Node, owner: str) -> AsyncGenerator[Event, None]:
-        """Answer a conversation from any node, without moving the session. Weights that are gone are made again."""
+        """Answer a conversation with the weights of a node."""
         self._state.require_initialized(node)
         self._state.last_used = time.monotonic()
         self._engine.allow_loading()
@@ -79,7 +79,7 @@ class NodeAccess:
                     async for event in events:
                         has_spoken = has_spoken or isinstance(event, TextDelta)
                         yield event
-            except WeightsMissing as missing:  # what looked whole was not
+            except WeightsMissing as missing:  # the folder was damaged
                 if has_spoken or missing.weights != node.weights:
                     raise
                 await self._recomputation.run(missing)
@@ -90,20 +90,20 @@ class NodeAccess:
             self._retained_weights.pinned[node.weights] -= 1
 
     async def sample(self, prompt: str, node: str | None, n: int, sampling: Sampling, seed: int) -> list[str]:
-        """Answers from any node without moving the session."""
+        """Return answers to a prompt, sampled with the weights of a node."""
         start_node = self._state.node(node) if node else self._state.tree.head
         self._state.require_initialized(start_node)
         self._engine.allow_loading()
         async with self.hold_weights(start_node):
             try:
                 offered = await self._engine.generate(prompt, start_node.weights, sampling, n, seed)
-            except WeightsMissing as missing:  # what looked whole was not
+            except WeightsMissing as missing:  # the folder was damaged
                 await self._recomputation.run(missing)
                 offered = await self._engine.generate(prompt, start_node.weights, sampling, n, seed)
         return [option.text for option in offered.options]
 
     async def wait_until_initialized(self) -> None:
-        """Wait until the model is there and the session has weights to begin with. Raises what stands in the way."""
+        """Wait until the model is loaded and the session has its initial weights. Raise the error that prevents it."""
         self._engine.allow_loading()
         while not self._state.tree.root.weights:
             self._state.require_open()
@@ -113,11 +113,11 @@ class NodeAccess:
             await asyncio.sleep(0.1)
 
     async def retrain(self, parent: Node, retraining: Retraining, on_progress: Callable[[Progress], None]) -> Learned:
-        """Learn from a whole log at a node, without moving the session; the node is added by `graft`."""
+        """Train on a whole log from a node. `add_retrained_node` adds the result to the tree."""
         self._engine.allow_loading()
         try:
             return await self._engine.retrain(parent, retraining, on_progress)
-        except WeightsMissing as missing:  # what looked whole was not
+        except WeightsMissing as missing:  # the folder was damaged
             await self._recomputation.run(missing)
             return await self._engine.retrain(parent, retraining, on_progress)
 
@@ -149,7 +149,7 @@ class NodeAccess:
             return node
 
     async def labels(self) -> dict[str, str]:
-        """A few words for each node: how the answer began that led to it."""
+        """Return a label for each node: its name, or the first words of the answer that led to it."""
         missing = [node for node in self._state.tree.nodes.values() if node.id not in self._labels]
         found = await self._store.read(rows.get_offers, [node.answered for node in missing if node.answered])
         for node in missing:

@@ -13,7 +13,7 @@ from .tree import Node, Retraining
 
 
 class Recomputation:
-    """Recomputes a session's weights, from the nearest ones on disk."""
+    """Recomputes a session's weights from the nearest ones on disk."""
 
     def __init__(self, weights: Blobs, engine: EngineRequests, state: SessionState) -> None:
         self._weights = weights
@@ -21,7 +21,7 @@ class Recomputation:
         self._state = state
 
     async def run(self, missing: WeightsMissing) -> None:
-        """Work out weights that are not on disk from the log of choices, from the nearest that are."""
+        """Recompute weights from the log of choices, starting at the nearest ones on disk."""
         wanted_node = self._state.tree.first_with_weights(missing.weights)
         if wanted_node is None:
             raise missing
@@ -37,14 +37,14 @@ class Recomputation:
                         )
                         await self._recompute_node(node)
                     return
-                except WeightsMissing as also:  # what looked whole was not, and has been put out of sight
+                except WeightsMissing as also:  # the folder was damaged, and has been discarded
                     missing = also
             raise missing
         finally:
             self._state.on_load_progress(None)
 
     def _nodes_to_recompute(self, node: Node) -> list[Node]:
-        """The nodes whose weights must be made for this one's, in order; always at least itself."""
+        """Return the nodes to recompute, in order, the given one last."""
         chain = [node]
         while chain[-1].parent is not None:
             parent_node = self._state.tree.first_with_weights(self._state.tree.nodes[chain[-1].parent].weights)
@@ -62,7 +62,7 @@ class Recomputation:
                 parent = self._state.tree.nodes[node.parent]
                 learned = await self._engine.retrain(
                     parent, node.choice, self._state.on_load_progress, priority=0
-                )  # somebody waits
+                )  # somebody is waiting
             else:
                 learned = await self._engine.learn_again(node)
             recomputed_weights = learned.weights

@@ -1,4 +1,4 @@
-"""Build the engine requests of one session from its log alone: built twice, a request has the same name twice."""
+"""Build the engine requests of one session from its log alone: built twice, a request makes the same id."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .tree import Node, Retraining, Tree, choices_to_replay, offer_seed
 
 
 class RequestBuilder:
-    """Builds prompts, lessons and requests. It does not know the engine, nor what is on the screen."""
+    """Builds prompts, lessons and requests. It knows neither the engine nor the current offer."""
 
     def __init__(self, store: Store, logs: ChoiceLogs, config: SessionConfig, tree: Tree) -> None:
         self._store = store
@@ -26,7 +26,7 @@ class RequestBuilder:
         self._tree = tree
 
     def offer(self, node: Node, number: int, prompt: str) -> Offer:
-        """The request for the options at a node, built from the log alone."""
+        """Return the request for the options at a node."""
         config = self._config
         return Offer(
             weights=node.weights, prompt=self.prompt(prompt), sampling=config.extract(Sampling),
@@ -35,7 +35,7 @@ class RequestBuilder:
         )  # fmt: skip
 
     async def learn(self, parent: Node, offer: str, choice: Choice, keep: bool = False) -> Learn:
-        """The request for one choice, rebuilt from the log alone: asked twice, it has the same name twice."""
+        """Return the request to learn from a choice, with replayed earlier ones."""
         replay_choices = choices_to_replay(self._config, self._tree.path(parent.id))
         offer_rows = await self._store.read(
             rows.get_offers, [offer, *(node.answered for node, _ in replay_choices if node.answered)]
@@ -52,7 +52,7 @@ class RequestBuilder:
         )  # fmt: skip
 
     def fit(self, parent: Node, retraining: Retraining) -> Retrain:
-        """The request to learn from a whole log at a node."""
+        """Return the request to train on a whole log from a node."""
         return Retrain(
             weights=parent.weights, log=retraining.fitted, path=str(self._logs.path(retraining.fitted)),
             learning=self._config.extract(Learning), epochs=retraining.epochs, seed=self._config.seed,
@@ -60,7 +60,7 @@ class RequestBuilder:
         )  # fmt: skip
 
     async def lessons(self, nodes: Sequence[Node]) -> list[Lesson]:
-        """All that was said at nodes, in their order; of one that was fitted to a log, the whole log."""
+        """Return the lessons of nodes in order; for a retrained node, its whole log."""
         offer_rows = await self._store.read(rows.get_offers, [node.answered for node in nodes if node.answered])
 
         def read() -> list[Lesson]:
@@ -72,7 +72,7 @@ class RequestBuilder:
                     lessons.append(self._lesson(offer_rows[node.answered or ""], node.choice))
             return lessons
 
-        return await asyncio.to_thread(read)  # hundreds of choices take longer than the event loop may be held
+        return await asyncio.to_thread(read)  # hundreds of choices would block the event loop
 
     def _lesson(self, offer: dict[str, Any], choice: Choice) -> Lesson:
         options = parse_options(offer)
@@ -82,7 +82,7 @@ class RequestBuilder:
         )
 
     def prompt(self, text: str) -> Prompt:
-        """A prompt as the session's options have it put to the model."""
+        """Return a prompt as the session's options format it."""
         config = self._config
         return Prompt(
             text=config.prompt_prefix + text + config.prompt_suffix, system=config.system_prompt,

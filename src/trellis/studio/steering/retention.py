@@ -1,4 +1,4 @@
-"""Which weights of a session stay on disk, and pruning the others."""
+"""Decide which weights of a session stay on disk, and prune the others."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ def retained_weights(tree: Tree, config: SessionConfig) -> set[str]:
 
 
 def prunable_weights(tree: Tree, config: SessionConfig) -> set[str]:
-    """The weights that need not stay."""
+    """Return the weights that may be deleted."""
     return {node.weights for node in tree.nodes.values() if node.weights} - retained_weights(tree, config)
 
 
 class RetainedWeights:
-    """Deletes a session's weights that need not stay on disk."""
+    """Prunes a session's weights."""
 
     def __init__(self, store: Store, weights: Blobs, state: SessionState) -> None:
         self._store = store
         self._weights = weights
         self._state = state
         self.pinned: Counter[str] = Counter()
-        """How many hold each of the weights on disk at the moment."""
+        """Number of current holders of each set of weights."""
 
     async def prune(self) -> None:
-        """Delete the weights that need not stay on disk and that no other session names."""
+        """Prune weights that need not stay and that no other session names."""
         prunable_now = prunable_weights(self._state.tree, self._state.config) - set(+self.pinned)
         prunable_on_disk = [weights for weights in prunable_now if weights in self._weights]
         if prunable_on_disk:

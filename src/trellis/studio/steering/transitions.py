@@ -1,4 +1,4 @@
-"""The transitions of a session: one transaction each, which the state in memory then follows."""
+"""The transitions of a session: each is one transaction, which the state in memory then follows."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .tree import Node, child_id_for_choice, node_json, offer_id
 
 
 class Transitions:
-    """Moves the head, adds nodes and shows offers; knows which requests were taken. Callers hold the state's lock."""
+    """Moves the head, adds nodes and shows offers; knows the accepted requests. Callers hold the state's lock."""
 
     def __init__(self, store: Store, state: SessionState) -> None:
         self._store = store
         self._state = state
         self._known_requests: set[str] | None = None
-        """The ids of all requests that were taken, once they have been read."""
+        """Ids of all accepted requests; None until they are read."""
 
     async def move_head(
         self, target: Node, offer: str | None, node_changes: dict[str, dict[str, Any]], intent: dict[str, Any]
     ) -> None:
-        """Move the head and bring back what was shown there."""
+        """Move the head and show the offer that was shown there."""
         row = await self._store.write(rows.commit_move, target.id, offer, node_changes, intent, self.failed_request)
         self.remember_request(intent)
         for node_id, changes in node_changes.items():
@@ -39,7 +39,7 @@ class Transitions:
             self._state.publish_offer(self._state.offer)
 
     def make_child(self, parent: Node, offer: str, choice: Choice, learned: Learned | None) -> Node:
-        """The node that a choice leads to; one that teaches nothing has the weights of its parent."""
+        """Return the node that a choice leads to. Without learning it has the weights of its parent."""
         return Node(
             id=child_id_for_choice(parent, offer, choice), session=self._state.id, parent=parent.id,
             step=parent.step + (learned is not None), weights=learned.weights if learned else parent.weights,
@@ -48,7 +48,7 @@ class Transitions:
         )  # fmt: skip
 
     def enter_node(self, node: Node, node_changes: dict[str, dict[str, Any]]) -> None:
-        """Take a committed node into memory and tell everyone."""
+        """Add a committed node to the state and publish it."""
         self._state.tree.add(node)
         for node_id, changes in node_changes.items():
             self._state.tree.update(node_id, **changes)
@@ -58,7 +58,7 @@ class Transitions:
         self._state.publish_head()
 
     async def new_offer(self, prompt: str, intent: dict[str, Any] | None) -> None:
-        """Put a new offer on the screen, empty as yet, and close the intent that asked for it."""
+        """Store and show a new offer without options yet, and close the intent that asked for it."""
         head = self._state.tree.head
         number = await self._store.read(rows.count_offers, head.id)
         row = self.offer_row(head, number, prompt)
@@ -73,7 +73,7 @@ class Transitions:
         }  # fmt: skip
 
     def show_offer(self, row: dict[str, Any]) -> None:
-        """Put an offer that is in the store on the screen."""
+        """Show a stored offer."""
         self._state.tree.update(row["node"], shown=row["id"])
         self._state.offer = ShownOffer.from_row(row, self._state.config.group_size)
         self._state.publish_offer(self._state.offer)
@@ -88,11 +88,11 @@ class Transitions:
 
     @property
     def failed_request(self) -> str | None:
-        """The request of an intent that failed: the next action takes its place."""
+        """Request id of an intent that failed; the next action replaces it."""
         return self._state.intent["request"] if self._state.intent else None
 
     async def is_known_request(self, request: str) -> bool:
-        """Whether a request was taken before: then it is the same action."""
+        """Whether a request was accepted before, which makes it the same action."""
         if self._known_requests is None:
             self._known_requests = await self._store.read(rows.get_request_ids, self._state.id)
         return request in self._known_requests
