@@ -175,7 +175,7 @@ def _run_studio(
     *,
     qr: bool = False,
 ) -> None:
-    """Run the server until it is stopped; `first` is the name and configuration of a session to create."""
+    """Run the server until it is stopped; `first_session` is the name and configuration of one to create."""
     import uvicorn
 
     from .store.store import Store, migrate

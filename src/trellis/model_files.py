@@ -60,7 +60,7 @@ class Problem:
 @dataclass(frozen=True)
 class ModelFiles:
     """A model folder as its small files and headers describe it. `tensors` holds each tensor's entry in the header of
-    its file (dtype, shape); `damage` is what kept a file from being read, the first one first."""
+    its file (dtype, shape); `read_problems` are those of files that could not be read, in order."""
 
     path: Path
     config: Config = field(default_factory=dict)

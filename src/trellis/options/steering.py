@@ -158,7 +158,7 @@ class SessionConfig(ModelOptions, Adapter, Sampling, Learning):
         return require_storable(value)
 
     def extract(self, kind: type[OptionsT]) -> OptionsT:
-        """The options of one part: `config.part(Sampling)`."""
+        """Return the options of one part: `config.extract(Sampling)`."""
         return kind.model_validate({name: getattr(self, name) for name in kind.model_fields})
 
     @classmethod

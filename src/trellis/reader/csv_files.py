@@ -28,7 +28,7 @@ MAX_NAME_LENGTH, MAX_NAME_WORDS = 60, 5
 
 
 def read_csv(file: DataFile, expect_tabs: bool = False) -> Iterator[Record]:
-    """The rows of a table; `tabs` says that its name promises tabs. Raises Invalid, with the line."""
+    """Yield the rows of a table. `expect_tabs`: its name promises tabs. Raise Invalid, with the line."""
     csv.field_size_limit(LINE_LIMIT)
     with OpenedFile(file) as opened:
         numbered = read_lines(file, opened)

@@ -69,7 +69,7 @@ def corrupt_file_error(file: DataFile, what: str, next_step: str = "Correct the 
 
 
 class OpenedFile:
-    """A file opened for reading once, from its beginning. `done` is how many of its stored bytes have been read."""
+    """A file opened for one reading, from its start. It counts the stored bytes that were read."""
 
     def __init__(self, file: DataFile) -> None:
         self.file = file
@@ -180,7 +180,7 @@ def _advance_position(line: int, column: int, text: str) -> tuple[int, int]:
 def read_lines(
     file: DataFile, opened: OpenedFile, line_number: int = 0, limit: int | None = None
 ) -> Iterator[tuple[int, str]]:
-    """(number, line) of each line behind the line `number`. Raises Invalid for one without an end."""
+    """Yield (number, line) for each line after `line_number`. Raise Invalid for a line without an end."""
     limit_or_default = limit or LINE_LIMIT
     while line := opened.text.readline(limit_or_default):
         line_number += 1

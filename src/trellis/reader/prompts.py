@@ -15,8 +15,8 @@ INITIAL_ROWS, MAX_SAMPLED_ROWS = 20, 20_000
 
 
 class PromptReader:
-    """Reads `parts`: the name of each file (empty where there is only one) and its rows. Files without a column that is
-    named may each have another one."""
+    """Reads the prompts of `files`: each is a name (empty if there is only one) and its rows. If no column is named,
+    each file may have another one."""
 
     def __init__(
         self, files: Iterable[tuple[str, Iterator[Record]]], requested_column: str, max_sampled: int = MAX_SAMPLED_ROWS
@@ -33,7 +33,7 @@ class PromptReader:
         """Whether all rows have been read."""
 
     def read(self, limit: int | None = None) -> Iterator[str | None]:
-        """The prompt of each of the first `most` rows; None for one that is left out. Raises Invalid."""
+        """Yield the prompt of each of the first `limit` rows; None for a skipped one. Raise Invalid."""
         for name, rows in self._files:
             first = self._first_records(name, rows)
             column = self._choose_column(name, first)

@@ -48,7 +48,7 @@ class SkipReport:
         return {"rows": self.rows, "skipped": self.skipped, "left_out": reasons}
 
     def sentences(self, is_complete: bool = True) -> list[str]:
-        """What a person is told; nothing where nothing was left out. `whole` says whether these are all rows."""
+        """Return sentences for a person; none if nothing was skipped. `is_complete`: these are all rows."""
         found = []
         if skipped := self.skipped:
             of = f"{'' if is_complete else 'the first '}{format_number(self.rows)} row{'' if self.rows == 1 else 's'}"

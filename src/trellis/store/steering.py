@@ -148,7 +148,7 @@ def close_intent(connection: Connection, session_id: str, request: str, state: s
 def move_head(
     connection: Connection, session_id: str, head: str, offer: str | None, node_changes: dict[str, Row], now: float
 ) -> None:
-    """Stand at another node with another offer on the screen; `notes` are changes to nodes on the way."""
+    """Move the head and the current offer, and change nodes on the way."""
     connection.execute(update(sessions).where(sessions.c.id == session_id).values(head=head, offer=offer, updated=now))
     for node_id, changes in node_changes.items():
         connection.execute(update(nodes).where(nodes.c.id == node_id).values(changes))
@@ -158,8 +158,7 @@ def add_node(connection: Connection, node: Row) -> None:
     connection.execute(insert(nodes).values(node))
 
 
-# What one action changes, in one transaction. `given_up` is the request of an intent that failed: another comes in its
-# place.
+# What one action changes, in one transaction. `failed_request` is an intent that failed, and that this action replaces.
 
 
 def replace_intent(connection: Connection, intent: Row, failed_request: str | None) -> None:
@@ -176,7 +175,7 @@ def commit_move(
     intent: Row,
     failed_request: str | None,
 ) -> Row | None:
-    """Stand at a node that was there before. Returns the offer that is then on the screen."""
+    """Move the head to an existing node. Return the offer that is then shown."""
     replace_intent(connection, intent, failed_request)
     move_head(connection, intent["session"], head, offer, node_changes, intent["created"])
     return get_offer(connection, offer) if offer else None

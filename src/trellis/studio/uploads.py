@@ -38,7 +38,7 @@ Kind = Literal["prompts", "model"]
 
 
 class Uploads:
-    """`prompts` and `models` are the folders that finished uploads are moved to; `limit` is in bytes."""
+    """`prompts` and `models` are the folders that finished uploads are moved to; `max_bytes` is for one upload."""
 
     def __init__(self, folder: Path, prompts_folder: Path, models_folder: Path, max_bytes: int) -> None:
         self._folder = folder
@@ -50,9 +50,9 @@ class Uploads:
     async def begin(
         self, kind: Kind, name: str, files: Sequence[tuple[str, int]], fingerprint: str = ""
     ) -> dict[str, Any]:
-        """Start an upload, or find the one that was begun. Raises Invalid, or Conflict for a name that is taken.
+        """Start an upload, or find an unfinished one. Raise Invalid, or Conflict for a name that is taken.
 
-        `mark` is whatever else tells these files from others with the same names and sizes, such as their times.
+        `fingerprint` is whatever else distinguishes these files from others of the same names and sizes, such as times.
         """
         self._validate(kind, name, files)
         files = sorted(files)

@@ -253,6 +253,7 @@ class Method:
     uses_temperature: bool = True
 
 
+# A new method also needs its name in `MethodName` and a word in the help of `learning_method` (options/steering.py).
 METHODS: Mapping[str, Method] = {
     "choice": Method(choice_loss),
     "dpo": Method(dpo_loss),

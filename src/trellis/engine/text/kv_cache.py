@@ -86,7 +86,8 @@ class SequenceCache(ABC):
 def sequence_cache_for(
     slots: AdapterSlots, fast_forward: FastForward | None, find_weights: FindWeights, prefix_bytes: int
 ) -> SequenceCache:
-    """Return the sequence cache of a loaded model. `prefix_bytes` limits the prefixes of ended conversations."""
+    """Return the sequence cache of a loaded model. `prefix_bytes` limits the prefixes of ended
+    conversations in the fast cache; the generic one keeps a few."""
     generic = GenericSequenceCache(slots, find_weights)
     return (
         generic

@@ -33,7 +33,9 @@ MAX_OPTIONS = 8
 
 
 class Rooms:
-    """The rooms of the studio. Every room is in the store; the open ones are in memory too."""
+    """The rooms of the studio. Every room is in the store; the open ones are in memory too.
+
+    Rooms have no owner: everyone whom `web/access.py` lets in sees all of them."""
 
     def __init__(self, store: Store, hub: Hub, targets: ChatTargets, attachments: Attachments) -> None:
         self._store, self._hub, self.targets, self._attachments = store, hub, targets, attachments

@@ -17,13 +17,13 @@ from ...messages import LOG_FILE, Lesson
 
 
 class ChoiceLogs:
-    """All logs of a studio."""
+    """All choice logs of a studio."""
 
     def __init__(self, folder: Path) -> None:
         self._blobs = Blobs(folder)
 
     def write(self, lessons: Iterable[Lesson]) -> str:
-        """Keep lessons; returns the id of the log. The same lessons in the same order are the same log."""
+        """Save lessons and return the id of the log. The same lessons in the same order are the same log."""
         lines = [lesson.model_dump_json().encode() + b"\n" for lesson in lessons]
         digest = hashlib.sha256()
         for line in lines:
@@ -38,7 +38,7 @@ class ChoiceLogs:
         return self._blobs.path(log)
 
     def read(self, log: str, indexes: Sequence[int]) -> list[Lesson]:
-        """Some lessons of a log, in the order asked for. Raises Conflict when the log is gone."""
+        """Return lessons of a log, in the given order. Raise Conflict if the log is gone."""
         last = max(indexes)
         try:
             with (self.path(log) / LOG_FILE).open(encoding="utf-8") as lines:
@@ -56,7 +56,7 @@ class ChoiceLogs:
             ) from None
 
     def list_ids(self) -> list[str]:
-        """The logs that there are; what a crash left half written goes."""
+        """Return the ids of all logs, and delete what a crash left incomplete."""
         self._blobs.remove_leftovers()
         return [place.name for place in self._blobs.root.glob("l*")]
 
@@ -72,6 +72,6 @@ def move_refusals_last(lessons: Iterable[Lesson]) -> tuple[list[Lesson], int]:
 
 
 def without_tokens(lesson: Lesson) -> Lesson:
-    """A lesson without the tokens of the model that it was made with, so that any model can learn from it."""
+    """Return a lesson without the token ids of its model, so that any model can learn from it."""
     options = tuple(option.model_copy(update={"tokens": (), "logprob": 0.0}) for option in lesson.options)
     return lesson.model_copy(update={"options": options})

@@ -1,4 +1,4 @@
-"""Whether what a person said of an offer fits it, and what it means where several options are the same."""
+"""Whether a choice fits its offer, and which options are equal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...messages import Choice, Option, Ranking, Written
 
 
 def equal_options(options: Sequence[Option]) -> list[tuple[int, ...]]:
-    """For each option the indexes of all that are word for word the same and ended alike, itself among them."""
+    """Return for each option the indexes of all with the same text and the same ending, itself included."""
     groups: dict[tuple[str, str], list[int]] = {}
     for index, option in enumerate(options):
         groups.setdefault((option.text, option.finish), []).append(index)
@@ -36,7 +36,7 @@ def with_equal_options(choice: Choice, options: Sequence[Option]) -> Choice:
 
 
 def _add_equal_indexes(named: Sequence[int], equal: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """What is named, each followed by the equal ones that are not named themselves."""
+    """Return the named indexes, each followed by the equal ones that are not named."""
     expanded: list[int] = []
     for index in named:
         expanded += [index, *(each for each in equal[index] if each not in named and each not in expanded)]
@@ -44,7 +44,7 @@ def _add_equal_indexes(named: Sequence[int], equal: Sequence[tuple[int, ...]]) -
 
 
 def require_valid_choice(choice: Choice, size: int) -> None:
-    """Raises Invalid for a choice that does not fit an offer of so many options."""
+    """Raise Invalid for a choice that does not fit an offer with this number of options."""
     match choice:
         case int():
             indexes: tuple[int, ...] = (choice,)

@@ -88,6 +88,7 @@ class Commands:
 
     @run_to_completion
     async def undo(self, request: str) -> None:
+        """Move the head to its parent and show the answered offer again. Nothing is deleted."""
         async with self._state.lock:
             if await self._transitions.is_known_request(request):
                 return

@@ -1,4 +1,4 @@
-"""What a session works out before anyone asks: requests that are pure, so that whoever asks later is given the same.
+"""Results computed before anyone asks. Requests are pure, so that a later request gets the same result.
 
 A request runs on its own; whoever needs its result follows it from its beginning, and makes it urgent. It does not know
 what the requests mean.
@@ -15,17 +15,17 @@ from ...messages import Event, Request, recipe_id, recipe_of
 from ...workers.worker import Worker
 
 INTERACTIVE_PRIORITY = 0
-"""The priority of what somebody waits for."""
+"""Priority of requests that somebody waits for."""
 
 FORESIGHT_PRIORITY = 3
-"""The priority of what nobody asked for yet: after people, after what is shown beside the options, after long jobs."""
+"""Priority of foresight: after people, after metrics and control answers, after long jobs."""
 
 MAX_RESULTS = 64
-"""So many finished results are kept, the last used ones: an undo and another choice find them."""
+"""Number of finished results that are kept, last used first, so that another choice after an undo finds them."""
 
 
 async def last_event(events: AsyncGenerator[Event, None]) -> Event:
-    """The result that a stream of events ends in."""
+    """Return the last event of a stream."""
     async with aclosing(events):
         async for event in events:
             result = event
@@ -33,12 +33,12 @@ async def last_event(events: AsyncGenerator[Event, None]) -> Event:
 
 
 def request_key(request: Request) -> str:
-    """The name of a request: the same for the same work."""
+    """Return the key of a request: the same for the same work."""
     return recipe_id("q", [request.type, recipe_of(request)])
 
 
 class ForesightRequest:
-    """One request that was begun before anyone asked, and what came of it so far."""
+    """One request sent ahead of time, and its events so far."""
 
     def __init__(self, worker: Worker, owner: str, request: Request, node: str) -> None:
         self.node = node
@@ -56,12 +56,12 @@ class ForesightRequest:
 
     @property
     def is_usable(self) -> bool:
-        """Whether it has a result, or may still come to one."""
+        """Whether it has a result or may still get one."""
         return not self.task.done() or not (self.task.cancelled() or self.task.exception())
 
     @property
     def result(self) -> Event:
-        """What it ended in."""
+        """Return the result."""
         return self._events[-1]
 
     async def _run(self) -> None:
@@ -74,7 +74,7 @@ class ForesightRequest:
             self._new_event.set()
 
     async def follow(self) -> AsyncGenerator[Event, None]:
-        """Its events from the first on, the result last. Raises what the request did."""
+        """Yield the events from the first one, the result last. Raise the error of the request."""
         sent_count = 0
         while True:
             while sent_count < len(self._events):
@@ -89,8 +89,8 @@ class ForesightRequest:
             await self._new_event.wait()
 
     async def raise_priority(self) -> None:
-        """Somebody waits for it now."""
-        self._priority = INTERACTIVE_PRIORITY  # also for one that has not been sent yet
+        """Raise the priority, since somebody waits for it now."""
+        self._priority = INTERACTIVE_PRIORITY  # also for a request that has not been sent yet
         if not self.task.done():
             await self.worker.set_priority(self.request)
 
@@ -99,7 +99,7 @@ class ForesightRequest:
 
 
 class Foresight:
-    """The requests that one session had begun ahead, by what they ask; each for the node that it would lead to."""
+    """The requests that one session sent ahead of time, each for the node that it would lead to."""
 
     def __init__(self, owner: str) -> None:
         self._owner = owner
@@ -117,7 +117,7 @@ class Foresight:
         return await last_event(ahead.follow())
 
     async def claim(self, request: Request, node: str) -> ForesightRequest | None:
-        """What was begun of a request that somebody now waits for, made urgent; what leads elsewhere gives way."""
+        """Return the request that somebody now waits for, with its priority raised, and cancel others."""
         self.cancel_except({node})
         ahead = self._find(request)
         if ahead is not None:
@@ -125,13 +125,13 @@ class Foresight:
         return ahead
 
     def finished_results(self, node: str) -> Iterator[tuple[Request, Event, Worker]]:
-        """What is done of what leads to a node, and by whom."""
+        """Yield the finished requests that lead to a node: request, result, engine."""
         for each in self._requests.values():
             if each.node == node and each.is_finished and each.is_usable:
                 yield each.request, each.result, each.worker
 
     def cancel_except(self, nodes: Collection[str]) -> None:
-        """Give up what is under way and leads to none of these."""
+        """Cancel running requests that lead to none of these nodes."""
         for key, each in list(self._requests.items()):
             if not each.is_finished and each.node not in nodes:
                 each.cancel()
@@ -147,7 +147,7 @@ class Foresight:
         return self._requests.get(key)
 
     async def close(self) -> None:
-        """Give everything up."""
+        """Cancel everything."""
         for each in self._requests.values():
             each.cancel()
         await asyncio.gather(*(each.task for each in self._requests.values()), return_exceptions=True)

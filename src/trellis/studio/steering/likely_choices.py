@@ -16,8 +16,8 @@ LikelyChoice = int | tuple[int, ...] | Literal["none", "skip"]
 def likely_choices(
     earlier_choices: Sequence[Choice | Retraining | None], options: Sequence[Option]
 ) -> list[LikelyChoice]:
-    """All single choices of an offer: by how often such a one was made on this branch, whose choices are `said`, then
-    by how sure the model is of an option."""
+    """Return all single choices of an offer: by how often the like was chosen earlier on this branch, then by the
+    model's confidence in the option."""
     refusal_count, skip_count = earlier_choices.count("none"), earlier_choices.count("skip")
     chosen_count = len(earlier_choices) - refusal_count - skip_count
     by_likelihood = sorted(range(len(options)), key=lambda at: -options[at].logprob / max(len(options[at].tokens), 1))

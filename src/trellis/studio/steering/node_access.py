@@ -49,7 +49,7 @@ class NodeAccess:
     async def hold_weights(self, node: Node, verify: bool = False) -> AsyncIterator[None]:
         """Keep the weights of a node on disk until the block ends, recomputed if necessary.
 
-        `checked` for who reads the files without an engine, which would notice damaged ones: they are made again first.
+        With `verify`, damaged files are recomputed first; an engine would notice them, other readers would not.
         """
         self._retained_weights.pinned[node.weights] += 1
         try:

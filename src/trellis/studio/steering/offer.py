@@ -1,4 +1,4 @@
-"""An offer as it stands on the screen, whole or growing. It does not know how it was drawn."""
+"""The offer on the screen, complete or still being generated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .tree import Node
 
 @dataclass
 class ShownOffer:
-    """An offer on the screen, whole or growing."""
+    """An offer on the screen. `options` is None while it is being generated; `texts` grow meanwhile."""
 
     id: str
     node: str
@@ -54,14 +54,14 @@ class ShownOffer:
 
 
 def parse_options(row: dict[str, Any]) -> tuple[Option, ...] | None:
-    """The options of an offer's row; None while it is not whole."""
+    """Return the options of an offer's row; None while it is incomplete."""
     if row["options"] is None:
         return None
     return tuple(Option.model_validate(option) for option in row["options"])
 
 
 def answer_preview(node: Node, offer: dict[str, Any] | None, limit: int = 42) -> str:
-    """How the answer began that a choice called good; empty where there is none."""
+    """Return the first words of the chosen answer; empty if there is none."""
     options: list[dict[str, Any]] = (offer or {}).get("options") or []  # as stored: hundreds are read at once
     match node.choice:
         case Written():

@@ -31,7 +31,7 @@ def all_presets() -> tuple[Preset, ...]:
 
 
 def get_preset(preset_id: str) -> Preset:
-    """Raises NotFound."""
+    """Return a preset. Raise NotFound."""
     found = next((each for each in all_presets() if each.id == preset_id), None)
     if found is None:
         raise NotFound(

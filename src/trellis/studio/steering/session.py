@@ -68,12 +68,12 @@ class Session(SessionState):
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody watches it and nothing is being done."""
+        """Whether nobody watches the session and no work is running."""
         has_pinned_weights = bool(+self._retained_weights.pinned)
         return not self.work.is_running and not has_pinned_weights and not self.lock.locked() and self.watchers == 0
 
     def on_engine_changed(self, options: ModelOptions) -> None:
-        """The engine of a model was started or ended."""
+        """Publish that the engine of a model started or ended, and continue if it was loaded."""
         if options == self.model_options:
             state = self._models.state(options)
             self.publish("engine", {"state": state})
@@ -81,7 +81,7 @@ class Session(SessionState):
                 self.work.wake()
 
     def preload_model(self) -> None:
-        """Somebody looks at the session: have its model ready before they choose. Never waits."""
+        """Start loading the model, since somebody opened the session. Never waits."""
         if self._models.state(self.model_options) == "unloaded" and not self.is_closed and not self.error:
             self._preload_task = asyncio.create_task(self._preload_model())
 
@@ -92,16 +92,16 @@ class Session(SessionState):
             log.warning("could not load ahead: %s", error.message)
 
     def add_watcher(self) -> None:
-        """Somebody looks at the session from now on."""
+        """Count one more watcher."""
         self.watchers += 1
         self.work.wake()
 
     def remove_watcher(self) -> None:
-        """One less looks at it."""
+        """Count one watcher less."""
         self.watchers -= 1
 
     async def close(self, reason: str | None = None) -> None:
-        """Stop working. With a reason, say goodbye to those who watch."""
+        """Stop the work. With a reason, publish it as the last event."""
         self.is_closed = True
         await self.work.close()
         await self._engine.close()

@@ -1,4 +1,4 @@
-"""Steering as the studio offers it: sessions by id, made, found, woken, renamed, deleted."""
+"""All sessions, by id: create, find, wake, rename, delete."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ SESSION_NAMES = (
     "Clematis", "Wisteria", "Jasmine", "Sweet pea", "Hop", "Honeysuckle", "Morning glory", "Runner bean", "Ivy",
     "Passionflower", "Nasturtium", "Climbing rose", "Grapevine", "Cucumber", "Bittersweet", "Trumpet vine",
 )  # fmt: skip
-"""New sessions are named after what grows on a trellis."""
+"""Names for new sessions: plants that grow on a trellis."""
 
 
 class Sessions:
-    """All sessions. One that was asked for stays in memory; every one is in the store."""
+    """All sessions. Those in use are in memory, all of them are in the store."""
 
     def __init__(
         self, store: Store, hub: Hub, models: Models, datasets: Datasets, weights: Blobs, logs: ChoiceLogs,
         is_foresight_enabled: Callable[[], bool] = lambda: False,
     ) -> None:  # fmt: skip
-        """`foresees`: whether sessions may work out what a choice would lead to while a person reads."""
+        """`is_foresight_enabled` tells whether sessions may compute results ahead of time."""
         self._is_foresight_enabled = is_foresight_enabled
         self._store = store
         self._datasets = datasets
@@ -71,7 +71,7 @@ class Sessions:
                 log.exception("session %s could not be taken up", session_id)
 
     def _on_engine_changed(self, options: ModelOptions) -> None:
-        """A model was loaded or let go: the sessions on it say so on their pages."""
+        """Tell the sessions of a model that it was loaded or unloaded."""
         for session in self._sessions.values():
             session.on_engine_changed(options)
 
@@ -79,7 +79,7 @@ class Sessions:
         await asyncio.gather(*(session.close() for session in self._sessions.values()))
 
     async def create(self, name: str | None, config: Mapping[str, Any], request: str | None = None) -> Session:
-        """A new session from a partial configuration. Raises Invalid, or NotFound for an unknown model."""
+        """Create a session from a partial configuration. Raise Invalid, or NotFound for an unknown model."""
         if request and (known_id := await self._store.read(rows.session_by_request, request)):
             return await self.session(known_id)
         parsed = await self._validated_config(config)
@@ -89,7 +89,7 @@ class Sessions:
             return await self._create(name, parsed, request)
 
     async def _validated_config(self, config: Mapping[str, Any]) -> SessionConfig:
-        """A whole configuration whose model and prompts are there. Raises Invalid or NotFound."""
+        """Return a complete configuration whose model and prompts exist. Raise Invalid or NotFound."""
         parsed = SessionConfig.parse(config)
         entry = await self._models.catalog.find(parsed.model, field="config.model")
         if parsed.remote_code and not entry.repository:
@@ -136,7 +136,7 @@ class Sessions:
         return session
 
     async def check_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """What is wrong with a partial configuration, and what its model would take: nothing is loaded or changed."""
+        """Return what is wrong with a partial configuration and the memory its model would need. Nothing is loaded."""
         errors: list[dict[str, str]] = []
         try:
             parsed = SessionConfig.parse(config)
@@ -156,7 +156,7 @@ class Sessions:
         return {"errors": errors, "memory": memory}
 
     async def _template_error(self, entry: ModelEntry, config: SessionConfig) -> Invalid | None:
-        """What the model's chat template cannot do of what the options ask, as far as it is known."""
+        """Return why the model's chat template cannot do what the options need, as far as is known."""
         if loaded := self._models.loaded_info(config.extract(ModelOptions)):
             return template_error(config, loaded)
 
@@ -171,7 +171,7 @@ class Sessions:
         return await asyncio.to_thread(check_files)
 
     async def session(self, session_id: str) -> Session:
-        """A session by its id. Raises NotFound."""
+        """Return a session. Raise NotFound."""
         if session_id in self._sessions:
             self._sessions[session_id].last_used = time.monotonic()
             return self._sessions[session_id]
@@ -213,7 +213,7 @@ class Sessions:
         )  # fmt: skip
 
     async def _close_idle_sessions(self) -> None:
-        """Sessions that nobody has used for a while leave memory; the store has all of them."""
+        """Drop sessions from memory that nobody has used for a while."""
         now = time.monotonic()
         for session in list(self._sessions.values()):
             if session.is_idle and now - session.last_used > IDLE_SECONDS:
@@ -221,7 +221,7 @@ class Sessions:
                 await session.close()
 
     async def list_sessions(self) -> list[dict[str, Any]]:
-        """All sessions, the one that was last used first."""
+        """Return all sessions, last used first."""
         session_rows = await self._store.read(rows.list_sessions)
         return [
             {
@@ -237,13 +237,13 @@ class Sessions:
         ]
 
     async def delete(self, session_id: str) -> None:
-        """Forget a session, its log, and the weights that no other session names. Raises NotFound."""
+        """Delete a session, its log, and the weights that no other session names. Raise NotFound."""
         session = await self.session(session_id)
         await session.close("deleted")
         try:
             await self._store.write(rows.delete_session, session_id)
         finally:
-            self._sessions.pop(session_id, None)  # if it could not be deleted, it is read again from the store
+            self._sessions.pop(session_id, None)  # if deletion failed, it is read from the store again
         own_weights = {node.weights for node in session.tree.nodes.values() if node.weights}
         for unused in own_weights - await self._store.read(rows.all_weights):
             await asyncio.to_thread(self._weights.discard, unused)
@@ -251,7 +251,7 @@ class Sessions:
             await self._datasets.discard(session.prepared_prompts)
 
     async def events(self, session_id: str, after: str | None) -> AsyncIterator[HubEvent]:
-        """What happens in a session, from an event id on; the whole state first where there is none."""
+        """Yield the events of a session after an event id, or a state snapshot first if there is none."""
         session = await self.session(session_id)
         session.add_watcher()
         try:
@@ -263,9 +263,9 @@ class Sessions:
     async def sample(
         self, session_id: str, prompt: str, node: str | None, n: int, sampling: Mapping[str, Any], seed_key: str = ""
     ) -> list[str]:
-        """Answers from any node (the head, where none is named) without moving the session.
+        """Return answers sampled at any node (default: the head), without moving the head.
 
-        With a `key`, the random numbers follow from it instead of from the node: what differs is the weights alone.
+        With `seed_key`, the seed follows from it instead of from the node, so that only the weights differ.
         """
         session = await self.session(session_id)
         config = SessionConfig.parse(session.config.model_dump(mode="json") | dict(sampling))
@@ -274,7 +274,7 @@ class Sessions:
 
     async def tree_json(self, session_id: str) -> dict[str, Any]:
         session = await self.session(session_id)
-        # From a copy, in a thread: a session goes on growing, and hundreds of nodes take a while.
+        # A copy, in a thread: the session continues meanwhile, and hundreds of nodes take a while.
         return await asyncio.to_thread(_tree_json, Tree(session.tree.nodes.values(), session.tree.head_id))
 
     async def _unused_name(self) -> str:

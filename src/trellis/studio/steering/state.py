@@ -74,11 +74,11 @@ class SessionState:
 
     @property
     def is_busy(self) -> bool:
-        """While a choice is learned from, nothing else can be asked for."""
+        """Whether a choice is being learned; other commands are refused meanwhile."""
         return self.intent is not None and self.error is None
 
     def state(self) -> dict[str, Any]:
-        """The whole state, as API.md gives it."""
+        """Return the whole state as the API shows it."""
         head = self.tree.head
         original, current = self.tree.root.control, head.control
         return {
@@ -125,7 +125,7 @@ class SessionState:
         }
 
     def node(self, node_id: str) -> Node:
-        """Raises NotFound."""
+        """Return a node. Raise NotFound."""
         if node_id not in self.tree.nodes:
             raise NotFound(
                 f"Node “{shorten(node_id)}” not found in this session.",
@@ -135,7 +135,7 @@ class SessionState:
         return self.tree.nodes[node_id]
 
     def on_load_progress(self, progress: Progress | None) -> None:
-        """While the model loads, the session says so."""
+        """Publish the progress of loading; None when it has ended."""
         self.load_progress = progress
         if progress:
             self.publish("load_progress", progress.model_dump(exclude={"type"}))
@@ -143,12 +143,12 @@ class SessionState:
             self.publish("state", self.state())
 
     def on_queue_position(self, position: int | None) -> None:
-        """While the engine works for others, the session says which place it has."""
+        """Publish the place in the engine's queue; None when it is this session's turn."""
         self.queue_position = position
         self.publish("queued", {"place": position})
 
     def publish_notice(self, message: str) -> None:
-        """Something that a person should know of and need do nothing about."""
+        """Publish a message that needs no action."""
         self.publish("notice", {"message": message})
 
     def on_option_text(self, index: int, text: str) -> None:
@@ -183,7 +183,7 @@ class SessionState:
         }
 
     def _prompt_index(self) -> int:
-        """Which prompt of the round stands at the head, counted from 0."""
+        """Return the index of the head's prompt in the current round, from 0."""
         return self.tree.head.position % self.prompts.total if self.prompts else self.tree.head.position
 
     def fail(self, error: TrellisError) -> None:

@@ -58,12 +58,12 @@ class Node:
 
     @property
     def has_learned(self) -> bool:
-        """Whether weights were made on the way here; a skip only moves on."""
+        """Whether the step to this node made weights; a skip does not."""
         return self.choice is not None and self.choice != "skip"
 
 
 class Tree:
-    """All nodes of one session and where it stands."""
+    """All nodes of one session, and its head."""
 
     def __init__(self, nodes: Iterable[Node], head: str) -> None:
         self.nodes: dict[str, Node] = {}
@@ -82,22 +82,22 @@ class Tree:
 
     @property
     def undo_target(self) -> Node | None:
-        """Where undo leads."""
+        """The node that undo leads to."""
         return self.nodes[self.head.parent] if self.head.parent else None
 
     @property
     def redo_target(self) -> Node | None:
-        """Where redo leads: the child that was last stood in."""
+        """The node that redo leads to: the child that was last the head."""
         return self.nodes[self.head.forward] if self.head.forward else None
 
     def add(self, node: Node) -> None:
-        """A new node, or a known one with something noted on it."""
+        """Add a node."""
         if node.id not in self.nodes:
             self._children.setdefault(node.parent, []).append(node.id)
         self.nodes[node.id] = node
 
     def update(self, node_id: str, **changes: Any) -> Node:
-        """A node with fields replaced."""
+        """Replace fields of a node."""
         node = replace(self.nodes[node_id], **changes)
         self.nodes[node_id] = node
         return node
@@ -107,7 +107,7 @@ class Tree:
         return [self.nodes[child] for child in self._children.get(node_id, [])]
 
     def path(self, node_id: str) -> list[Node]:
-        """From the root to a node, both included."""
+        """Return the nodes from the root to a node, both included."""
         path = []
         current_id: str | None = node_id
         while current_id is not None:
@@ -116,12 +116,12 @@ class Tree:
         return path[::-1]
 
     def first_with_weights(self, weights: str) -> Node | None:
-        """The first node that made these weights."""
+        """Return the first node that made these weights."""
         return next((node for node in self.nodes.values() if node.weights == weights), None)
 
 
 def choice_json(node: Node) -> Any:
-    """The choice of a node as JSON."""
+    """Return the choice of a node as JSON."""
     return None if node.choice is None else NODE_CHOICE.dump_python(node.choice, mode="json")
 
 
@@ -139,7 +139,7 @@ def node_from_row(row: dict[str, Any]) -> Node:
 
 
 def node_json(node: Node, tree: Tree) -> dict[str, Any]:
-    """A node as the event `node_added` carries it."""
+    """Return a node as the event `node_added` has it."""
     return {
         "node": node.id,
         "parent": node.parent,
@@ -153,7 +153,7 @@ def node_json(node: Node, tree: Tree) -> dict[str, Any]:
 
 
 def drift_of(node: Node, tree: Tree) -> float:
-    """Drift of a node's weights; a skip has its parent's, the root has none."""
+    """Return the drift of a node's weights; a skip has its parent's, the root has none."""
     while node.metrics is None and node.parent is not None:
         node = tree.nodes[node.parent]
     return node.metrics.drift if node.metrics else 0.0
@@ -168,12 +168,12 @@ def root_id(session: str) -> str:
 
 
 def child_id(parent: Node, offer: str, choice: Any) -> str:
-    """The name of the node that a choice leads to: the same choice of the same offer is the same node."""
+    """Return the id of the node that a choice leads to: the same choice of the same offer is the same node."""
     return recipe_id("n", [parent.id, offer, choice])
 
 
 def child_id_for_choice(parent: Node, offer: str, choice: Choice) -> str:
-    """The name of the node that a choice leads to, whether it is there or not."""
+    """Return the id of the node that a choice leads to, whether it exists or not."""
     return child_id(parent, offer, CHOICE.dump_python(choice, mode="json"))
 
 
@@ -182,7 +182,7 @@ def offer_id(node: Node, number: int, prompt: str) -> str:
 
 
 def offer_seed(config: SessionConfig, node: Node, number: int, prompt: str) -> int:
-    """What an offer's random numbers start from: the session's seed, the weights, the prompt, the count of offers."""
+    """Return an offer's seed, from the session's seed, the weights, the prompt and the number of offers."""
     return derived_seed("offer", config.seed, node.weights, prompt, number)
 
 

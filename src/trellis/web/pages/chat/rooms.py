@@ -37,7 +37,7 @@ MESSAGES_SHOWN = 200
 
 @dataclass(frozen=True)
 class ThreadTurn:
-    """One place in the thread: a message, or several answers side by side. `others` are its branches."""
+    """One place in the thread: a message, or several answers side by side, with its branches."""
 
     message: dict[str, Any]
     columns: list[dict[str, Any]]

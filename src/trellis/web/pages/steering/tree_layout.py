@@ -79,7 +79,7 @@ def layout_tree(tree: Tree, max_nodes: int | None = None) -> TreeLayout:
 
 
 def _select_nodes(tree: Tree, order: list[Node], max_nodes: int) -> list[Node]:
-    """The nodes to show, in their order: never more than twice `most`."""
+    """Return the nodes to show, in order: at most twice `max_nodes`."""
     wanted = [node.id for node in reversed(tree.path(tree.head_id))][: max_nodes // 3]
     wanted += [node.id for node in order if node.name][: max_nodes // 3]
     wanted += [node.id for node in order if len(tree.children(node.id)) > 1][: max_nodes // 3]
@@ -136,7 +136,7 @@ class Chart:
 
 
 def make_chart(title: str, unit: str, values: list[tuple[int, float]], max_points: int = 400) -> Chart:
-    """A chart of (step, value) pairs; at most `most` points are drawn, the last among them."""
+    """Return a chart of (step, value) pairs with at most `max_points` points, the last one included."""
     if len(values) < 2:
         return Chart(title, unit, f"{values[0][1]:.3g}" if values else "–")
     stride = -(-len(values) // max_points)
