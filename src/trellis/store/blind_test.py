@@ -36,8 +36,8 @@ def get_rounds(connection: Connection, trial_id: str) -> list[Row]:
 
 
 def add_round(connection: Connection, row: Row) -> None:
-    """A round that was drawn. Ends the trial when nothing is left to be judged in it. What was still being drawn for a
-    trial that has ended or is gone is not kept: its result stays as it was told."""
+    """Add a generated round, and end the trial if nothing is left to judge. A round of a trial that has ended or is
+    deleted is dropped, so that a published result never changes."""
     trial = get_trial(connection, row["trial"])
     if trial is None or trial["state"] != "open":
         return

@@ -33,8 +33,8 @@ def get_room(connection: Connection, room_id: str) -> tuple[Row, list[Row]] | No
 
 
 def list_rooms(connection: Connection, words: Sequence[Sequence[str]], archived: bool, max_rooms: int) -> list[Row]:
-    """Rooms in whose title or text each of some words occurs in one of its spellings, the last used first, each with
-    a message in which the first word stands."""
+    """Return rooms in whose title or text every word occurs in one of its spellings, last used first, each with a
+    message that has the first word."""
     query = select(rooms).where(rooms.c.archived == int(archived)).order_by(rooms.c.updated.desc()).limit(max_rooms)
     for word in words:
         has_message = exists().where(and_(messages.c.room == rooms.c.id, _contains_any(messages.c.folded, word)))
@@ -63,7 +63,7 @@ def delete_room(connection: Connection, room_id: str) -> None:
 
 
 def add_messages(connection: Connection, room_id: str, message_rows: Sequence[Row], room_changes: Row) -> None:
-    """What was said, and what it changes of the room, in one transaction."""
+    """Add messages and change their room, in one transaction."""
     connection.execute(insert(messages), list(message_rows))
     update_room(connection, room_id, room_changes)
 

@@ -132,7 +132,7 @@ def get_offers(connection: Connection, offer_ids: Sequence[str]) -> dict[str, Ro
 
 
 def get_request_ids(connection: Connection, session_id: str) -> set[str]:
-    """The ids of all requests that a session has taken."""
+    """Return the ids of all requests that a session accepted."""
     return set(connection.execute(select(intents.c.request).where(intents.c.session == session_id)).scalars())
 
 
@@ -196,7 +196,7 @@ def commit_node(
     failed_request: str | None,
     offer: Row | None = None,
 ) -> None:
-    """Stand at a new node, with its first offer where that is there already."""
+    """Add a node and move the head to it, with its first offer if there is one."""
     add_node(connection, node)
     if intent["state"] == "open":
         close_intent(connection, intent["session"], intent["request"], "done")

@@ -64,7 +64,7 @@ class Store:
 
 
 def _to_trellis_error(error: OperationalError) -> TrellisError:
-    """A database that cannot be read or written just now. Nothing of the transaction has been kept."""
+    """Return the error for a database that cannot be read or written. The transaction was rolled back."""
     detail = str(error.orig)
     if "full" in detail or "No space left" in detail:
         return TrellisError(

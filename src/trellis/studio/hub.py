@@ -46,8 +46,8 @@ Snapshot = Callable[[], tuple[str, dict[str, Any]]]
 
 @dataclass
 class Topic:
-    """One ring. Its ids carry a mark of its own, so that an id from before a restart, or from a topic that was
-    let go, is never taken for one of these."""
+    """A ring of events. Its ids carry a mark of their own, so that an id from before a restart or of a dropped ring
+    is never mistaken for one of these."""
 
     instance_id: str = field(default_factory=lambda: secrets.token_hex(4))
     last_number: int = 0
@@ -81,7 +81,7 @@ class Hub:
         return f"{topic_state.instance_id}-{topic_state.last_number}"
 
     def add_listener(self, topic: str, on_event: EventListener) -> Callable[[], None]:
-        """Be told of every event of a topic at once, until the function that is returned is called."""
+        """Call a listener with every event of a topic, until the returned function is called."""
         topic_state, key = self._topics.setdefault(topic, Topic()), object()
         topic_state.listeners[key] = on_event
 

@@ -77,8 +77,8 @@ class Jobs:
         await asyncio.gather(*(job.task for job in self._running.values() if job.task), return_exceptions=True)
 
     async def start(self, kind: str, body: dict[str, Any], work: Work, request: str | None = None) -> Job:
-        """Begin work as a task of the studio's own. The same request is one job. Raises Conflict for a request that
-        was used for something else."""
+        """Start work as a task of the studio. The same request id is one job. Raise Conflict for a request id that was
+        used for something else."""
         async with self._start_lock:
             return await self._start(kind, body, work, request)
 
@@ -104,14 +104,14 @@ class Jobs:
         return row if row and row["kind"] == kind else None
 
     async def find_by_request(self, request: str, kind: str) -> Job | None:
-        """The job that a request began before. Raises Conflict for a request that began one of another kind."""
+        """Return the job that a request started before. Raise Conflict if it started one of another kind."""
         row = await self._store.read(rows.job_by_request, request)
         if row and row["kind"] != kind:
             raise key_reused_error(row["kind"])
         return (self._running.get(row["id"]) or Job(self._hub, row)) if row else None
 
     async def get(self, job_id: str) -> dict[str, Any]:
-        """A job as the API shows it. Raises NotFound."""
+        """Return the job as the API shows it. Raise NotFound."""
         return job_json(await self._row(job_id))
 
     async def list(self, kinds: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -124,7 +124,7 @@ class Jobs:
         await self._store.write(rows.delete_jobs, [job_id for job_id in job_ids if job_id not in self._running])
 
     async def cancel(self, job_id: str) -> dict[str, Any]:
-        """Stop a running job. Raises NotFound, or Conflict when it has ended."""
+        """Cancel a running job. Raise NotFound, or Conflict if it has ended."""
         row = await self._row(job_id)
         job = self._running.get(job_id)
         if job is None or job.task is None:
@@ -200,7 +200,7 @@ def timestamp(seconds: float) -> str:
 
 
 def _initial_progress() -> dict[str, Any]:
-    """What a job is told of that has not said anything yet: with every field of a progress, as pages read them."""
+    """Progress of a job that has not reported any: every field, as pages read them."""
     return Progress(stage="connecting", fraction=0.0, message="Starting").model_dump(exclude={"type"})
 
 

@@ -19,7 +19,7 @@ from .steering import ChoiceLogs, Sessions
 from .uploads import Uploads
 
 READER_START_SECONDS = 30.0
-"""What a reader of prompts may take to start on a busy computer, before it asks anyone."""
+"""Seconds that a reader process may take to start on a busy computer."""
 
 
 class Studio:

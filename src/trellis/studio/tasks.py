@@ -1,4 +1,4 @@
-"""How a session has its work done: to the end once it has begun, and several things at once."""
+"""Run coroutines to completion, or several at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Command = Callable[Concatenate[S, P], Coroutine[Any, Any, None]]
 
 
 def run_to_completion(command: Command[S, P]) -> Command[S, P]:
-    """A command that has begun is finished, even when whoever asked for it is gone: the store and memory stay one."""
+    """Finish a started command even if its caller is gone, so that store and memory agree."""
 
     @wraps(command)
     async def shielded_command(session: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -25,7 +25,7 @@ def run_to_completion(command: Command[S, P]) -> Command[S, P]:
 
 
 async def run_concurrently(work_items: Iterable[AsyncWork], concurrency: int) -> None:
-    """Do one work after another, so many at once. The first failure ends all and is raised."""
+    """Run pieces of work, a number of them at once. The first failure cancels the others and is raised."""
     remaining = iter(work_items)
 
     async def run_next_items() -> None:

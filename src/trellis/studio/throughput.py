@@ -8,7 +8,7 @@ MIN_SECONDS = 0.02
 
 
 def tokens_per_second(tokens: int, seconds: float) -> float | None:
-    """The speed of so many tokens drawn in so many seconds; None for too few of either."""
+    """Return tokens per second; None for too few tokens or seconds to tell."""
     if tokens < MIN_TOKENS or seconds < MIN_SECONDS:
         return None
     return round(tokens / seconds, 1)

@@ -1,4 +1,4 @@
-"""Files that come in piece by piece, and go on where they broke off: prompts, and folders of models.
+"""Uploads in chunks that can be resumed: prompt files, and folders of models.
 
 An upload is named by what is to come (names and sizes), so that the same one asked for again is the same upload, in
 another tab or after a restart. Nothing is seen by the rest of the studio before all of it is here.
@@ -61,12 +61,12 @@ class Uploads:
             return await asyncio.to_thread(self._begin, upload_id, kind, name, files)
 
     async def state(self, upload_id: str) -> dict[str, Any]:
-        """How far each file has come. Raises NotFound."""
+        """Return how many bytes of each file have arrived. Raise NotFound."""
         async with self._lock(upload_id):
             return await asyncio.to_thread(self._state, upload_id)
 
     async def append(self, upload_id: str, number: int, offset: int, chunk: bytes) -> dict[str, Any]:
-        """Add a piece to a file where it ends. Raises NotFound, Invalid, or Conflict with what there is already."""
+        """Append a chunk to a file. Raise NotFound, Invalid, or Conflict with the offset where it ends."""
         async with self._lock(upload_id):
             return await asyncio.to_thread(self._append, upload_id, number, offset, chunk)
 
@@ -214,7 +214,7 @@ class Uploads:
         return self._prompts_folder / files[0][0] if kind == "prompts" else self._models_folder / name
 
     def _delete_stale_uploads(self) -> None:
-        """Uploads that nobody has gone on with for a week."""
+        """Return uploads without a new chunk for a week."""
         if self._folder.is_dir():
             for path in self._folder.iterdir():
                 with suppress(FileNotFoundError):  # another upload ends meanwhile, and its files move away

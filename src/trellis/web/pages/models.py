@@ -103,7 +103,7 @@ async def forget(request: Request, model: str, studio: StudioDep) -> Response:
 async def _run_action(
     request: Request, studio: Studio, action: Coroutine[Any, Any, Any], form_values: dict[str, str] | None = None
 ) -> Response:
-    """Do it, then show the cards again; what was wrong is said on the page."""
+    """Run an action, then render the cards, with its error if it failed."""
     try:
         await action
     except TrellisError as error:

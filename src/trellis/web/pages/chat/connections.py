@@ -104,7 +104,7 @@ async def add_provider(request: Request, studio: StudioDep, form: Annotated[Prov
 
 
 def validate_form(form: ProviderForm, names: list[str]) -> NewProvider:
-    """Raises Invalid."""
+    """Parse the form. Raise Invalid."""
     try:
         return NewProvider(name=form.name.strip(), url=form.url, key=form.key, models=names, sees=form.sees)
     except ValidationError as error:

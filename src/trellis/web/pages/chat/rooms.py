@@ -45,9 +45,9 @@ class ThreadTurn:
     branch_index: int
     is_unanswered: bool
     answers_standalone_prompt: bool
-    """Whether it answers a prompt that stands alone, as those that a session learns from do."""
+    """Whether it answers a first prompt, as lessons of a session must."""
     can_continue: frozenset[str] = frozenset()
-    """The answers that can go on."""
+    """Ids of answers that can be continued."""
     likely_session: str = ""
     """The session that is the likeliest to learn from it; empty where none is likelier than others."""
 
@@ -157,7 +157,7 @@ async def room_list_context(studio: Studio, q: str = "", archived: bool = False,
 
 @router.post("/chat")
 async def create_room(request: Request, studio: StudioDep, form: Annotated[SendForm, Form()]) -> Response:
-    """A new room, with its first message where there is one."""
+    """Create a room, with a first message if one was sent."""
     await enforce_rate_limit(request)
     try:
         room = await studio.rooms.create(models=[each for each in form.models if each], request=form.request)
@@ -221,7 +221,7 @@ async def render_room(
 
 
 def done_before(request: Request) -> str:
-    """What the action did that led to this page: a word of `_notice.html`."""
+    """Return the action that led to this page, as a key of `_notice.html`."""
     return request.query_params.get("done", "")
 
 
@@ -275,7 +275,7 @@ def message_context(message: dict[str, Any]) -> dict[str, Any]:
 def make_turn(
     room: Room, message: Message, by_id: dict[str, dict[str, Any]], columns: list[Message], continuable: frozenset[str]
 ) -> ThreadTurn:
-    """Branches are told apart by what stands side by side: of a comparison, the answer that is on the branch."""
+    """Return the branches at a message; of a comparison, the answer on the current branch stands for all."""
     branches: list[str] = []
     seen: set[str] = set()
     for each in room.children(message.parent):
@@ -315,7 +315,7 @@ async def thread(request: Request, room: RoomDep, studio: StudioDep, all: bool =
 
 @router.get("/chat/{room}/messages/{message}")
 async def one_message(request: Request, room: RoomDep, studio: StudioDep, message: str) -> HTMLResponse:
-    """One place in the thread: a message, with what stands beside it."""
+    """Render one turn of the thread: a message and the answers beside it."""
     found = room.message(message)
     columns = parallel_answers(room, found)
     sessions = await list_sessions(studio)
@@ -331,7 +331,7 @@ async def one_message(request: Request, room: RoomDep, studio: StudioDep, messag
 
 
 def action_response(request: Request, room: Room) -> Response:
-    """After an action: nothing for a script (the socket tells), back to the room for a plain form."""
+    """Answer an action: 204 for a script, which follows the socket; a redirect for a plain form."""
     if "hx-request" in request.headers:
         return Response(status_code=204)
     return RedirectResponse(f"/chat/{room.id}#end", 303)
@@ -390,7 +390,7 @@ async def rate(request: Request, room: RoomDep, form: Annotated[RateForm, Form()
 
 @router.post("/chat/{room}/teach")
 async def teach(request: Request, room: RoomDep, studio: StudioDep, form: Annotated[TeachForm, Form()]) -> Response:
-    """Have a session learn from an answer. A script is told where that can be looked at; a form goes there."""
+    """Train a session on an answer. A script gets the address of the result, a form is redirected to it."""
     await enforce_rate_limit(request)
     prompt, options, choice = studio.rooms.choice_from_answer(room, form.message)
     what = f"an answer in “{room.title}”"

@@ -74,7 +74,7 @@ async def render_start_page(
 
 
 def result_text(trial: dict[str, Any]) -> str:
-    """What a comparison came to, in words; empty while it goes on."""
+    """Return the result of a trial as a sentence; empty while it is open."""
     if not trial["result"]:
         return ""
     return win_rate_sentence(trial["result"], *distinct_names(trial["left"], trial["right"]))

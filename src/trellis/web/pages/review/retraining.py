@@ -29,7 +29,7 @@ class RetrainForm(ActionForm):
     epochs: str = Field("", max_length=20)
 
     def parse_epochs(self) -> int | None:
-        """Raises Invalid."""
+        """Parse the number. Raise Invalid."""
         text = self.epochs.strip()
         if not text:
             return None
@@ -79,7 +79,7 @@ async def render_log_page(
 
 
 def count_choices(path: list[Node]) -> dict[str, int]:
-    """What was said on a branch, in numbers."""
+    """Return the numbers of choices and refusals on a branch."""
     learned_nodes = [node for node in path if node.has_learned]
     from_logs = [node.choice for node in learned_nodes if isinstance(node.choice, Retraining)]
     refused = sum(node.choice == "none" for node in learned_nodes)
@@ -129,7 +129,7 @@ async def replay(
 async def start_job(
     request: Request, session: Session, studio: Studio, start: Callable[[], Awaitable[Job]]
 ) -> Response:
-    """Back to the page, which shows the job; with what stands in the way, if something does."""
+    """Start a job and redirect to the page that shows it, or render the page with the error."""
     try:
         await start()
     except TrellisError as error:

@@ -94,7 +94,7 @@ def group_fields(
 
 
 def errors_by_option(error: TrellisError | None) -> dict[str, str]:
-    """What is wrong by flat name of the option."""
+    """Return error messages by flat option name."""
     errors = messages_by_option(error.fields if isinstance(error, Invalid) else [])
     if error and error.field:
         for name, message in messages_by_option([{"field": error.field, "message": error.message}]).items():
@@ -103,7 +103,7 @@ def errors_by_option(error: TrellisError | None) -> dict[str, str]:
 
 
 def messages_by_option(entries: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Entries of errors by flat name of the option, as they stand beside the field that shows its name and value."""
+    """Return error messages by flat option name, without the name and value that the field shows itself."""
     return {
         entry["field"].removeprefix("config."): beside_field(entry["message"].removeprefix(f"{entry['field']}: "))
         for entry in entries
@@ -127,7 +127,7 @@ def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_from_form(form: Mapping[str, str]) -> dict[str, Any]:
-    """What a form sent as a partial configuration. A whole form says so, since a switch that is off sends nothing."""
+    """Return the sent form as a partial configuration. Whole forms are marked: switches that are off send nothing."""
     config: dict[str, Any] = {}
     if form.get("form") == "whole":
         for name, row in option_rows():
@@ -161,7 +161,7 @@ def config_from_values(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def values_from_form(form: Mapping[str, str]) -> dict[str, Any]:
-    """What a form sent, as the form shows it again: with the switches that were off, and with what was wrong."""
+    """Return the sent values to show again, including switches that were off and invalid values."""
     return flatten_config(config_from_form(form)) | {name: value for name, value in form.items() if value != "on"}
 
 

@@ -39,7 +39,7 @@ SESSIONS_SHOWN = 40
 
 @router.get("/")
 async def start(request: Request, studio: StudioDep, q: str = "", all: bool = False) -> HTMLResponse:
-    """Start with the demo, or go on where you were."""
+    """Render the first page: start with the demo, or continue a session."""
     sessions = await studio.steering.list_sessions()
     words = q.lower().split()[:10]
     found = [each for each in sessions if contains_all(words, f"{each['name']} {each['model']}")]
@@ -183,7 +183,7 @@ async def render_form_page(
 
 
 async def _dataset_errors(studio: Studio, config: dict[str, Any], error: TrellisError) -> list[dict[str, str]]:
-    """What is wrong with a file of prompts, which was not looked at before another error was found."""
+    """Return the error of a prompt file, which is not checked once another error was found."""
     dataset = SessionConfig.from_valid_fields(config).dataset
     if dataset.source != "file" or any(name.startswith("dataset.") for name in errors_by_option(error)):
         return []  # a data set on the hub may take half a minute
@@ -206,7 +206,7 @@ async def _initial_values(studio: Studio, preset_id: str, clone: str) -> tuple[d
 
 
 def parse_name(sent: str) -> str | None:
-    """The name in a form; None where it was left empty. Raises Invalid."""
+    """Return the name in a form; None if it is empty. Raise Invalid."""
     try:
         return NAME_ADAPTER.validate_python(sent) if sent else None
     except ValidationError as error:

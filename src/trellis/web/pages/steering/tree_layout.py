@@ -108,7 +108,7 @@ def polyline_points(values: list[float], width: int, height: int) -> str:
 
 @dataclass(frozen=True)
 class Tick:
-    """A label on an axis, and where it stands: per cent of the way along it."""
+    """A label on an axis, and its position in per cent of the length."""
 
     percent: float
     label: str
@@ -130,7 +130,7 @@ class Chart:
 
     @property
     def description(self) -> str:
-        """The curve in words."""
+        """A description of the curve for screen readers."""
         first, last = self.points[0], self.points[-1]
         return f"{self.title}: {first[1]}{self.unit} at step {first[0]}, {last[1]}{self.unit} at step {last[0]}"
 

@@ -42,7 +42,7 @@ class ChooseForm(ActionForm):
     order: str = Field("", max_length=40)
 
     def parse_choice(self) -> Choice:
-        """Return the choice as the API takes it. Raises Invalid.
+        """Return the choice as the API accepts it. Raise Invalid.
 
         `good` means that all ticked answers are good; `ranked`, that they were ticked best first.
         """
