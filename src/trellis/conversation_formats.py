@@ -28,7 +28,7 @@ MESSAGE_LIST_KEYS = ("messages", "conversations", "conversation", "turns")
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side said. `whole` is False when it held more than text, such as a picture or a tool call."""
+    """One turn. `whole` is False if it held more than text, such as a picture or a tool call."""
 
     role: Role
     text: str
@@ -37,7 +37,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class _ChatFormat:
-    """How one chat format marks who speaks. Plain words count only where both sides speak."""
+    """How one chat format marks roles. Plain words count only if both roles occur."""
 
     turn_marker: re.Pattern[str]
     end_markers: tuple[str, ...] = ()
@@ -56,7 +56,7 @@ CHAT_FORMATS = (
     _ChatFormat(re.compile(r"(?:<s>\s*)?(\[/?INST\])"), ("</s>",)),  # Llama 2
 )
 FIRST_CHARACTERS = frozenset("[{a<#HAS")
-"""Characters with which a conversation as text can begin: most texts are told from one by these alone."""
+"""First characters of conversations as text; most other texts are ruled out by these alone."""
 _LLAMA_SYSTEM_PROMPT = re.compile(r"\s*<<SYS>>\s*(.*?)\s*<</SYS>>\s*", re.DOTALL)
 _LIST_OF_MESSAGES = re.compile(
     r"(?:array\()?\[\s*\{\s*(['\"])(?:" + "|".join((*ROLE_KEYS, *TEXT_KEYS)) + r")\1\s*:", re.IGNORECASE
@@ -68,7 +68,7 @@ class NotJSON(ValueError):
 
 
 def parse_turns(value: Any) -> list[Turn] | None:
-    """The turns of a conversation in any of its shapes; None for what is no conversation. Raises NotJSON."""
+    """Return the turns of a conversation in any known shape; None for anything else. Raise NotJSON."""
     if isinstance(value, str):
         return _parse_text(value)
     if isinstance(value, Mapping):

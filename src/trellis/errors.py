@@ -105,7 +105,7 @@ class LoadFailed(EngineError):
 
 
 def internal_error(reference: str) -> TrellisError:
-    """What a person is told of a bug, which the log has under a reference."""
+    """The error shown for a bug, whose details are in the log under a reference."""
     return TrellisError(
         "Something went wrong.", code="internal", next_step=f"Try again. Error ID {reference} (see the log)."
     )

@@ -83,7 +83,7 @@ def _render_code(text: str, language: str, attributes: str) -> str:
 
 @lru_cache(maxsize=256)
 def _find_lexer(name: str) -> Lexer | None:
-    """How a language is read, where that is known and quick."""
+    """Return the lexer of a language, if it is known and fast."""
     try:
         lexer = get_lexer_by_name(name, stripnl=False) if name else None
         kind = lexer.aliases[0] if lexer else ""
@@ -102,7 +102,7 @@ _FORMULA_DELIMITERS = {
 
 
 def _render_formula(self: object, tokens: list[Token], index: int, options: object, env: object) -> str:
-    """Formulas as they were written: nobody sets them here, and what reads like TeX must not be eaten as Markdown."""
+    """Formulas, kept as text: they are not typeset here, and TeX must not be parsed as Markdown."""
     left, right = _FORMULA_DELIMITERS[tokens[index].type]
     inside = f'<span class="maths">{escape(left + tokens[index].content + right)}</span>'
     return f"<p>{inside}</p>\n" if "block" in tokens[index].type else inside
@@ -209,7 +209,7 @@ def _parser_for(text: str) -> MarkdownIt:
 
 
 class _LimitedReferences(dict[str, Any]):
-    """What references stand for. Links to a long address that is used again and again are text from some point on."""
+    """Reference definitions. Links to a long address become text once it has been repeated often."""
 
     _characters = 0
 
@@ -221,8 +221,7 @@ class _LimitedReferences(dict[str, Any]):
 
 
 def to_html(text: str) -> str:
-    """One piece. No images (a picture's address can carry data out), no raw HTML, links that tell nobody where they
-    were."""
+    """Render one block: no images (an address can leak data), no raw HTML, links without a referrer."""
     return _pieces_to_html([text])
 
 
@@ -254,7 +253,7 @@ def _pieces_to_html(pieces: Sequence[str]) -> str:
 
 
 def block_to_html(text: str) -> str:
-    """One piece of a text. What a model thought before it spoke is folded."""
+    """Render one block of an answer; a thought is folded."""
     opened = text.lstrip()
     if not opened.startswith(THINK_OPEN):
         return to_html(text)
@@ -263,7 +262,7 @@ def block_to_html(text: str) -> str:
 
 
 def thought_to_html(text: str) -> str:
-    """What a model thought, with or without the tags around it, folded."""
+    """Render a thought, with or without its tags, folded."""
     text = text.strip().removeprefix(THINK_OPEN).removesuffix(THINK_CLOSE).strip()
     inside = _pieces_to_html(split_pieces(text))
     return f'<details class="thought"><summary>What it thought first</summary>{inside}</details>'
@@ -289,7 +288,7 @@ def text_to_html(text: str) -> str:
 
 
 def _pieces_after(pieces: list[str], characters: int) -> list[str]:
-    """The pieces after so many characters."""
+    """Return the blocks after a number of characters."""
     ends = accumulate(map(len, pieces))
     return [piece for piece, end in zip(pieces, ends, strict=True) if end > characters]
 

@@ -63,18 +63,18 @@ class BlockSplitter:
         self._may_be_paragraph = False
         """Whether it may be a paragraph outside after all."""
         self._no_open_paragraph = True
-        """Whether no paragraph is open for certain, which some lines would go on with."""
+        """Whether certainly no paragraph is open that a line could continue."""
         self._is_after_blank = False
         """Whether the last line was empty."""
         self._formula_end = ""
-        """What would end a formula that was begun."""
+        """The end of an open formula."""
         self._is_uncertain = False
         """Whether it is no longer certain what is code: then all that comes is one piece."""
         self._fence_closed = False
         """Whether the line that was read has closed a fence outside of everything."""
         self._has_thought = False
         self.implied_thought_length = 0
-        """How many characters at the beginning turned out to be a thought that the template had opened."""
+        """Number of first characters that turned out to be a thought opened by the template."""
 
     def feed(self, text: str) -> list[str]:
         """The pieces that are whole now."""
@@ -86,7 +86,7 @@ class BlockSplitter:
         return [block for line in lines for block in self._feed_line(f"{line}\n")]
 
     def flush(self) -> list[str]:
-        """What is left when no more comes, in whole pieces."""
+        """Return the remaining blocks at the end of the text."""
         last, self._partial_line = "".join(self._partial_line), []
         return [*(self._feed_line(last) if last else []), *self._flush_block()]
 

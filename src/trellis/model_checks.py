@@ -1,4 +1,4 @@
-"""Why a model folder cannot be loaded, and what to do, told before any weight is read.
+"""Find out why a model folder cannot be loaded, and what to do, before any weight is read.
 
 One list of conditions for the check of the form, the catalog and the engine. It imports neither torch nor transformers.
 """
@@ -49,7 +49,7 @@ _SIZE_KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_h
 
 
 def find_problems(files: ModelFiles, precision: Precision = "auto", remote_code: bool = False) -> Iterator[Problem]:
-    """What keeps a folder from being loaded with these options, what decides most first."""
+    """Yield the problems that keep a folder from being loaded with these options, most important first."""
     yield from _missing_files(files)
     yield from files.read_problems
     if not files.config:
@@ -110,7 +110,7 @@ def problem_from_file_names(folder: Path) -> Problem | None:
 
 
 def require_loadable(path: Path, precision: Precision = "auto", remote_code: bool = False) -> ModelFiles:
-    """The description of a folder that can be loaded, as far as its files say. Raises LoadFailed."""
+    """Return the description of a folder that can be loaded, as far as its files tell. Raise LoadFailed."""
     files = inspect_folder(path)
     for problem in find_problems(files, precision, remote_code):
         raise problem.to_error()
@@ -118,7 +118,7 @@ def require_loadable(path: Path, precision: Precision = "auto", remote_code: boo
 
 
 def answer_length_problem(max_positions: int | None, max_new_tokens: int) -> Problem | None:
-    """Why answers of this length leave no room for a prompt in a model that can look back on so many tokens."""
+    """Return the problem that answers of this length leave no room for a prompt in the model's context, or None."""
     if max_positions is None or max_new_tokens < max_positions:
         return None
     fitting = max(1, max_positions // 2)
@@ -202,7 +202,7 @@ NON_CAUSAL_HEADS = (
     ("ForQuestionAnswering", "finds answers in a text"), ("ForMultipleChoice", "chooses between given answers"),
     ("RewardModel", "scores answers"), ("ForMaskedLM", "fills in masks"),
 )  # fmt: skip
-"""What a model does whose architecture's name ends like this, and which therefore does not continue a text."""
+"""Tasks of models by the end of their architecture name, none of which continues a text."""
 
 UNSUPPORTED_ARCHITECTURE = "unsupported_architecture"
 CHOOSE_CAUSAL_MODEL = "Choose a causal language model, such as Llama, Qwen, Gemma or Mistral."
@@ -288,7 +288,7 @@ def _lacks_output_layer(files: ModelFiles) -> bool:
 
 
 def quantization_method(files: ModelFiles) -> str:
-    """How the weights of a folder are quantised (“awq”, “fp8”, …); empty for one that is not."""
+    """Return the quantization of a folder (“awq”, “fp8”, …); empty if there is none."""
     if (found := files.quantization) is not None:
         method = found.get("quant_method")
         if not method and ("load_in_4bit" in found or "load_in_8bit" in found):
@@ -478,7 +478,7 @@ def _template_text(files: ModelFiles) -> str:
 
 
 def _missing_libraries(tokenizer_files: list[str]) -> Iterator[Problem]:
-    """What must be installed to read a tokenizer that has no tokenizer.json."""
+    """Packages needed for tokenizers without a tokenizer.json."""
     needed: tuple[str, ...] = ()
     if any(name in SENTENCEPIECE_FILES for name in tokenizer_files):
         needed = ("sentencepiece", "google.protobuf")

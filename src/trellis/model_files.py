@@ -1,4 +1,4 @@
-"""What the files of a model folder say, before any weight is read: configurations, headers, the vocabulary's size.
+"""Read what describes a model folder: configurations, headers, the vocabulary's size. No weights are read.
 
 It reads within bounds, trusts nothing, and imports neither torch nor transformers.
 """
@@ -34,7 +34,7 @@ EMBEDDING_SUFFIXES = (
     "word_embeddings.weight",
     "tok_embeddings.weight",
 )
-"""How the tensor with a row for each token is called, by its last parts."""
+"""Endings of names of the embedding tensor, which has a row for each token."""
 
 Config = Mapping[str, Any]
 
@@ -86,7 +86,7 @@ class ModelFiles:
 
     @property
     def embedding(self) -> tuple[str, list[int]] | None:
-        """The name and shape (rows, hidden) of the input embedding, where it can be told."""
+        """Return name and shape (rows, hidden) of the input embedding; None if unknown."""
         for name, about in self.tensors.items():
             shape = about.get("shape", [])
             of_text = not any(other in name for other in ("vision", "visual", "audio"))
@@ -109,7 +109,7 @@ class ModelFiles:
 
     @property
     def max_positions(self) -> int | None:
-        """How many tokens the model can look back on, where its configuration says so."""
+        """The context length in tokens, if the configuration has it."""
         for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
             found = self.text_config.get(name)
             if isinstance(found, int) and not isinstance(found, bool) and found > 0:
@@ -134,7 +134,7 @@ _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold a model: those that its index names, or its one file, or all there are. Raises UNREADABLE."""
+    """Return the weight files: those in the index, or the single file, or all. Raise one of READ_ERRORS."""
     index = path / WEIGHT_INDEX
     if index.is_file():
         named = read_json(index, INDEX_LIMIT)["weight_map"].values()
@@ -148,7 +148,7 @@ FolderSignature = tuple[tuple[str, int, int, bool], ...]
 
 
 def folder_signature(path: Path) -> FolderSignature:
-    """What changes when a file of a folder does. Raises LoadFailed for one that is not there or may not be read."""
+    """Return a value that changes with the files of a folder. Raise LoadFailed if it is missing or not readable."""
     if not path.is_dir():
         raise LoadFailed(
             f"There is no folder “{path}”.", code="not_found", next_step="Check the name or choose another model."
@@ -174,7 +174,7 @@ GRANT_READ_ACCESS = "Give the studio's user read access."
 
 
 def inspect_folder(path: Path) -> ModelFiles:
-    """Read what describes a model folder. Raises LoadFailed for one that is not there or may not be read."""
+    """Read the description of a model folder. Raise LoadFailed if it is missing or not readable."""
     signature = folder_signature(path)
     names = frozenset(name for name, _, _, is_file in signature if is_file)
     read_problems: list[Problem] = []
@@ -215,7 +215,7 @@ def inspect_folder(path: Path) -> ModelFiles:
 
 
 def _read_complete_header(file: Path) -> dict[str, dict[str, Any]]:
-    """The header of a safetensors file that is as long as its header says. Raises one of UNREADABLE."""
+    """Return the header of a safetensors file of the right length. Raise one of READ_ERRORS."""
     header = read_header(file, HEADER_LIMIT)
     ends = [int(about["data_offsets"][1]) for about in header.values()]
     with file.open("rb") as stream:
@@ -268,7 +268,7 @@ def damaged_file_problem(file: Path, error: BaseException) -> Problem:
 
 
 def read_json(file: Path, limit: int) -> Any:
-    """Raises one of UNREADABLE, also for a pipe or a device, which might never end."""
+    """Read a JSON file. Raise one of READ_ERRORS, also for a pipe or a device, which might never end."""
     if not stat.S_ISREG(file.stat().st_mode):
         raise ValueError("it is not a file")
     with file.open("rb") as stream:
@@ -297,7 +297,7 @@ _ADDED_TOKENS_START = re.compile(rb'"added_tokens"\s*+:\s*+(?=\[)')
 
 def read_vocabulary(file: Path) -> Vocabulary:
     """The ids in a tokenizer.json, read from place to place: the file may have tens of megabytes, and parsing it whole
-    would hold the interpreter for half a second. Raises one of UNREADABLE."""
+    would hold the interpreter for half a second. Raise one of READ_ERRORS."""
     if file.stat().st_size > TOKENIZER_LIMIT:  # a search holds the interpreter from its beginning to its end
         raise ValueError("it is larger than any model's")
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:

@@ -109,7 +109,7 @@ class Settings(BaseSettings):
         return frozenset(own | {name for name in more if name})
 
     def require_password_beyond_loopback(self) -> None:
-        """Raises Refused when the server would listen to other machines without a password."""
+        """Raise Refused if the server would listen to other machines without a password."""
         if not is_loopback(self.host) and not self.password.get_secret_value():
             raise Refused(
                 f"The address “{self.host}” can be reached from other machines, and no password is set.",

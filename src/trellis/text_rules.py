@@ -1,4 +1,4 @@
-"""What text may be, wherever it comes from. It imports nothing of ours, so that the lightest process can ask."""
+"""Rules for text from outside. It imports nothing else of Trellis, so that the lightest process can use it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PROMPT_LIMIT = 100_000
 
 
 def require_storable(text: str) -> str:
-    """Text as it can be stored and encoded. Raises ValueError for NUL and lone surrogates."""
+    """Return text that can be stored and encoded. Raise ValueError for NUL and lone surrogates."""
     if "\x00" in text:
         raise ValueError("must not contain the character NUL")
     try:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from .schema import Options, option
 
 OPENING_TOKEN_BUDGET = 20_000
-"""Positions of prompt that the openings of one offer may take up together; with a longer prompt fewer are begun."""
+"""Prompt tokens that the openings of one offer may use together; with longer prompts there are fewer openings."""
 
 
 class Sampling(Options):
-    """How an answer is drawn from the model."""
+    """How an answer is sampled."""
 
     temperature: float = option(
         1.0, "Temperature", "Randomness. 0 is deterministic; higher is more varied.",

@@ -16,7 +16,7 @@ from .schema import Options, OptionsT, option
 from .validation import invalid_from, invalid_from_entries
 
 THINKING_SWITCHES = ("enable_thinking", "thinking", "reasoning")
-"""What chat templates call the variable that turns thinking on and off."""
+"""Names of the variable that turns thinking on and off in chat templates."""
 
 
 MethodName = Literal["choice", "dpo", "dpo-norm", "ipo", "simpo", "kto", "apo-zero", "sft", "grpo", "dr-grpo", "rloo",
@@ -163,7 +163,7 @@ class SessionConfig(ModelOptions, Adapter, Sampling, Learning):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
-        """A whole configuration from a partial one. Raises Invalid with an entry for each bad field."""
+        """Return a complete configuration from a partial one. Raise Invalid with an entry for each bad field."""
         try:
             config = cls.model_validate(values)
         except ValidationError as error:

@@ -18,11 +18,11 @@ def invalid_from(error: ValidationError, prefix: str = "") -> Invalid:
 
 
 MAX_REPORTED_ERRORS = 20
-"""So many things that are wrong are said at once: a body may be made to have a hundred thousand of them."""
+"""Most errors reported at once; a hostile body could have a hundred thousand."""
 
 
 def invalid_from_details(details: Iterable[Mapping[str, Any]], prefix: str = "") -> Invalid:
-    """Findings as one error. What several branches of a union say of one field is one sentence."""
+    """Return the findings as one error. What the branches of a union say of one field becomes one sentence."""
     sentences: dict[str, list[str]] = {}
     values: dict[str, str] = {}
     for detail in islice(details, MAX_REPORTED_ERRORS):
@@ -99,7 +99,7 @@ LENGTH_MESSAGES = {
     "too_long": ("max_length", "must have at most {} entries."),
     "too_short": ("min_length", "must have at least {} entries."),
 }
-"""What Pydantic says for programs, as a form says it to a person."""
+"""Pydantic's messages about lengths, as sentences for a person."""
 
 
 def _error_sentence(detail: Mapping[str, Any], prefix: str = "") -> str:

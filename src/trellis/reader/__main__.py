@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def preview(dataset: Dataset, path: Path | None, count: int) -> dict[str, Any]:
-    """The first prompts, what there is to choose from, and what would be left out. Raises Invalid."""
+    """Return the first prompts, the available columns and splits, and what would be skipped. Raise Invalid."""
     source = _open_source(dataset, path)
     max_sampled = MAX_SAMPLED_ROWS if path else MAX_SAMPLED_HUB_ROWS
     prompts = PromptReader(source.read_files(), dataset.column, max_sampled)
@@ -91,7 +91,7 @@ def preview(dataset: Dataset, path: Path | None, count: int) -> dict[str, Any]:
 
 
 def prepare(dataset: Dataset, path: Path | None, output_dir: Path) -> dict[str, Any]:
-    """Write `prompts.jsonl` (a JSON string each line) and `offsets.u64` (where each line begins). Raises Invalid."""
+    """Write `prompts.jsonl` (a JSON string each line) and `offsets.u64` (where each line starts). Raise Invalid."""
     source = _open_source(dataset, path)
     prompts = PromptReader(source.read_files(), dataset.column, MAX_SAMPLED_ROWS if path else MAX_SAMPLED_HUB_ROWS)
     size, total = source.total_bytes, None if source.total_bytes else source.count_rows()[0]
@@ -134,7 +134,7 @@ def prepare(dataset: Dataset, path: Path | None, output_dir: Path) -> dict[str, 
 
 
 def write_rows(path: Path, output_dir: Path, limit: int) -> dict[str, Any]:
-    """Write `rows.jsonl`: each row of a file as `[place, row]`, `most` at the most. Raises Invalid."""
+    """Write `rows.jsonl`: the rows of a file as `[place, row]`, up to a limit. Raise Invalid."""
     source = files.open_local_source(path, "")
     last_progress = time.monotonic()
     count = 0
@@ -170,7 +170,7 @@ def _open_source(dataset: Dataset, path: Path | None) -> files.Source:
 
 
 def _skipped_summary(source: files.Source, skip_report: SkipReport, is_complete: bool) -> dict[str, Any]:
-    """What was left out, in numbers and in sentences."""
+    """Return what was skipped, as numbers and sentences."""
     notes = skip_report.sentences(is_complete)
     if unread := source.ignored_files:
         more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""

@@ -1,4 +1,4 @@
-"""Which column of a table holds the prompts, and the prompt in a row. It does not know files."""
+"""Find the column of a table that holds the prompts, and the prompt in a row. It does not know files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ NO_USER_TURN = Reason("is a conversation in which nobody asks", "are conversatio
 NOT_FROM_USER = Reason("is not said by a user", "are not said by a user")
 
 UNUSABLE = {TOO_LONG, NUL, SURROGATE, NOT_JSON, NO_USER_TURN, NOT_FROM_USER}
-"""Why text is no prompt. A column in which all text is like this is still the one that was meant."""
+"""Reasons why text is no prompt. A column with only such text is still the right one."""
 
 LATER_TURNS_DROPPED = Reason(
     "conversation is reduced to its first question; what comes after it is not used",
@@ -73,7 +73,7 @@ def no_text_reason(column: str) -> Reason:
 
 
 def find_prompt_column(requested: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The column to take, from a name or from the first rows. Raises Invalid, which lists what there is."""
+    """Return the column to use, by name or from the first rows. Raise Invalid, which lists the columns."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     quoted = ", ".join(f"“{shorten(name)}”" for name in columns[:40])
     listed = f"The columns are {quoted}." if quoted else "It has no columns."

@@ -22,7 +22,7 @@ DELIMITERS = (",", ";", "\t", "|")
 SINGLE_COLUMN = "\x00"
 """The delimiter of a table of one column, in which a comma is part of the text."""
 SAMPLED_ROWS = 100
-"""Rows from which the delimiter is told."""
+"""Rows from which the delimiter is detected."""
 MAX_NAME_LENGTH, MAX_NAME_WORDS = 60, 5
 """A header of one column that is longer than this is its first row."""
 
@@ -101,7 +101,7 @@ def _describe_error(error: csv.Error) -> str:
 
 
 def _detect_dialect(lines: list[str], expect_tabs: bool) -> dict[str, Any]:
-    """How the cells are told apart, from the first lines. Wrong quotes are told when the rows are read."""
+    """Detect delimiter and quoting from the first lines. Wrong quotes are reported when rows are read."""
     first = next((line for line in lines if line.strip()), "").strip().lower()
     if first.startswith("sep=") and len(first) <= 5:
         named = first[4:] or "\t"

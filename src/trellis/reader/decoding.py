@@ -109,7 +109,7 @@ class OpenedFile:
 
     @functools.cached_property
     def text(self) -> io.TextIOWrapper:
-        """The text, with line ends as they are. Raises Invalid for what shows at once that it is none."""
+        """The text stream, line ends unchanged. Raise Invalid for a file that is clearly not text."""
         head = self.decompressed.peek(4)[:4]
         encoding = next((name for mark, name in ENCODINGS if head.startswith(mark)), "utf-8")
         if (
@@ -126,7 +126,7 @@ class OpenedFile:
 
 @contextlib.contextmanager
 def translate_read_errors(file: DataFile) -> Iterator[None]:
-    """Errors of reading a file in words. Raises Invalid."""
+    """Turn errors of reading a file into Invalid."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -151,7 +151,7 @@ def _truncated_file_error(file: DataFile, error: Exception) -> Invalid:
 
 
 def _encoding_error(file: DataFile, error: UnicodeDecodeError) -> Invalid:
-    """Where text in an encoding stops to be that, found by reading the file again."""
+    """Return where the text stops being valid in an encoding, by reading the file again."""
     where = ""
     with translate_read_errors(file), OpenedFile(file) as reopened:
         decoder = codecs.getincrementaldecoder(reopened.text.encoding)()

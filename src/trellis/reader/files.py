@@ -85,7 +85,7 @@ class Source:
 
 
 def file_format(name: str) -> str | None:
-    """The format of a file by its name, whatever it is compressed with; None for one that is not read."""
+    """Return the format of a file by its name, ignoring compression; None if unsupported."""
     name = name.lower()
     ending = next((ending for ending in COMPRESSIONS if name.endswith(ending)), "")
     kind = FORMAT_BY_SUFFIX.get(Path(name.removesuffix(ending)).suffix)
@@ -93,7 +93,7 @@ def file_format(name: str) -> str | None:
 
 
 def open_local_source(path: Path, split: str) -> Source:
-    """The files to read. Raises Invalid for what is not there or has no format that is known."""
+    """Return the files to read. Raise Invalid for missing files and unknown formats."""
     known = f"{', '.join(sorted(FORMAT_BY_SUFFIX))}, or in one of these and {', '.join(COMPRESSIONS)}"
     unread: list[str] = []
     if path.is_dir():
@@ -139,7 +139,7 @@ def _list_folder(folder: Path) -> tuple[list[LocalFile], list[str]]:
 
 
 def _split_from_name(name: str) -> str:
-    """The split that the name of a file or of its folders tells of; “all” where none does."""
+    """Return the split in the name of a file or its folders; “all” if there is none."""
     *folders, file = name.split("/")
     for part in [*folders, file.split(".")[0]]:
         word = re.split(r"[-_.]", part.lower())[0]
@@ -159,7 +159,7 @@ def _choose_split(by_split: dict[str, list[LocalFile]], requested: str) -> tuple
 
 
 def read_records(file: DataFile) -> Iterator[Record]:
-    """All rows of a file, streamed. Raises Invalid for a broken one."""
+    """Yield all rows of a file. Raise Invalid for a damaged one."""
     with translate_read_errors(file):
         yield from READERS[file_format(file.name) or "text"](file)
 
@@ -205,7 +205,7 @@ def _read_parquet(file: DataFile) -> Iterator[Record]:
 
 @contextmanager
 def _open_parquet(file: DataFile) -> Iterator[Any]:
-    """An open Parquet file, of which only the end has been read. Raises Invalid, also while it is read."""
+    """Open a Parquet file, reading only its footer. Raise Invalid, also while it is read."""
     import pyarrow
     import pyarrow.parquet as parquet
 

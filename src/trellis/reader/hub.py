@@ -51,7 +51,7 @@ class HubSource(files.Source):
             yield name, self._with_hub_errors(records)
 
     def count_rows(self) -> tuple[int | None, bool]:
-        """How many rows the hub says there are."""
+        """Number of rows according to the hub."""
         split = (self._load_stream().info.splits or {}).get(self.split)
         return (int(split.num_examples), True) if split is not None and split.num_examples else (None, False)
 
@@ -77,7 +77,7 @@ class HubSource(files.Source):
 
 
 def open_hub_source(dataset: Dataset) -> HubSource:
-    """The subset and split to read. Raises Invalid, which lists what there is."""
+    """Return subset and split to read. Raise Invalid, which lists those available."""
     import datasets
 
     subsets = _call_hub(dataset.id, lambda: list(datasets.get_dataset_config_names(dataset.id)))

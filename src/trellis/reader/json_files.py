@@ -38,7 +38,7 @@ class Record(NamedTuple):
 
 
 class AmbiguousLayout(ValueError):
-    """A document whose rows cannot be told; the words say why."""
+    """A document whose rows are ambiguous; the message says why."""
 
 
 class _DuplicateKey(ValueError):
@@ -58,7 +58,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object_without_duplicates)
 
 
 def read_json(file: DataFile) -> Iterator[Record]:
-    """The rows of a JSON file. Raises Invalid, with line and column."""
+    """Yield the rows of a JSON file. Raise Invalid, with line and column."""
     with OpenedFile(file) as opened:
         read: list[str] = []
         first_lines: list[tuple[int, str]] = []
@@ -133,7 +133,7 @@ def _read_document(file: DataFile, value: Any, bytes_read: int) -> Iterator[Reco
 
 
 def _invalid_json_error(file: DataFile, error: Exception, line: int, text: str) -> Invalid:
-    """What is wrong in a line, or in a text of many lines (where `line` is 0)."""
+    """Return the error in a line, or in a text of many lines (`line` 0)."""
     if not isinstance(error, json.JSONDecodeError):
         why = str(error) if isinstance(error, _DuplicateKey) else "it is nested too deeply"
         return corrupt_file_error(file, f"line {line}: {why}" if line else why)

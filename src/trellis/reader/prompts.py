@@ -28,7 +28,7 @@ class PromptReader:
         self.column = ""
         self.columns: list[str] = []
         self.bytes_read = 0
-        """Stored bytes that were read of the file at hand."""
+        """Stored bytes read of the current file."""
         self.is_complete = False
         """Whether all rows have been read."""
 
@@ -44,7 +44,7 @@ class PromptReader:
         self.is_complete = True
 
     def _first_records(self, name: str, rows: Iterator[Record]) -> list[Record]:
-        """The first rows, and so many more as it takes to find a column."""
+        """Return the first rows, and as many more as are needed to find a column."""
         first = list(itertools.islice(rows, INITIAL_ROWS))
         while first and len(first) < self._max_sampled and not self._has_column(first):
             more = list(itertools.islice(rows, len(first)))

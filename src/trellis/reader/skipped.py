@@ -1,4 +1,4 @@
-"""What was left out of a source of prompts, counted: why, how often, and where first. It does not decide what is."""
+"""Count the skipped rows of a source of prompts: why, how often, and where first. It does not decide what to skip."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def format_number(value: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why something was left out, as it is said of one row and of several."""
+    """Reasons for skipping, for one row and for several."""
 
     singular: str
     plural: str

@@ -275,7 +275,7 @@ def message_context(message: dict[str, Any]) -> dict[str, Any]:
 def make_turn(
     room: Room, message: Message, by_id: dict[str, dict[str, Any]], columns: list[Message], continuable: frozenset[str]
 ) -> ThreadTurn:
-    """Return the branches at a message; of a comparison, the answer on the current branch stands for all."""
+    """Return a turn with its branches; in a comparison, the answer on the current branch stands for all."""
     branches: list[str] = []
     seen: set[str] = set()
     for each in room.children(message.parent):
