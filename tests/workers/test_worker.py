@@ -129,6 +129,28 @@ async def test_nonsense_on_the_wire_is_a_death_and_not_a_hang() -> None:
     await worker.stop()
 
 
+async def test_whoever_is_told_of_a_death_is_told_after_the_owner_of_the_worker() -> None:
+    """Else a retry is handed the same dead engine again, and three quick tries count as three deaths."""
+
+    class SlowToReap:
+        pid = None
+
+        def wait(self, timeout: float) -> int | None:
+            time.sleep(0.2)
+            return -signal.SIGKILL
+
+        def kill(self) -> None:
+            pass
+
+    worker = await Worker.start(lambda engine_end: (SlowToReap(), None))  # its end of the socket is closed at once
+    deaths: list[EngineError] = []
+    worker.on_death = deaths.append
+    for _ in range(3):
+        with pytest.raises(EngineDied, match="was killed"):
+            await worker.ask(Status())
+        assert len(deaths) == 1
+
+
 async def test_an_engine_that_cannot_be_started_is_told_about() -> None:
     def spawn(sock: socket.socket) -> object:
         raise OSError("no such program")

@@ -110,7 +110,7 @@ class Worker:
         """Yield all events of a request, the result last. Leaving the loop early cancels the request. Owners take
         turns; `continues_turn` marks a request that needs no new turn."""
         if self._death:
-            raise self._death
+            raise await self._wait_for_death()
         number = next(self._numbers)
         inbox: asyncio.Queue[tuple[Event, bool] | None] = asyncio.Queue()
         self._inboxes[number] = inbox
@@ -124,7 +124,7 @@ class Worker:
                 item = await inbox.get()
                 if item is None:
                     is_done = True
-                    raise self._death or explain_exit(None, self._log)
+                    raise await self._wait_for_death()
                 event, is_done = item
                 if isinstance(event, Failed):
                     raise error_from(event)
@@ -157,7 +157,12 @@ class Worker:
         try:
             await self._channel.send(frame)
         except (ConnectionError, RuntimeError):
-            raise self._death or explain_exit(None, self._log) from None
+            raise await self._wait_for_death() from None
+
+    async def _wait_for_death(self) -> EngineError:
+        """Return why the engine died, once `on_death` has been called, so that a retry does not get it again."""
+        await asyncio.shield(self._receive_task)
+        return self._death or explain_exit(None, self._log)
 
     async def _receive(self) -> None:
         while (frame := await self._channel.receive()) is not None:
