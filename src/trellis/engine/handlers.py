@@ -46,7 +46,7 @@ from .hub_download import download
 from .learning.log_probs import Group, scorer_for
 from .learning.losses import METHODS
 from .learning.merging import merge
-from .learning.retraining import evaluate_choices, retrain
+from .learning.retraining import RetrainOutcome, evaluate_choices, retrain
 from .learning.step import TrainingState, learn_choice
 from .scheduler import Handler, RequestBatch, Steps
 from .text.adapters import AdapterSlot
@@ -246,7 +246,7 @@ class TextEngine:
             try:
                 done, total, loss = next(steps)
             except StopIteration as end:
-                outcome = end.value
+                outcome: RetrainOutcome = end.value
                 break
             now = time.monotonic()
             if now - last_report < PROGRESS_SECONDS:

@@ -115,7 +115,7 @@ class EngineRequests:
     async def learn(self, parent: Node, offer: str, choice: Choice) -> Learned:
         """Learn from a choice at a node, or take what foresight has learned. Raise WeightsMissing.
 
-        The weights are then in the engine's memory; `keep` has them written.
+        The weights are then in the engine's memory; `save_weights` writes them to disk.
         """
         request = await self._builder.learn(parent, offer, choice)
         worker = await self._verified_engine()

@@ -110,43 +110,43 @@ RequestIdDep = Annotated[str, Depends(get_request_id)]
 
 @router.get("/schema")
 async def schema() -> dict[str, Any]:
-    """JSON schema of a session's configuration."""
+    """Return the JSON schema of a session's configuration."""
     return SessionConfig.model_json_schema()
 
 
 @router.get("/defaults")
 async def defaults() -> dict[str, Any]:
-    """Default values of a session's configuration."""
+    """Return the default values of a session's configuration."""
     return SessionConfig().model_dump(mode="json")
 
 
 @router.post("/sessions", status_code=201, dependencies=[Depends(enforce_rate_limit)])
 async def create(body: NewSession, studio: StudioDep, request: RequestIdDep) -> dict[str, Any]:
-    """A new session; loads the model if needed, then offers the first options."""
+    """Create a session. The model is loaded if necessary, then the first options are generated."""
     return (await studio.steering.create(body.name, body.config, request)).state()
 
 
 @router.post("/check")
 async def check(body: Check, studio: StudioDep) -> dict[str, Any]:
-    """What is wrong with a partial configuration, field by field, and whether its model would fit into memory."""
+    """Check a partial configuration: errors by field, and whether its model fits into memory."""
     return await studio.steering.check_config(body.config)
 
 
 @router.get("/presets")
 async def presets() -> list[dict[str, Any]]:
-    """Sets of options to begin with."""
+    """List the presets."""
     return [preset.as_json() for preset in all_presets()]
 
 
 @router.get("/files")
 async def files(studio: StudioDep) -> list[dict[str, Any]]:
-    """Files of prompts that a dataset can name."""
+    """List the prompt files that a dataset can name."""
     return await studio.datasets.list_files()
 
 
 @router.post("/preview", dependencies=[Depends(enforce_rate_limit)])
 async def preview(body: Preview, studio: StudioDep) -> dict[str, Any]:
-    """The first prompts of a dataset, the column they are from, and what else there is to choose."""
+    """Preview the first prompts of a dataset, their column, and the other columns, subsets and splits."""
     return await studio.datasets.preview(SessionConfig.parse({"dataset": body.dataset}).dataset)
 
 
@@ -206,21 +206,21 @@ async def resume(session: SessionDep, request: RequestIdDep) -> dict[str, str]:
 
 @router.post("/sessions/{session}/goto", status_code=202)
 async def goto(body: Goto, session: SessionDep, request: RequestIdDep) -> dict[str, str]:
-    """Stand at any node; the options that were shown there come back."""
+    """Move the head to any node and show its offer again."""
     await session.commands.go_to(body.node, request)
     return {"request": request}
 
 
 @router.post("/sessions/{session}/prompt", status_code=202)
 async def prompt(body: NewPrompt, session: SessionDep, request: RequestIdDep) -> dict[str, str]:
-    """Replace the current prompt and offer again."""
+    """Replace the current prompt and generate a new offer."""
     await session.commands.replace_prompt(body.text, request)
     return {"request": request}
 
 
 @router.patch("/sessions/{session}/nodes/{node}")
 async def name_node(body: NodeName, session: SessionDep, node: str) -> dict[str, Any]:
-    """Give a node a name; an empty one takes it away."""
+    """Name a node; an empty name removes it."""
     await session.commands.name_node(node, body.name.strip())
     return {"node": node, "name": body.name.strip() or None}
 
@@ -234,20 +234,20 @@ async def compare(body: Compare, session: SessionDep, studio: StudioDep, request
 
 @router.post("/sessions/{session}/exports", status_code=202, dependencies=[Depends(enforce_rate_limit)])
 async def export(body: Export, session: SessionDep, studio: StudioDep, request: RequestIdDep) -> dict[str, Any]:
-    """Take a node away as a folder: a job whose result is {path, files, bytes, checks}."""
+    """Export a node as a folder: a job whose result is {path, files, bytes, checks}."""
     return job_json((await studio.exports.start(session.id, body.kind, body.name, body.node, request)).row)
 
 
 @router.post("/sessions/{session}/sample", dependencies=[Depends(enforce_rate_limit)])
 async def sample(body: Sample, session: SessionDep, studio: StudioDep) -> dict[str, list[str]]:
-    """Answers from any node (default: the head) without moving the session."""
+    """Sample answers at any node (default: the head) without moving the head."""
     answers = await studio.steering.sample(session.id, body.prompt, body.node, body.n, body.sampling)
     return {"answers": answers}
 
 
 @router.get("/sessions/{session}/tree")
 async def tree(session: SessionDep, studio: StudioDep) -> Response:
-    """All nodes `{id, parent, step, choice, drift, metrics, name, created}`, and which one is the head."""
+    """Return all nodes `{id, parent, step, choice, drift, metrics, name, created}`, and the id of the head."""
     found = await studio.steering.tree_json(session.id)
     text = await asyncio.to_thread(json.dumps, found)  # hundreds of nodes take longer than the event loop may be held
     return Response(text, media_type="application/json")
@@ -255,7 +255,7 @@ async def tree(session: SessionDep, studio: StudioDep) -> Response:
 
 @router.get("/sessions/{session}/journal", response_class=PlainTextResponse)
 async def journal(session: SessionDep, studio: StudioDep, download: bool = False) -> Response:
-    """The branch to the head as Markdown."""
+    """Return the journal of the branch to the head as Markdown."""
     text = await journal_markdown(studio.store, session)
     headers = {"content-disposition": f'attachment; filename="{session.id}-journal.md"'} if download else {}
     return Response(text, media_type="text/markdown; charset=utf-8", headers=headers)
@@ -265,7 +265,7 @@ async def journal(session: SessionDep, studio: StudioDep, download: bool = False
 async def choices(
     session: SessionDep, studio: StudioDep, format: Annotated[str, Query(max_length=40)] = "raw"
 ) -> StreamingResponse:
-    """Every choice as JSON lines: raw, trl-preference, trl-unpaired or openai-dpo."""
+    """Return every choice as JSON Lines: raw, trl-preference, trl-unpaired or openai-dpo."""
     lines = await export_choices(studio.store, session, format)
     disposition = {"content-disposition": f'attachment; filename="{session.id}-{format}.jsonl"'}
     return StreamingResponse(lines, media_type="application/jsonl", headers=disposition)
@@ -275,5 +275,5 @@ async def choices(
 async def events(
     session: SessionDep, studio: StudioDep, after: Annotated[str | None, Depends(resume_point)]
 ) -> StreamingResponse:
-    """What happens, as it happens (SSE). The whole state comes first unless the stream is resumed."""
+    """Stream events (SSE). The whole state comes first unless the stream is resumed."""
     return event_stream(studio.steering.events(session.id, after))
